@@ -1,0 +1,1 @@
+"""The commands of compress-model, one module each, imported only when run."""

@@ -1,0 +1,1 @@
+"""Low-bit operators: one schema, several backends."""

@@ -1,0 +1,1 @@
+"""Training-free structured pruning: one file a method."""

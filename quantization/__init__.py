@@ -1,0 +1,1 @@
+"""Low-bit quantization: one file a method, and the packed formats."""

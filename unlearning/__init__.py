@@ -1,0 +1,1 @@
+"""Unlearning: one file a method."""

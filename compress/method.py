@@ -1,0 +1,73 @@
+"""What a compression method is: one class that declares itself, plans, and applies.
+
+From the declaration come the command-line options, ``compress-model methods``, recipe validation, the
+model card and the documentation, so a method touches one new file and one line of the registry.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from compress.plan import ModelShape
+    from compress.run import Run
+    from compress.stream import StreamedModel
+
+Family = Literal["unlearning", "pruning", "quantization"]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method comes from."""
+
+    title: str
+    arxiv: str | None = None
+    url: str | None = None
+
+    def __str__(self) -> str:
+        where = f"arXiv:{self.arxiv}" if self.arxiv else self.url
+        return f"{self.title} ({where})" if where else self.title
+
+
+class MethodOptions(BaseModel):
+    """Base of every method's options: unknown keys are errors, and values do not change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass
+class StepReport:
+    """What a step did, for ``compression.json`` and the model card: JSON values only."""
+
+    summary: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Method(ABC):
+    """One compression method. Subclasses are stateless: everything is in the arguments."""
+
+    name: ClassVar[str]
+    family: ClassVar[Family]
+    paper: ClassVar[Paper]
+    needs_calibration: ClassVar[bool] = True
+    Options: ClassVar[type[MethodOptions]]
+
+    @abstractmethod
+    def plan(self, shape: ModelShape, options: Any) -> ModelShape:
+        """The shape of the model afterwards, from configs and headers alone (no weights are read).
+
+        Raises:
+            BadInput: the method cannot do this to a model of this shape.
+        """
+
+    @abstractmethod
+    def apply(self, model: StreamedModel, options: Any, run: Run) -> StepReport:
+        """Do it: read ``model`` layer by layer and write what changes into ``run.draft``.
+
+        Raises:
+            BadInput: weights or calibration data are unusable (NaN, too few tokens, ...).
+        """

@@ -1,0 +1,75 @@
+"""compress-model doctor"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, requires, version
+from typing import Any
+
+import rich_click as click
+
+from compress.commands.common import common_options, print_json, stdout
+
+
+@click.command()
+@common_options
+def doctor(as_json: bool) -> None:
+    """Show versions, devices, the cache, and what can be loaded and run here."""
+    document = examine()
+    if as_json:
+        print_json(document)
+        return
+    from rich.table import Table
+
+    console = stdout()
+    for title, values in document.items():
+        table = Table(title=title, show_header=False, title_justify="left")
+        for key, value in values.items():
+            table.add_row(key, str(value))
+        console.print(table)
+
+
+def examine() -> dict[str, dict[str, Any]]:
+    """What is here, as JSON data."""
+    import psutil
+    import torch
+    from packaging.requirements import Requirement
+
+    from compress.cache import cache_folder
+    from compress.kernels.ops import kernel_name
+
+    packages = {}
+    for line in requires("compress-model") or []:
+        requirement = Requirement(line)
+        if requirement.name == "compress-model" or requirement.name in packages:
+            continue
+        try:
+            found = version(requirement.name)
+            fits = "" if requirement.specifier.contains(found, prereleases=True) else f" (needs {requirement.specifier})"
+            packages[requirement.name] = found + fits
+        except PackageNotFoundError:
+            extra = str(requirement.marker).partition("==")[2].strip(" \"'") if requirement.marker else ""
+            packages[requirement.name] = f"missing (pip install 'compress-model[{extra}]')" if extra else "missing"
+    cache = cache_folder()
+    devices = {"cpu": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"}
+    for index in range(torch.cuda.device_count()):
+        devices[f"cuda:{index}"] = torch.cuda.get_device_name(index)
+    return {
+        "system": {
+            "python": sys.version.split()[0],
+            "platform": platform.platform(),
+            "cores": os.cpu_count(),
+            "memory available": f"{psutil.virtual_memory().available / 1e9:.1f} GB",
+            "cache": f"{cache} ({'there' if cache.exists() else 'not made yet'})",
+            "C++ compiler": shutil.which("c++") or shutil.which("g++") or shutil.which("clang++") or "none found",
+            "nvcc": shutil.which("nvcc") or "none found",
+        },
+        "packages": packages,
+        "devices": devices,
+        "low-bit kernels": {
+            f"{bits} bits on {device}": kernel_name(device, bits) for device in devices for bits in (2, 3, 4, 8)
+        },
+    }

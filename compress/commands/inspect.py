@@ -1,0 +1,98 @@
+"""compress-model inspect"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import rich_click as click
+
+from compress.commands.common import common_options, print_json, stdout
+
+
+@click.command()
+@click.argument("model")
+@common_options
+def inspect(model: str, as_json: bool) -> None:
+    """Show where MODEL comes from, its shapes, and how many bytes each part takes."""
+    from compress.artefact import read_lineage
+    from compress.checkpoint import Checkpoint
+    from compress.models import find_model
+    from compress.plan import ModelShape
+
+    source = find_model(model)
+    checkpoint = Checkpoint.open(source.folder)
+    shape = ModelShape.of(checkpoint)
+    lineage = read_lineage(source.folder)
+    parts = bytes_per_part(shape)
+    document = {
+        "model": source.id,
+        "folder": str(source.folder),
+        "architecture": shape.config.get("architectures"),
+        "model_type": shape.config.get("model_type"),
+        "parameters": shape.parameters,
+        "bytes": shape.nbytes,
+        "bits_per_parameter": 8 * shape.nbytes / shape.parameters,
+        "loads_with": shape.loads_with,
+        "sizes": vars(shape.sizes),
+        "bytes_per_part": parts,
+        "dtypes": dtypes(shape),
+        "lineage": lineage.model_dump(mode="json") if lineage else None,
+    }
+    if as_json:
+        print_json(document)
+        return
+    from rich.table import Table
+
+    console = stdout()
+    console.print(f"{source.id}: {shape.config['model_type']}, loads with {shape.loads_with}")
+    console.print(", ".join(f"{key} {value}" for key, value in document["sizes"].items()))
+    table = Table("part", "MB", "share")
+    for name, nbytes in parts.items():
+        table.add_row(name, f"{nbytes / 1e6:,.1f}", f"{nbytes / shape.nbytes:.1%}")
+    table.add_row("all", f"{shape.nbytes / 1e6:,.1f}", f"{document['bits_per_parameter']:.2f} bits per parameter")
+    console.print(table)
+    console.print("stored as " + ", ".join(f"{name} {nbytes / 1e6:,.1f} MB" for name, nbytes in document["dtypes"].items()))
+    if lineage is None:
+        console.print("No lineage: compress-model did not write this folder.")
+        return
+    parent = lineage.parent
+    console.print(f"made from {parent.id} (sha256 {parent.sha256[:16]}…) on {lineage.created:%Y-%m-%d %H:%M} UTC")
+    for step in lineage.steps:
+        options = ", ".join(f"{key}={value}" for key, value in step.options.items())
+        console.print(f"  {step.method} ({options}): {step.summary}")
+    console.print(f"{len(lineage.evaluations)} evaluation(s) on record")
+
+
+def bytes_per_part(shape: Any) -> dict[str, int]:
+    """Bytes of embeddings, attention, MLP, norms and the rest, packed tensors counted where they belong."""
+    anatomy = shape.anatomy
+    head = f"{anatomy.head}." if anatomy.head else None
+    roles = {
+        "attention": {anatomy.query, anatomy.key, anatomy.value, anatomy.attention_output},
+        "mlp": {anatomy.up, anatomy.down} | ({anatomy.gate} if anatomy.gate else set()),
+        "norms": set(anatomy.norm_paths),
+    }
+    parts = dict.fromkeys(("embeddings", "attention", "mlp", "norms", "head", "other"), 0)
+    layers = anatomy.in_model(anatomy.layers) + "."
+    for name, info in shape.tensors.items():
+        if name.startswith(layers):
+            path = name.removeprefix(layers).partition(".")[2].rpartition(".")[0]
+            part = next((role for role, paths in roles.items() if path in paths), "other")
+        elif head and name.startswith(head):
+            part = "head"
+        elif any(name.startswith(f"{anatomy.in_model(table)}.") for table in anatomy.embeddings):
+            part = "embeddings"
+        elif anatomy.final_norm and name.startswith(f"{anatomy.in_model(anatomy.final_norm)}."):
+            part = "norms"
+        else:
+            part = "other"
+        parts[part] += info.nbytes
+    return {name: nbytes for name, nbytes in parts.items() if nbytes}
+
+
+def dtypes(shape: Any) -> dict[str, int]:
+    """Bytes per stored dtype."""
+    found: dict[str, int] = {}
+    for info in shape.tensors.values():
+        found[info.dtype] = found.get(info.dtype, 0) + info.nbytes
+    return found

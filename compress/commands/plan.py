@@ -1,0 +1,48 @@
+"""compress-model plan"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import rich_click as click
+
+from compress.commands.common import common_options, dtype_option, print_json, stdout
+
+
+@click.command()
+@click.argument("model")
+@click.argument("recipe")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change the recipe: steps.0.layers=4.")
+@dtype_option
+@common_options
+def plan(model: str, recipe: str, settings: tuple[str, ...], dtype: str | None, as_json: bool) -> None:
+    """Say what RECIPE will make of MODEL: bytes, parameters, who can load it. Reads headers only."""
+    from compress.plan import make_plan
+    from compress.recipe import load_recipe
+    from compress.run import open_model
+
+    loaded = load_recipe(recipe, {"model": model, "dtype": dtype}, list(settings))
+    tell_plan(make_plan(open_model(loaded)[1], loaded.steps), as_json)
+
+
+def tell_plan(plan: Any, as_json: bool) -> None:
+    """Print a `compress.plan.Plan`."""
+    if as_json:
+        print_json(plan.document())
+        return
+    from rich.table import Table
+
+    table = Table("step", "layers", "parameters (M)", "weights (MB)", "bits/parameter", "loads with")
+    for column in table.columns[1:5]:
+        column.justify = "right"
+
+    def row(name: str, layers: int, parameters: int, nbytes: int, loads_with: str) -> None:
+        bits = 8 * nbytes / parameters
+        table.add_row(name, str(layers), f"{parameters / 1e6:,.1f}", f"{nbytes / 1e6:,.1f}", f"{bits:.2f}", loads_with)
+
+    before = plan.before
+    row("as it is", before.num_layers, before.parameters, before.nbytes, before.loads_with)
+    for step in plan.steps:
+        row(step.method, step.layers, step.parameters, step.nbytes, step.loads_with)
+    table.caption = "Predicted from config.json and safetensors headers; MB = 10^6 bytes of tensors."
+    stdout().print(table)

@@ -1,0 +1,178 @@
+"""Transformers models whose weights come and go: built without memory, filled and emptied part by part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+
+from compress.anatomy import Anatomy, anatomy_of, model_class, weight
+from compress.checkpoint import Checkpoint
+from compress.errors import BadInput, CompressError, unknown
+from compress.kernels.linear import PackedLinear
+from compress.quantization.formats import Format, format_of
+
+
+def config_of(checkpoint: Checkpoint) -> PretrainedConfig:
+    """The transformers config of a checkpoint, without its quantization section.
+
+    Raises:
+        BadInput: the model type is missing, unknown to transformers, or its values do not validate.
+    """
+    values = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    model_type = values.pop("model_type", None)
+    if not isinstance(model_type, str):
+        raise BadInput(f"{checkpoint.folder / 'config.json'} names no model_type.")
+    if model_type not in CONFIG_MAPPING:
+        raise unknown("model type", model_type, CONFIG_MAPPING.keys())
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(values)
+    except Exception as error:  # transformers raises its validators' own types here
+        reason = " ".join(str(error).split())
+        raise BadInput(f"{checkpoint.folder / 'config.json'} is not a valid {model_type} config: {reason}") from None
+
+
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a config, in evaluation mode, with every parameter on the meta device (no memory) and
+    every non-persistent buffer (rotary frequencies, embedding scales) computed."""
+    with torch.device("meta"):
+        model = model_class(config)._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    with torch.no_grad():
+        for module in model.modules():
+            names = [name for name, buffer in module.named_buffers(recurse=False) if buffer is not None]
+            if names:
+                for name in names:
+                    module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+                model._init_weights(module)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+class Weights:
+    """Puts the tensors of a checkpoint into the modules of a skeleton, and takes them out again.
+
+    Linears that the checkpoint stores packed become `PackedLinear` modules, so a quantized model runs
+    through its kernels and never through a dequantized copy.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, model: PreTrainedModel, device: str | torch.device, dtype: torch.dtype
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.anatomy: Anatomy = anatomy_of(model.config)
+        self.linears = {
+            f"{self.anatomy.layer_name(index)}.{path}"
+            for index in range(model.config.num_hidden_layers)
+            for path in self.anatomy.linear_paths
+        }
+        self.base_prefix = f"{model.base_model_prefix}."
+        quantization = checkpoint.config.get("quantization_config")
+        self.format: Format | None = format_of(quantization) if quantization else None
+
+    def find(self, name: str) -> str | None:
+        """The checkpoint's spelling of a parameter name, or None if it is not there.
+
+        Published files differ from their class in the base model's prefix and in the name of the head, and
+        keep one of two tied parameters.
+        """
+        anatomy = self.anatomy
+        names = [name]
+        if anatomy.head is not None and name.startswith(f"{anatomy.head}."):
+            leaf = name.removeprefix(f"{anatomy.head}.")
+            names += [f"{alias}.{leaf}" for alias in anatomy.head_aliases]
+            if anatomy.tied and leaf == "weight":
+                names.append(f"{anatomy.in_model(anatomy.embeddings[0])}.weight")
+        for spelling in names:
+            for candidate in (spelling, self.base_prefix + spelling, spelling.removeprefix(self.base_prefix)):
+                if candidate in self.checkpoint:
+                    return candidate
+        return None
+
+    def fill(self, module: nn.Module, name: str, skip: tuple[nn.Module, ...] = ()) -> None:
+        """Load all parameters below ``module``, whose full name is ``name`` ("" for the whole model).
+
+        Raises:
+            BadInput: a tensor is missing, has another shape than config.json says, or holds NaN or infinity.
+        """
+        made: dict[int, nn.Parameter] = {}
+        for path, child in list(module.named_modules()):
+            full = ".".join(filter(None, (name, path)))
+            if child in skip:
+                continue
+            if full in self.linears and self.format is not None and self._packed(full):
+                self._replace(module, path, self._packed_linear(full, child))
+                continue
+            for leaf, parameter in child.named_parameters(recurse=False):
+                if parameter.device.type == "meta":
+                    # A tied parameter is one object under several names, and stays one.
+                    if id(parameter) not in made:
+                        value = self._read(f"{full}.{leaf}" if full else leaf, tuple(parameter.shape))
+                        made[id(parameter)] = nn.Parameter(value, requires_grad=False)
+                    child._parameters[leaf] = made[id(parameter)]
+            for leaf in child._buffers.keys() - child._non_persistent_buffers_set:
+                if (stored := self.find(f"{full}.{leaf}")) is not None:
+                    child._buffers[leaf] = self.checkpoint.read(stored).to(self.device)
+
+    def empty(self, module: nn.Module) -> None:
+        """Give the memory of all parameters below ``module`` back."""
+        meta: dict[int, nn.Parameter] = {}
+        for path, child in list(module.named_modules()):
+            if isinstance(child, PackedLinear):
+                self._replace(module, path, child.stands_for)
+                continue
+            for leaf, parameter in child.named_parameters(recurse=False):
+                if id(parameter) not in meta:
+                    meta[id(parameter)] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+                child._parameters[leaf] = meta[id(parameter)]
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        stored = self.find(name)
+        if stored is None:
+            raise BadInput(f"The model in '{self.checkpoint.folder}' lacks the tensor '{name}'.")
+        tensor = self.checkpoint.read(stored)
+        if tuple(tensor.shape) != shape:
+            raise BadInput(
+                f"The tensor '{stored}' has shape {list(tensor.shape)} where config.json asks for {list(shape)}."
+            )
+        if tensor.is_floating_point():
+            if not torch.isfinite(tensor).all():
+                raise BadInput(f"The tensor '{stored}' holds NaN or infinite values.")
+            tensor = tensor.to(self.dtype)
+        return tensor.to(self.device)
+
+    def _packed(self, full: str) -> str | None:
+        """The stored spelling of a packed linear's name, or None if it is not stored packed."""
+        marker = self.format.marker
+        stored = self.find(f"{full}.{marker}")
+        return stored and stored.removesuffix(f".{marker}")
+
+    def _packed_linear(self, full: str, linear: nn.Module) -> PackedLinear:
+        quantization = self.checkpoint.config["quantization_config"]
+        packed = self.format.read(self._packed(full), self.checkpoint.read, quantization)
+        rows, columns = weight(linear).shape
+        if tuple(packed.codes.shape) != (rows, columns):
+            raise BadInput(f"The linear '{full}' is {list(packed.codes.shape)} where config.json asks for {[rows, columns]}.")
+        bias = None if linear.bias is None else self._read(f"{full}.bias", tuple(linear.bias.shape))
+        module = PackedLinear.from_quantized(packed, bias).to(self.device)
+        object.__setattr__(module, "stands_for", linear)
+        return module
+
+    @staticmethod
+    def _replace(module: nn.Module, path: str, child: nn.Module) -> None:
+        parent, _, leaf = path.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, child)
+
+
+def first(output: Any) -> torch.Tensor:
+    """The hidden states a layer returned: some architectures wrap them in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def check_finite(hidden: torch.Tensor, where: str) -> None:
+    """Raises CompressError if ``hidden`` holds NaN or infinity."""
+    if not torch.isfinite(hidden).all():
+        raise CompressError(f"{where} puts out NaN or infinite values: the model is broken or overflows there.")

@@ -1,0 +1,144 @@
+"""What a recipe will make of a model, from config.json and safetensors headers alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from compress.anatomy import Anatomy, anatomy_of, weight
+from compress.checkpoint import Checkpoint, TensorInfo
+from compress.method import Method, MethodOptions
+from compress.modeling import config_of, skeleton
+
+
+class ModelShape:
+    """config.json and the table of tensors of a model that may not exist yet.
+
+    Attributes:
+        config: config.json as a dict.
+        tensors: name -> dtype and shape.
+    """
+
+    def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], folder: Any = None) -> None:
+        self.config = copy.deepcopy(dict(config))
+        self.tensors = dict(tensors)
+        self.folder = folder
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> ModelShape:
+        return cls(checkpoint.config, checkpoint.tensors, checkpoint.folder)
+
+    @cached_property
+    def pretrained_config(self) -> Any:
+        """The transformers config, without a quantization section."""
+        return config_of(self)
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        """Where the parts are, by the names the tensors have.
+
+        Raises:
+            BadInput: an architecture that is not in the table, or tensors that do not fit it.
+        """
+        return anatomy_of(self.pretrained_config).located(self.tensors)
+
+    @cached_property
+    def skeleton(self) -> Any:
+        """The transformers model without memory for its weights."""
+        return skeleton(self.pretrained_config)
+
+    @property
+    def num_layers(self) -> int:
+        return self.pretrained_config.num_hidden_layers
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Full name -> (out_features, in_features) of every linear inside the layers."""
+        layers = self.skeleton.base_model.get_submodule(self.anatomy.layers)
+        return {
+            f"{self.anatomy.layer_name(index)}.{path}": tuple(weight(linear).shape)
+            for index, layer in enumerate(layers)
+            for path, linear in self.anatomy.linears(layer).items()
+        }
+
+    def derive(
+        self, config: Mapping[str, Any] | None = None, remove: Iterable[str] = (), add: Mapping[str, TensorInfo] | None = None
+    ) -> ModelShape:
+        """A changed copy: another config, some tensors removed, some added."""
+        remove = set(remove)
+        tensors = {name: info for name, info in self.tensors.items() if name not in remove}
+        return ModelShape(config or self.config, tensors | dict(add or {}), self.folder)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @cached_property
+    def parameters(self) -> int:
+        """Parameters of the architecture, tied ones counted once; packing does not change their number."""
+        return sum(parameter.numel() for parameter in self.skeleton.parameters())
+
+    @property
+    def loads_with(self) -> str:
+        """Who can load a model of this shape."""
+        from compress.quantization.formats import loaders
+
+        quantization = self.config.get("quantization_config")
+        return loaders(quantization) if quantization else "transformers"
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """The prediction for the model after one step: sizes in bytes."""
+
+    method: str
+    nbytes: int
+    parameters: int
+    layers: int
+    loads_with: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The shapes along a recipe: before, after every step, and at the end."""
+
+    before: ModelShape
+    after: ModelShape
+    steps: list[PlannedStep]
+
+    def document(self) -> dict[str, Any]:
+        """The plan as JSON data."""
+        return {
+            "before": _figures(self.before),
+            "after": _figures(self.after),
+            "steps": [vars(step) for step in self.steps],
+        }
+
+
+def _figures(shape: ModelShape) -> dict[str, Any]:
+    return {
+        "bytes": shape.nbytes,
+        "parameters": shape.parameters,
+        "bits_per_parameter": 8 * shape.nbytes / shape.parameters,
+        "layers": shape.num_layers,
+        "loads_with": shape.loads_with,
+    }
+
+
+def make_plan(checkpoint: Checkpoint, steps: list[tuple[Method, MethodOptions]]) -> Plan:
+    """Follow the shape of the model through the steps.
+
+    Raises:
+        BadInput: a step cannot be done to a model of the shape it meets.
+    """
+    before = shape = ModelShape.of(checkpoint)
+    planned = []
+    for method, options in steps:
+        shape = method.plan(shape, options)
+        planned.append(
+            PlannedStep(method.name, shape.nbytes, shape.parameters, shape.num_layers, shape.loads_with)
+        )
+    return Plan(before, shape, planned)

@@ -1,0 +1,339 @@
+"""Executing a recipe: plan, then step after step, then one artefact, checked by reloading it.
+
+All work happens in a hidden folder beside the output, which the finished artefact leaves by a rename. A
+killed run leaves only that folder behind, and the same command goes on from its last finished layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from filelock import FileLock, Timeout
+
+import compress
+from compress.artefact import (
+    Lineage,
+    Parent,
+    ReloadCheck,
+    Result,
+    Step,
+    check_output,
+    now,
+    publish,
+    versions,
+    write_lineage,
+    write_model,
+)
+from compress.calibration.windows import Windows, calibration_windows
+from compress.checkpoint import DTYPE_NAMES, Checkpoint, Draft, write_atomically
+from compress.errors import BadInput, CompressError
+from compress.memory import available_memory, peak_memory, reset_peak_memory
+from compress.method import Method, MethodOptions
+from compress.models import ModelSource, find_model
+from compress.plan import Plan, make_plan
+from compress.recipe import Recipe
+from compress.stream import Journal, StreamedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+PROBE_TOKENS = 48
+PARITY = 1e-3
+ROOM = 1.05  # free disk space asked for, over the predicted bytes of one copy in the work folder and the result
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass
+class Run:
+    """What a method is given besides the model.
+
+    Attributes:
+        draft: the model under construction; the method writes its changes there.
+        calibration: windows of tokens, or None if the method needs none.
+        seed: for every random choice.
+        folder: room for the step's files; it goes away with the run.
+        device: where to compute.
+        progress: told a text and the share done.
+    """
+
+    draft: Draft
+    calibration: Windows | None
+    seed: int
+    folder: Path
+    device: str
+    progress: Progress
+
+    def journal(self, name: str) -> Journal:
+        """The journal of one walk of the step."""
+        return Journal(self.folder / name, self.draft)
+
+    def generator(self) -> torch.Generator:
+        """A fresh random generator with the run's seed."""
+        return torch.Generator().manual_seed(self.seed)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder.
+
+    Raises:
+        BadInput: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises many types for missing and broken tokenizer files
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"The model folder '{folder}' has no tokenizer that can be loaded ({reason}).") from error
+
+
+def open_model(recipe: Recipe) -> tuple[ModelSource, Checkpoint]:
+    """The recipe's model, found and opened with the recipe's dtype."""
+    source = find_model(recipe.model, recipe.revision)
+    dtype = DTYPE_NAMES[getattr(torch, recipe.dtype)] if recipe.dtype else None
+    return source, Checkpoint.open(source.folder, dtype)
+
+
+def execute(
+    recipe: Recipe,
+    output: Path,
+    *,
+    resume: bool | None = None,
+    overwrite: bool = False,
+    device: str = "cpu",
+    progress: Progress = lambda text, share: None,
+) -> Lineage:
+    """Run a recipe and write its artefact to ``output``.
+
+    Args:
+        recipe: what to do.
+        output: a folder that does not exist, is empty, or may be replaced (``overwrite``).
+        resume: True goes on with an interrupted run, False throws it away, None goes on if it is the same
+            run and refuses otherwise.
+        device: where to compute.
+        progress: told a text and the share of the current part that is done.
+
+    Raises:
+        BadInput: the recipe does not fit the model, the text or the output folder.
+        CompressError: the work failed: no disk space, broken activations, or a reload that does not match.
+    """
+    output = output.absolute()
+    check_output(output, overwrite)
+    source, checkpoint = open_model(recipe)
+    plan = make_plan(checkpoint, recipe.steps)
+    work = output.with_name(f".{output.name}.partial")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _check_disk(output.parent, plan)
+        with FileLock(output.with_name(f".{output.name}.lock"), blocking=False):
+            return _execute(recipe, source, checkpoint, plan, output, work, resume, device, progress)
+    except Timeout:
+        raise BadInput(f"Another run is writing to '{output}'.") from None
+    finally:
+        output.with_name(f".{output.name}.lock").unlink(missing_ok=True)
+
+
+def _execute(
+    recipe: Recipe,
+    source: ModelSource,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    output: Path,
+    work: Path,
+    resume: bool | None,
+    device: str,
+    progress: Progress,
+) -> Lineage:
+    windows = _calibration(recipe, source.folder) if recipe.needs_calibration else None
+    resumed = _enter(work, _fingerprint(recipe, checkpoint, windows), resume)
+    try:
+        current, records = checkpoint, []
+        for number, (method, options) in enumerate(recipe.steps):
+            folder = work / f"{number}-{method.name}"
+            run = Run(Draft(current, folder), windows, recipe.seed, folder, device, progress)
+            records.append(_step(method, options, current, run, resumed))
+            current = run.draft
+        finished = work / "artefact"
+        shutil.rmtree(finished, ignore_errors=True)
+        progress("writing the model", 0.0)
+        files = write_model(current, source.folder, finished, recipe.resolved())
+        progress("reloading the model", 0.0)
+        check = _reload_check(current, finished, device)
+        lineage = Lineage(
+            name=output.name,
+            created=now(),
+            parent=Parent(
+                id=source.id,
+                revision=source.revision,
+                sha256=checkpoint.sha256,
+                bytes=plan.before.nbytes,
+                parameters=plan.before.parameters,
+            ),
+            dtype=recipe.dtype,
+            seed=recipe.seed,
+            calibration=windows.describe() if windows is not None else None,
+            steps=records,
+            result=Result(
+                bytes=current.nbytes,
+                predicted_bytes=plan.after.nbytes,
+                parameters=plan.after.parameters,
+                bits_per_parameter=8 * current.nbytes / plan.after.parameters,
+                layers=plan.after.num_layers,
+                loads_with=plan.after.loads_with,
+                files=files,
+            ),
+            reload=check,
+            device=device,
+            versions=versions(),
+        )
+        write_lineage(finished, lineage)
+        publish(finished, output)
+    except BadInput:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    shutil.rmtree(work, ignore_errors=True)
+    return lineage
+
+
+def _calibration(recipe: Recipe, folder: Path) -> Windows:
+    wanted = recipe.calibration
+    return calibration_windows(
+        load_tokenizer(folder),
+        wanted.source,
+        nsamples=wanted.nsamples,
+        seqlen=wanted.seqlen,
+        seed=recipe.seed if wanted.seed is None else wanted.seed,
+        chat_template=wanted.chat_template,
+    )
+
+
+def _fingerprint(recipe: Recipe, checkpoint: Checkpoint, windows: Windows | None) -> dict[str, Any]:
+    """What must be equal for an interrupted run to be this run."""
+    steps = {k: v for k, v in recipe.resolved().items() if k not in ("evaluate", "model", "revision")}
+    return {
+        "compress-model": compress.__version__,
+        "model": checkpoint.sha256,
+        "recipe": hashlib.sha256(json.dumps(steps, sort_keys=True).encode()).hexdigest(),
+        "calibration": windows.sha256 if windows is not None else None,
+    }
+
+
+def _enter(work: Path, fingerprint: dict[str, Any], resume: bool | None) -> bool:
+    """Make or re-enter the work folder; whether there was an interrupted run to go on with."""
+    path = work / "run.json"
+    if resume is False or (work.exists() and not path.exists()):
+        shutil.rmtree(work, ignore_errors=True)
+    if path.exists():
+        before = json.loads(path.read_text())
+        changed = [key for key, value in fingerprint.items() if before.get(key) != value]
+        if changed:
+            raise BadInput(
+                f"'{work}' holds an interrupted run with another {' and '.join(changed)}; "
+                "use --fresh to throw it away, or another -o."
+            )
+        log.info("Going on with the interrupted run in %s.", work)
+        return True
+    work.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(fingerprint))
+    return False
+
+
+def _step(method: Method, options: MethodOptions, current: Checkpoint, run: Run, resumed: bool) -> Step:
+    done = run.folder / "done.json"
+    if done.exists():
+        return Step.model_validate_json(done.read_text())
+    log.info("%s: %s", method.name, options.model_dump_json())
+    reset_peak_memory()
+    started = time.perf_counter()
+    report = method.apply(StreamedModel(current, run.device, run.progress), options, run)
+    run.draft.flush("step")
+    record = Step(
+        method=method.name,
+        family=method.family,
+        paper=str(method.paper),
+        options=options.model_dump(mode="json"),
+        summary=report.summary,
+        details=report.details,
+        seconds=round(time.perf_counter() - started, 3),
+        peak_memory_bytes=peak_memory(),
+        resumed=resumed,
+    )
+    write_atomically(done, record.model_dump_json())
+    log.info("%s: %s (%.0f s)", method.name, report.summary, record.seconds)
+    return record
+
+
+def _check_disk(folder: Path, plan: Plan) -> None:
+    """Refuse before starting if the disk cannot hold the result and what is written on the way."""
+    wanted = int(ROOM * 2 * plan.after.nbytes) if plan.steps else int(ROOM * plan.after.nbytes)
+    free = shutil.disk_usage(folder).free
+    if free < wanted:
+        raise CompressError(
+            f"The disk of '{folder}' has {free / 1e6:,.0f} MB free, but this run needs about {wanted / 1e6:,.0f} MB."
+        )
+
+
+@torch.no_grad()
+def streamed_logits(checkpoint: Checkpoint, windows: Windows, device: str = "cpu") -> torch.Tensor:
+    """Logits [N, S, V] (float32) of a causal model, or the first output of another, layer by layer."""
+    model = StreamedModel(checkpoint, device)
+    stream = model.stream(windows)
+    for layer in model.walk(None, stream):
+        stream.advance(layer)
+    with model.head() as head:
+        return torch.cat([first_output(head(hidden)) for _, hidden, _ in stream.batches()])
+
+
+def first_output(output: Any) -> torch.Tensor:
+    """The logits of a model output, or its first tensor if it has none."""
+    return output["logits"] if "logits" in output else output[0]
+
+
+def _reload_check(current: Checkpoint, folder: Path, device: str) -> ReloadCheck:
+    """Compare the logits of the model before it was written with those of the folder, read afresh.
+
+    A plain model that fits into a quarter of the free memory is loaded by transformers itself, as its users
+    will; any other one is streamed from its files.
+    """
+    reloaded = Checkpoint.open(folder)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, int(current.config["vocab_size"]), (2, PROBE_TOKENS // 2), generator=generator)
+    probe = Windows(tokens, torch.ones_like(tokens, dtype=torch.bool), source="random tokens")
+    before = streamed_logits(current, probe, device)
+    plain = "quantization_config" not in current.config
+    if plain and 4 * sum(info.numel for info in current.tensors.values()) < available_memory() / 4:
+        loaded_by = "transformers"
+        after = _plain_logits(folder, tokens)
+    else:
+        loaded_by = "compress-model, layer by layer"
+        after = streamed_logits(reloaded, probe, device)
+    difference = float((before - after).abs().max())
+    if not difference <= PARITY:
+        raise CompressError(
+            f"The written model does not compute what it did in memory (logits differ by {difference:.3g}); "
+            "nothing was published."
+        )
+    return ReloadCheck(loaded_by=loaded_by, max_difference=difference, tokens=tokens.numel())
+
+
+@torch.no_grad()
+def _plain_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    import transformers
+
+    from compress.anatomy import model_class
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model = model_class(config).from_pretrained(folder, dtype=torch.float32).eval()
+    return first_output(model(tokens))

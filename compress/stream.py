@@ -1,0 +1,401 @@
+"""The streaming engine: a model walked layer by layer over text, with one layer in memory at a time.
+
+    model = StreamedModel(checkpoint)
+    dense = model.stream(calibration)                 # hidden states before layer 0
+    for layer in model.walk(journal, dense):          # layer.module is in memory during the loop body only
+        dense.advance(layer, observe={"mlp.down_proj": look})
+
+Hidden states are float32 and live in memory up to a limit, above it in files. After every layer the
+journal makes them durable, so that a killed walk goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from compress.anatomy import Anatomy
+from compress.calibration.windows import Windows
+from compress.checkpoint import Checkpoint, Draft, atomic, write_atomically
+from compress.errors import BadInput
+from compress.modeling import Weights, check_finite, config_of, first, skeleton
+
+Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Called with a submodule's input [B, S, in], its output [B, S, out] and the mask of real tokens [B, S]."""
+
+BATCH_TOKENS = 4096
+MEMORY_LIMIT = 1 << 30
+
+
+class Activations:
+    """float32 tensor [N, S, D] written and read in slices of windows.
+
+    Up to ``memory_limit`` bytes it is held in memory, above that in two files: one is read while the other
+    is written, and `flip` changes their roles.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], file: Path | None, memory_limit: int = MEMORY_LIMIT) -> None:
+        self.shape = shape
+        self._files = None
+        self._memory = None
+        if file is not None and 4 * shape[0] * shape[1] * shape[2] > memory_limit:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._files = [file.with_name(f"{file.name}.{slot}") for slot in (0, 1)]
+        else:
+            self._memory = torch.zeros(shape, dtype=torch.float32)
+
+    @property
+    def spilled(self) -> bool:
+        """Whether the values are in files."""
+        return self._files is not None
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Windows ``start`` to ``stop``: [stop - start, S, D]."""
+        if self._memory is not None:
+            return self._memory[start:stop]
+        values = torch.empty((stop - start, *self.shape[1:]), dtype=torch.float32)
+        with self._files[0].open("rb") as file:
+            file.seek(start * values[0].nbytes)
+            file.readinto(memoryview(values.numpy()).cast("B"))
+        return values
+
+    def write(self, start: int, values: torch.Tensor) -> None:
+        """Set the windows from ``start`` on; visible to `read` after `flip` if the values are in files."""
+        if self._memory is not None:
+            self._memory[start : start + len(values)] = values
+            return
+        values = values.contiguous()
+        self._files[1].touch()
+        with self._files[1].open("r+b") as file:
+            file.seek(start * values[0].nbytes)
+            file.write(memoryview(values.numpy()).cast("B"))
+
+    def flip(self) -> None:
+        """What was written is what is read from now on."""
+        if self._files is not None:
+            self._files.reverse()
+
+    def save(self) -> str | torch.Tensor:
+        """What `restore` needs: the values, or the name of the file that holds them."""
+        return self._files[0].name if self._files is not None else self._memory
+
+    def restore(self, saved: str | torch.Tensor) -> None:
+        """Go back to what `save` returned."""
+        if self._files is not None:
+            if self._files[0].name != saved:
+                self._files.reverse()
+        else:
+            self._memory.copy_(saved)
+
+
+@dataclass
+class Layer:
+    """One layer in memory.
+
+    Attributes:
+        index: position in the model, from 0.
+        name: full name, such as ``model.layers.3``.
+        module: the transformers module, float32.
+        linears: path inside the layer -> module, in the order of the data flow.
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    linears: dict[str, nn.Module]
+
+
+class Stream:
+    """Text on its way through a model: the hidden states before the layer that comes next."""
+
+    def __init__(self, windows: Windows, hidden: Activations, batch_size: int) -> None:
+        self.windows = windows
+        self.hidden = hidden
+        self.starts = range(0, len(windows.tokens), batch_size)
+        self.batch_size = batch_size
+        self.calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+
+    def batches(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """(first window, hidden states [B, S, D], mask [B, S]) of each batch."""
+        for start in self.starts:
+            stop = min(start + self.batch_size, len(self.windows.tokens))
+            yield start, self.hidden.read(start, stop), self.windows.mask[start:stop]
+
+    def call(self, layer: Layer, module: nn.Module, start: int, hidden: torch.Tensor) -> torch.Tensor:
+        """``module(hidden)`` with the attention mask and positions the model gives to ``layer``."""
+        args, kwargs = self.calls[start][layer.index]
+        return first(module(hidden, *args, **kwargs))
+
+    @torch.no_grad()
+    def advance(self, layer: Layer, observe: Mapping[str, Observer] | None = None) -> None:
+        """hidden := layer(hidden), showing the observed submodules' inputs and outputs on the way.
+
+        Args:
+            layer: the layer in memory, changed or not.
+            observe: path inside the layer ("" is the layer itself) -> observer.
+
+        Raises:
+            CompressError: the layer puts out NaN or infinite values.
+        """
+        for start, hidden, mask in self.batches():
+            with ExitStack() as stack:
+                for path, observer in (observe or {}).items():
+                    module = layer.module.get_submodule(path)
+                    stack.enter_context(_hook(module, observer, mask))
+                output = self.call(layer, layer.module, start, hidden)
+            check_finite(output, f"Layer {layer.name}")
+            self.hidden.write(start, output)
+        self.hidden.flip()
+
+
+@contextmanager
+def _hook(module: nn.Module, observer: Observer, mask: torch.Tensor) -> Iterator[None]:
+    handle = module.register_forward_hook(lambda _, inputs, output: observer(inputs[0], first(output), mask))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class Journal:
+    """What a walk has finished, in a folder: enough to go on after a kill.
+
+    ``state`` is a dict of tensors that the loop body keeps its results in; it is saved and restored with
+    the streams, so a body that reads and writes nothing else is resumable.
+    """
+
+    def __init__(self, folder: Path, draft: Draft | None = None) -> None:
+        self.folder = folder
+        self.draft = draft
+        self.state: dict[str, torch.Tensor] = {}
+
+    def activations(self, name: str, shape: tuple[int, int, int]) -> Activations:
+        """Room for activations [N, S, D] that spills into the journal's folder."""
+        return Activations(shape, self.folder / name)
+
+    def restore(self, held: list[Activations]) -> int | None:
+        """Bring ``state`` and the activations back; the number of layers finished, or None at the beginning."""
+        progress = self.folder / "progress.json"
+        if not progress.exists():
+            return None
+        saved = json.loads(progress.read_text())
+        tensors = load_file(self.folder / saved["tensors"])
+        for number, activations in enumerate(held):
+            activations.restore(saved["files"].get(str(number)) or tensors.pop(f"activations.{number}"))
+        self.state.update({name.removeprefix("state."): tensor for name, tensor in tensors.items()})
+        return saved["finished"]
+
+    def commit(self, finished: int, held: list[Activations]) -> None:
+        """Make everything up to layer ``finished`` (exclusive) durable."""
+        if self.draft is not None:
+            self.draft.flush(f"{self.folder.name}-{finished:05d}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        saved = {str(number): activations.save() for number, activations in enumerate(held)}
+        tensors = {f"state.{name}": tensor.contiguous() for name, tensor in self.state.items()}
+        tensors |= {f"activations.{n}": value for n, value in saved.items() if isinstance(value, torch.Tensor)}
+        # Two files in turn: the one that progress.json names is never the one being written.
+        name = f"tensors-{finished % 2}.safetensors"
+        with atomic(self.folder / name) as temporary:
+            save_file({key: tensor.clone() for key, tensor in tensors.items()}, temporary)
+        progress = {
+            "finished": finished,
+            "tensors": name,
+            "files": {n: value for n, value in saved.items() if isinstance(value, str)},
+        }
+        write_atomically(self.folder / "progress.json", json.dumps(progress))
+
+
+class StreamedModel:
+    """A model whose weights stay on disk; at most one layer, or the parts around the layers, is in memory.
+
+    Args:
+        checkpoint: where the weights are.
+        device: where layers and hidden states are computed.
+        progress: called with a text and the share done (0 to 1) after each layer of a walk.
+
+    Raises:
+        BadInput: the architecture is not in the anatomy table.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: str = "cpu",
+        progress: Callable[[str, float], None] | None = None,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.device = device
+        self.progress = progress
+        self.config = config_of(checkpoint)
+        self.model = skeleton(self.config)
+        self.weights = Weights(checkpoint, self.model, device, torch.float32)
+        self.anatomy: Anatomy = self.weights.anatomy
+        parent, _, leaf = self.anatomy.layers.rpartition(".")
+        self._parent = self.model.base_model.get_submodule(parent)
+        self._leaf = leaf
+        self._layers = list(getattr(self._parent, leaf))
+        setattr(self._parent, leaf, nn.ModuleList())
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[Layer]:
+        """One layer in memory for the length of a ``with`` block."""
+        name, module = self.anatomy.layer_name(index), self._layers[index]
+        self.weights.fill(module, name)
+        try:
+            yield Layer(index, name, module, self.anatomy.linears(module))
+        finally:
+            self.weights.empty(module)
+
+    def walk(
+        self, journal: Journal | None, *streams: Stream | Activations, stop: int | None = None, label: str = ""
+    ) -> Iterator[Layer]:
+        """Layers 0 to ``stop`` (all), each in memory during the loop body.
+
+        After the body, ``journal`` makes ``streams``, ``journal.state`` and what was written to the draft
+        durable; if it already knows finished layers, the walk starts behind them.
+        """
+        stop = self.num_layers if stop is None else stop
+        held = [item.hidden if isinstance(item, Stream) else item for item in streams]
+        begin = 0
+        if journal is not None:
+            begin = journal.restore(held) or 0
+        for index in range(begin, stop):
+            with self.layer(index) as layer:
+                yield layer
+            if journal is not None:
+                journal.commit(index + 1, held)
+            if self.progress is not None:
+                self.progress(label or "walking", (index + 1) / stop)
+
+    @torch.no_grad()
+    def stream(self, windows: Windows, folder: Path | None = None, batch_tokens: int = BATCH_TOKENS) -> Stream:
+        """Start text on its way: embed it, and learn what the model gives to every layer besides hidden states.
+
+        Args:
+            windows: token ids [N, S] and mask.
+            folder: hidden states above the memory limit go into files there.
+            batch_tokens: tokens in a batch; results do not depend on it beyond rounding.
+        """
+        if int(windows.tokens.max()) >= self.config.vocab_size:
+            raise BadInput("The text was tokenized for another vocabulary than the model's.")
+        count, length = windows.tokens.shape
+        batch_size = max(1, batch_tokens // length)
+        stream = None
+        padded = not bool(windows.mask.all())
+        with self._outside(skip_head=True):
+            calls_of: dict[int, list[Any]] = {}
+            for start in range(0, count, batch_size):
+                tokens = windows.tokens[start : start + batch_size].to(self.device)
+                mask = windows.mask[start : start + batch_size].to(self.device) if padded else None
+                hidden, calls = self._embed(tokens, mask)
+                if stream is None:
+                    store = Activations((count, length, hidden.shape[-1]), folder and folder / "hidden")
+                    stream = Stream(windows, store, batch_size)
+                # Without padding every batch of the same size is given the same mask and positions.
+                stream.calls[start] = calls if padded else calls_of.setdefault(len(tokens), calls)
+                stream.hidden.write(start, hidden)
+        stream.hidden.flip()
+        return stream
+
+    def _embed(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, list[Any]]:
+        calls: list[Any] = []
+        hidden: list[torch.Tensor] = []
+
+        def record(given: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            hidden.append(given)
+            calls.append((args, kwargs))
+            return given
+
+        with self._stand_ins(record):
+            self.model.base_model(tokens, attention_mask=mask, **self._no_cache)
+        return hidden[0], calls
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[torch.Tensor], Any]]:
+        """``with model.head() as head``: hidden states [B, S, D] after the last layer -> the model's output
+        (``.logits`` [B, S, V] for a causal model), computed by everything behind the layers."""
+        with self._outside(skip_embedding=True):
+
+            @torch.no_grad()
+            def head(hidden: torch.Tensor) -> Any:
+                queue = [hidden.to(self.device)]
+
+                def replay(given: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+                    # The first layer's stand-in puts the real hidden states in the place of the dummy.
+                    return queue.pop() if queue else given
+
+                width = self.model.get_input_embeddings().embedding_dim
+                dummy = torch.zeros((*hidden.shape[:2], width), device=self.device)
+                with self._stand_ins(replay):
+                    return self.model(inputs_embeds=dummy, **self._no_cache)
+
+            yield head
+
+    @property
+    def _no_cache(self) -> dict[str, Any]:
+        return {"use_cache": False} if self.anatomy.kind == "decoder" else {}
+
+    @contextmanager
+    def _outside(self, skip_head: bool = False, skip_embedding: bool = False) -> Iterator[None]:
+        """Everything but the layers in memory."""
+        embedding = self.model.base_model.get_submodule(self.anatomy.embeddings[0])
+        head = self.model.get_submodule(self.anatomy.head) if self.anatomy.head else None
+        skip = ()
+        if skip_head and head is not None:
+            skip = (head,)
+        elif skip_embedding and head is not None and embedding is not head:
+            skip = (embedding,)
+        self.weights.fill(self.model, "", skip=skip)
+        try:
+            yield
+        finally:
+            self.weights.empty(self.model)
+
+    @contextmanager
+    def _stand_ins(self, act: Callable[..., torch.Tensor]) -> Iterator[None]:
+        """Functions in the place of the layers, so that the model's own code does what is around them."""
+        stand_ins = nn.ModuleList(_StandIn(layer, act) for layer in self._layers)
+        setattr(self._parent, self._leaf, stand_ins)
+        try:
+            yield
+        finally:
+            setattr(self._parent, self._leaf, nn.ModuleList())
+
+
+class _StandIn(nn.Module):
+    """Takes a layer's place, and looks like the layer to code that asks for its attributes."""
+
+    def __init__(self, layer: nn.Module, act: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        object.__setattr__(self, "_layer", layer)
+        object.__setattr__(self, "_act", act)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_layer"), name)
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = self._act(hidden, *args, **kwargs)
+        return (output,) if _returns_tuple(self._layer, hidden, args, kwargs) else output
+
+
+def _returns_tuple(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: Any) -> bool:
+    """Whether the layer wraps its output, found out by running it on the meta device, without memory."""
+
+    def to_meta(value: Any) -> Any:
+        return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+    args, kwargs = tree_map(to_meta, ((hidden, *args), kwargs))
+    return isinstance(layer(*args, **kwargs), tuple)

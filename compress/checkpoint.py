@@ -185,6 +185,12 @@ class Draft(Checkpoint):
             self.tensors = {k: TensorInfo(v[0], tuple(v[1])) for k, v in saved["tensors"].items()}
             self.sources = {k: TensorSource(*v) for k, v in saved["sources"].items()}
 
+    def reset(self) -> None:
+        """Start over: equal to the parent again."""
+        self.config = copy.deepcopy(self.parent.config)
+        self.tensors, self.sources = dict(self.parent.tensors), dict(self.parent.sources)
+        self._buffer.clear()
+
     def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Add or replace tensors; they are kept in memory until the next `flush`."""
         for name, tensor in tensors.items():

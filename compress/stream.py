@@ -29,8 +29,9 @@ from compress.checkpoint import Checkpoint, Draft, atomic, write_atomically
 from compress.errors import BadInput
 from compress.modeling import Weights, check_finite, config_of, first, skeleton
 
-Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""Called with a submodule's input [B, S, in], its output [B, S, out] and the mask of real tokens [B, S]."""
+Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], None]
+"""Called with a submodule's input [B, S, in], its output [B, S, out], the mask of real tokens [B, S] and the
+number of the first window."""
 
 BATCH_TOKENS = 4096
 MEMORY_LIMIT = 1 << 30
@@ -39,62 +40,70 @@ MEMORY_LIMIT = 1 << 30
 class Activations:
     """float32 tensor [N, S, D] written and read in slices of windows.
 
-    Up to ``memory_limit`` bytes it is held in memory, above that in two files: one is read while the other
-    is written, and `flip` changes their roles.
+    Up to ``memory_limit`` bytes it is held in memory, above that in a file. There are two files: one is the
+    last state made durable (or the one being read), the other is written next; `flip` and `save` change roles.
+
+    Args:
+        shape: [N, S, D].
+        file: where the files go, without it everything stays in memory and cannot be saved.
+        memory_limit: bytes.
     """
 
     def __init__(self, shape: tuple[int, int, int], file: Path | None, memory_limit: int = MEMORY_LIMIT) -> None:
         self.shape = shape
-        self._files = None
-        self._memory = None
-        if file is not None and 4 * shape[0] * shape[1] * shape[2] > memory_limit:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            self._files = [file.with_name(f"{file.name}.{slot}") for slot in (0, 1)]
-        else:
-            self._memory = torch.zeros(shape, dtype=torch.float32)
-
-    @property
-    def spilled(self) -> bool:
-        """Whether the values are in files."""
-        return self._files is not None
+        self.files = [] if file is None else [file.with_name(f"{file.name}.{slot}") for slot in (0, 1)]
+        self.spilled = bool(self.files) and 4 * shape[0] * shape[1] * shape[2] > memory_limit
+        self._memory = None if self.spilled else torch.zeros(shape, dtype=torch.float32)
+        self._changed = True
+        if self.files:
+            self.files[0].parent.mkdir(parents=True, exist_ok=True)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Windows ``start`` to ``stop``: [stop - start, S, D]."""
-        if self._memory is not None:
+        if not self.spilled:
             return self._memory[start:stop]
         values = torch.empty((stop - start, *self.shape[1:]), dtype=torch.float32)
-        with self._files[0].open("rb") as file:
+        with self.files[0].open("rb") as file:
             file.seek(start * values[0].nbytes)
-            file.readinto(memoryview(values.numpy()).cast("B"))
+            file.readinto(_bytes(values))
         return values
 
     def write(self, start: int, values: torch.Tensor) -> None:
-        """Set the windows from ``start`` on; visible to `read` after `flip` if the values are in files."""
-        if self._memory is not None:
+        """Set the windows from ``start`` on; if they are in a file, `read` sees them after `flip`."""
+        self._changed = True
+        if not self.spilled:
             self._memory[start : start + len(values)] = values
             return
-        values = values.contiguous()
-        self._files[1].touch()
-        with self._files[1].open("r+b") as file:
+        self.files[1].touch()
+        with self.files[1].open("r+b") as file:
             file.seek(start * values[0].nbytes)
-            file.write(memoryview(values.numpy()).cast("B"))
+            file.write(_bytes(values.cpu().contiguous()))
 
     def flip(self) -> None:
         """What was written is what is read from now on."""
-        if self._files is not None:
-            self._files.reverse()
+        if self.spilled:
+            self.files.reverse()
 
-    def save(self) -> str | torch.Tensor:
-        """What `restore` needs: the values, or the name of the file that holds them."""
-        return self._files[0].name if self._files is not None else self._memory
+    def save(self) -> str:
+        """Make the values durable; the name of the file that holds them, for `restore`."""
+        if not self.spilled and self._changed:
+            self.files[1].write_bytes(_bytes(self._memory))
+            self.files.reverse()
+            self._changed = False
+        return self.files[0].name
 
-    def restore(self, saved: str | torch.Tensor) -> None:
-        """Go back to what `save` returned."""
-        if self._files is not None:
-            if self._files[0].name != saved:
-                self._files.reverse()
-        else:
-            self._memory.copy_(saved)
+    def restore(self, name: str) -> None:
+        """Go back to what `save` made durable."""
+        if self.files[0].name != name:
+            self.files.reverse()
+        if not self.spilled:
+            with self.files[0].open("rb") as file:
+                file.readinto(_bytes(self._memory))
+            self._changed = False
+
+
+def _bytes(values: torch.Tensor) -> memoryview:
+    return memoryview(values.numpy()).cast("B")
 
 
 @dataclass
@@ -150,7 +159,7 @@ class Stream:
             with ExitStack() as stack:
                 for path, observer in (observe or {}).items():
                     module = layer.module.get_submodule(path)
-                    stack.enter_context(_hook(module, observer, mask))
+                    stack.enter_context(_hook(module, observer, mask, start))
                 output = self.call(layer, layer.module, start, hidden)
             check_finite(output, f"Layer {layer.name}")
             self.hidden.write(start, output)
@@ -158,8 +167,10 @@ class Stream:
 
 
 @contextmanager
-def _hook(module: nn.Module, observer: Observer, mask: torch.Tensor) -> Iterator[None]:
-    handle = module.register_forward_hook(lambda _, inputs, output: observer(inputs[0], first(output), mask))
+def _hook(module: nn.Module, observer: Observer, mask: torch.Tensor, start: int) -> Iterator[None]:
+    handle = module.register_forward_hook(
+        lambda _, inputs, output: observer(inputs[0], first(output), mask, start)
+    )
     try:
         yield
     finally:
@@ -182,35 +193,27 @@ class Journal:
         """Room for activations [N, S, D] that spills into the journal's folder."""
         return Activations(shape, self.folder / name)
 
-    def restore(self, held: list[Activations]) -> int | None:
-        """Bring ``state`` and the activations back; the number of layers finished, or None at the beginning."""
-        progress = self.folder / "progress.json"
-        if not progress.exists():
-            return None
-        saved = json.loads(progress.read_text())
-        tensors = load_file(self.folder / saved["tensors"])
-        for number, activations in enumerate(held):
-            activations.restore(saved["files"].get(str(number)) or tensors.pop(f"activations.{number}"))
-        self.state.update({name.removeprefix("state."): tensor for name, tensor in tensors.items()})
-        return saved["finished"]
+    def restore(self, held: list[Activations]) -> int:
+        """Bring ``state`` and the activations back; the number of layers finished (0 at the beginning)."""
+        path = self.folder / "progress.json"
+        if not path.exists():
+            return 0
+        progress = json.loads(path.read_text())
+        for activations, name in zip(held, progress["activations"], strict=True):
+            activations.restore(name)
+        self.state.update(load_file(self.folder / progress["state"]))
+        return progress["finished"]
 
     def commit(self, finished: int, held: list[Activations]) -> None:
         """Make everything up to layer ``finished`` (exclusive) durable."""
         if self.draft is not None:
             self.draft.flush(f"{self.folder.name}-{finished:05d}")
         self.folder.mkdir(parents=True, exist_ok=True)
-        saved = {str(number): activations.save() for number, activations in enumerate(held)}
-        tensors = {f"state.{name}": tensor.contiguous() for name, tensor in self.state.items()}
-        tensors |= {f"activations.{n}": value for n, value in saved.items() if isinstance(value, torch.Tensor)}
         # Two files in turn: the one that progress.json names is never the one being written.
-        name = f"tensors-{finished % 2}.safetensors"
+        name = f"state-{finished % 2}.safetensors"
         with atomic(self.folder / name) as temporary:
-            save_file({key: tensor.clone() for key, tensor in tensors.items()}, temporary)
-        progress = {
-            "finished": finished,
-            "tensors": name,
-            "files": {n: value for n, value in saved.items() if isinstance(value, str)},
-        }
+            save_file({key: tensor.clone() for key, tensor in self.state.items()}, temporary)
+        progress = {"finished": finished, "state": name, "activations": [item.save() for item in held]}
         write_atomically(self.folder / "progress.json", json.dumps(progress))
 
 
@@ -271,7 +274,7 @@ class StreamedModel:
         held = [item.hidden if isinstance(item, Stream) else item for item in streams]
         begin = 0
         if journal is not None:
-            begin = journal.restore(held) or 0
+            begin = journal.restore(held)
         for index in range(begin, stop):
             with self.layer(index) as layer:
                 yield layer
@@ -290,7 +293,7 @@ class StreamedModel:
             batch_tokens: tokens in a batch; results do not depend on it beyond rounding.
         """
         if int(windows.tokens.max()) >= self.config.vocab_size:
-            raise BadInput("The text was tokenized for another vocabulary than the model's.")
+            raise BadInput("The text has token ids outside the model's vocabulary; the tokenizer is another model's.")
         count, length = windows.tokens.shape
         batch_size = max(1, batch_tokens // length)
         stream = None
@@ -373,6 +376,21 @@ class StreamedModel:
             yield
         finally:
             setattr(self._parent, self._leaf, nn.ModuleList())
+
+
+@torch.no_grad()
+def next_token_loss(model: StreamedModel, windows: Windows) -> torch.Tensor:
+    """Negative log-likelihood (nats, float64) of every real token given the ones before it in its window: [tokens]."""
+    stream = model.stream(windows)
+    for layer in model.walk(None, stream):
+        stream.advance(layer)
+    losses = []
+    with model.head() as head:
+        for index, (tokens, mask) in enumerate(zip(windows.tokens, windows.mask, strict=True)):
+            logits = head(stream.hidden.read(index, index + 1)).logits[0, :-1].float().cpu()
+            loss = nn.functional.cross_entropy(logits, tokens[1:], reduction="none").double()
+            losses.append(loss[mask[1:] & mask[:-1]])
+    return torch.cat(losses)
 
 
 class _StandIn(nn.Module):

@@ -526,8 +526,11 @@ def test_unknown_types_are_refused_with_a_sentence(config: Any) -> None:
     [
         (lambda: hf.GPT2Config(**SIZE, add_cross_attention=True), "cross-attention"),
         (lambda: hf.BertConfig(**SIZE, is_decoder=True), "is a decoder"),
-        (lambda: hf.LlamaConfig(**GQA, per_layer_config={1: {"intermediate_size": 8}}), "per_layer_config"),
-        (lambda: hf.Qwen3Config(**WIDE, per_layer_config={1: {"num_attention_heads": 2}}), "per_layer_config"),
+        (lambda: hf.LlamaConfig(**GQA, per_layer_config={1: {"intermediate_size": 8}}), "different shapes"),
+        (
+            lambda: hf.Qwen3Config(**WIDE, per_layer_config={1: {"num_attention_heads": 2}}),
+            "different shapes",
+        ),
     ],
 )
 def test_parts_that_no_row_describes_are_refused(config: Callable[[], Any], sentence: str) -> None:

@@ -8,18 +8,25 @@ in orientation only:
 - GPTQ ``qweight`` [in·b/32, out]: the same stream, standing; ``qzeros`` [groups, out·b/32]: a stream along
   the output axis for every group.
 
-A stream repeats after lcm(8, b) bits, so packing works on blocks of whole bytes (2 codes in 1 byte at 4
-bits, 8 codes in 3 bytes at 3 bits) with no operation wider than a byte. Hosts are taken to be little-endian.
+To unpack, a run of whole bytes (1 byte; 3 at 3 bits) is put into an integer as wide as its codes are with 8
+bits each, and its halves are moved apart until every code lies in a byte of its own; to pack, they are moved
+together. Hosts are taken to be little-endian.
 """
 
 from __future__ import annotations
-
-from math import gcd
 
 import torch
 import torch.nn.functional as F
 
 BITS = (2, 3, 4, 8)
+
+# bits -> the integer, how far halves move apart at each step, and the mask of what is in place before the
+# first step and after each.
+_STEPS: dict[int, tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]] = {
+    2: (torch.int32, (12, 6), (0xFF, 0x000F000F, 0x03030303)),
+    3: (torch.int64, (20, 10, 5), (0xFFFFFF, 0x00000FFF00000FFF, 0x003F003F003F003F, 0x0707070707070707)),
+    4: (torch.int16, (4,), (0xFF, 0x0F0F)),
+}
 
 
 def packed_width(count: int, bits: int) -> int:
@@ -38,19 +45,16 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         int32 [rows, ceil(count·bits/32)]; the bits after the last code are 0.
     """
     rows, count = codes.shape
-    block, width = _block(bits)
-    padded = F.pad(codes, (0, -count % 32)).view(rows, -1, block)
-    if width == block:
-        stream = padded
-    else:
-        stream = torch.zeros(*padded.shape[:2], width, dtype=torch.uint8, device=codes.device)
-        for index in range(block):
-            byte, shift = divmod(index * bits, 8)
-            stream[..., byte] |= padded[..., index] << shift
-            if shift + bits > 8:
-                stream[..., byte + 1] |= padded[..., index] >> (8 - shift)
-    words = stream.view(rows, -1).view(torch.int32)
-    return words[:, : packed_width(count, bits)].contiguous()
+    codes = F.pad(codes, (0, -count % 32))
+    if bits != 8:
+        integer, shifts, masks = _STEPS[bits]
+        runs = codes.contiguous().view(integer)
+        for shift, mask in zip(reversed(shifts), reversed(masks[:-1]), strict=True):
+            runs = (runs | (runs >> shift)) & mask
+        if bits == 3:
+            runs = torch.stack((runs & 0xFF, (runs >> 8) & 0xFF, runs >> 16), dim=-1)
+        codes = runs.to(torch.uint8).view(rows, -1)
+    return codes.contiguous().view(torch.int32)[:, : packed_width(count, bits)].contiguous()
 
 
 def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
@@ -64,28 +68,21 @@ def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     Returns:
         uint8 [rows, count].
     """
-    rows, width_in_words = words.shape
-    block, width = _block(bits)
+    rows, width = words.shape
     if bits == 3:
-        words = F.pad(words, (0, -width_in_words % 3))
-    stream = words.contiguous().view(torch.uint8).view(rows, -1, width)
-    if width == block:
-        return stream.view(rows, -1)[:, :count]
-    codes = torch.empty(*stream.shape[:2], block, dtype=torch.uint8, device=words.device)
-    mask = 2**bits - 1
-    for index in range(block):
-        byte, shift = divmod(index * bits, 8)
-        target = codes[..., index]
-        if shift + bits > 8:
-            torch.bitwise_or(stream[..., byte] >> shift, stream[..., byte + 1] << (8 - shift), out=target)
-            target &= mask
-        elif shift + bits == 8:
-            torch.bitwise_right_shift(stream[..., byte], shift, out=target)
-        elif shift == 0:
-            torch.bitwise_and(stream[..., byte], mask, out=target)
-        else:
-            torch.bitwise_and(stream[..., byte] >> shift, mask, out=target)
-    return codes.view(rows, -1)[:, :count]
+        words = F.pad(words, (0, -width % 3))
+    stream = words.contiguous().view(torch.uint8)
+    if bits == 8:
+        return stream[:, :count]
+    integer, shifts, masks = _STEPS[bits]
+    if bits == 3:
+        first, second, third = stream.view(rows, -1, 3).unbind(-1)
+        runs = first.to(integer).bitwise_or_(second.to(integer) << 8).bitwise_or_(third.to(integer) << 16)
+    else:
+        runs = stream.to(integer)
+    for shift, mask in zip(shifts, masks[1:], strict=True):
+        runs.bitwise_or_(runs << shift).bitwise_and_(mask)
+    return runs.view(torch.uint8)[:, :count]
 
 
 def pack_gptq_zeros(zeros: torch.Tensor, bits: int, version: int) -> torch.Tensor:
@@ -125,10 +122,3 @@ def unpack_gptq_zeros(qzeros: torch.Tensor, bits: int, count: int, version: int)
     if version == 1 and bits == 3:
         zeros = (zeros + 1) & 7
     return zeros.t().contiguous()
-
-
-def _block(bits: int) -> tuple[int, int]:
-    """(codes, bytes) of the shortest run of whole bytes."""
-    if bits not in BITS:
-        raise ValueError(f"Codes have 2, 3, 4 or 8 bits, not {bits}.")
-    return 8 // gcd(8, bits), bits // gcd(8, bits)

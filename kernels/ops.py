@@ -1,0 +1,66 @@
+"""The operators: schema and shape rule here, implementations in one file a backend.
+
+``torch.ops.compress.packed_linear`` is x Ŵᵀ + bias with Ŵ = s · (q − z) kept packed. Every backend takes the
+one canonical layout: the codes of an output row as a dense little-endian bit stream along the input axis
+(`compress.quantization.packing`), int32 [out, ceil(in·bits/32)].
+"""
+
+from __future__ import annotations
+
+import torch
+
+from compress.kernels import reference
+
+# Library.define costs half as much per call as custom_op, which counts with 200 linears a token.
+LIBRARY = torch.library.Library("compress", "DEF")
+LIBRARY.define(
+    "packed_linear(Tensor input, Tensor packed, Tensor scales, Tensor? zeros, Tensor? bias, int bits, "
+    "int group_size) -> Tensor"
+)
+
+
+@torch.library.register_fake("compress::packed_linear", lib=LIBRARY)
+def _packed_linear_shape(
+    input: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+) -> torch.Tensor:
+    return input.new_empty((*input.shape[:-1], packed.shape[0]))
+
+
+LIBRARY.impl("packed_linear", reference.packed_linear, "CompositeExplicitAutograd")
+
+
+def packed_linear(
+    input: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+) -> torch.Tensor:
+    """A linear layer with packed weights.
+
+    Args:
+        input: [..., in], floating point; the result has its dtype.
+        packed: int32 [out, ceil(in·bits/32)].
+        scales: [out, groups], floating point.
+        zeros: uint8 [out, groups]; None: 2^(bits−1) everywhere.
+        bias: [out] in the dtype of ``input``, or None.
+        bits: 2, 3, 4 or 8.
+        group_size: values in a group along the input axis; −1: a whole row.
+
+    Returns:
+        [..., out]. There is no gradient.
+    """
+    return torch.ops.compress.packed_linear(input, packed, scales, zeros, bias, bits, group_size)
+
+
+def kernel_name(device: str | torch.device, bits: int) -> str:
+    """The backend that runs `packed_linear` for weights of ``bits`` bits on ``device``."""
+    return "reference"

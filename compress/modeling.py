@@ -14,6 +14,9 @@ from compress.errors import BadInput, CompressError, unknown
 from compress.kernels.linear import PackedLinear
 from compress.quantization.formats import Format, format_of
 
+# BERT's first checkpoints call the parameters of a LayerNorm so.
+OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+
 
 def config_of(checkpoint: Checkpoint) -> PretrainedConfig:
     """The transformers config of a checkpoint, without its quantization section.
@@ -38,7 +41,7 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The model of a config, in evaluation mode, with every parameter on the meta device (no memory) and
     every non-persistent buffer (rotary frequencies, embedding scales) computed."""
     with torch.device("meta"):
-        model = model_class(config)._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        model = model_class(config)._from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for module in model.modules():
             names = [name for name, buffer in module.named_buffers(recurse=False) if buffer is not None]
@@ -69,6 +72,7 @@ class Weights:
             for index in range(model.config.num_hidden_layers)
             for path in self.anatomy.linear_paths
         }
+        self.tied = model.all_tied_weights_keys | {v: k for k, v in model.all_tied_weights_keys.items()}
         self.base_prefix = f"{model.base_model_prefix}."
         quantization = checkpoint.config.get("quantization_config")
         self.format: Format | None = format_of(quantization) if quantization else None
@@ -76,16 +80,14 @@ class Weights:
     def find(self, name: str) -> str | None:
         """The checkpoint's spelling of a parameter name, or None if it is not there.
 
-        Published files differ from their class in the base model's prefix and in the name of the head, and
-        keep one of two tied parameters.
+        Published files differ from their class in the base model's prefix, in the name of the head and in old
+        names of norms, and keep one of two tied parameters.
         """
-        anatomy = self.anatomy
-        names = [name]
-        if anatomy.head is not None and name.startswith(f"{anatomy.head}."):
-            leaf = name.removeprefix(f"{anatomy.head}.")
-            names += [f"{alias}.{leaf}" for alias in anatomy.head_aliases]
-            if anatomy.tied and leaf == "weight":
-                names.append(f"{anatomy.in_model(anatomy.embeddings[0])}.weight")
+        names = [name, self.tied.get(name, name)]
+        head = f"{self.anatomy.head}."
+        if self.anatomy.head is not None and name.startswith(head):
+            names += [f"{alias}.{name.removeprefix(head)}" for alias in self.anatomy.head_aliases]
+        names += [name.replace(new, old) for new, old in OLD_NAMES.items() if name.endswith(new)]
         for spelling in names:
             for candidate in (spelling, self.base_prefix + spelling, spelling.removeprefix(self.base_prefix)):
                 if candidate in self.checkpoint:
@@ -151,11 +153,10 @@ class Weights:
         return stored and stored.removesuffix(f".{marker}")
 
     def _packed_linear(self, full: str, linear: nn.Module) -> PackedLinear:
-        quantization = self.checkpoint.config["quantization_config"]
-        packed = self.format.read(self._packed(full), self.checkpoint.read, quantization)
+        packed = self.format.read(self._packed(full), self.checkpoint.read)
         rows, columns = weight(linear).shape
-        if tuple(packed.codes.shape) != (rows, columns):
-            raise BadInput(f"The linear '{full}' is {list(packed.codes.shape)} where config.json asks for {[rows, columns]}.")
+        if tuple(packed.shape) != (rows, columns):
+            raise BadInput(f"The linear '{full}' is {list(packed.shape)} where config.json asks for {[rows, columns]}.")
         bias = None if linear.bias is None else self._read(f"{full}.bias", tuple(linear.bias.shape))
         module = PackedLinear.from_quantized(packed, bias).to(self.device)
         object.__setattr__(module, "stands_for", linear)

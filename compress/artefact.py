@@ -121,12 +121,12 @@ def read_lineage(folder: Path) -> Lineage | None:
         raise BadInput(f"{path} cannot be read: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from None
 
 
-def add_evaluation(folder: Path, evaluation: dict[str, Any]) -> None:
-    """Append an evaluation to the lineage of a folder and write its card again."""
+def add_evaluations(folder: Path, evaluations: list[dict[str, Any]]) -> None:
+    """Append scorecards to the lineage of a folder and write its card again."""
     lineage = read_lineage(folder)
     if lineage is None:
         raise BadInput(f"'{folder}' was not written by compress-model: it has no {LINEAGE}.")
-    lineage.evaluations.append(evaluation)
+    lineage.evaluations += evaluations
     write_lineage(folder, lineage)
 
 

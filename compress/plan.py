@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from compress.anatomy import Anatomy, anatomy_of, weight
+from compress.anatomy import Anatomy, Sizes, anatomy_of, sizes_of, weight
 from compress.checkpoint import Checkpoint, TensorInfo
 from compress.method import Method, MethodOptions
 from compress.modeling import config_of, skeleton
@@ -49,6 +49,11 @@ class ModelShape:
     def skeleton(self) -> Any:
         """The transformers model without memory for its weights."""
         return skeleton(self.pretrained_config)
+
+    @property
+    def sizes(self) -> Sizes:
+        """hidden_size and the like, under one set of names."""
+        return sizes_of(self.pretrained_config)
 
     @property
     def num_layers(self) -> int:

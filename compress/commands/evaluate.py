@@ -1,0 +1,58 @@
+"""compress-model evaluate"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import rich_click as click
+
+from compress.commands.common import device_option, logging_options, print_json, progress_shown, stdout
+
+
+def _logging(command):  # noqa: ANN001, ANN202 - a decorator of decorators
+    for decorator in reversed(logging_options):
+        command = decorator(command)
+    return command
+
+
+@click.command()
+@click.argument("model")
+@click.option("--baseline", help="The dense model to compare with. [default: MODEL itself]")
+@click.option("--suite", type=click.Choice(["quick"]), default="quick", show_default=True, help="What to measure.")
+@click.option("--text", default="bundled:evaluation", show_default=True, help="Text to score; as for calibration.")
+@click.option("--context", type=click.IntRange(2), default=512, show_default=True, help="Tokens in a window; also the stride.")
+@click.option("--windows", type=click.IntRange(1), default=32, show_default=True, help="Number of windows at most.")
+@click.option(
+    "--json", "json_file", is_flag=False, flag_value="-", metavar="[FILE]", help="Write the result as JSON to FILE, or to stdout."
+)
+@device_option
+@_logging
+def evaluate(
+    model: str, baseline: str | None, suite: str, text: str, context: int, windows: int, json_file: str | None, device: str
+) -> None:
+    """Measure MODEL: perplexity, divergence from the dense model, bytes, memory, speed.
+
+    If compress-model wrote MODEL, the result is also kept in its compression.json.
+    """
+    from compress.checkpoint import write_atomically
+    from compress.errors import BadInput
+    from compress.evaluate import evaluate_folder
+
+    if json_file not in (None, "-") and not Path(json_file).absolute().parent.is_dir():
+        raise BadInput(f"There is no folder '{Path(json_file).parent}' to write the result to.")
+    with progress_shown() as progress:
+        scorecards = evaluate_folder(
+            model, baseline=baseline, text=text, context=context, limit=windows, device=device, progress=progress
+        )
+    document = [card.model_dump(mode="json") for card in scorecards]
+    if json_file == "-":
+        print_json(document)
+        return
+    if json_file is not None:
+        import json
+
+        write_atomically(Path(json_file), json.dumps(document, indent=2))
+    from compress.compare import compare
+    from compress.render import print_table
+
+    print_table(compare(scorecards), stdout())

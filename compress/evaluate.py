@@ -1,0 +1,199 @@
+"""Evaluating a model beside the dense one: fidelity streamed layer by layer, cost in a fresh process."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from compress.artefact import add_evaluations, now, read_lineage, versions
+from compress.cache import cache_folder
+from compress.calibration.windows import Windows, evaluation_windows
+from compress.checkpoint import Checkpoint, atomic
+from compress.errors import BadInput
+from compress.fidelity import FidelityAccumulator
+from compress.kernels.ops import kernel_name
+from compress.measure import measure
+from compress.models import ModelSource, find_model
+from compress.plan import ModelShape
+from compress.run import load_tokenizer
+from compress.scorecard import Cost, Fidelity, ModelIdentity, Protocol, Scorecard
+from compress.stream import Stream, StreamedModel
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, float], None]
+
+
+def evaluate_folder(
+    model: str,
+    *,
+    baseline: str | None = None,
+    text: str = "bundled:evaluation",
+    context: int = 512,
+    limit: int | None = 32,
+    device: str = "cpu",
+    progress: Progress = lambda text, share: None,
+) -> list[Scorecard]:
+    """Evaluate a model and, if compress-model wrote it, add the result to its compression.json.
+
+    Returns the scorecard of the dense model (which is not measured again if its own compression.json has this
+    very evaluation) and, if ``baseline`` is another model, that of ``model``.
+
+    Args:
+        model: folder, hub id or ``demo``.
+        baseline: the dense model; the model itself if not given.
+        text: what to score; sources as for calibration.
+        context: tokens in a window; windows do not overlap, and the first token of each is not scored.
+        limit: number of windows at most.
+        device: where to compute and to measure.
+        progress: told a text and the share done.
+
+    Raises:
+        BadInput: not a causal language model, vocabularies differ, or the model was calibrated on this text.
+        CompressError: text or model cannot be fetched, or the model puts out NaN.
+    """
+    source = find_model(model)
+    dense_source = find_model(baseline) if baseline else source
+    checkpoint, dense = Checkpoint.open(source.folder), Checkpoint.open(dense_source.folder)
+    windows = evaluation_windows(load_tokenizer(dense_source.folder), text, context, limit)
+    _check_not_calibrated_on(source, windows)
+    accumulator = compare_streams(dense, checkpoint, windows, device, progress)
+    protocol = Protocol(
+        text=text,
+        text_sha256=windows.sha256,
+        context_tokens=context,
+        stride_tokens=context,
+        windows=len(windows),
+        tokens_scored=accumulator.tokens_scored,
+        compute_dtype="float32",
+        seed=0,
+        kernel=_kernel(dense, device),
+    )
+    dense_identity = ModelIdentity(name=_name(dense_source), sha256=dense.sha256)
+
+    def scorecard(of: ModelSource, opened: Checkpoint, fidelity: Fidelity) -> Scorecard:
+        return Scorecard(
+            model=ModelIdentity(name=_name(of), sha256=opened.sha256),
+            baseline=dense_identity,
+            loads_with=ModelShape.of(opened).loads_with,
+            protocol=protocol.model_copy(update={"kernel": _kernel(opened, device)}),
+            fidelity=fidelity,
+            cost=_cost(of, opened, device, progress),
+            when=now(),
+            versions=versions(),
+        )
+
+    same = dense.sha256 == checkpoint.sha256
+    known = None if same else _known(dense_source, dense_identity, protocol)
+    cards = [known or scorecard(dense_source, dense, accumulator.dense_fidelity())]
+    if not same:
+        cards.append(scorecard(source, checkpoint, accumulator.fidelity()))
+    if read_lineage(source.folder) is not None:
+        add_evaluations(source.folder, [card.model_dump(mode="json") for card in cards])
+    return cards
+
+
+def _known(source: ModelSource, identity: ModelIdentity, protocol: Protocol) -> Scorecard | None:
+    """The dense model's own scorecard in its compression.json, if it was made by this protocol."""
+    lineage = read_lineage(source.folder)
+    cards = [Scorecard.model_validate(card) for card in (lineage.evaluations if lineage else [])]
+    return next((card for card in reversed(cards) if card.model == identity and card.protocol == protocol), None)
+
+
+def _cost(source: ModelSource, checkpoint: Checkpoint, device: str, progress: Progress) -> Cost:
+    label = f"measuring memory and speed of {_name(source)}"
+    progress(label, 0.0)
+    cost = Cost(
+        weight_bytes=sum(Path(file).stat().st_size for file in {item.file for item in checkpoint.sources.values()}),
+        parameters=ModelShape.of(checkpoint).parameters,
+        measured=measure(source.folder, device=device),
+    )
+    progress(label, 1.0)
+    return cost
+
+
+def compare_streams(
+    dense: Checkpoint, model: Checkpoint, windows: Windows, device: str = "cpu", progress: Progress | None = None
+) -> FidelityAccumulator:
+    """Score ``model`` beside ``dense`` on ``windows``.
+
+    Both are streamed, so models larger than memory are the ordinary case; logits are float32 and are compared
+    window by window. What comes out of the dense model's last layer is kept in the cache for the next model.
+    """
+    streamed = StreamedModel(dense, device, progress)
+    if streamed.anatomy.kind != "decoder" or streamed.anatomy.head is None:
+        raise BadInput(f"'{dense.folder}' is not a causal language model, so it has no perplexity.")
+    dense_hidden = _cached_dense(streamed, windows)
+    same = dense.sha256 == model.sha256
+    other = streamed if same else StreamedModel(model, device, progress)
+    hidden = dense_hidden if same else _last_hidden(other, windows, "scoring the model")
+    accumulator = FidelityAccumulator(streamed.config.vocab_size)
+    with streamed.head() as dense_head:
+        if same:
+            _accumulate(accumulator, windows, dense_hidden, dense_head, hidden, dense_head)
+        else:
+            with other.head() as head:
+                _accumulate(accumulator, windows, dense_hidden, dense_head, hidden, head)
+    return accumulator
+
+
+def _accumulate(accumulator: FidelityAccumulator, windows: Windows, dense_hidden: torch.Tensor, dense_head: Callable,
+                hidden: torch.Tensor, head: Callable) -> None:  # fmt: skip
+    for index in range(len(windows)):
+        dense_logits = dense_head(dense_hidden[index : index + 1]).logits[0].cpu()
+        logits = dense_logits if head is dense_head else head(hidden[index : index + 1]).logits[0].cpu()
+        accumulator.add(dense_logits, logits, windows.tokens[index], windows.mask[index])
+
+
+def _last_hidden(model: StreamedModel, windows: Windows, label: str) -> torch.Tensor:
+    stream: Stream = model.stream(windows)
+    for layer in model.walk(None, stream, label=label):
+        stream.advance(layer)
+    return stream.hidden.read(0, len(windows))
+
+
+def _cached_dense(model: StreamedModel, windows: Windows) -> torch.Tensor:
+    """Hidden states after the dense model's last layer, float32 [N, S, D]; the latest ones are kept."""
+    key = hashlib.sha256(f"{model.checkpoint.sha256} {windows.sha256} {torch.__version__}".encode()).hexdigest()
+    folder = cache_folder() / "dense-hidden"
+    file = folder / f"{key[:32]}.safetensors"
+    if file.exists():
+        return load_file(file)["hidden"]
+    hidden = _last_hidden(model, windows, "scoring the dense model")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("*.safetensors"):
+            old.unlink(missing_ok=True)
+        with atomic(file) as temporary:
+            save_file({"hidden": hidden.contiguous()}, temporary)
+    except OSError as error:
+        log.debug("The dense model's hidden states are not kept for next time: %s", error)
+    return hidden
+
+
+def _check_not_calibrated_on(source: ModelSource, windows: Windows) -> None:
+    lineage = read_lineage(source.folder)
+    calibrated = set((lineage and lineage.calibration or {}).get("document_sha256", []))
+    if common := calibrated & windows.document_hashes:
+        raise BadInput(
+            f"'{source.id}' was calibrated on {len(common)} of the documents of '{windows.source}'; "
+            "evaluate it on another text."
+        )
+
+
+def _name(source: ModelSource) -> str:
+    return Path(source.id).name if Path(source.id).is_dir() else source.id
+
+
+def _kernel(checkpoint: Checkpoint, device: str) -> str:
+    quantization = checkpoint.config.get("quantization_config")
+    if quantization is None:
+        return "torch"
+    from compress.quantization.formats import format_of
+
+    return kernel_name(device, format_of(quantization).bits)

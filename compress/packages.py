@@ -11,6 +11,9 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
+import zlib
 from pathlib import Path
 
 from compress.errors import CompressError
@@ -51,9 +54,29 @@ def npm_pack(package: str, folder: Path, *, what: str) -> Path:
     return _only_file(folder, "*.tgz", package, what)
 
 
+def member(archive: Path, name: str, what: str) -> bytes:
+    """The bytes of the file ``name`` inside a wheel or tarball, which is read in place, never unpacked.
+
+    Raises:
+        CompressError: the archive is damaged or has no such file.
+    """
+    try:
+        if archive.suffix == ".whl":
+            with zipfile.ZipFile(archive) as wheel:
+                return wheel.read(name)
+        with tarfile.open(archive) as tarball:
+            return tarball.extractfile(name).read()
+    except (zipfile.BadZipFile, zlib.error, tarfile.TarError, KeyError, AttributeError, EOFError) as error:
+        raise CompressError(
+            f"{what} was damaged on its way here ({archive.name}: {error}), so nothing was kept; try again."
+        ) from error
+
+
 def check_sha256(content: bytes, expected: str, what: str) -> None:
-    """Raises:
-    CompressError: ``content`` is not the bytes whose sha256 is ``expected``.
+    """Make sure that ``content`` is what it should be.
+
+    Raises:
+        CompressError: its sha256 is not ``expected``.
     """
     actual = hashlib.sha256(content).hexdigest()
     if actual != expected:

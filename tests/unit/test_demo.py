@@ -161,12 +161,12 @@ def test_cached_once_and_rebuilt_when_damaged(cache_folder, monkeypatch):
 
 
 def test_a_build_that_fails_leaves_nothing(cache_folder):
-    def half(folder: Path) -> None:
+    def half(folder: Path) -> dict:
         (folder / "weights").write_text("some")
         raise CompressError("no more")
 
     with pytest.raises(CompressError, match="no more"):
-        cache.cached("thing", half, Path.exists)
+        cache.cached("thing", half)
     assert not folders_in(cache_folder)
 
 
@@ -174,7 +174,7 @@ def test_unwritable_cache_is_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("COMPRESS_MODEL_CACHE", str(tmp_path / "file"))
     with pytest.raises(CompressError, match="set COMPRESS_MODEL_CACHE to another folder"):
-        cache.cached("thing", lambda folder: None, Path.exists)
+        cache.cached("thing", lambda folder: {})
 
 
 BUILD_SLOWLY = """
@@ -187,8 +187,9 @@ def build(folder):
     (folder / "made").write_text("whole")
     with Path(sys.argv[1]).open("a") as log:
         log.write("built\\n")
+    return {}
 
-print((cached("thing", build, lambda folder: (folder / "made").exists()) / "made").read_text())
+print((cached("thing", build) / "made").read_text())
 """
 
 

@@ -84,10 +84,14 @@ class ModelShape:
     @property
     def loads_with(self) -> str:
         """Who can load a model of this shape."""
+        from transformers.pytorch_utils import Conv1D
+
         from compress.quantization.formats import loaders
 
         quantization = self.config.get("quantization_config")
-        return loaders(quantization) if quantization else "transformers"
+        if not quantization:
+            return "transformers"
+        return loaders(quantization, conv1d=any(isinstance(part, Conv1D) for part in self.skeleton.modules()))
 
 
 @dataclass(frozen=True)

@@ -154,8 +154,8 @@ def _storable(scales: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tens
     stored = scales.to(dtype)
     if not bool(torch.isfinite(stored).all()):
         raise BadInput(
-            f"The weight of '{name}' is too large for {str(dtype).removeprefix('torch.')} scales (it needs one "
-            f"of {float(scales.abs().max()):.2g}); rescale it, or use a format with wider scales."
+            f"The weight of '{name}' needs a scale of {float(scales.abs().max()):.2g}, too large for "
+            f"{str(dtype).removeprefix('torch.')}; use the format compressed-tensors on a bfloat16 model."
         )
     # float16 is used down to its subnormals; below float32's normal numbers arithmetic may flush to 0.
     smallest = 2.0**-24 if dtype == torch.float16 else torch.finfo(torch.float32).tiny

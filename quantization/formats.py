@@ -118,7 +118,7 @@ class CompressedTensors(Format):
             f"{name}.weight_shape": torch.tensor(weight.shape),
         }
         if not self.symmetric:
-            zeros = pack(weight.zeros.t().contiguous(), self.bits).t().contiguous()
+            zeros = pack(weight.zeros.t(), self.bits).t().contiguous()
             found[f"{name}.weight_zero_point"] = zeros
         return found
 
@@ -323,7 +323,7 @@ def format_of(quantization_config: Mapping[str, Any]) -> Format:
 
 
 def loaders(quantization_config: Mapping[str, Any], conv1d: bool = False) -> str:
-    """Who besides compress-model can load a model with this ``quantization_config``, for plans and model cards.
+    """Who besides compress-model can load a model with this ``quantization_config``, for plans and cards.
 
     Tried with transformers 5.23, compressed-tensors 0.20, gptqmodel 7.6 and optimum 2.3; what is said about
     vLLM is from its documentation.

@@ -45,7 +45,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         int32 [rows, ceil(count·bits/32)]; the bits after the last code are 0.
     """
     rows, count = codes.shape
-    # Flat, because a "contiguous" tensor with an axis of length 1 may have strides that bar reinterpreting it.
+    # Flat, because "contiguous" tensors with an axis of length 1 may have strides that bar reinterpreting.
     stream = F.pad(codes, (0, -count % 32)).reshape(-1)
     if bits != 8:
         integer, shifts, masks = _STEPS[bits]

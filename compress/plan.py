@@ -92,7 +92,9 @@ class ModelShape:
         from compress.quantization.formats import loaders
 
         quantization = self.config.get("quantization_config")
-        return loaders(quantization) if quantization else "transformers"
+        if not quantization:
+            return "transformers"
+        return loaders(quantization, conv1d=self.anatomy.conv1d)
 
 
 @dataclass(frozen=True)

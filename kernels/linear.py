@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -113,7 +115,7 @@ class PackedLinear(nn.Module):
         """The backend that runs this layer where it is."""
         return kernel_name(self.packed.device, self.bits)
 
-    def _apply(self, fn, recurse: bool = True):  # noqa: ANN001, ANN202 - torch's own signature
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
         scales = self.scales
         super()._apply(fn, recurse)
         if self.scales.dtype != scales.dtype:

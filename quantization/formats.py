@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from compress.checkpoint import DTYPE_NAMES, TensorInfo
+from compress.checkpoint import TensorInfo
 from compress.errors import BadInput
 from compress.quantization.packing import (
     BITS,
@@ -87,11 +87,12 @@ class Format(ABC):
         """
 
     def check(self, weight: QuantizedWeight) -> None:
-        """A weight that is not of this format is a programming error."""
-        if (weight.bits, weight.group_size, weight.symmetric) != (self.bits, self.group_size, self.symmetric):
+        """Raises ValueError for a weight of another kind than this format's: a programming error."""
+        mine = (self.bits, self.group_size, self.symmetric)
+        given = (weight.bits, weight.group_size, weight.symmetric)
+        if mine != given:
             raise ValueError(
-                f"This format stores {self.bits} bits in groups of {self.group_size}, symmetric={self.symmetric}; "
-                f"the weight has {weight.bits} bits, groups of {weight.group_size}, symmetric={weight.symmetric}."
+                f"A format of (bits, group size, symmetric) {mine} was given a weight of {given}."
             )
 
 
@@ -117,7 +118,7 @@ class CompressedTensors(Format):
             f"{name}.weight_shape": torch.tensor(weight.shape),
         }
         if not self.symmetric:
-            zeros = pack(weight.zeros.t().contiguous(), self.bits).t().contiguous()
+            zeros = pack(weight.zeros.t(), self.bits).t().contiguous()
             found[f"{name}.weight_zero_point"] = zeros
         return found
 
@@ -184,7 +185,7 @@ class CompressedTensors(Format):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> CompressedTensors:
-        """The format that a ``quantization_config`` declares; `BadInput` if it is beyond what is read here."""
+        """The format that a ``quantization_config`` declares; BadInput if it is beyond what is read here."""
         groups = list((config.get("config_groups") or {}).values())
         if config.get("format") != "pack-quantized" or len(groups) != 1:
             raise BadInput(
@@ -275,7 +276,7 @@ class GPTQ(Format):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> GPTQ:
-        """The format that a ``quantization_config`` declares; `BadInput` if it is beyond what is read here."""
+        """The format that a ``quantization_config`` declares; BadInput if it is beyond what is read here."""
         layout = config.get("checkpoint_format", "gptq")
         if layout not in ("gptq", "gptq_v2"):
             raise BadInput(f"GPTQ checkpoints in the layout '{layout}' cannot be read here.")
@@ -321,12 +322,26 @@ def format_of(quantization_config: Mapping[str, Any]) -> Format:
     return FORMATS[method].from_config(quantization_config)
 
 
-def loaders(quantization_config: Mapping[str, Any]) -> str:
-    """Who can load a model with this ``quantization_config``, for plans and model cards."""
+def loaders(quantization_config: Mapping[str, Any], conv1d: bool = False) -> str:
+    """Who besides compress-model can load a model with this ``quantization_config``, for plans and cards.
+
+    Tried with transformers 5.23, compressed-tensors 0.20, gptqmodel 7.6 and optimum 2.3; what is said about
+    vLLM is from its documentation.
+
+    Args:
+        quantization_config: of config.json.
+        conv1d: whether the quantized linears are ``Conv1D`` modules in transformers (GPT-2), which neither
+            loader of transformers replaces by packed ones.
+    """
     form = format_of(quantization_config)
+    vllm = " (and vLLM)" if form.symmetric and form.bits in (4, 8) else ""
     if isinstance(form, CompressedTensors):
-        return "transformers with compressed-tensors"
-    return "transformers with gptqmodel"
+        return "compress-model only" if conv1d else f"transformers with compressed-tensors{vllm}"
+    if conv1d:
+        return "gptqmodel"
+    # GPTQModel's 4-bit kernel for CPUs takes groups of 32 to 256 only.
+    where = " on a GPU" if form.bits == 4 and form.group_size not in (32, 64, 128, 256) else ""
+    return f"transformers with optimum and gptqmodel{where}{vllm}"
 
 
 def _expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:

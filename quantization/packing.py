@@ -45,16 +45,17 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         int32 [rows, ceil(count·bits/32)]; the bits after the last code are 0.
     """
     rows, count = codes.shape
-    codes = F.pad(codes, (0, -count % 32))
+    # Flat, because "contiguous" tensors with an axis of length 1 may have strides that bar reinterpreting.
+    stream = F.pad(codes, (0, -count % 32)).reshape(-1)
     if bits != 8:
         integer, shifts, masks = _STEPS[bits]
-        runs = codes.contiguous().view(integer)
+        runs = stream.view(integer)
         for shift, mask in zip(reversed(shifts), reversed(masks[:-1]), strict=True):
             runs = (runs | (runs >> shift)) & mask
         if bits == 3:
-            runs = torch.stack((runs & 0xFF, (runs >> 8) & 0xFF, runs >> 16), dim=-1)
-        codes = runs.to(torch.uint8).view(rows, -1)
-    return codes.contiguous().view(torch.int32)[:, : packed_width(count, bits)].contiguous()
+            runs = torch.stack((runs & 0xFF, (runs >> 8) & 0xFF, runs >> 16), dim=-1).view(-1)
+        stream = runs.to(torch.uint8)
+    return stream.view(torch.int32).view(rows, -1)[:, : packed_width(count, bits)].contiguous()
 
 
 def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
@@ -71,18 +72,18 @@ def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     rows, width = words.shape
     if bits == 3:
         words = F.pad(words, (0, -width % 3))
-    stream = words.contiguous().view(torch.uint8)
-    if bits == 8:
-        return stream[:, :count]
-    integer, shifts, masks = _STEPS[bits]
-    if bits == 3:
-        first, second, third = stream.view(rows, -1, 3).unbind(-1)
-        runs = first.to(integer).bitwise_or_(second.to(integer) << 8).bitwise_or_(third.to(integer) << 16)
-    else:
-        runs = stream.to(integer)
-    for shift, mask in zip(shifts, masks[1:], strict=True):
-        runs.bitwise_or_(runs << shift).bitwise_and_(mask)
-    return runs.view(torch.uint8)[:, :count]
+    stream = words.reshape(-1).view(torch.uint8)
+    if bits != 8:
+        integer, shifts, masks = _STEPS[bits]
+        if bits == 3:
+            first, second, third = stream.view(-1, 3).unbind(-1)
+            runs = first.to(integer).bitwise_or_(second.to(integer) << 8).bitwise_or_(third.to(integer) << 16)
+        else:
+            runs = stream.to(integer)
+        for shift, mask in zip(shifts, masks[1:], strict=True):
+            runs.bitwise_or_(runs << shift).bitwise_and_(mask)
+        stream = runs.view(torch.uint8)
+    return stream.view(rows, -1)[:, :count]
 
 
 def pack_gptq_zeros(zeros: torch.Tensor, bits: int, version: int) -> torch.Tensor:
@@ -104,7 +105,7 @@ def pack_gptq_zeros(zeros: torch.Tensor, bits: int, version: int) -> torch.Tenso
         if bool((zeros == 0).any()):
             raise ValueError("GPTQ version 1 cannot store a zero point of 0; use version 2.")
         zeros = zeros - 1
-    return pack(zeros.t().contiguous(), bits)
+    return pack(zeros.t(), bits)
 
 
 def unpack_gptq_zeros(qzeros: torch.Tensor, bits: int, count: int, version: int) -> torch.Tensor:

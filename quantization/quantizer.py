@@ -80,8 +80,8 @@ def quantize_weight(
       beyond 2^(b−1) − 1 steps is rounded down to that.
 
     Scales are rounded to ``scale_dtype`` before the codes are computed, so codes are nearest with respect to
-    what is stored. A scale too small for ``scale_dtype`` becomes its smallest positive number; a group of
-    zeros gets scale 1 and dequantizes to zeros.
+    what is stored. A scale too small for ``scale_dtype`` is rounded away from 0; a group of zeros gets scale
+    1 and dequantizes to zeros.
 
     Args:
         weight: [out, in], any floating-point dtype; arithmetic is in float32.
@@ -154,11 +154,13 @@ def _storable(scales: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tens
     stored = scales.to(dtype)
     if not bool(torch.isfinite(stored).all()):
         raise BadInput(
-            f"The weight of '{name}' is too large for {str(dtype).removeprefix('torch.')} scales (it needs one "
-            f"of {float(scales.abs().max()):.2g}); rescale it, or use a format with wider scales."
+            f"The weight of '{name}' needs a scale of {float(scales.abs().max()):.2g}, too large for "
+            f"{str(dtype).removeprefix('torch.')}; use the format compressed-tensors on a bfloat16 model."
         )
-    # float16 is used down to its subnormals; below float32's normal numbers arithmetic may flush to 0.
+    # Below float16's normal numbers steps are coarse: rounded away from 0, so that the grid is not cut
+    # short. Below float32's (and bfloat16's) arithmetic may flush to 0, so those become the smallest one.
     smallest = 2.0**-24 if dtype == torch.float16 else torch.finfo(torch.float32).tiny
-    small = stored.abs() < smallest
-    stored[small] = torch.where(scales[small] < 0, -smallest, smallest).to(dtype)
+    small = scales.abs() < torch.finfo(dtype).smallest_normal
+    steps = (scales[small].abs() / smallest).ceil()
+    stored[small] = torch.copysign(steps * smallest, scales[small]).to(dtype)
     return stored

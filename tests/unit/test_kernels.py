@@ -1,0 +1,121 @@
+"""Every backend of the packed linear operator against the dequantized weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from compress.errors import BadInput
+from compress.kernels.linear import PackedLinear
+from compress.kernels.ops import kernel_name, packed_linear
+from compress.kernels.reference import BLOCK
+from compress.quantization.packing import BITS
+from compress.quantization.quantizer import quantize_weight
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")],
+    ),
+]
+
+
+def make(
+    bits: int, symmetric: bool = True, out: int = 40, width: int = 96, group_size: int = 32, bias: bool = True
+):
+    generator = torch.Generator().manual_seed(0)
+    q = quantize_weight(
+        torch.randn(out, width, generator=generator), bits, group_size, symmetric, torch.bfloat16
+    )
+    return q, torch.randn(out, generator=generator) if bias else None
+
+
+def arguments(bits: int, symmetric: bool, device: str, dtype: torch.dtype = torch.float32):
+    q, bias = make(bits, symmetric)
+    layer = PackedLinear.from_quantized(q, bias.to(dtype)).to(device)
+    input = torch.randn(3, 5, 96, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    return input, layer.packed, layer.scales, layer.zeros, layer.bias, bits, 32
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+def test_the_operator_is_well_defined(bits, symmetric, device):
+    torch.library.opcheck(torch.ops.compress.packed_linear, arguments(bits, symmetric, device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+def test_it_multiplies_with_the_dequantized_weight(bits, symmetric, dtype, device):
+    """Rounded to the dtype of the input, as stock loaders do; only the order of summing may differ."""
+    given = arguments(bits, symmetric, device, dtype)
+    weight = make(bits, symmetric)[0].dequantize().to(dtype)
+    expected = F.linear(given[0].double(), weight.to(device).double(), given[4].double())
+    got = packed_linear(*given)
+    assert got.dtype == dtype
+    assert got.device.type == device
+    precision = 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    assert float((got.double() - expected).abs().max()) <= precision * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("group_size", [-1, 8])
+@pytest.mark.parametrize("width", [40, 72])
+@pytest.mark.parametrize("bits", BITS)
+def test_rows_that_end_inside_a_word_and_inside_a_block_of_rows(bits, width, group_size):
+    out = BLOCK // width * 2 + 3
+    q, _ = make(bits, out=out, width=width, group_size=group_size, bias=False)
+    layer = PackedLinear.from_quantized(q)
+    x = torch.randn(2, width)
+    expected = x @ q.dequantize().t()
+    assert float((layer(x) - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+def test_a_layer_holds_the_weight_bit_for_bit(bits, symmetric):
+    q, bias = make(bits, symmetric)
+    layer = PackedLinear(96, 40, bits, 32, symmetric, bias=True, scale_dtype=torch.bfloat16)
+    assert layer.packed.device.type == "meta"
+    empty_bytes = layer.weight_bytes
+    layer.fill(q, bias)
+    assert layer.quantized().same_as(q)
+    assert layer.weight_bytes == empty_bytes == 40 * 96 * bits // 8 + 40 * 3 * (2 if symmetric else 3)
+
+
+def test_layers_of_no_memory_have_shapes():
+    layer = PackedLinear(96, 40, 3, 32, bias=True)
+    assert layer(torch.empty(2, 7, 96, device="meta")).shape == (2, 7, 40)
+
+
+def test_scales_keep_their_dtype_and_everything_moves():
+    q, bias = make(4, symmetric=False)
+    layer = PackedLinear.from_quantized(q, bias).to(torch.float16)
+    assert layer.scales.dtype == torch.bfloat16
+    assert layer.bias.dtype == torch.float16
+    assert layer.quantized().same_as(q)
+    assert layer(torch.randn(2, 96, dtype=torch.float16)).dtype == torch.float16
+    assert layer.to("meta").scales.device.type == "meta"
+
+
+def test_a_layer_says_what_it_is():
+    layer = PackedLinear.from_quantized(*make(3))
+    assert repr(layer) == (
+        "PackedLinear(in_features=96, out_features=40, bits=3, group_size=32, symmetric=True, bias=True)"
+    )
+    assert layer.kernel == kernel_name("cpu", 3) == "reference"
+    assert layer.state_dict() == {}
+    assert list(layer.parameters()) == []
+
+
+def test_a_layer_refuses_what_it_was_not_made_for():
+    q, bias = make(4)
+    with pytest.raises(ValueError, match="was given"):
+        PackedLinear(96, 40, 3, 32, bias=True).fill(q, bias)
+    with pytest.raises(ValueError, match="was given"):
+        PackedLinear(96, 40, 4, 32).fill(q, bias)
+    with pytest.raises(BadInput, match="does not divide"):
+        PackedLinear(96, 40, 4, 64)

@@ -16,6 +16,7 @@ window (Cochran, Sampling Techniques, section 6.3), since neighbouring tokens ar
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -32,6 +33,7 @@ CHUNK_ELEMENTS = 2**22
 """Logits worked on at a time: 16 MiB in float32, and about five times that with the temporaries."""
 
 CONFIDENCE = 0.95
+LN_LARGEST = math.log(sys.float_info.max)
 
 
 class _Window(NamedTuple):
@@ -82,7 +84,8 @@ class FidelityAccumulator:
 
         if tokens.ndim != 1 or tokens.shape != mask.shape:
             raise BadInput(
-                f"A window needs tokens and mask of one shape [S], not {list(tokens.shape)} and {list(mask.shape)}."
+                f"A window needs tokens and mask of one shape [S], not {list(tokens.shape)} and "
+                f"{list(mask.shape)}."
             )
         mask = mask.bool()
         scored = (mask[:-1] & mask[1:]).nonzero().squeeze(1).cpu()
@@ -138,8 +141,8 @@ class FidelityAccumulator:
         rows = rows[(here - start if callable(logits) else here).to(rows.device)].float()
         if not rows.isfinite().all():
             raise CompressError(
-                f"The {whose} model gives logits that are NaN or infinite: its weights are damaged or overflow "
-                "in this dtype."
+                f"The {whose} model gives logits that are NaN or infinite: its weights are damaged or "
+                "overflow in this dtype."
             )
         return rows
 
@@ -178,9 +181,7 @@ class FidelityAccumulator:
         return self._windows
 
 
-def compare_tokens(
-    dense: Tensor, model: Tensor, targets: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def compare_tokens(dense: Tensor, model: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """ln p[target], ln q[target], KL(p || q) (float64 [T]) and whether the argmaxes agree (bool [T]).
 
     ``dense`` and ``model`` are float32 [T, V], ``targets`` int64 [T]. Logits are shifted by their maximum,
@@ -208,8 +209,13 @@ def _fidelity(windows: list[_Window], *, whose: str = "compressed") -> Fidelity:
     counts = [len(window.kl) for window in windows]
     total = sum(counts)
     kl = np.sort(np.concatenate([window.kl for window in windows]))
-    median, p99 = np.quantile(kl, [0.5, 0.99])
+    median, p99 = np.quantile(kl, [0.5, 0.99]).tolist()
     nll = mean_by_window([w.nll_dense if whose == "dense" else w.nll_model for w in windows], counts)
+    if nll.mean > LN_LARGEST:
+        raise CompressError(
+            f"The perplexity of the {whose} model is too large to state ({nll.mean:.0f} nats per token): "
+            "the model is broken."
+        )
     ln_ratio = mean_by_window([w.nll_model - w.nll_dense for w in windows], counts)
     mean_kl = mean_by_window([math.fsum(w.kl) for w in windows], counts)
     squared_delta_p = mean_by_window([w.squared_delta_p for w in windows], counts)
@@ -217,13 +223,13 @@ def _fidelity(windows: list[_Window], *, whose: str = "compressed") -> Fidelity:
     wilson = binomtest(agreements, total).proportion_ci(CONFIDENCE, method="wilson")
 
     return Fidelity(
-        perplexity=nll.figure(lambda mean: _exp(mean, whose)),
-        perplexity_ratio=ln_ratio.figure(lambda mean: _exp(mean, whose)),
+        perplexity=nll.figure(_exp),
+        perplexity_ratio=ln_ratio.figure(_exp),
         kl_mean=mean_kl.figure(lambda mean: max(0.0, mean), unit="nats/token"),
         kl_standard_error=mean_kl.standard_error,
         kl_median=Figure(value=median, unit="nats/token"),
         kl_p99=Figure(value=p99, unit="nats/token"),
-        kl_max=Figure(value=kl[-1], unit="nats/token"),
+        kl_max=Figure(value=float(kl[-1]), unit="nats/token"),
         top1_agreement=Figure(
             value=agreements / total,
             low=min(wilson.low, agreements / total),  # at 0 % and 100 % rounding may cross the estimate
@@ -270,11 +276,6 @@ def mean_by_window(sums: list[float], counts: list[int]) -> MeanByWindow:
     return MeanByWindow(mean, math.sqrt(windows / (windows - 1) * squares) / total, windows)
 
 
-def _exp(mean: float, whose: str) -> float:
-    try:
-        return math.exp(mean)
-    except OverflowError:
-        raise CompressError(
-            f"The perplexity of the {whose} model is too large to state ({mean:.0f} nats per token): "
-            "the model is broken."
-        ) from None
+def _exp(mean: float) -> float:
+    """exp, with the upper end of a wild interval held at the largest number there is."""
+    return math.exp(min(mean, LN_LARGEST))

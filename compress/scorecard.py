@@ -10,8 +10,16 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal, NamedTuple, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt
-from pydantic import model_validator
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeInt,
+    PositiveInt,
+    model_validator,
+)
 
 MISSING = "–"
 """How a figure that was not measured is shown: never as 0."""
@@ -75,22 +83,26 @@ class Figure(Document):
         """
         factor = UNITS[self.unit].factor
         value = self.value * factor
-        if self.low is None or self.high is None or self.low == self.high:
-            return _scientific(value, lambda v, s: _fixed(v * s, _decimals(v * s, digits=4)), value)
-        low, high = self.low * factor, self.high * factor
+        low = value if self.low is None else self.low * factor
+        high = value if self.high is None else self.high * factor
         width = max(high - value, value - low)
+        size = max(abs(value), width)
+        exponent = 0 if size == 0 or 1e-4 <= size < 1e6 else math.floor(math.log10(size))
+        value, low, high, width = (number * 10.0**-exponent for number in (value, low, high, width))
+        if width <= 1e-9 * abs(value):
+            exact = _fixed(value, _decimals(value, digits=4))
+            return f"{exact}e{exponent}" if exponent else exact
 
-        def show(v: float, s: float) -> str:
-            decimals = _decimals(width * s, digits=2)
-            middle = _fixed(v * s, decimals)
-            if self.spread == "interquartile range":
-                return f"{middle} ({_fixed(low * s, decimals)}–{_fixed(high * s, decimals)})"
-            up, down = _fixed((high - v) * s, decimals), _fixed((v - low) * s, decimals)
-            if up == down:
-                return f"{middle} ± {up}"
-            return f"{middle} +{'0' if high == v else up}/−{'0' if low == v else down}"
-
-        return _scientific(value, show, max(abs(value), width))
+        decimals = _decimals(width, digits=2)
+        middle = _fixed(value, decimals)
+        up, down = _fixed(high - value, decimals), _fixed(value - low, decimals)
+        if self.spread == "interquartile range":
+            text = f"{middle} ({_fixed(low, decimals)}–{_fixed(high, decimals)})"
+        elif up == down:
+            text = f"{middle} ± {up}"
+        else:
+            text = f"{middle} +{'0' if high == value else up}/−{'0' if low == value else down}"
+        return f"({text})e{exponent}" if exponent else text
 
     def __str__(self) -> str:
         """The text with its unit, for a sentence: ``269.1 MB``."""
@@ -113,14 +125,6 @@ def _decimals(number: float, *, digits: int) -> int:
 
 def _fixed(number: float, decimals: int) -> str:
     return f"{number:,.{decimals}f}".replace("-", "−")
-
-
-def _scientific(value: float, show, size: float) -> str:
-    """``show(value, scale)``, with a power of ten taken out where the numbers would not read otherwise."""
-    if size == 0 or 1e-4 <= abs(size) < 1e6:
-        return show(value, 1.0)
-    exponent = math.floor(math.log10(abs(size)))
-    return f"({show(value, 10.0**-exponent)})e{exponent}"
 
 
 class ModelIdentity(Document):

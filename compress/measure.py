@@ -172,7 +172,7 @@ def repeat(run: Callable[[], float], repetitions: int) -> list[float]:
     """Seconds of the timed runs: after a warm-up as many as repetitions and budget allow, at least one."""
     spent = run()
     timed: list[float] = []
-    while not timed or (len(timed) < repetitions and spent + timed[-1] < BUDGET_SECONDS):
+    while not timed or (len(timed) < repetitions and spent + timed[-1] <= BUDGET_SECONDS):
         timed.append(run())
         spent += timed[-1]
     return timed
@@ -195,7 +195,8 @@ def speed(tokens: int, timed: list[float]) -> Figure:
     rates = sorted(tokens / each for each in timed)
     low, median, high = None, statistics.median(rates), None
     if len(rates) >= 3:
-        low, median, high = statistics.quantiles(rates, n=4, method="inclusive")
+        low, _, high = statistics.quantiles(rates, n=4, method="inclusive")
+        low, high = min(low, median), max(high, median)  # equal rates: interpolation may round past them
     return Figure(value=median, low=low, high=high, unit="tokens/s", spread="interquartile range")
 
 

@@ -156,7 +156,7 @@ def _scorecard(entry: Any, file: Path) -> Scorecard:
 
 
 def protocol_fields(card: Scorecard) -> dict[str, object]:
-    """What must agree before two scorecards compare: all of the protocol but the kernel, and the dense model."""
+    """What must agree before scorecards compare: the protocol (not the kernel) and the dense model."""
     if card.protocol is None:
         return {}
     fields = card.protocol.model_dump(exclude={"kernel"})
@@ -183,7 +183,9 @@ def _newest_of_each_model(found: list[tuple[Scorecard, str]]) -> list[tuple[Scor
 
 
 def _refuse_different_protocols(scorecards: Sequence[Scorecard], files: Sequence[str]) -> None:
-    scored = [(protocol_fields(card), file) for card, file in zip(scorecards, files, strict=True) if card.protocol]
+    scored = [
+        (protocol_fields(card), file) for card, file in zip(scorecards, files, strict=True) if card.protocol
+    ]
     for fields, file in scored[1:]:
         first, first_file = scored[0]
         different = [name for name in first if first[name] != fields[name]]
@@ -219,7 +221,7 @@ def _cells(card: Scorecard, dense: Scorecard | None) -> dict[str, Cell]:
         "added_memory": measured and measured.added_memory,
         "prefill": measured and measured.prefill,
         "decode": measured and measured.decode,
-        "kernel": measured.kernel if measured else card.protocol and card.protocol.kernel,
+        "kernel": _kernel(card),
         "loads_with": card.loads_with,
     }
 
@@ -236,11 +238,12 @@ def _caption(cards: list[Scorecard], dense: Scorecard | None) -> list[str]:
             f"{protocol.tokens_scored:,} tokens scored in {protocol.compute_dtype}, seed {protocol.seed}."
         )
         lines.append(
-            f"Dense is {scored.baseline.name} (sha256 {_short(scored.baseline.sha256)}). KL(dense ‖ model) over the "
-            "full vocabulary, perplexity ratio and top-1 agreement are taken token by token against it."
+            f"Dense is {scored.baseline.name} (sha256 {_short(scored.baseline.sha256)}). KL(dense ‖ model) "
+            "over the full vocabulary, perplexity ratio and top-1 agreement are against it, token by token."
         )
         lines.append(
-            "± is a 95 % interval: Student's t clustered by window (the ratio paired), Wilson's for agreement."
+            "± is a 95 % interval (its wider side): Student's t clustered by window, paired for the ratio; "
+            "Wilson's for the agreement."
         )
     lines.append(
         "MB = 10^6 bytes. Size is that of the weight files; bits per parameter = 8 × size ÷ the model's own "
@@ -248,16 +251,31 @@ def _caption(cards: list[Scorecard], dense: Scorecard | None) -> list[str]:
     )
     measured = [card.cost.measured for card in cards if card.cost.measured]
     if measured:
-        base = sorted(Figure(value=m.baseline_resident_bytes, unit="bytes").value for m in measured)
+        before = sorted(m.baseline_resident_bytes for m in measured)
         lines.append(
-            "Peak resident memory of a fresh process; before the model it holds "
-            f"{_range([Figure(value=b, unit='bytes') for b in (base[0], base[-1])])} MB of interpreter and libraries."
+            "Peak memory is the resident set of a fresh process, interpreter and libraries included "
+            f"({_range(Figure(value=size, unit='bytes').text for size in before)} MB before the model comes)."
         )
         machines = sorted({f"{m.device}, {m.threads} thread{'s' * (m.threads > 1)}" for m in measured})
+        prefill = _range(f"{n:,}" for n in sorted(m.prefill_tokens for m in measured))
+        decode = _range(f"{n:,}" for n in sorted(m.decode_tokens or 0 for m in measured) if n)
         lines.append(
-            f"Speed at batch 1 on {'; '.join(machines)}: median (interquartile range), prefill of "
-            f"{_counts(m.prefill_tokens for m in measured)} tokens, greedy decode of "
-            f"{_counts(m.decode_tokens for m in measured if m.decode_tokens)} tokens."
-            + (" Different machines: speeds do not compare between these rows." if len(machines) > 1 else "")
+            f"Speed at batch size 1 on {'; '.join(machines)}: median (interquartile range), prefill of "
+            f"{prefill} tokens{f', greedy decode of {decode} tokens' if decode else ''}."
         )
+        if len(machines) > 1:
+            lines.append("Rows were timed on different machines or threads: their speeds do not compare.")
     return lines
+
+
+def _range(texts: Iterable[str]) -> str:
+    """``a`` or ``a to b`` from sorted texts; "" from none."""
+    ends = list(dict.fromkeys(texts))
+    return " to ".join(dict.fromkeys([ends[0], ends[-1]])) if ends else ""
+
+
+def _kernel(card: Scorecard) -> str | None:
+    """The kernel that was timed, and the one that was scored if it was another."""
+    timed = card.cost.measured and card.cost.measured.kernel
+    scored = card.protocol and card.protocol.kernel
+    return f"{timed} (scored: {scored})" if timed and scored and timed != scored else timed or scored

@@ -78,8 +78,8 @@ class Figure(Document):
     def text(self) -> str:
         """For people, without the unit (it stands in the heading): two digits of the uncertainty decide.
 
-        A confidence interval reads ``12.34 ± 0.05``, or ``12.34 +0.06/−0.05`` where the two sides differ;
-        an interquartile range reads ``35.2 (34.9–35.6)``.
+        A confidence interval reads ``12.34 ± 0.05`` (the wider side), or ``12.34 +0.07/−0.05`` where the
+        sides differ by more than 15 %; an interquartile range reads ``35.2 (34.9–35.6)``.
         """
         factor = UNITS[self.unit].factor
         value = self.value * factor
@@ -95,13 +95,13 @@ class Figure(Document):
 
         decimals = _decimals(width, digits=2)
         middle = _fixed(value, decimals)
-        up, down = _fixed(high - value, decimals), _fixed(value - low, decimals)
+        up, down = high - value, value - low
         if self.spread == "interquartile range":
             text = f"{middle} ({_fixed(low, decimals)}–{_fixed(high, decimals)})"
-        elif up == down:
-            text = f"{middle} ± {up}"
+        elif max(up, down) <= 1.15 * min(up, down):
+            text = f"{middle} ± {_fixed(width, decimals)}"
         else:
-            text = f"{middle} +{'0' if high == value else up}/−{'0' if low == value else down}"
+            text = f"{middle} +{_fixed(up, decimals if up else 0)}/−{_fixed(down, decimals if down else 0)}"
         return f"({text})e{exponent}" if exponent else text
 
     def __str__(self) -> str:

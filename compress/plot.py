@@ -135,5 +135,4 @@ def _label(axes: Axes, rows: list[Row], sizes: list[float], values: list[float])
             ha="left" if rightwards else "right",
             va="center",
             bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1, "alpha": 0.8},  # over the front's line
-            parse_math=False,
         )

@@ -116,17 +116,33 @@ def test_repetitions_stop_at_the_budget():
 
 
 def test_decode_is_greedy_and_uses_the_cache():
-    model, seen = tiny_llama(dtype=torch.float32), []
-    model.register_forward_pre_hook(lambda _m, _a, inputs: seen.append(inputs["input_ids"]), with_kwargs=True)
+    model, seen, cached = tiny_llama(dtype=torch.float32), [], []
+
+    def watch(_module, _arguments, inputs: dict) -> None:
+        seen.append(inputs["input_ids"])
+        cache = inputs.get("past_key_values")
+        cached.append(0 if cache is None else cache.get_seq_length())
+
+    model.register_forward_pre_hook(watch, with_kwargs=True)
     with torch.inference_mode():
         _, tokens = module.time_decode(model, torch.device("cpu"), 6, repetitions=1)
     assert tokens == 6
     assert [ids.shape[1] for ids in seen[-7:]] == [32, 1, 1, 1, 1, 1, 1]
+    assert cached[-7:] == [0, 32, 33, 34, 35, 36, 37]
     found = torch.cat(seen[-7:], dim=1)
     expected = model.generate(
         found[:, :32], do_sample=False, max_new_tokens=6, pad_token_id=0, eos_token_id=None
     )
     assert found.tolist() == expected.tolist()
+
+
+def test_prefill_computes_the_head_for_the_last_position_only():
+    model, shapes = tiny_llama(), []
+    model.lm_head.register_forward_hook(lambda _m, _i, output: shapes.append(output.shape))
+    with torch.inference_mode():
+        _, tokens = module.time_prefill(model, torch.device("cpu"), 100, repetitions=2)
+    assert tokens == 100
+    assert set(shapes) == {(1, 1, 64)}
 
 
 def test_what_ran_and_what_is_stored_are_named():

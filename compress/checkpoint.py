@@ -268,7 +268,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
             if not file.exists():
                 raise BadInput(f"{file} is missing, though the index of '{folder}' lists it.")
         return files
-    files = {file: None for file in sorted(folder.glob("*.safetensors"))}
+    files = dict.fromkeys(sorted(folder.glob("*.safetensors")))
     if not files and (any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth"))):
         raise BadInput(f"'{folder}' holds pickled weights only, which can run code; convert it to safetensors.")
     if not files:

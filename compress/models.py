@@ -48,7 +48,12 @@ def find_model(name: str, revision: str | None = None) -> ModelSource:
 
 def _download(name: str, revision: str | None) -> ModelSource:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))

@@ -30,8 +30,9 @@ def load(path: str | Path, device: str = "cpu", dtype: str | torch.dtype | None 
     """
     checkpoint = Checkpoint.open(path)
     config = config_of(checkpoint)
+    dtype = _dtype(dtype or config.dtype or torch.float32)  # before the skeleton, which sets its own
     model = skeleton(config)
-    weights = Weights(checkpoint, model, device, _dtype(dtype or config.dtype or torch.float32))
+    weights = Weights(checkpoint, model, device, dtype)
     weights.fill(model, "")
     for name, buffer in list(model.named_buffers()):
         parent, _, leaf = name.rpartition(".")

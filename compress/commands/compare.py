@@ -1,0 +1,47 @@
+"""compress-model compare"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import rich_click as click
+
+from compress.commands.common import common_options, stdout
+
+
+@click.command()
+@click.argument("paths", nargs=-1, required=True, metavar="DIR|FILE...")
+@click.option(
+    "--format",
+    type=click.Choice(["table", "markdown", "csv", "json", "html"]),
+    help="How to show it; html is one self-contained page with a plot. [default: table]",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write to this file instead of stdout.",
+)
+@common_options
+def compare(paths: tuple[str, ...], format: str | None, output: Path | None, as_json: bool) -> None:
+    """Put evaluated models into one table, the dense model first.
+
+    Each argument is a model folder with evaluations in its compression.json, or a JSON file that
+    'compress-model evaluate --json' wrote. Evaluations made in different ways (another text, another dense
+    model) are refused.
+    """
+    from compress.compare import compare_paths
+    from compress.render import print_table, render
+
+    if as_json and format not in (None, "json"):
+        raise click.UsageError(f"--json and --format {format} contradict each other.")
+    format = "json" if as_json else format or "table"
+    comparison = compare_paths(paths)
+    if output:
+        from compress.checkpoint import write_atomically
+
+        write_atomically(output, render(comparison, format))
+    elif format == "table":
+        print_table(comparison, stdout())
+    else:
+        click.echo(render(comparison, format), nl=False)

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from compress import measure as module
+from compress.errors import BadInput, CompressError
+from compress.measure import kernel_name, measure, measure_model, peak_resident_bytes, repeat, storage_dtype
+
+
+def tiny_llama(vocabulary: int = 64, dtype: torch.dtype = torch.bfloat16) -> transformers.PreTrainedModel:
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+    )
+    return transformers.LlamaForCausalLM(config).to(dtype)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tiny_llama(vocabulary=2**21).save_pretrained(path)  # two matrices of 64 MiB
+    return path
+
+
+def test_a_fresh_process_states_speed_and_memory(folder: Path):
+    ballast = torch.ones(2**28)  # 1 GiB here, of which the child must know nothing
+    found = measure(folder, prefill_tokens=512, decode_tokens=20, repetitions=3, threads=1)
+    assert found.prefill_tokens == 128  # the model has no more positions
+    assert found.prefill_repetitions == 3
+    assert found.prefill.low <= found.prefill.value <= found.prefill.high
+    assert 8 <= found.decode_tokens <= 20
+    assert found.decode.unit == "tokens/s"
+    assert found.threads == 1
+    assert found.kernel == "torch"
+    assert found.storage_dtype == "bfloat16"
+    assert found.peak_device_bytes is None
+    assert found.baseline_resident_bytes > 100e6  # torch and transformers
+    assert 128 * 2**20 <= found.added_memory.value < 700e6  # the weights at least
+    assert found.peak_resident_bytes < ballast.nbytes < peak_resident_bytes()
+
+
+def test_a_failing_child_is_one_sentence(tmp_path: Path):
+    with pytest.raises(CompressError) as caught:
+        measure(tmp_path / "nowhere")
+    message = str(caught.value)
+    assert message.startswith(f"Measuring {tmp_path / 'nowhere'} failed: ")
+    assert len(message.splitlines()) == 1
+    assert "Traceback" not in message
+
+
+def test_a_killed_child_says_so(monkeypatch: pytest.MonkeyPatch):
+    run = subprocess.run
+    suicide = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
+    monkeypatch.setattr(module.subprocess, "run", lambda _, **options: run(suicide, **options))
+    with pytest.raises(CompressError, match="killed by signal 9"):
+        measure("model")
+
+
+def test_numbers_below_one_are_refused():
+    with pytest.raises(BadInput, match="at least 1"):
+        measure("model", decode_tokens=0)
+
+
+def test_an_encoder_is_only_prefilled():
+    config = transformers.RobertaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=42,
+        pad_token_id=1,
+    )
+    found = measure_model(lambda: transformers.RobertaModel(config), repetitions=3)
+    assert (found.decode, found.decode_tokens, found.decode_repetitions) == (None, None, None)
+    assert found.prefill_tokens == 40  # two of the 42 positions are for padding
+
+
+@pytest.mark.parametrize(
+    ("tokens_per_second", "prefill", "decode"),
+    [(2**20, (128, 5), (96, 5)), (32, (128, 2), (80, 5)), (4, (32, 1), (10, 5)), (0.5, (32, 1), (8, 1))],
+)
+def test_a_slow_kernel_stays_near_the_budget(
+    tokens_per_second: float, prefill: tuple, decode: tuple, monkeypatch: pytest.MonkeyPatch
+):
+    clock = [0.0]  # turned by the model: so many tokens a second
+    model = tiny_llama()
+
+    def turn(_module, _arguments, inputs: dict, _output) -> None:
+        clock[0] += inputs["input_ids"].shape[1] / tokens_per_second
+
+    model.register_forward_hook(turn, with_kwargs=True)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+    found = measure_model(lambda: model, prefill_tokens=128, decode_tokens=100, repetitions=5)
+    assert (found.prefill_tokens, found.prefill_repetitions) == prefill
+    assert (found.decode_tokens, found.decode_repetitions) == decode
+    assert found.prefill.value == pytest.approx(tokens_per_second)
+    assert found.decode.value == pytest.approx(tokens_per_second)
+    assert (found.prefill.low is None) == (found.prefill_repetitions < 3)
+
+
+def test_repetitions_stop_at_the_budget():
+    assert repeat(lambda: 1.0, 5) == [1.0] * 5
+    assert repeat(lambda: 4.0, 5) == [4.0] * 2
+    assert repeat(lambda: 400.0, 5) == [400.0]
+
+
+def test_decode_is_greedy_and_uses_the_cache():
+    model, seen, cached = tiny_llama(dtype=torch.float32), [], []
+
+    def watch(_module, _arguments, inputs: dict) -> None:
+        seen.append(inputs["input_ids"])
+        cache = inputs.get("past_key_values")
+        cached.append(0 if cache is None else cache.get_seq_length())
+
+    model.register_forward_pre_hook(watch, with_kwargs=True)
+    with torch.inference_mode():
+        _, tokens = module.time_decode(model, torch.device("cpu"), 6, repetitions=1)
+    assert tokens == 6
+    assert [ids.shape[1] for ids in seen[-7:]] == [32, 1, 1, 1, 1, 1, 1]
+    assert cached[-7:] == [0, 32, 33, 34, 35, 36, 37]
+    found = torch.cat(seen[-7:], dim=1)
+    expected = model.generate(
+        found[:, :32], do_sample=False, max_new_tokens=6, pad_token_id=0, eos_token_id=None
+    )
+    assert found.tolist() == expected.tolist()
+
+
+def test_prefill_computes_the_head_for_the_last_position_only():
+    model, shapes = tiny_llama(), []
+    model.lm_head.register_forward_hook(lambda _m, _i, output: shapes.append(output.shape))
+    with torch.inference_mode():
+        _, tokens = module.time_prefill(model, torch.device("cpu"), 100, repetitions=2)
+    assert tokens == 100
+    assert set(shapes) == {(1, 1, 64)}
+
+
+def test_what_ran_and_what_is_stored_are_named():
+    model = tiny_llama()
+    model.model.layers[0].mlp.gate_proj.kernel = "cpu"
+    model.model.layers[0].mlp.up_proj.kernel = "reference"
+    model.model.layers[0].mlp.up_proj.register_buffer("packed", torch.zeros(4000, dtype=torch.int32))
+    assert kernel_name(model) == "cpu + reference"
+    assert storage_dtype(model) == "int32 + bfloat16"

@@ -49,7 +49,9 @@ class Step(_Record):
     details: dict[str, Any]
     seconds: float
     peak_memory_bytes: int | None = Field(description="peak resident memory of the process during the step")
-    resumed: bool = Field(description="the step was interrupted and went on, so seconds cover the last part only")
+    resumed: bool = Field(
+        description="the step was interrupted and went on, so seconds cover the last part only"
+    )
 
 
 class Result(_Record):
@@ -118,7 +120,9 @@ def read_lineage(folder: Path) -> Lineage | None:
         return Lineage.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
         first = error.errors()[0]
-        raise BadInput(f"{path} cannot be read: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from None
+        raise BadInput(
+            f"{path} cannot be read: {'.'.join(map(str, first['loc']))}: {first['msg']}."
+        ) from None
 
 
 def add_evaluations(folder: Path, evaluations: list[dict[str, Any]]) -> None:
@@ -170,7 +174,10 @@ def render_card(lineage: Lineage, recipe: str) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("compress", "templates"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("compress", "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return environment.get_template("card.md.jinja").render(lineage=lineage, recipe=recipe)
 
@@ -197,5 +204,7 @@ def publish(work: Path, output: Path) -> None:
             output.rename(old)
         work.rename(output)
     except OSError as error:
-        raise CompressError(f"The finished model could not be moved to '{output}': {error.strerror}.") from error
+        raise CompressError(
+            f"The finished model could not be moved to '{output}': {error.strerror}."
+        ) from error
     shutil.rmtree(old, ignore_errors=True)

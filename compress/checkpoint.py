@@ -270,7 +270,9 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
         return files
     files = dict.fromkeys(sorted(folder.glob("*.safetensors")))
     if not files and (any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth"))):
-        raise BadInput(f"'{folder}' holds pickled weights only, which can run code; convert it to safetensors.")
+        raise BadInput(
+            f"'{folder}' holds pickled weights only, which can run code; convert it to safetensors."
+        )
     if not files:
         raise BadInput(f"The model folder '{folder}' holds no *.safetensors weights.")
     return files

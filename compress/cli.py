@@ -77,13 +77,17 @@ def main() -> NoReturn:
         error.show()
         code = 2
     except (KeyboardInterrupt, click.Abort):
-        code = _say("Interrupted; finished layers are kept, so the same command goes on from there.", 130, debug)
+        code = _say(
+            "Interrupted; finished layers are kept, so the same command goes on from there.", 130, debug
+        )
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            text = "The disk is full; free some space and run the same command again: finished layers are kept."
+            text = (
+                "The disk is full; free some space and run the same command again: finished layers are kept."
+            )
         else:
             text = f"{error.strerror or error}: {error.filename}." if error.filename else f"{error}."
         code = _say(text, 1, debug)

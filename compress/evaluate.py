@@ -102,14 +102,18 @@ def _known(source: ModelSource, identity: ModelIdentity, protocol: Protocol) -> 
     """The dense model's own scorecard in its compression.json, if it was made by this protocol."""
     lineage = read_lineage(source.folder)
     cards = [Scorecard.model_validate(card) for card in (lineage.evaluations if lineage else [])]
-    return next((card for card in reversed(cards) if card.model == identity and card.protocol == protocol), None)
+    return next(
+        (card for card in reversed(cards) if card.model == identity and card.protocol == protocol), None
+    )
 
 
 def _cost(source: ModelSource, checkpoint: Checkpoint, device: str, progress: Progress) -> Cost:
     label = f"measuring memory and speed of {_name(source)}"
     progress(label, 0.0)
     cost = Cost(
-        weight_bytes=sum(Path(file).stat().st_size for file in {item.file for item in checkpoint.sources.values()}),
+        weight_bytes=sum(
+            Path(file).stat().st_size for file in {item.file for item in checkpoint.sources.values()}
+        ),
         parameters=ModelShape.of(checkpoint).parameters,
         measured=measure(source.folder, device=device),
     )
@@ -118,7 +122,11 @@ def _cost(source: ModelSource, checkpoint: Checkpoint, device: str, progress: Pr
 
 
 def compare_streams(
-    dense: Checkpoint, model: Checkpoint, windows: Windows, device: str = "cpu", progress: Progress | None = None
+    dense: Checkpoint,
+    model: Checkpoint,
+    windows: Windows,
+    device: str = "cpu",
+    progress: Progress | None = None,
 ) -> FidelityAccumulator:
     """Score ``model`` beside ``dense`` on ``windows``.
 
@@ -159,7 +167,9 @@ def _last_hidden(model: StreamedModel, windows: Windows, label: str) -> torch.Te
 
 def _cached_dense(model: StreamedModel, windows: Windows) -> torch.Tensor:
     """Hidden states after the dense model's last layer, float32 [N, S, D]; the latest ones are kept."""
-    key = hashlib.sha256(f"{model.checkpoint.sha256} {windows.sha256} {torch.__version__}".encode()).hexdigest()
+    key = hashlib.sha256(
+        f"{model.checkpoint.sha256} {windows.sha256} {torch.__version__}".encode()
+    ).hexdigest()
     folder = cache_folder() / "dense-hidden"
     file = folder / f"{key[:32]}.safetensors"
     if file.exists():

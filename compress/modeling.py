@@ -34,7 +34,9 @@ def config_of(checkpoint: Checkpoint) -> PretrainedConfig:
         return CONFIG_MAPPING[model_type].from_dict(values)
     except Exception as error:  # transformers raises its validators' own types here
         reason = " ".join(str(error).split())
-        raise BadInput(f"{checkpoint.folder / 'config.json'} is not a valid {model_type} config: {reason}") from None
+        raise BadInput(
+            f"{checkpoint.folder / 'config.json'} is not a valid {model_type} config: {reason}"
+        ) from None
 
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
@@ -156,7 +158,9 @@ class Weights:
         packed = self.format.read(self._packed(full), self.checkpoint.read)
         rows, columns = weight(linear).shape
         if tuple(packed.shape) != (rows, columns):
-            raise BadInput(f"The linear '{full}' is {list(packed.shape)} where config.json asks for {[rows, columns]}.")
+            raise BadInput(
+                f"The linear '{full}' is {list(packed.shape)} where config.json asks for {[rows, columns]}."
+            )
         bias = None if linear.bias is None else self._read(f"{full}.bias", tuple(linear.bias.shape))
         module = PackedLinear.from_quantized(packed, bias).to(self.device)
         object.__setattr__(module, "stands_for", linear)
@@ -176,4 +180,6 @@ def first(output: Any) -> torch.Tensor:
 def check_finite(hidden: torch.Tensor, where: str) -> None:
     """Raises CompressError if ``hidden`` holds NaN or infinity."""
     if not torch.isfinite(hidden).all():
-        raise CompressError(f"{where} puts out NaN or infinite values: the model is broken or overflows there.")
+        raise CompressError(
+            f"{where} puts out NaN or infinite values: the model is broken or overflows there."
+        )

@@ -58,7 +58,9 @@ def _download(name: str, revision: str | None) -> ModelSource:
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
     except RepositoryNotFoundError:
-        raise BadInput(f"'{name}' is neither a folder here nor a model on the hub that you may read.") from None
+        raise BadInput(
+            f"'{name}' is neither a folder here nor a model on the hub that you may read."
+        ) from None
     except RevisionNotFoundError:
         raise BadInput(f"The hub model '{name}' has no revision '{revision}'.") from None
     except HFValidationError:

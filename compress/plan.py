@@ -22,7 +22,9 @@ class ModelShape:
         tensors: name -> dtype and shape.
     """
 
-    def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], folder: Any = None) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], folder: Any = None
+    ) -> None:
         self.config = copy.deepcopy(dict(config))
         self.tensors = dict(tensors)
         self.folder = folder
@@ -69,7 +71,10 @@ class ModelShape:
         }
 
     def derive(
-        self, config: Mapping[str, Any] | None = None, remove: Iterable[str] = (), add: Mapping[str, TensorInfo] | None = None
+        self,
+        config: Mapping[str, Any] | None = None,
+        remove: Iterable[str] = (),
+        add: Mapping[str, TensorInfo] | None = None,
     ) -> ModelShape:
         """A changed copy: another config, some tensors removed, some added."""
         remove = set(remove)

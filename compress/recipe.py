@@ -15,8 +15,14 @@ from compress.registry import find_method
 
 ORDER = ("unlearning", "pruning", "quantization")
 WHY_ORDER = {
-    ("pruning", "unlearning"): "unlearning measures and edits the whole model, so what was pruned before would be missed",
-    ("quantization", "unlearning"): "unlearning edits weights finer than a quantization step, which are gone by then",
+    (
+        "pruning",
+        "unlearning",
+    ): "unlearning measures and edits the whole model, so what was pruned before would be missed",
+    (
+        "quantization",
+        "unlearning",
+    ): "unlearning edits weights finer than a quantization step, which are gone by then",
     ("quantization", "pruning"): "pruning edits and moves weights, which packed low-bit codes do not allow",
 }
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -29,7 +35,9 @@ class _Section(BaseModel):
 class Calibration(_Section):
     """The text that methods look at while they compress."""
 
-    source: str = Field("bundled", description="bundled, wikipedia, brown, a file, or hub:DATASET[:CONFIG[:SPLIT[:FIELD]]]")
+    source: str = Field(
+        "bundled", description="bundled, wikipedia, brown, a file, or hub:DATASET[:CONFIG[:SPLIT[:FIELD]]]"
+    )
     nsamples: PositiveInt = Field(128, description="number of windows")
     seqlen: PositiveInt = Field(2048, description="tokens in a window")
     seed: int | None = Field(None, description="order of the documents; the recipe's seed if not given")
@@ -39,7 +47,9 @@ class Calibration(_Section):
 class Evaluation(_Section):
     """The evaluation after the run, against the recipe's model."""
 
-    suite: Literal["quick"] = Field("quick", description="perplexity, KL divergence, agreement, bytes, memory, speed")
+    suite: Literal["quick"] = Field(
+        "quick", description="perplexity, KL divergence, agreement, bytes, memory, speed"
+    )
     text: str = Field("bundled:evaluation", description="text to score; sources as for calibration")
     context: PositiveInt = Field(512, description="tokens in a window; the stride is the same")
     windows: PositiveInt = Field(32, description="number of windows at most")
@@ -52,7 +62,9 @@ class Recipe(_Section):
 
     model: str
     revision: str | None = None
-    dtype: Dtype | None = Field(None, description="of the tensors that are not quantized; as in the model if not given")
+    dtype: Dtype | None = Field(
+        None, description="of the tensors that are not quantized; as in the model if not given"
+    )
     seed: int = 0
     calibration: Calibration = Calibration()
     steps: list[tuple[Method, MethodOptions]] = []
@@ -66,7 +78,11 @@ class Recipe(_Section):
         """The recipe with every default written out, as plain data: what ``recipe.yaml`` of an artefact holds."""
         data = self.model_dump(mode="json", exclude={"steps"}, exclude_none=True)
         steps = [{"method": method.name, **options.model_dump(mode="json")} for method, options in self.steps]
-        return {key: steps if key == "steps" else data[key] for key in [*data, "steps"] if key in data or key == "steps"}
+        return {
+            key: steps if key == "steps" else data[key]
+            for key in [*data, "steps"]
+            if key in data or key == "steps"
+        }
 
 
 def bundled_recipes() -> dict[str, Path]:
@@ -75,7 +91,9 @@ def bundled_recipes() -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
-def load_recipe(source: str | Path, overrides: dict[str, Any] | None = None, settings: list[str] | None = None) -> Recipe:
+def load_recipe(
+    source: str | Path, overrides: dict[str, Any] | None = None, settings: list[str] | None = None
+) -> Recipe:
     """Read and validate a recipe.
 
     Args:
@@ -133,7 +151,9 @@ def validated(model: type[BaseModel], values: dict[str, Any], where: str) -> Any
         return model.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        path = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or not part.startswith("function"))
+        path = ".".join(
+            str(part) for part in first["loc"] if isinstance(part, int) or not part.startswith("function")
+        )
         if first["type"] == "extra_forbidden":
             known = _fields(model, first["loc"][:-1])
             raise BadInput(f"In {where}: {unknown('option', str(first['loc'][-1]), known)}") from None
@@ -147,7 +167,9 @@ def _fields(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
     for part in path:
         annotation = model.model_fields[str(part)].annotation
         options = [annotation, *getattr(annotation, "__args__", ())]
-        model = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
+        model = next(
+            option for option in options if isinstance(option, type) and issubclass(option, BaseModel)
+        )
     return list(model.model_fields)
 
 

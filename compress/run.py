@@ -50,7 +50,9 @@ log = logging.getLogger(__name__)
 
 PROBE_TOKENS = 48
 PARITY = 1e-3
-ROOM = 1.05  # free disk space asked for, over the predicted bytes of one copy in the work folder and the result
+ROOM = (
+    1.05  # free disk space asked for, over the predicted bytes of one copy in the work folder and the result
+)
 
 Progress = Callable[[str, float], None]
 
@@ -96,7 +98,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for missing and broken tokenizer files
         reason = " ".join(str(error).split())[:200]
-        raise BadInput(f"The model folder '{folder}' has no tokenizer that can be loaded ({reason}).") from error
+        raise BadInput(
+            f"The model folder '{folder}' has no tokenizer that can be loaded ({reason})."
+        ) from error
 
 
 def open_model(recipe: Recipe) -> tuple[ModelSource, Checkpoint]:

@@ -49,7 +49,9 @@ class Activations:
         memory_limit: bytes.
     """
 
-    def __init__(self, shape: tuple[int, int, int], file: Path | None, memory_limit: int = MEMORY_LIMIT) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int], file: Path | None, memory_limit: int = MEMORY_LIMIT
+    ) -> None:
         self.shape = shape
         self.files = [] if file is None else [file.with_name(f"{file.name}.{slot}") for slot in (0, 1)]
         self.spilled = bool(self.files) and 4 * shape[0] * shape[1] * shape[2] > memory_limit
@@ -263,7 +265,11 @@ class StreamedModel:
             self.weights.empty(module)
 
     def walk(
-        self, journal: Journal | None, *streams: Stream | Activations, stop: int | None = None, label: str = ""
+        self,
+        journal: Journal | None,
+        *streams: Stream | Activations,
+        stop: int | None = None,
+        label: str = "",
     ) -> Iterator[Layer]:
         """Layers 0 to ``stop`` (all), each in memory during the loop body.
 
@@ -284,7 +290,9 @@ class StreamedModel:
                 self.progress(label or "walking", (index + 1) / stop)
 
     @torch.no_grad()
-    def stream(self, windows: Windows, folder: Path | None = None, batch_tokens: int = BATCH_TOKENS) -> Stream:
+    def stream(
+        self, windows: Windows, folder: Path | None = None, batch_tokens: int = BATCH_TOKENS
+    ) -> Stream:
         """Start text on its way: embed it, and learn what the model gives to every layer besides hidden states.
 
         Args:
@@ -293,7 +301,9 @@ class StreamedModel:
             batch_tokens: tokens in a batch; results do not depend on it beyond rounding.
         """
         if int(windows.tokens.max()) >= self.config.vocab_size:
-            raise BadInput("The text has token ids outside the model's vocabulary; the tokenizer is another model's.")
+            raise BadInput(
+                "The text has token ids outside the model's vocabulary; the tokenizer is another model's."
+            )
         count, length = windows.tokens.shape
         batch_size = max(1, batch_tokens // length)
         stream = None

@@ -19,7 +19,11 @@ def plan_without_layers(shape: ModelShape, removed: Collection[int]) -> ModelSha
     """The shape of the model when the layers ``removed`` are gone and the others are numbered anew."""
     config = without_layers(shape.pretrained_config, removed)
     renamed = _renamed(shape.tensors, shape.anatomy, shape.num_layers, removed)
-    return ModelShape(_written(shape.config, config), {new: shape.tensors[old] for new, old in renamed.items()}, shape.folder)
+    return ModelShape(
+        _written(shape.config, config),
+        {new: shape.tensors[old] for new, old in renamed.items()},
+        shape.folder,
+    )
 
 
 def remove_layers(draft: Draft, removed: Collection[int]) -> None:
@@ -45,7 +49,9 @@ def renumbered(num_layers: int, removed: Collection[int]) -> dict[int, int]:
     return {old: new for new, old in enumerate(index for index in range(num_layers) if index not in removed)}
 
 
-def _renamed(names: Collection[str], anatomy: Anatomy, num_layers: int, removed: Collection[int]) -> dict[str, str]:
+def _renamed(
+    names: Collection[str], anatomy: Anatomy, num_layers: int, removed: Collection[int]
+) -> dict[str, str]:
     """New tensor name -> old tensor name."""
     numbers = renumbered(num_layers, removed)
     prefix = anatomy.in_model(anatomy.layers) + "."

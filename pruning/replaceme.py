@@ -52,31 +52,46 @@ class ReplaceMe(Method):
 
     name = "replaceme"
     family = "pruning"
-    paper = Paper("ReplaceMe: Network Simplification via Depth Pruning and Transformer Block Linearization", "2505.02819")
+    paper = Paper(
+        "ReplaceMe: Network Simplification via Depth Pruning and Transformer Block Linearization",
+        "2505.02819",
+    )
 
     class Options(MethodOptions):
         layers: PositiveInt = Field(description="how many layers to remove in all")
         transform: Literal["cosine", "least-squares", "none"] = Field(
-            "cosine", description="how to estimate the linear map; none removes the layers and puts nothing in their place"
+            "cosine",
+            description="how to estimate the linear map; none removes the layers and puts nothing in their place",
         )
-        transforms: PositiveInt = Field(1, description="number of linear maps, each for an equal share of the layers")
+        transforms: PositiveInt = Field(
+            1, description="number of linear maps, each for an equal share of the layers"
+        )
         distance: Literal["last-token", "all-tokens"] = Field(
             "last-token", description="tokens whose distance selects the layers"
         )
-        exact: bool = Field(False, description="cosine of the whole layer output instead of the part T explains")
+        exact: bool = Field(
+            False, description="cosine of the whole layer output instead of the part T explains"
+        )
         l1: NonNegativeFloat = Field(0.0, description="weight of the sum of |T| in the loss (cosine only)")
-        l2: NonNegativeFloat = Field(0.0, description="ridge (least-squares), or weight of the sum of T^2 (cosine)")
+        l2: NonNegativeFloat = Field(
+            0.0, description="ridge (least-squares), or weight of the sum of T^2 (cosine)"
+        )
         epochs: PositiveInt = Field(10, description="passes over the tokens (cosine)")
         learning_rate: PositiveFloat = Field(1e-4, description="of Adam (cosine)")
         batch_tokens: PositiveInt = Field(1024, description="tokens in an Adam step (cosine)")
         held_out: float = Field(
-            0.125, ge=0, lt=1, description="share of the windows that decides between the transform and none; 0: no check"
+            0.125,
+            ge=0,
+            lt=1,
+            description="share of the windows that decides between the transform and none; 0: no check",
         )
 
         @model_validator(mode="after")
         def _consistent(self) -> Self:
             if self.layers % self.transforms:
-                raise ValueError(f"{self.layers} layers cannot be shared equally by {self.transforms} transforms")
+                raise ValueError(
+                    f"{self.layers} layers cannot be shared equally by {self.transforms} transforms"
+                )
             if self.transform != "cosine" and (self.exact or self.l1):
                 raise ValueError("exact and l1 belong to the cosine transform")
             return self
@@ -124,7 +139,9 @@ class ReplaceMe(Method):
         journal = run.journal("distances")
         every = options.distance == "all-tokens"
         # L_{j-n} to L_j, in turn.
-        recent = [journal.activations(f"recent-{slot}", stream.hidden.shape) for slot in range((n + 1) * every)]
+        recent = [
+            journal.activations(f"recent-{slot}", stream.hidden.shape) for slot in range((n + 1) * every)
+        ]
         last = windows.mask.long().cumsum(1).argmax(1)
         journal.state["distances"] = torch.zeros(model.num_layers - n, dtype=torch.float64)
         for layer in model.walk(journal, stream, *recent, label="measuring distances"):
@@ -159,7 +176,9 @@ class ReplaceMe(Method):
         mlp, rest = (journal.activations(name, stream.hidden.shape) for name in ("mlp", "rest"))
         begins = {cut.layer for cut in cuts}
         ends = {cut.removed[-1]: cut.layer for cut in cuts}
-        for layer in model.walk(journal, stream, mlp, rest, stop=max(ends) + 1, label="estimating the transform"):
+        for layer in model.walk(
+            journal, stream, mlp, rest, stop=max(ends) + 1, label="estimating the transform"
+        ):
             if layer.index in begins:
                 self._keep(model, stream, layer, mlp, rest)
             else:
@@ -171,7 +190,9 @@ class ReplaceMe(Method):
         return {cut.layer: journal.state[f"T.{cut.layer}"] for cut in cuts}
 
     @staticmethod
-    def _keep(model: StreamedModel, stream: Stream, layer: Layer, mlp: Activations, rest: Activations) -> None:
+    def _keep(
+        model: StreamedModel, stream: Stream, layer: Layer, mlp: Activations, rest: Activations
+    ) -> None:
         """Keep M_i and Y_i = L_i - M_i while the text goes through layer i."""
 
         def keep_mlp(_: torch.Tensor, output: torch.Tensor, __: torch.Tensor, start: int) -> None:
@@ -224,7 +245,9 @@ def choose_cuts(distances: torch.Tensor, transforms: int, n: int) -> list[Cut]:
         if len(chosen) < transforms and all(set(cut.removed).isdisjoint(other.removed) for other in chosen):
             chosen.append(cut)
     if len(chosen) < transforms:
-        raise BadInput(f"{transforms} cuts of {n} layers do not fit into the model without overlapping; use fewer transforms.")
+        raise BadInput(
+            f"{transforms} cuts of {n} layers do not fit into the model without overlapping; use fewer transforms."
+        )
     merged: list[Cut] = []
     for cut in sorted(chosen):
         if merged and merged[-1].removed[-1] == cut.layer:
@@ -292,7 +315,9 @@ def cosine(samples: Samples, options: ReplaceMe.Options, generator: torch.Genera
     return transform.detach().double()
 
 
-def merge(draft: Draft, model: StreamedModel, removed: list[int], transforms: dict[int, torch.Tensor]) -> None:
+def merge(
+    draft: Draft, model: StreamedModel, removed: list[int], transforms: dict[int, torch.Tensor]
+) -> None:
     """Make ``draft`` the model without the layers ``removed`` and with W_down <- T^T W_down, b_down <- T^T b_down."""
     draft.reset()
     remove_layers(draft, removed)
@@ -324,7 +349,9 @@ def _split(windows: Windows, options: ReplaceMe.Options) -> tuple[Windows, Windo
     return windows.select(~chosen), windows.select(chosen)
 
 
-def _compare(with_transform: Checkpoint, without: Checkpoint, windows: Windows, device: str) -> dict[str, Any]:
+def _compare(
+    with_transform: Checkpoint, without: Checkpoint, windows: Windows, device: str
+) -> dict[str, Any]:
     """Perplexity on the held-out windows with the transform and without any, and which one is chosen."""
     losses = {
         name: float(next_token_loss(StreamedModel(checkpoint, device), windows).mean())
@@ -338,7 +365,9 @@ def _compare(with_transform: Checkpoint, without: Checkpoint, windows: Windows, 
     }
 
 
-def _summary(options: ReplaceMe.Options, removed: list[int], transformed: bool, details: dict[str, Any]) -> str:
+def _summary(
+    options: ReplaceMe.Options, removed: list[int], transformed: bool, details: dict[str, Any]
+) -> str:
     layers = ", ".join(map(str, removed))
     if transformed:
         text = f"replaced layers {layers} by {len(details['cuts'])} linear map(s) ({options.transform})"

@@ -37,17 +37,33 @@ def _set_up_logging(ctx: click.Context, parameter: click.Parameter, value: Any) 
 
 logging_options = [
     click.option(
-        "-v", "--verbose", is_flag=True, is_eager=True, expose_value=False, callback=_set_up_logging, help="Say more."
+        "-v",
+        "--verbose",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_set_up_logging,
+        help="Say more.",
     ),
     click.option(
-        "-q", "--quiet", is_flag=True, is_eager=True, expose_value=False, callback=_set_up_logging, help="Say less."
+        "-q",
+        "--quiet",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_set_up_logging,
+        help="Say less.",
     ),
     click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."),
 ]
 seed_option = click.option("--seed", type=int, default=None, help="Seed of every random choice. [default: 0]")
-device_option = click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1.")
+device_option = click.option(
+    "--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1."
+)
 dtype_option = click.option(
-    "--dtype", type=click.Choice(DTYPES), help="Store what is not quantized in this dtype. [default: as it is]"
+    "--dtype",
+    type=click.Choice(DTYPES),
+    help="Store what is not quantized in this dtype. [default: as it is]",
 )
 
 

@@ -48,11 +48,17 @@ def examine() -> dict[str, dict[str, Any]]:
             continue
         try:
             found = version(requirement.name)
-            fits = "" if requirement.specifier.contains(found, prereleases=True) else f" (needs {requirement.specifier})"
+            fits = (
+                ""
+                if requirement.specifier.contains(found, prereleases=True)
+                else f" (needs {requirement.specifier})"
+            )
             packages[requirement.name] = found + fits
         except PackageNotFoundError:
             extra = str(requirement.marker).partition("==")[2].strip(" \"'") if requirement.marker else ""
-            packages[requirement.name] = f"missing (pip install 'compress-model[{extra}]')" if extra else "missing"
+            packages[requirement.name] = (
+                f"missing (pip install 'compress-model[{extra}]')" if extra else "missing"
+            )
     cache = cache_folder()
     devices = {"cpu": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"}
     for index in range(torch.cuda.device_count()):
@@ -64,12 +70,17 @@ def examine() -> dict[str, dict[str, Any]]:
             "cores": os.cpu_count(),
             "memory available": f"{psutil.virtual_memory().available / 1e9:.1f} GB",
             "cache": f"{cache} ({'there' if cache.exists() else 'not made yet'})",
-            "C++ compiler": shutil.which("c++") or shutil.which("g++") or shutil.which("clang++") or "none found",
+            "C++ compiler": shutil.which("c++")
+            or shutil.which("g++")
+            or shutil.which("clang++")
+            or "none found",
             "nvcc": shutil.which("nvcc") or "none found",
         },
         "packages": packages,
         "devices": devices,
         "low-bit kernels": {
-            f"{bits} bits on {device}": kernel_name(device, bits) for device in devices for bits in (2, 3, 4, 8)
+            f"{bits} bits on {device}": kernel_name(device, bits)
+            for device in devices
+            for bits in (2, 3, 4, 8)
         },
     }

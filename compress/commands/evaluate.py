@@ -18,17 +18,41 @@ def _logging(command):  # noqa: ANN001, ANN202 - a decorator of decorators
 @click.command()
 @click.argument("model")
 @click.option("--baseline", help="The dense model to compare with. [default: MODEL itself]")
-@click.option("--suite", type=click.Choice(["quick"]), default="quick", show_default=True, help="What to measure.")
-@click.option("--text", default="bundled:evaluation", show_default=True, help="Text to score; as for calibration.")
-@click.option("--context", type=click.IntRange(2), default=512, show_default=True, help="Tokens in a window; also the stride.")
-@click.option("--windows", type=click.IntRange(1), default=32, show_default=True, help="Number of windows at most.")
 @click.option(
-    "--json", "json_file", is_flag=False, flag_value="-", metavar="[FILE]", help="Write the result as JSON to FILE, or to stdout."
+    "--suite", type=click.Choice(["quick"]), default="quick", show_default=True, help="What to measure."
+)
+@click.option(
+    "--text", default="bundled:evaluation", show_default=True, help="Text to score; as for calibration."
+)
+@click.option(
+    "--context",
+    type=click.IntRange(2),
+    default=512,
+    show_default=True,
+    help="Tokens in a window; also the stride.",
+)
+@click.option(
+    "--windows", type=click.IntRange(1), default=32, show_default=True, help="Number of windows at most."
+)
+@click.option(
+    "--json",
+    "json_file",
+    is_flag=False,
+    flag_value="-",
+    metavar="[FILE]",
+    help="Write the result as JSON to FILE, or to stdout.",
 )
 @device_option
 @_logging
 def evaluate(
-    model: str, baseline: str | None, suite: str, text: str, context: int, windows: int, json_file: str | None, device: str
+    model: str,
+    baseline: str | None,
+    suite: str,
+    text: str,
+    context: int,
+    windows: int,
+    json_file: str | None,
+    device: str,
 ) -> None:
     """Measure MODEL: perplexity, divergence from the dense model, bytes, memory, speed.
 
@@ -42,7 +66,13 @@ def evaluate(
         raise BadInput(f"There is no folder '{Path(json_file).parent}' to write the result to.")
     with progress_shown() as progress:
         scorecards = evaluate_folder(
-            model, baseline=baseline, text=text, context=context, limit=windows, device=device, progress=progress
+            model,
+            baseline=baseline,
+            text=text,
+            context=context,
+            limit=windows,
+            device=device,
+            progress=progress,
         )
     document = [card.model_dump(mode="json") for card in scorecards]
     if json_file == "-":

@@ -49,14 +49,21 @@ def inspect(model: str, as_json: bool) -> None:
     table = Table("part", "MB", "share")
     for name, nbytes in parts.items():
         table.add_row(name, f"{nbytes / 1e6:,.1f}", f"{nbytes / shape.nbytes:.1%}")
-    table.add_row("all", f"{shape.nbytes / 1e6:,.1f}", f"{document['bits_per_parameter']:.2f} bits per parameter")
+    table.add_row(
+        "all", f"{shape.nbytes / 1e6:,.1f}", f"{document['bits_per_parameter']:.2f} bits per parameter"
+    )
     console.print(table)
-    console.print("stored as " + ", ".join(f"{name} {nbytes / 1e6:,.1f} MB" for name, nbytes in document["dtypes"].items()))
+    console.print(
+        "stored as "
+        + ", ".join(f"{name} {nbytes / 1e6:,.1f} MB" for name, nbytes in document["dtypes"].items())
+    )
     if lineage is None:
         console.print("No lineage: compress-model did not write this folder.")
         return
     parent = lineage.parent
-    console.print(f"made from {parent.id} (sha256 {parent.sha256[:16]}…) on {lineage.created:%Y-%m-%d %H:%M} UTC")
+    console.print(
+        f"made from {parent.id} (sha256 {parent.sha256[:16]}…) on {lineage.created:%Y-%m-%d %H:%M} UTC"
+    )
     for step in lineage.steps:
         options = ", ".join(f"{key}={value}" for key, value in step.options.items())
         console.print(f"  {step.method} ({options}): {step.summary}")

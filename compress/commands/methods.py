@@ -33,7 +33,11 @@ def methods(name: str | None, as_json: bool) -> None:
     console.print(f"{method.name} ({method.family}): {method.paper}\n\n{type(method).__doc__.strip()}\n")
     table = Table("option", "default", "meaning")
     for option in describe(method)["options"]:
-        table.add_row(option["name"], "required" if option["required"] else str(option["default"]), option["description"])
+        table.add_row(
+            option["name"],
+            "required" if option["required"] else str(option["default"]),
+            option["description"],
+        )
     console.print(table)
 
 

@@ -12,7 +12,9 @@ from compress.commands.common import common_options, dtype_option, print_json, s
 @click.command()
 @click.argument("model")
 @click.argument("recipe")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change the recipe: steps.0.layers=4.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change the recipe: steps.0.layers=4."
+)
 @dtype_option
 @common_options
 def plan(model: str, recipe: str, settings: tuple[str, ...], dtype: str | None, as_json: bool) -> None:
@@ -38,7 +40,9 @@ def tell_plan(plan: Any, as_json: bool) -> None:
 
     def row(name: str, layers: int, parameters: int, nbytes: int, loads_with: str) -> None:
         bits = 8 * nbytes / parameters
-        table.add_row(name, str(layers), f"{parameters / 1e6:,.1f}", f"{nbytes / 1e6:,.1f}", f"{bits:.2f}", loads_with)
+        table.add_row(
+            name, str(layers), f"{parameters / 1e6:,.1f}", f"{nbytes / 1e6:,.1f}", f"{bits:.2f}", loads_with
+        )
 
     before = plan.before
     row("as it is", before.num_layers, before.parameters, before.nbytes, before.loads_with)

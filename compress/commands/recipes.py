@@ -11,7 +11,9 @@ from compress.commands.common import common_options, print_json, stdout
 
 @click.command()
 @click.argument("name", required=False)
-@click.option("--copy", type=click.Path(path_type=Path), help="Write the recipe to this new file, to edit it.")
+@click.option(
+    "--copy", type=click.Path(path_type=Path), help="Write the recipe to this new file, to edit it."
+)
 @common_options
 def recipes(name: str | None, copy: Path | None, as_json: bool) -> None:
     """List the bundled recipes, or show or copy one."""
@@ -27,7 +29,9 @@ def recipes(name: str | None, copy: Path | None, as_json: bool) -> None:
             print_json({key: file.read_text(encoding="utf-8") for key, file in bundled.items()})
             return
         for key, file in bundled.items():
-            stdout().print(f"[bold]{key}[/bold]  {file.read_text(encoding='utf-8').partition(chr(10))[0].lstrip('# ')}")
+            stdout().print(
+                f"[bold]{key}[/bold]  {file.read_text(encoding='utf-8').partition(chr(10))[0].lstrip('# ')}"
+            )
         return
     if name not in bundled:
         raise unknown("recipe", name, bundled)

@@ -22,7 +22,9 @@ from compress.commands.common import (
 @click.argument("recipe")
 @click.option("-m", "--model", help="Use this model instead of the recipe's.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the result.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change the recipe: steps.0.layers=4.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change the recipe: steps.0.layers=4."
+)
 @click.option("--dry-run", is_flag=True, help="Validate and plan; read headers only, write nothing.")
 @click.option("--resume/--fresh", default=None, help="Go on with an interrupted run, or throw it away.")
 @click.option("--overwrite", is_flag=True, help="Replace the output folder if it is not empty.")

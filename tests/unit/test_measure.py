@@ -38,7 +38,7 @@ def test_a_fresh_process_states_speed_and_memory(folder: Path):
     assert found.prefill_tokens == 128  # the model has no more positions
     assert found.prefill_repetitions == 3
     assert found.prefill.low <= found.prefill.value <= found.prefill.high
-    assert 8 <= found.decode_tokens <= 20
+    assert 4 <= found.decode_tokens <= 20
     assert found.decode.unit == "tokens/s"
     assert found.threads == 1
     assert found.kernel == "torch"
@@ -88,7 +88,7 @@ def test_an_encoder_is_only_prefilled():
 
 @pytest.mark.parametrize(
     ("tokens_per_second", "prefill", "decode"),
-    [(2**20, (128, 5), (96, 5)), (32, (128, 2), (80, 5)), (4, (32, 1), (10, 5)), (0.5, (32, 1), (8, 1))],
+    [(2**20, (128, 5), (96, 5)), (32, (128, 2), (80, 5)), (4, (32, 1), (10, 5)), (0.5, (32, 1), (4, 1))],
 )
 def test_a_slow_kernel_stays_near_the_budget(
     tokens_per_second: float, prefill: tuple, decode: tuple, monkeypatch: pytest.MonkeyPatch

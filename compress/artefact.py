@@ -15,8 +15,9 @@ import yaml
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 import compress
-from compress.checkpoint import Checkpoint, write_atomically, write_weights
+from compress.checkpoint import Checkpoint, write_weights
 from compress.errors import BadInput, CompressError
+from compress.files import write_atomically
 
 LINEAGE = "compression.json"
 RECIPE = "recipe.yaml"

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from compress.errors import BadInput
+from compress.files import atomic, file_sha256, write_atomically
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -283,37 +284,6 @@ def _open(file: Path) -> Any:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise BadInput(f"{file} is damaged or not a safetensors file ({error}).") from None
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class atomic:
-    """``with atomic(path) as temporary``: write ``temporary``; it becomes ``path`` when the block ends well."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.temporary = path.with_name(f".{path.name}.tmp")
-
-    def __enter__(self) -> Path:
-        return self.temporary
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            with self.temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            self.temporary.replace(self.path)
-        else:
-            self.temporary.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file (UTF-8) so that a reader sees the old or the new one, never half."""
-    with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def write_weights(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 10**9) -> dict[str, str]:

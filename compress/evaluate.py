@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from compress.artefact import add_evaluations, now, read_lineage, versions
 from compress.cache import cache_folder
 from compress.calibration.windows import Windows, evaluation_windows
-from compress.checkpoint import Checkpoint, atomic
+from compress.checkpoint import Checkpoint
 from compress.errors import BadInput
 from compress.fidelity import FidelityAccumulator
+from compress.files import atomic
 from compress.kernels.ops import kernel_name
 from compress.measure import measure
 from compress.models import ModelSource, find_model
@@ -141,21 +144,20 @@ def compare_streams(
     other = streamed if same else StreamedModel(model, device, progress)
     hidden = dense_hidden if same else _last_hidden(other, windows, "scoring the model")
     accumulator = FidelityAccumulator(streamed.config.vocab_size)
-    with streamed.head() as dense_head:
-        if same:
-            _accumulate(accumulator, windows, dense_hidden, dense_head, hidden, dense_head)
-        else:
-            with other.head() as head:
-                _accumulate(accumulator, windows, dense_hidden, dense_head, hidden, head)
+    with streamed.head() as dense_head, nullcontext(dense_head) if same else other.head() as head:
+        for index in range(len(windows)):
+            accumulator.add(
+                _logits(dense_head, dense_hidden[index]),
+                _logits(head, hidden[index]),
+                windows.tokens[index],
+                windows.mask[index],
+            )
     return accumulator
 
 
-def _accumulate(accumulator: FidelityAccumulator, windows: Windows, dense_hidden: torch.Tensor, dense_head: Callable,
-                hidden: torch.Tensor, head: Callable) -> None:  # fmt: skip
-    for index in range(len(windows)):
-        dense_logits = dense_head(dense_hidden[index : index + 1]).logits[0].cpu()
-        logits = dense_logits if head is dense_head else head(hidden[index : index + 1]).logits[0].cpu()
-        accumulator.add(dense_logits, logits, windows.tokens[index], windows.mask[index])
+def _logits(head: Callable[[torch.Tensor], Any], hidden: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
+    """The logits of some positions when they are asked for: those of a whole window can be gigabytes."""
+    return lambda start, stop: head(hidden[None, start:stop]).logits[0].cpu()
 
 
 def _last_hidden(model: StreamedModel, windows: Windows, label: str) -> torch.Tensor:
@@ -188,7 +190,7 @@ def _cached_dense(model: StreamedModel, windows: Windows) -> torch.Tensor:
 
 def _check_not_calibrated_on(source: ModelSource, windows: Windows) -> None:
     lineage = read_lineage(source.folder)
-    calibrated = set((lineage and lineage.calibration or {}).get("document_sha256", []))
+    calibrated = set(((lineage and lineage.calibration) or {}).get("document_sha256", []))
     if common := calibrated & windows.document_hashes:
         raise BadInput(
             f"'{source.id}' was calibrated on {len(common)} of the documents of '{windows.source}'; "

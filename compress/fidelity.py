@@ -146,7 +146,7 @@ class FidelityAccumulator:
                 "both models must read the same windows with the same vocabulary."
             )
         rows = rows[(here - start if callable(logits) else here).to(rows.device)].float()
-        if not rows.isfinite().all():
+        if not rows.sum().isfinite():  # one pass; a NaN or infinity anywhere makes the sum one
             raise CompressError(
                 f"The {whose} model gives logits that are NaN or infinite: its weights are damaged or "
                 "overflow in this dtype."
@@ -192,20 +192,19 @@ def compare_tokens(dense: Tensor, model: Tensor, targets: Tensor) -> tuple[Tenso
     """ln p[target], ln q[target], KL(p || q) (float64 [T]) and whether the argmaxes agree (bool [T]).
 
     ``dense`` and ``model`` are float32 [T, V], ``targets`` int64 [T]. Logits are shifted by their maximum,
-    which is exact where the probability is, and everything summed over the vocabulary is summed in float64:
+    which is exact where the probability is. Sums over the vocabulary are torch's cascaded float32 sums (relative
+    error about 1e-7, and four times as fast as in float64); everything after them is float64:
 
         KL = sum_v e^{z_v} (z_v - y_v) / Z_p + ln Z_q - ln Z_p    for shifted logits z (dense) and y (model)
     """
-    import torch
-
     z, y = dense - dense.amax(-1, keepdim=True), model - model.amax(-1, keepdim=True)
     exp_z = z.exp()
-    sum_p = exp_z.sum(-1, dtype=torch.float64)
-    ln_sum_p, ln_sum_q = sum_p.log(), y.exp().sum(-1, dtype=torch.float64).log()
+    sum_p = exp_z.sum(-1).double()
+    ln_sum_p, ln_sum_q = sum_p.log(), y.exp().sum(-1).double().log()
     ln_p = z.gather(-1, targets[:, None]).squeeze(-1).double() - ln_sum_p
     ln_q = y.gather(-1, targets[:, None]).squeeze(-1).double() - ln_sum_q
     agree = z.argmax(-1) == y.argmax(-1)
-    kl = exp_z.mul_(z.sub_(y)).sum(-1, dtype=torch.float64) / sum_p + ln_sum_q - ln_sum_p
+    kl = exp_z.mul_(z.sub_(y)).sum(-1).double() / sum_p + ln_sum_q - ln_sum_p
     return ln_p, ln_q, kl.clamp(min=0), agree  # rounding may take a KL of about 1e-8 below zero
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,7 +134,7 @@ def _step(number: int, raw: Any) -> tuple[Method, MethodOptions]:
 
 
 def _check_order(methods: list[Method]) -> None:
-    for before, after in zip(methods, methods[1:]):
+    for before, after in pairwise(methods):
         if ORDER.index(before.family) > ORDER.index(after.family):
             why = WHY_ORDER[before.family, after.family]
             raise BadInput(

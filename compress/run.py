@@ -34,8 +34,9 @@ from compress.artefact import (
     write_model,
 )
 from compress.calibration.windows import Windows, calibration_windows
-from compress.checkpoint import DTYPE_NAMES, Checkpoint, Draft, write_atomically
+from compress.checkpoint import DTYPE_NAMES, Checkpoint, Draft
 from compress.errors import BadInput, CompressError
+from compress.files import write_atomically
 from compress.memory import available_memory, peak_memory, reset_peak_memory
 from compress.method import Method, MethodOptions
 from compress.models import ModelSource, find_model

@@ -25,8 +25,9 @@ from torch.utils._pytree import tree_map
 
 from compress.anatomy import Anatomy
 from compress.calibration.windows import Windows
-from compress.checkpoint import Checkpoint, Draft, atomic, write_atomically
+from compress.checkpoint import Checkpoint, Draft
 from compress.errors import BadInput
+from compress.files import atomic, write_atomically
 from compress.modeling import Weights, check_finite, config_of, first, skeleton
 
 Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], None]

@@ -38,7 +38,7 @@ def compare(paths: tuple[str, ...], format: str | None, output: Path | None, as_
     format = "json" if as_json else format or "table"
     comparison = compare_paths(paths)
     if output:
-        from compress.checkpoint import write_atomically
+        from compress.files import write_atomically
 
         write_atomically(output, render(comparison, format))
     elif format == "table":

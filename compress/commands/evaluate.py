@@ -9,7 +9,7 @@ import rich_click as click
 from compress.commands.common import device_option, logging_options, print_json, progress_shown, stdout
 
 
-def _logging(command):  # noqa: ANN001, ANN202 - a decorator of decorators
+def _logging(command):
     for decorator in reversed(logging_options):
         command = decorator(command)
     return command
@@ -58,9 +58,9 @@ def evaluate(
 
     If compress-model wrote MODEL, the result is also kept in its compression.json.
     """
-    from compress.checkpoint import write_atomically
     from compress.errors import BadInput
     from compress.evaluate import evaluate_folder
+    from compress.files import write_atomically
 
     if json_file not in (None, "-") and not Path(json_file).absolute().parent.is_dir():
         raise BadInput(f"There is no folder '{Path(json_file).parent}' to write the result to.")

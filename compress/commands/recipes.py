@@ -17,8 +17,8 @@ from compress.commands.common import common_options, print_json, stdout
 @common_options
 def recipes(name: str | None, copy: Path | None, as_json: bool) -> None:
     """List the bundled recipes, or show or copy one."""
-    from compress.checkpoint import write_atomically
     from compress.errors import BadInput, unknown
+    from compress.files import write_atomically
     from compress.recipe import bundled_recipes
 
     bundled = bundled_recipes()

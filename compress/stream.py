@@ -250,6 +250,7 @@ class StreamedModel:
         self._leaf = leaf
         self._layers = list(getattr(self._parent, leaf))
         setattr(self._parent, leaf, nn.ModuleList())
+        self._returns_tuple: bool | None = None
 
     @property
     def num_layers(self) -> int:
@@ -333,7 +334,7 @@ class StreamedModel:
             calls.append((args, kwargs))
             return given
 
-        with self._stand_ins(record):
+        with self._stand_ins(self._layers, record):
             self.model.base_model(tokens, attention_mask=mask, **self._no_cache)
         return hidden[0], calls
 
@@ -345,15 +346,13 @@ class StreamedModel:
 
             @torch.no_grad()
             def head(hidden: torch.Tensor) -> Any:
-                queue = [hidden.to(self.device)]
-
-                def replay(given: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-                    # The first layer's stand-in puts the real hidden states in the place of the dummy.
-                    return queue.pop() if queue else given
+                def replay(*_: Any, **__: Any) -> torch.Tensor:
+                    return hidden.to(self.device)
 
                 width = self.model.get_input_embeddings().embedding_dim
                 dummy = torch.zeros((*hidden.shape[:2], width), device=self.device)
-                with self._stand_ins(replay):
+                # One stand-in for all layers puts the real hidden states in the place of the dummy.
+                with self._stand_ins(self._layers[:1], replay):
                     return self.model(inputs_embeds=dummy, **self._no_cache)
 
             yield head
@@ -379,9 +378,16 @@ class StreamedModel:
             self.weights.empty(self.model)
 
     @contextmanager
-    def _stand_ins(self, act: Callable[..., torch.Tensor]) -> Iterator[None]:
+    def _stand_ins(self, layers: list[nn.Module], act: Callable[..., torch.Tensor]) -> Iterator[None]:
         """Functions in the place of the layers, so that the model's own code does what is around them."""
-        stand_ins = nn.ModuleList(_StandIn(layer, act) for layer in self._layers)
+
+        def forward(layer: nn.Module, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._returns_tuple is None:
+                self._returns_tuple = _returns_tuple(layer, hidden, args, kwargs)
+            output = act(hidden, *args, **kwargs)
+            return (output,) if self._returns_tuple else output
+
+        stand_ins = nn.ModuleList(_StandIn(layer, forward) for layer in layers)
         setattr(self._parent, self._leaf, stand_ins)
         try:
             yield
@@ -407,17 +413,16 @@ def next_token_loss(model: StreamedModel, windows: Windows) -> torch.Tensor:
 class _StandIn(nn.Module):
     """Takes a layer's place, and looks like the layer to code that asks for its attributes."""
 
-    def __init__(self, layer: nn.Module, act: Callable[..., torch.Tensor]) -> None:
+    def __init__(self, layer: nn.Module, forward: Callable[..., Any]) -> None:
         super().__init__()
         object.__setattr__(self, "_layer", layer)
-        object.__setattr__(self, "_act", act)
+        object.__setattr__(self, "_forward", forward)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(object.__getattribute__(self, "_layer"), name)
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        output = self._act(hidden, *args, **kwargs)
-        return (output,) if _returns_tuple(self._layer, hidden, args, kwargs) else output
+        return self._forward(self._layer, hidden, *args, **kwargs)
 
 
 def _returns_tuple(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: Any) -> bool:

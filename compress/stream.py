@@ -11,6 +11,7 @@ journal makes them durable, so that a killed walk goes on where it was.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -54,7 +55,7 @@ class Activations:
         self, shape: tuple[int, int, int], file: Path | None, memory_limit: int = MEMORY_LIMIT
     ) -> None:
         self.shape = shape
-        self.files = [] if file is None else [file.with_name(f"{file.name}.{slot}") for slot in (0, 1)]
+        self.files = [] if file is None else _unused(file, 2)
         self.spilled = bool(self.files) and 4 * shape[0] * shape[1] * shape[2] > memory_limit
         self._memory = None if self.spilled else torch.zeros(shape, dtype=torch.float32)
         self._changed = True
@@ -97,12 +98,23 @@ class Activations:
 
     def restore(self, name: str) -> None:
         """Go back to what `save` made durable."""
-        if self.files[0].name != name:
+        if self.files[1].name == name:
             self.files.reverse()
+        elif self.files[0].name != name:  # saved by a process before this one
+            self.files[0] = self.files[0].with_name(name)
+            for file in self.files[0].parent.glob(f"{self.files[0].stem}.*"):
+                if file not in self.files:
+                    file.unlink()
         if not self.spilled:
             with self.files[0].open("rb") as file:
                 file.readinto(_bytes(self._memory))
             self._changed = False
+
+
+def _unused(file: Path, count: int) -> list[Path]:
+    """Numbered files that do not exist: what a killed process made durable is not written over."""
+    candidates = (file.with_name(f"{file.name}.{number}") for number in itertools.count())
+    return list(itertools.islice((path for path in candidates if not path.exists()), count))
 
 
 def _bytes(values: torch.Tensor) -> memoryview:
@@ -171,8 +183,12 @@ class Stream:
 
 @contextmanager
 def _hook(module: nn.Module, observer: Observer, mask: torch.Tensor, start: int) -> Iterator[None]:
+    def windowed(values: torch.Tensor) -> torch.Tensor:
+        # OPT gives its MLP the tokens of all windows in one row, [B * S, D].
+        return values.view(*mask.shape, -1) if values.ndim == 2 else values
+
     handle = module.register_forward_hook(
-        lambda _, inputs, output: observer(inputs[0], first(output), mask, start)
+        lambda _, inputs, output: observer(windowed(inputs[0]), windowed(first(output)), mask, start)
     )
     try:
         yield
@@ -215,7 +231,10 @@ class Journal:
         # Two files in turn: the one that progress.json names is never the one being written.
         name = f"state-{finished % 2}.safetensors"
         with atomic(self.folder / name) as temporary:
-            save_file({key: tensor.clone() for key, tensor in self.state.items()}, temporary)
+            state = {
+                key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in self.state.items()
+            }
+            save_file(state, temporary)
         progress = {"finished": finished, "state": name, "activations": [item.save() for item in held]}
         write_atomically(self.folder / "progress.json", json.dumps(progress))
 

@@ -93,14 +93,20 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(
+        folder
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=26, help="26 layers are 4.5 GB")
     parser.add_argument("--folder", type=Path, default=Path("out/bench-streaming"))
-    parser.add_argument("--limit-mb", type=float, help="exit with 1 if the peak is above this many MB (10^6 bytes)")
+    parser.add_argument(
+        "--limit-mb", type=float, help="exit with 1 if the peak is above this many MB (10^6 bytes)"
+    )
     arguments = parser.parse_args()
     shutil.rmtree(arguments.folder, ignore_errors=True)
     model = arguments.folder / "model"

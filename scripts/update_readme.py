@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Put real output into README.md, between its markers.
 
-    scripts/quickstart && python scripts/bench_streaming.py | tee out/bench_streaming.txt
-    python scripts/update_readme.py
+scripts/quickstart && python scripts/bench_streaming.py | tee out/bench_streaming.txt
+python scripts/update_readme.py
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def main() -> None:
     table = (ROOT / "out" / "quickstart" / "comparison.md").read_text(encoding="utf-8").strip()
     text = put(text, "quickstart", table)
     lines = (ROOT / "out" / "bench_streaming.txt").read_text(encoding="utf-8").splitlines()
-    figures = "\n".join(f"    {line}".rstrip() for line in lines if line and not line.startswith(("Error", "$")))
+    figures = "\n".join(
+        f"    {line}".rstrip() for line in lines if line and not line.startswith(("Error", "$"))
+    )
     text = put(text, "bench_streaming", figures)
     readme.write_text(text, encoding="utf-8")
 

@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 import rich_click as click
 
 import compress
-from compress.errors import CompressError, unknown
+from compress.errors import CompressError, nearest, unknown
 
-# Threads that wait by spinning lose whole time slices (8 ms an operation) when anything else runs on the machine.
+# Threads that wait by spinning lose whole time slices (8 ms an operation) when anything else runs here.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # name -> (module:function, one line for --help)
@@ -29,6 +29,15 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "methods": ("compress.commands.methods:methods", "List the methods, with papers and options."),
     "recipes": ("compress.commands.recipes:recipes", "List, show or copy the bundled recipes."),
     "doctor": ("compress.commands.doctor:doctor", "Show versions, devices, and what works here."),
+}
+
+# Read by the libraries under us when they are imported, so set before any command is; -v lets them talk.
+QUIET_LIBRARIES = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
 
 
@@ -69,19 +78,24 @@ def cli() -> None:
 
 
 def main() -> NoReturn:
-    """Run the command line: exit code 0 done, 1 the work failed, 2 wrong use or bad input, 130 interrupted."""
+    """Run the command line.
+
+    Exit codes: 0 done, 1 the work failed, 2 wrong use or bad input, 130 interrupted.
+    """
     debug = "--debug" in sys.argv
+    if not {"-v", "--verbose"} & set(sys.argv):
+        for name, setting in QUIET_LIBRARIES.items():
+            os.environ.setdefault(name, setting)
     try:
         cli.main(prog_name="compress-model", standalone_mode=False)
         code = 0
     except CompressError as error:
         code = _say(str(error), error.exit_code, debug)
     except click.ClickException as error:
-        error.show()
-        code = 2
+        code = _say(_in_one_sentence(error), error.exit_code, debug)
     except (KeyboardInterrupt, click.Abort):
         code = _say(
-            "Interrupted; finished layers are kept, so the same command goes on from there.", 130, debug
+            "Interrupted; a run that is given again goes on from its last finished layer.", 130, debug
         )
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -101,6 +115,21 @@ def main() -> NoReturn:
         code = _say(f"Internal error ({type(error).__name__}: {reason}); --debug shows where.", 1, debug)
     logging.shutdown()
     sys.exit(code)
+
+
+def _in_one_sentence(error: click.ClickException) -> str:
+    """Click's complaint without its usage lines, and with our way to suggest names."""
+    message = error.format_message().rstrip(".")
+    context = getattr(error, "ctx", None)
+    if context is None:
+        return f"{message}."
+    if isinstance(error, click.NoSuchOption):
+        options = [name for option in context.command.get_params(context) for name in option.opts]
+        near = nearest(error.option_name, [name for name in options if name.startswith("--")])
+        message = f"There is no option '{error.option_name}'" + (f"; did you mean {near}?" if near else "")
+        if near:
+            return message
+    return f"{message}; see '{context.command_path} --help'."
 
 
 def _say(message: str, code: int, debug: bool) -> int:

@@ -21,7 +21,11 @@ class BadInput(CompressError):
 def unknown(kind: str, name: str, known: Iterable[str]) -> BadInput:
     """The error for a name that does not exist, with the nearest ones that do."""
     known = sorted(known)
-    near = get_close_matches(name, known, n=3, cutoff=0.5)
-    if near:
-        return BadInput(f"There is no {kind} '{name}'; did you mean {' or '.join(map(repr, near))}?")
+    if near := nearest(name, known):
+        return BadInput(f"There is no {kind} '{name}'; did you mean {near}?")
     return BadInput(f"There is no {kind} '{name}'; there are: {', '.join(known) or 'none'}.")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known names like ``name``, as ``'one' or 'another'``; empty if there is none."""
+    return " or ".join(map(repr, get_close_matches(name, known, n=3, cutoff=0.5)))

@@ -16,6 +16,7 @@ from compress.artefact import add_evaluations, now, read_lineage, versions
 from compress.cache import cache_folder
 from compress.calibration.windows import Windows, evaluation_windows
 from compress.checkpoint import Checkpoint
+from compress.device import check_device
 from compress.errors import BadInput
 from compress.fidelity import FidelityAccumulator
 from compress.files import atomic
@@ -60,6 +61,7 @@ def evaluate_folder(
         BadInput: not a causal language model, vocabularies differ, or the model was calibrated on this text.
         CompressError: text or model cannot be fetched, or the model puts out NaN.
     """
+    check_device(device)
     source = find_model(model)
     dense_source = find_model(baseline) if baseline else source
     checkpoint, dense = Checkpoint.open(source.folder), Checkpoint.open(dense_source.folder)

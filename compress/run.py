@@ -35,6 +35,7 @@ from compress.artefact import (
 )
 from compress.calibration.windows import Windows, calibration_windows
 from compress.checkpoint import DTYPE_NAMES, Checkpoint, Draft
+from compress.device import check_device
 from compress.errors import BadInput, CompressError
 from compress.files import write_atomically
 from compress.memory import available_memory, peak_memory, reset_peak_memory
@@ -131,11 +132,12 @@ def execute(
         progress: told a text and the share of the current part that is done.
 
     Raises:
-        BadInput: the recipe does not fit the model, the text or the output folder.
+        BadInput: the recipe does not fit the model, the text, the device or the output folder.
         CompressError: the work failed: no disk space, broken activations, or a reload that does not match.
     """
     output = output.absolute()
     check_output(output, overwrite)
+    check_device(device)
     source, checkpoint = open_model(recipe)
     plan = make_plan(checkpoint, recipe.steps)
     work = output.with_name(f".{output.name}.partial")
@@ -286,7 +288,8 @@ def _check_disk(folder: Path, plan: Plan) -> None:
     free = shutil.disk_usage(folder).free
     if free < wanted:
         raise CompressError(
-            f"The disk of '{folder}' has {free / 1e6:,.0f} MB free, but this run needs about {wanted / 1e6:,.0f} MB."
+            f"The disk of '{folder}' has {free / 1e6:,.0f} MB free, but this run needs about "
+            f"{wanted / 1e6:,.0f} MB; free some space or write the result to another disk."
         )
 
 

@@ -36,7 +36,7 @@ class Paper:
 class MethodOptions(BaseModel):
     """Base of every method's options: unknown keys are errors, and values do not change after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 @dataclass

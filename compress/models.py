@@ -37,9 +37,9 @@ def find_model(name: str, revision: str | None = None) -> ModelSource:
 
         return ModelSource("demo", None, demo_folder())
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():  # an empty name would be the folder one stands in
         return ModelSource(name, None, path)
-    if path.exists():
+    if name and path.exists():
         raise BadInput(f"'{name}' is a file; MODEL is a folder, a hub id or 'demo'.")
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or not name.replace("/", "").strip():
         raise BadInput(f"There is no model folder '{name}'.")
@@ -67,6 +67,7 @@ def _download(name: str, revision: str | None) -> ModelSource:
         raise BadInput(f"There is no model folder '{name}', and it is not a hub id.") from None
     except (HfHubHTTPError, OSError) as error:
         raise CompressError(
-            f"'{name}' is not a folder here, and the hub cannot be reached to download it ({type(error).__name__})."
+            f"'{name}' is not a folder here, and the hub cannot be reached to download it "
+            f"({type(error).__name__}); check the name, or give the path of a folder."
         ) from error
     return ModelSource(name, folder.name, folder)

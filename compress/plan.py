@@ -124,18 +124,18 @@ class Plan:
     def document(self) -> dict[str, Any]:
         """The plan as JSON data."""
         return {
-            "before": _figures(self.before),
-            "after": _figures(self.after),
-            "steps": [vars(step) for step in self.steps],
+            "before": _figures(self.before, self.before.num_layers),
+            "after": _figures(self.after, self.after.num_layers),
+            "steps": [{"method": step.method, **_figures(step, step.layers)} for step in self.steps],
         }
 
 
-def _figures(shape: ModelShape) -> dict[str, Any]:
+def _figures(shape: ModelShape | PlannedStep, layers: int) -> dict[str, Any]:
     return {
         "bytes": shape.nbytes,
         "parameters": shape.parameters,
         "bits_per_parameter": 8 * shape.nbytes / shape.parameters,
-        "layers": shape.num_layers,
+        "layers": layers,
         "loads_with": shape.loads_with,
     }
 
@@ -144,9 +144,10 @@ def make_plan(checkpoint: Checkpoint, steps: list[tuple[Method, MethodOptions]])
     """Follow the shape of the model through the steps.
 
     Raises:
-        BadInput: a step cannot be done to a model of the shape it meets.
+        BadInput: the architecture is not supported, or a step cannot be done to the shape it meets.
     """
     before = shape = ModelShape.of(checkpoint)
+    anatomy_of(before.pretrained_config)  # first of all, so that no method complains of something else
     planned = []
     for method, options in steps:
         shape = method.plan(shape, options)

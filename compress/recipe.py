@@ -30,7 +30,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Calibration(_Section):
@@ -76,7 +76,7 @@ class Recipe(_Section):
         return any(method.needs_calibration for method, _ in self.steps)
 
     def resolved(self) -> dict[str, Any]:
-        """The recipe with every default written out, as plain data: what ``recipe.yaml`` of an artefact holds."""
+        """The recipe with every default written out, as plain data: ``recipe.yaml`` of an artefact."""
         data = self.model_dump(mode="json", exclude={"steps"}, exclude_none=True)
         steps = [{"method": method.name, **options.model_dump(mode="json")} for method, options in self.steps]
         return {
@@ -118,7 +118,7 @@ def parse_recipe(data: dict[str, Any]) -> Recipe:
     raw_steps = data.pop("steps", None) or []
     if not isinstance(raw_steps, list):
         raise BadInput("In the recipe, 'steps' must be a list of {method: NAME, option: value}.")
-    if not data.get("model"):
+    if data.get("model") is None:
         raise BadInput("The recipe names no model; add 'model: NAME' or use -m.")
     steps = [_step(number, raw) for number, raw in enumerate(raw_steps)]
     _check_order([method for method, _ in steps])
@@ -147,35 +147,45 @@ def _check_order(methods: list[Method]) -> None:
 
 
 def validated(model: type[BaseModel], values: dict[str, Any], where: str) -> Any:
-    """``model(**values)``, with pydantic's complaints as one sentence that names the key and the valid ones."""
+    """``model(**values)``, with pydantic's complaints as one sentence that names the key."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(
-            str(part) for part in first["loc"] if isinstance(part, int) or not part.startswith("function")
-        )
+        errors = error.errors()
+        first, (path, section) = errors[0], _located(model, errors[0]["loc"])
         if first["type"] == "extra_forbidden":
-            known = _fields(model, first["loc"][:-1])
-            raise BadInput(f"In {where}: {unknown('option', str(first['loc'][-1]), known)}") from None
+            name = str(first["loc"][-1])
+            raise BadInput(f"In {where}: {unknown('option', name, section.model_fields)}") from None
         if first["type"] == "missing":
             raise BadInput(f"In {where}: the option '{path}' is required.") from None
+        # A value that may be of several types is complained about once for each of them.
+        same = [other for other in errors if _located(model, other["loc"])[0] == path]
+        complaints = dict.fromkeys(other["msg"].removeprefix("Value error, ") for other in same)
+        what = " or ".join(complaints).replace(" or Input should be ", " or ")
         got = f" (got {first['input']!r})" if not isinstance(first["input"], dict) else ""
-        raise BadInput(f"In {where}: {path}: {first['msg'].removeprefix('Value error, ')}{got}.") from None
+        raise BadInput(f"In {where}: {f'{path}: ' if path else ''}{what}{got}.") from None
 
 
-def _fields(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    for part in path:
-        annotation = model.model_fields[str(part)].annotation
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        model = next(
-            option for option in options if isinstance(option, type) and issubclass(option, BaseModel)
-        )
-    return list(model.model_fields)
+def _located(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str, type[BaseModel]]:
+    """``section.option`` of pydantic's location, which also names types, and the model the option is in."""
+    path: list[str] = []
+    for part in location:
+        if isinstance(part, int):
+            path.append(str(part))
+        elif part in model.model_fields:
+            path.append(part)
+            annotation = model.model_fields[part].annotation
+            kinds = (annotation, *getattr(annotation, "__args__", ()))
+            model = next((kind for kind in kinds if _is_section(kind)), model)
+    return ".".join(path), model
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if not path.exists():
+    if not path.is_file():  # a folder may well have the name of a bundled recipe
         bundled = bundled_recipes()
         if path.name not in bundled or len(path.parts) > 1:
             if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
@@ -212,13 +222,13 @@ def _set(data: dict[str, Any], setting: str) -> None:
     for part in parents:
         if isinstance(place, dict):
             place = place.setdefault(part, {})
-        elif isinstance(place, list) and part.isdigit() and int(part) < len(place):
+        elif isinstance(place, list) and part.isdecimal() and int(part) < len(place):
             place = place[int(part)]
         else:
             raise BadInput(f"The recipe has no '{key}' to set.")
     if isinstance(place, dict):
         place[last] = value
-    elif isinstance(place, list) and last.isdigit() and int(last) < len(place):
+    elif isinstance(place, list) and last.isdecimal() and int(last) < len(place):
         place[int(last)] = value
     else:
         raise BadInput(f"The recipe has no '{key}' to set.")

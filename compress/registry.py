@@ -7,7 +7,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-from compress.errors import CompressError, unknown
+from compress.errors import BadInput, CompressError, unknown
 
 # family -> name -> "module:Class". Third parties add theirs through the entry-point group
 # ``compress_model.methods`` (name = "module:Class"); their family is the one the class declares.
@@ -35,16 +35,33 @@ def find_method(name: str, family: str | None = None) -> Any:
 
     Raises:
         BadInput: there is none, or it belongs to another family than ``family``.
-        CompressError: a third party's method cannot be imported.
+        CompressError: a third party's method cannot be imported, or is not one.
     """
     names = method_names()
     if name not in names:
-        raise unknown("method", name, names if family is None else METHODS[family])
+        others = [known for known in names if family is None or _our_family(known) in (family, None)]
+        raise unknown("method", name, others)
     module, _, attribute = names[name].partition(":")
     try:
         method = getattr(import_module(module), attribute)()
-    except (ImportError, AttributeError) as error:
-        raise CompressError(f"The method '{name}' cannot be imported from {names[name]}: {error}.") from error
+    except Exception as error:  # a third party's module may do anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CompressError(
+            f"The method '{name}' cannot be imported from {names[name]}: {reason}."
+        ) from error
+    if getattr(method, "name", None) != name or getattr(method, "family", None) not in METHODS:
+        raise CompressError(
+            f"The method '{name}' is broken: {names[name]} must be a Method with this name and a family "
+            f"among {', '.join(METHODS)}."
+        )
     if family is not None and method.family != family:
-        raise unknown(f"{family} method", name, METHODS[family])
+        raise BadInput(
+            f"'{name}' is a method of {method.family}, not of {family}; the methods of {family} here are: "
+            f"{', '.join(METHODS[family])}."
+        )
     return method
+
+
+def _our_family(name: str) -> str | None:
+    """The family of a method of ours; None for third parties', whose class would have to be imported."""
+    return next((family for family, methods in METHODS.items() if name in methods), None)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 from typing import Any
 
 import rich_click as click
 
-from compress.commands.common import common_options, print_json, stdout
+from compress.commands.common import common_options, make_table, print_json, stdout
+
+log = logging.getLogger(__name__)
 
 
 @click.command()
@@ -14,35 +18,51 @@ from compress.commands.common import common_options, print_json, stdout
 @common_options
 def methods(name: str | None, as_json: bool) -> None:
     """List the methods, or show one with its paper and options."""
-    from compress.registry import find_method, method_names
+    from compress.registry import find_method
 
-    found = [find_method(method) for method in ([name] if name else method_names())]
+    found = [find_method(name)] if name else all_methods()
     if as_json:
         print_json([describe(method) for method in found])
         return
-    from rich.table import Table
-
-    console = stdout()
     if name is None:
-        table = Table("method", "family", "what it does", "paper")
+        table = make_table("method", "family", "what it does", "paper")
         for method in found:
             table.add_row(method.name, method.family, first_line(method), str(method.paper))
-        console.print(table)
+        stdout().print(table)
         return
     method = found[0]
-    console.print(f"{method.name} ({method.family}): {method.paper}\n\n{type(method).__doc__.strip()}\n")
-    table = Table("option", "default", "meaning")
+    click.echo(f"{method.name} ({method.family}): {method.paper}\n\n{inspect.getdoc(method)}\n")
+    table = make_table("option", "default", "meaning")
     for option in describe(method)["options"]:
         table.add_row(
             option["name"],
-            "required" if option["required"] else str(option["default"]),
+            "required" if option["required"] else shown(option["default"]),
             option["description"],
         )
-    console.print(table)
+    stdout().print(table)
+
+
+def all_methods() -> list[Any]:
+    """Every method that can be imported; a third party's broken one is named in a warning."""
+    from compress.errors import CompressError
+    from compress.registry import find_method, method_names
+
+    found = []
+    for name in method_names():
+        try:
+            found.append(find_method(name))
+        except CompressError as error:
+            log.warning("%s", error)
+    return found
 
 
 def first_line(method: Any) -> str:
-    return type(method).__doc__.strip().partition("\n")[0]
+    return (inspect.getdoc(method) or "").partition("\n")[0]
+
+
+def shown(value: Any) -> str:
+    """A default as one writes it in a recipe."""
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def describe(method: Any) -> dict[str, Any]:

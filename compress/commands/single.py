@@ -1,4 +1,4 @@
-"""compress-model prune and quantize: recipes of one step, with the method's options as command-line options."""
+"""compress-model prune and quantize: recipes of one step, with the method's options on the command line."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from typing import Any, Literal, Union, get_args, get_origin
 import rich_click as click
 
 from compress.commands.common import common_options, device_option, dtype_option, seed_option
+from compress.commands.methods import shown
 from compress.commands.run import execute_and_tell
-from compress.registry import METHODS, find_method
+from compress.registry import METHODS, find_method, method_names
+
+METHOD_OPTIONS = "compress.method-options"
+"""Key of the context's ``meta`` for the options of the method in use."""
 
 
 class MethodCommand(click.RichCommand):
@@ -20,16 +24,14 @@ class MethodCommand(click.RichCommand):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         name = _method_name(args)
-        if name is None:
-            return super().parse_args(ctx, args)
-        method = find_method(name, self.family)
-        fixed = self.params
-        self.params = [*fixed, *(_option(key, field) for key, field in method.Options.model_fields.items())]
-        try:
-            return super().parse_args(ctx, args)
-        finally:
-            # Help is printed while parsing, so the command itself can go back to what it was.
-            self.params = fixed
+        if name is not None and not (ctx.resilient_parsing and name not in method_names()):
+            fields = find_method(name, self.family).Options.model_fields
+            ctx.meta[METHOD_OPTIONS] = [_option(key, field) for key, field in fields.items()]
+        return super().parse_args(ctx, args)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        model, method, *others = super().get_params(ctx)
+        return [model, method, *ctx.meta.get(METHOD_OPTIONS, []), *others]
 
 
 def _method_name(args: list[str]) -> str | None:
@@ -45,13 +47,10 @@ def _option(key: str, field: Any) -> click.Option:
     flag = f"--{key.replace('_', '-')}"
     text = field.description or ""
     if not field.is_required():
-        text += f" [default: {_shown(field.default)}]"
+        text += f" [default: {shown(field.get_default(call_default_factory=True))}]"
     kinds = [kind for kind in _alternatives(field.annotation) if kind is not type(None)]
-    settings: dict[str, Any] = {
-        "help": text.replace("[", r"\["),
-        "default": None,
-        "required": field.is_required(),
-    }
+    settings: dict[str, Any] = {"help": text}
+    settings |= {"required": True} if field.is_required() else {"default": None}
     if kinds == [bool]:
         return click.Option([f"{flag}/--no-{flag[2:]}", key], **settings)
     if any(get_origin(kind) is list for kind in kinds):
@@ -61,10 +60,6 @@ def _option(key: str, field: Any) -> click.Option:
         return click.Option([flag, key], type=click.Choice([str(choice) for choice in choices]), **settings)
     metavar = "NUMBER" if any(kind in (int, float) for kind in kinds) else "TEXT"
     return click.Option([flag, key], type=str, metavar=metavar, **settings)
-
-
-def _shown(default: Any) -> str:
-    return str(default).lower() if isinstance(default, bool) or default is None else str(default)
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
@@ -79,7 +74,10 @@ def _command(name: str, family: str, text: str) -> click.Command:
     options = [
         click.argument("model"),
         click.option(
-            "--method", required=True, help=f"One of: {', '.join(METHODS[family])}. With --help: its options."
+            "--method",
+            required=True,
+            shell_complete=lambda ctx, parameter, start: [n for n in METHODS[family] if n.startswith(start)],
+            help=f"One of: {', '.join(METHODS[family])}. With --help: its options.",
         ),
         click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the result."),
         click.option("--revision", help="Branch, tag or commit of a hub model."),

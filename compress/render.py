@@ -73,7 +73,7 @@ def print_table(comparison: Comparison, console: Console) -> None:
         console.print(table)
         console.print()
     for line in comparison.caption:
-        console.print(Padding(Text(line, style="dim"), (0, 1)))
+        console.print(Padding(Text(line, style="dim"), (0, 1), expand=False))
 
 
 def _rules() -> Any:

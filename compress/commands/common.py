@@ -4,24 +4,42 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import rich_click as click
 from rich.console import Console
+from rich.table import Table
+
+from compress.errors import BadInput
 
 DTYPES = ["float32", "bfloat16", "float16"]
+PIPE_WIDTH = 160
+"""Columns of a table that does not go to a terminal."""
 
 
 def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """--json, -v, -q and --debug, which every command has; ``as_json`` is passed on."""
-    decorators = [
-        click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, nothing else."),
-        *logging_options,
-    ]
-    for decorator in reversed(decorators):
+    json_option = click.option(
+        "--json", "as_json", is_flag=True, help="One JSON document on stdout, nothing else."
+    )
+    return json_option(logging_options(command))
+
+
+def logging_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """-v, -q and --debug, of which the command itself sees nothing."""
+    hidden: dict[str, Any] = {"is_flag": True, "expose_value": False}
+    eager: dict[str, Any] = {"is_eager": True, "callback": _set_up_logging, **hidden}
+    for decorator in (
+        click.option("--debug", help="Show the traceback of an error.", **hidden),
+        click.option("-q", "--quiet", help="Say less.", **eager),
+        click.option("-v", "--verbose", help="Say more.", **eager),
+    ):
         command = decorator(command)
     return command
 
@@ -30,32 +48,14 @@ def _set_up_logging(ctx: click.Context, parameter: click.Parameter, value: Any) 
     levels = ctx.meta.setdefault("compress.levels", {"verbose": False, "quiet": False})
     levels[parameter.name] = value
     level = logging.DEBUG if levels["verbose"] else logging.WARNING if levels["quiet"] else logging.INFO
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    others = logging.WARNING if levels["verbose"] else logging.ERROR
+    logging.basicConfig(level=others, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("compress").setLevel(level)
+    if not levels["verbose"]:
+        warnings.simplefilter("ignore")
     return value
 
 
-logging_options = [
-    click.option(
-        "-v",
-        "--verbose",
-        is_flag=True,
-        is_eager=True,
-        expose_value=False,
-        callback=_set_up_logging,
-        help="Say more.",
-    ),
-    click.option(
-        "-q",
-        "--quiet",
-        is_flag=True,
-        is_eager=True,
-        expose_value=False,
-        callback=_set_up_logging,
-        help="Say less.",
-    ),
-    click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."),
-]
 seed_option = click.option("--seed", type=int, default=None, help="Seed of every random choice. [default: 0]")
 device_option = click.option(
     "--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1."
@@ -103,6 +103,31 @@ def print_json(document: Any) -> None:
     print(json.dumps(document, indent=2, default=str))
 
 
+def check_file(path: Path) -> None:
+    """Refuse a file that cannot be written, before the work that makes its content.
+
+    Raises:
+        BadInput: it is a folder, or there is no folder to put it in.
+    """
+    if path.is_dir():
+        raise BadInput(f"'{path}' is a folder; name a file to write to.")
+    if not path.absolute().parent.is_dir():
+        raise BadInput(f"There is no folder '{path.parent}' to write '{path.name}' to.")
+
+
 def stdout() -> Console:
-    """The console results are printed on."""
-    return Console(highlight=False)
+    """The console tables are printed on. Sentences are echoed, so that nothing breaks their lines."""
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = PIPE_WIDTH
+    return console
+
+
+def make_table(*headers: str, title: str | None = None, caption: str | None = None) -> Table:
+    """A table that folds what is too long and never cuts it; without headers if none are given."""
+    table = Table(
+        title=title, caption=caption, title_justify="left", caption_justify="left", show_header=bool(headers)
+    )
+    for header in headers:
+        table.add_column(header, overflow="fold")
+    return table

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import rich_click as click
 
-from compress.commands.common import common_options, stdout
+from compress.commands.common import check_file, common_options, stdout
 
 
 @click.command()
@@ -19,7 +19,7 @@ from compress.commands.common import common_options, stdout
 @click.option(
     "-o",
     "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=click.Path(path_type=Path),
     help="Write to this file instead of stdout.",
 )
 @common_options
@@ -36,6 +36,8 @@ def compare(paths: tuple[str, ...], format: str | None, output: Path | None, as_
     if as_json and format not in (None, "json"):
         raise click.UsageError(f"--json and --format {format} contradict each other.")
     format = "json" if as_json else format or "table"
+    if output:
+        check_file(output)
     comparison = compare_paths(paths)
     if output:
         from compress.files import write_atomically

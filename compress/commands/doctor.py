@@ -11,7 +11,7 @@ from typing import Any
 
 import rich_click as click
 
-from compress.commands.common import common_options, print_json, stdout
+from compress.commands.common import common_options, make_table, print_json, stdout
 
 
 @click.command()
@@ -22,11 +22,11 @@ def doctor(as_json: bool) -> None:
     if as_json:
         print_json(document)
         return
-    from rich.table import Table
-
     console = stdout()
     for title, values in document.items():
-        table = Table(title=title, show_header=False, title_justify="left")
+        table = make_table(title=title)
+        table.add_column()
+        table.add_column(overflow="fold")
         for key, value in values.items():
             table.add_row(key, str(value))
         console.print(table)

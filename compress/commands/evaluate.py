@@ -6,17 +6,18 @@ from pathlib import Path
 
 import rich_click as click
 
-from compress.commands.common import device_option, logging_options, print_json, progress_shown, stdout
-
-
-def _logging(command):
-    for decorator in reversed(logging_options):
-        command = decorator(command)
-    return command
+from compress.commands.common import (
+    check_file,
+    device_option,
+    logging_options,
+    print_json,
+    progress_shown,
+    stdout,
+)
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", required=False, metavar="MODEL")
 @click.option("--baseline", help="The dense model to compare with. [default: MODEL itself]")
 @click.option(
     "--suite", type=click.Choice(["quick"]), default="quick", show_default=True, help="What to measure."
@@ -43,9 +44,9 @@ def _logging(command):
     help="Write the result as JSON to FILE, or to stdout.",
 )
 @device_option
-@_logging
+@logging_options
 def evaluate(
-    model: str,
+    model: str | None,
     baseline: str | None,
     suite: str,
     text: str,
@@ -62,8 +63,15 @@ def evaluate(
     from compress.evaluate import evaluate_folder
     from compress.files import write_atomically
 
-    if json_file not in (None, "-") and not Path(json_file).absolute().parent.is_dir():
-        raise BadInput(f"There is no folder '{Path(json_file).parent}' to write the result to.")
+    if model is None:
+        if json_file not in (None, "-"):
+            raise BadInput(
+                f"'{json_file}' was taken as the FILE of --json, so MODEL is missing; "
+                f"write 'compress-model evaluate {json_file} --json'."
+            )
+        raise click.UsageError("Missing argument 'MODEL'.")
+    if json_file not in (None, "-"):
+        check_file(Path(json_file))
     with progress_shown() as progress:
         scorecards = evaluate_folder(
             model,

@@ -6,7 +6,7 @@ from typing import Any
 
 import rich_click as click
 
-from compress.commands.common import common_options, print_json, stdout
+from compress.commands.common import common_options, make_table, print_json, stdout
 
 
 @click.command()
@@ -41,33 +41,30 @@ def inspect(model: str, as_json: bool) -> None:
     if as_json:
         print_json(document)
         return
-    from rich.table import Table
-
-    console = stdout()
-    console.print(f"{source.id}: {shape.config['model_type']}, loads with {shape.loads_with}")
-    console.print(", ".join(f"{key} {value}" for key, value in document["sizes"].items()))
-    table = Table("part", "MB", "share")
+    click.echo(f"{source.id}: {shape.config['model_type']}, loads with {shape.loads_with}")
+    click.echo(", ".join(f"{key} {value}" for key, value in document["sizes"].items()))
+    table = make_table("part", "MB", "share")
     for name, nbytes in parts.items():
         table.add_row(name, f"{nbytes / 1e6:,.1f}", f"{nbytes / shape.nbytes:.1%}")
     table.add_row(
         "all", f"{shape.nbytes / 1e6:,.1f}", f"{document['bits_per_parameter']:.2f} bits per parameter"
     )
-    console.print(table)
-    console.print(
+    stdout().print(table)
+    click.echo(
         "stored as "
         + ", ".join(f"{name} {nbytes / 1e6:,.1f} MB" for name, nbytes in document["dtypes"].items())
     )
     if lineage is None:
-        console.print("No lineage: compress-model did not write this folder.")
+        click.echo("No lineage: compress-model did not write this folder.")
         return
     parent = lineage.parent
-    console.print(
+    click.echo(
         f"made from {parent.id} (sha256 {parent.sha256[:16]}…) on {lineage.created:%Y-%m-%d %H:%M} UTC"
     )
     for step in lineage.steps:
         options = ", ".join(f"{key}={value}" for key, value in step.options.items())
-        console.print(f"  {step.method} ({options}): {step.summary}")
-    console.print(f"{len(lineage.evaluations)} evaluation(s) on record")
+        click.echo(f"  {step.method} ({options}): {step.summary}")
+    click.echo(f"{len(lineage.evaluations)} evaluation(s) on record")
 
 
 def bytes_per_part(shape: Any) -> dict[str, int]:

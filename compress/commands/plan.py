@@ -6,7 +6,7 @@ from typing import Any
 
 import rich_click as click
 
-from compress.commands.common import common_options, dtype_option, print_json, stdout
+from compress.commands.common import common_options, dtype_option, make_table, print_json, stdout
 
 
 @click.command()
@@ -32,9 +32,10 @@ def tell_plan(plan: Any, as_json: bool) -> None:
     if as_json:
         print_json(plan.document())
         return
-    from rich.table import Table
-
-    table = Table("step", "layers", "parameters (M)", "weights (MB)", "bits/parameter", "loads with")
+    table = make_table(
+        *("step", "layers", "parameters (M)", "weights (MB)", "bits/parameter", "loads with"),
+        caption="Predicted from config.json and safetensors headers; MB = 10^6 bytes of tensors.",
+    )
     for column in table.columns[1:5]:
         column.justify = "right"
 
@@ -48,5 +49,4 @@ def tell_plan(plan: Any, as_json: bool) -> None:
     row("as it is", before.num_layers, before.parameters, before.nbytes, before.loads_with)
     for step in plan.steps:
         row(step.method, step.layers, step.parameters, step.nbytes, step.loads_with)
-    table.caption = "Predicted from config.json and safetensors headers; MB = 10^6 bytes of tensors."
     stdout().print(table)

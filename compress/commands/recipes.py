@@ -6,7 +6,7 @@ from pathlib import Path
 
 import rich_click as click
 
-from compress.commands.common import common_options, print_json, stdout
+from compress.commands.common import check_file, common_options, print_json
 
 
 @click.command()
@@ -29,18 +29,16 @@ def recipes(name: str | None, copy: Path | None, as_json: bool) -> None:
             print_json({key: file.read_text(encoding="utf-8") for key, file in bundled.items()})
             return
         for key, file in bundled.items():
-            stdout().print(
-                f"[bold]{key}[/bold]  {file.read_text(encoding='utf-8').partition(chr(10))[0].lstrip('# ')}"
-            )
+            first_line = file.read_text(encoding="utf-8").partition("\n")[0]
+            click.echo(f"{key.ljust(max(map(len, bundled)))}  {first_line.lstrip('# ')}")
         return
     if name not in bundled:
         raise unknown("recipe", name, bundled)
     text = bundled[name].read_text(encoding="utf-8")
     if copy is not None:
+        check_file(copy)
         if copy.exists():
-            raise BadInput(f"'{copy}' exists already.")
-        if not copy.parent.is_dir():
-            raise BadInput(f"There is no folder '{copy.parent}'.")
+            raise BadInput(f"'{copy}' exists already; copy to another file.")
         write_atomically(copy, text)
     if as_json:
         print_json({name: text})

@@ -14,7 +14,6 @@ from compress.commands.common import (
     print_json,
     progress_shown,
     seed_option,
-    stdout,
 )
 
 
@@ -96,13 +95,12 @@ def execute_and_tell(
     if as_json:
         print_json(lineage.model_dump(mode="json"))
         return
-    console = stdout()
     for step in lineage.steps:
-        console.print(f"{step.method}: {step.summary}")
+        click.echo(f"{step.method}: {step.summary}")
     result, parent = lineage.result, lineage.parent
-    console.print(
+    click.echo(
         f"{output}: {result.bytes / 1e6:,.1f} MB of weights (before: {parent.bytes / 1e6:,.1f} MB), "
         f"{result.bits_per_parameter:.2f} bits per parameter, loads with {result.loads_with}."
     )
     if lineage.evaluations:
-        console.print(f"Evaluated; 'compress-model compare {output}' shows the table.")
+        click.echo(f"Evaluated; 'compress-model compare {output}' shows the table.")

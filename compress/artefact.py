@@ -137,8 +137,9 @@ def add_evaluations(folder: Path, evaluations: list[dict[str, Any]]) -> None:
 
 def write_lineage(folder: Path, lineage: Lineage) -> None:
     """Write compression.json and the card that is drawn from it."""
+    card = render_card(lineage, (folder / RECIPE).read_text(encoding="utf-8"))
     write_atomically(folder / LINEAGE, lineage.model_dump_json(indent=2))
-    write_atomically(folder / CARD, render_card(lineage, (folder / RECIPE).read_text(encoding="utf-8")))
+    write_atomically(folder / CARD, card)
 
 
 def write_model(checkpoint: Checkpoint, source: Path, folder: Path, recipe: dict[str, Any]) -> dict[str, str]:
@@ -174,13 +175,21 @@ def render_card(lineage: Lineage, recipe: str) -> str:
     """The model card (Markdown with the hub's front matter) of a lineage."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
+    from compress.compare import compare_newest
+    from compress.render import to_markdown
+    from compress.scorecard import Scorecard
+
+    cards = [Scorecard.model_validate_json(json.dumps(card)) for card in lineage.evaluations]
+    evaluation = to_markdown(compare_newest(cards)) if cards else None
     environment = Environment(
         loader=PackageLoader("compress", "templates"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("card.md.jinja").render(lineage=lineage, recipe=recipe)
+    return environment.get_template("card.md.jinja").render(
+        lineage=lineage, recipe=recipe, evaluation=evaluation
+    )
 
 
 def check_output(folder: Path, overwrite: bool) -> None:

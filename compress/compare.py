@@ -112,6 +112,18 @@ def compare_paths(paths: Iterable[str | Path]) -> Comparison:
     return compare([card for card, _ in chosen], [file for _, file in chosen])
 
 
+def compare_newest(scorecards: Sequence[Scorecard]) -> Comparison:
+    """Of each model the newest scorecard made like the newest one of a model that is not the dense one.
+
+    For one model's own history, in which evaluations of any kind follow each other.
+    """
+    newest = max(scorecards, key=lambda card: (not card.is_dense, card.when))
+    wanted = protocol_fields(newest)
+    alike = [card for card in scorecards if protocol_fields(card) == wanted]
+    by_model = {card.model.sha256: card for card in sorted(alike, key=lambda card: card.when)}
+    return compare(list(by_model.values()))
+
+
 def read_scorecards(path: str | Path) -> list[Scorecard]:
     """The scorecards of a model folder (in its compression.json) or of a JSON file (one, or a list).
 

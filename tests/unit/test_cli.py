@@ -459,7 +459,7 @@ def test_a_model_without_tokenizer_can_be_rounded_but_not_calibrated(command: Co
         (["quantize", "TINY", *RTN, "--dtype", "int4", "-o", "out"], "'int4' is not one of 'float32'"),
         (["quantize", "TINY", *RTN, "--seed", "x", "-o", "out"], "'x' is not a valid integer"),
         (["quantize", "QUANTIZED", *RTN, "-o", "out"], "already quantized"),
-        (["prune", "QUANTIZED", *REPLACEME, "-o", "out"], "not quantized yet; prune first"),
+        (["prune", "QUANTIZED", *REPLACEME, "-o", "out"], "packed layers cannot be pruned"),
         (["quantize", "TINY", *RTN, "-o", "in use"], "in use' is not empty; use --overwrite"),
         (["quantize", "TINY", *RTN, "-o", "a file"], "a file' is not a folder"),
         (["prune", "TINY", "--method", "replaceme", "-o", "out"], "Missing option '--layers'"),

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from compress.commands.compare import compare as command
-from compress.compare import compare, compare_paths, read_scorecards
+from compress.compare import compare, compare_newest, compare_paths, read_scorecards
 from compress.errors import BadInput
 from compress.plot import quality_against_size
 from compress.render import FORMATS, render
@@ -193,6 +193,23 @@ def test_the_newest_evaluation_that_fits_is_taken(tmp_path: Path):
     assert [row.cells["size"].value for row in compare_paths([folder, dense]).rows] == [400_000_000, 2]
     assert [row.cells["size"].value for row in compare_paths([folder]).rows] == [3]
     assert len(compare_paths([folder, folder, dense]).rows) == 2  # a model given twice is one row
+
+
+def test_of_one_models_history_the_newest_comparison_with_another_counts():
+    beside_dense = [card(day=1), card("small", day=1), card(day=2), card("small", day=2)]
+    longer = [card(day=3, context_tokens=1024), card("small", day=3, context_tokens=1024)]
+    alone = card("small", baseline="small", day=4)
+
+    def chosen(history: list[Scorecard]) -> list[tuple[str, datetime]]:
+        rows = compare_newest(history).rows
+        return [(row.scorecard.model.name, row.scorecard.when) for row in rows]
+
+    assert chosen([*beside_dense, alone]) == [
+        ("dense", WHEN + timedelta(days=2)),
+        ("small", WHEN + timedelta(days=2)),
+    ]
+    assert {when for _, when in chosen([*longer, *beside_dense])} == {WHEN + timedelta(days=3)}
+    assert chosen([alone]) == [("small", WHEN + timedelta(days=4))]
 
 
 def test_files_that_hold_no_scorecard(tmp_path: Path):

@@ -196,8 +196,11 @@ def check_output(folder: Path, overwrite: bool) -> None:
     """Refuse an output folder that holds anything.
 
     Raises:
-        BadInput: it is not empty and ``overwrite`` is off, or it is a file.
+        BadInput: it is not empty and ``overwrite`` is off, or it or what it lies in is a file.
     """
+    there = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not there.is_dir():
+        raise BadInput(f"The output '{folder}' cannot be made, because '{there}' is not a folder.")
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise BadInput(f"The output '{folder}' is not a folder.")
     if folder.exists() and any(folder.iterdir()) and not overwrite:

@@ -462,6 +462,7 @@ def test_a_model_without_tokenizer_can_be_rounded_but_not_calibrated(command: Co
         (["prune", "QUANTIZED", *REPLACEME, "-o", "out"], "packed layers cannot be pruned"),
         (["quantize", "TINY", *RTN, "-o", "in use"], "in use' is not empty; use --overwrite"),
         (["quantize", "TINY", *RTN, "-o", "a file"], "a file' is not a folder"),
+        (["quantize", "TINY", *RTN, "-o", "a file/out"], "a file' is not a folder"),
         (["prune", "TINY", "--method", "replaceme", "-o", "out"], "Missing option '--layers'"),
         (["prune", "TINY", *REPLACEME, "--layers", "4", "-o", "out"], "can remove at most 3"),
         (

@@ -17,7 +17,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 import compress
 from compress.checkpoint import Checkpoint, write_weights
 from compress.errors import BadInput, CompressError
-from compress.files import write_atomically
+from compress.files import fsync, write_atomically
 
 LINEAGE = "compression.json"
 RECIPE = "recipe.yaml"
@@ -37,6 +37,7 @@ class Parent(_Record):
     sha256: str
     bytes: int
     parameters: int
+    lineage: Lineage | None = Field(None, description="its own, without evaluations, if it is an artefact")
 
 
 class Step(_Record):
@@ -51,7 +52,7 @@ class Step(_Record):
     seconds: float
     peak_memory_bytes: int | None = Field(description="peak resident memory of the process during the step")
     resumed: bool = Field(
-        description="the step was interrupted and went on, so seconds cover the last part only"
+        description="the step was interrupted and went on, so seconds and memory cover the last part only"
     )
 
 
@@ -91,6 +92,13 @@ class Lineage(_Record):
     device: str
     versions: dict[str, str]
     evaluations: list[dict[str, Any]] = []
+
+    def chain(self) -> list[Lineage]:
+        """All runs from the first model to this one, this one last."""
+        return [*(self.parent.lineage.chain() if self.parent.lineage else []), self]
+
+
+Parent.model_rebuild()
 
 
 def versions() -> dict[str, str]:
@@ -164,9 +172,13 @@ def write_model(checkpoint: Checkpoint, source: Path, folder: Path, recipe: dict
 
 def _is_companion(file: Path) -> bool:
     """Whether a file of the source model belongs to its copy: tokenizer, templates, generation settings."""
-    skipped = {"config.json", "model.safetensors.index.json", LINEAGE, "quantize_config.json", "demo.json"}
+    skipped = {"config.json", LINEAGE, "quantize_config.json", "demo.json"}
     return file.is_file() and (
-        (file.suffix in (".json", ".model", ".txt", ".jinja") and file.name not in skipped)
+        (
+            file.suffix in (".json", ".model", ".txt", ".jinja")
+            and file.name not in skipped
+            and not file.name.endswith(".index.json")
+        )
         or file.name.upper() in ("LICENSE", "LICENCE", "NOTICE")
     )
 
@@ -208,16 +220,34 @@ def check_output(folder: Path, overwrite: bool) -> None:
 
 
 def publish(work: Path, output: Path) -> None:
-    """Let the finished folder ``work`` appear as ``output`` by renaming it. An old ``output`` is replaced."""
-    old = output.with_name(f".{output.name}.old")
-    if old.exists():
-        shutil.rmtree(old)
+    """Let the finished folder ``work`` appear as ``output`` by renaming it. An old ``output`` is replaced.
+
+    Raises:
+        CompressError: it cannot be renamed; then an old ``output`` is where it was.
+    """
+    for path in (*work.iterdir(), work):
+        fsync(path)
+    old = _old(output)
     try:
         if output.exists():
             output.rename(old)
         work.rename(output)
     except OSError as error:
+        recover(output)
         raise CompressError(
             f"The finished model could not be moved to '{output}': {error.strerror}."
         ) from error
+    fsync(output.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(output: Path) -> None:
+    """Bring back or clear away what a `publish` that was killed between its two renames left behind."""
+    old = _old(output)
+    if not output.exists() and old.exists():
+        old.rename(output)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _old(output: Path) -> Path:
+    return output.with_name(f".{output.name}.old")

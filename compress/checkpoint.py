@@ -12,7 +12,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from compress.errors import BadInput
 from compress.files import atomic, file_sha256, write_atomically
@@ -120,7 +119,7 @@ class Checkpoint:
                         raise BadInput(f"{file} stores '{key}' as {stored}, which cannot be read here.")
                     read_as = dtype if dtype and stored in CASTABLE else stored
                     tensors[key] = TensorInfo(read_as, tuple(view.get_shape()))
-                    sources[key] = TensorSource(str(file), key, stored)
+                    sources[key] = TensorSource(str(file.absolute()), key, stored)
         if not tensors:
             raise BadInput(f"The model folder '{folder}' holds no weights.")
         if dtype:
@@ -170,7 +169,7 @@ class Draft(Checkpoint):
     """A child of ``parent`` under construction, kept in ``folder``.
 
     It starts equal to its parent. `write`, `alias` and `drop` change the table; `flush` makes everything
-    up to now durable, so that a killed run finds it again with `Draft(parent, folder)`.
+    up to now durable, so that a killed run finds it again with `restore`.
     """
 
     TABLE = "draft.json"
@@ -179,12 +178,14 @@ class Draft(Checkpoint):
         super().__init__(folder, copy.deepcopy(parent.config), dict(parent.tensors), dict(parent.sources))
         self.parent = parent
         self._buffer: dict[str, torch.Tensor] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / self.TABLE).exists():
-            saved = json.loads((folder / self.TABLE).read_text())
-            self.config = saved["config"]
-            self.tensors = {k: TensorInfo(v[0], tuple(v[1])) for k, v in saved["tensors"].items()}
-            self.sources = {k: TensorSource(*v) for k, v in saved["sources"].items()}
+
+    def restore(self, table: Path | None = None) -> None:
+        """Go back to what the `flush` that wrote ``table`` (draft.json if not given) made durable."""
+        saved = json.loads((table or self.folder / self.TABLE).read_text(encoding="utf-8"))
+        self.config = saved["config"]
+        self.tensors = {k: TensorInfo(v[0], tuple(v[1])) for k, v in saved["tensors"].items()}
+        self.sources = {k: TensorSource(*v) for k, v in saved["sources"].items()}
+        self._buffer.clear()
 
     def reset(self) -> None:
         """Start over: equal to the parent again."""
@@ -193,10 +194,9 @@ class Draft(Checkpoint):
         self._buffer.clear()
 
     def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Add or replace tensors; they are kept in memory until the next `flush`."""
+        """Add or replace tensors; copies of them are kept in memory until the next `flush`."""
         for name, tensor in tensors.items():
-            tensor = tensor.detach().cpu().contiguous()
-            self._buffer[name] = tensor
+            self._buffer[name] = tensor = _own(tensor)
             self.tensors[name] = TensorInfo(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
             self.sources.pop(name, None)
 
@@ -217,21 +217,27 @@ class Draft(Checkpoint):
         found = {name: self._buffer[name].clone() for name in names if name in self._buffer}
         return found | super().read_many(name for name in names if name not in found)
 
-    def flush(self, tag: str) -> None:
-        """Write what is buffered into ``{tag}.safetensors``, then the table. Writing a tag again replaces it."""
+    def flush(self, tag: str, table: Path | None = None) -> None:
+        """Write what is buffered into ``{tag}.safetensors``, then the table. Writing a tag again replaces it.
+
+        Args:
+            tag: name of the file of tensors.
+            table: where the table goes, draft.json if not given. A journal gives its own, so that the tables
+                of its last two layers stand side by side.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
         if self._buffer:
             file = self.folder / f"{tag}.safetensors"
-            with atomic(file) as temporary:
-                save_file(self._buffer, temporary, metadata={"format": "pt"})
+            write_tensors(self._buffer, file)
             for name in self._buffer:
-                self.sources[name] = TensorSource(str(file), name, self.tensors[name].dtype)
+                self.sources[name] = TensorSource(str(file.absolute()), name, self.tensors[name].dtype)
             self._buffer.clear()
-        table = {
+        document = {
             "config": self.config,
             "tensors": {k: [v.dtype, v.shape] for k, v in self.tensors.items()},
             "sources": {k: [v.file, v.key, v.stored_dtype] for k, v in self.sources.items()},
         }
-        write_atomically(self.folder / self.TABLE, json.dumps(table))
+        write_atomically(table or self.folder / self.TABLE, json.dumps(document))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -257,6 +263,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     """The safetensors files of a folder -> the names the index wants of each (None without an index)."""
     index = folder / "model.safetensors.index.json"
+    whole = folder / "model.safetensors"
+    if whole.exists():  # transformers looks here first, too; other files may be copies in other layouts
+        return {whole: None}
     if index.exists():
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -306,25 +315,47 @@ def write_weights(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5
         shards[-1].append(name)
         size += info.nbytes
     if len(shards) == 1:
-        return {"model.safetensors": _write_shard(checkpoint, shards[0], folder / "model.safetensors")}
+        return {
+            "model.safetensors": _write_file(
+                checkpoint.tensors, checkpoint.read, folder / "model.safetensors"
+            )
+        }
     hashes, weight_map = {}, {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        hashes[file] = _write_shard(checkpoint, names, folder / file)
+        infos = {name: checkpoint.tensors[name] for name in names}
+        hashes[file] = _write_file(infos, checkpoint.read, folder / file)
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": checkpoint.nbytes}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
     return hashes
 
 
-def _write_shard(checkpoint: Checkpoint, names: list[str], path: Path) -> str:
+def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file atomically.
+
+    Unlike with the library's own writer, tensors may share memory, and a full disk is an ordinary OSError.
+    """
+    infos = {
+        name: TensorInfo(DTYPE_NAMES[value.dtype], tuple(value.shape)) for name, value in tensors.items()
+    }
+    with atomic(path) as temporary:
+        _write_file(infos, lambda name: _own(tensors[name]), temporary)
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy on the CPU that shares no memory with anything."""
+    return tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+
+
+def _write_file(infos: Mapping[str, TensorInfo], read: Callable[[str], torch.Tensor], path: Path) -> str:
     """The safetensors format, streamed: the library's own writer wants all tensors in memory at once."""
     # Wide dtypes first, as the library orders them, so that every tensor is aligned to its item size.
-    names = sorted(names, key=lambda name: (-DTYPES[checkpoint.tensors[name].dtype].itemsize, name))
+    names = sorted(infos, key=lambda name: (-DTYPES[infos[name].dtype].itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in names:
-        info = checkpoint.tensors[name]
+        info = infos[name]
         header[name] = {
             "dtype": info.dtype,
             "shape": list(info.shape),
@@ -343,7 +374,7 @@ def _write_shard(checkpoint: Checkpoint, names: list[str], path: Path) -> str:
         put(len(text).to_bytes(8, "little"))
         put(text)
         for name in names:
-            tensor = checkpoint.read(name).contiguous().reshape(-1).view(torch.uint8)
+            tensor = read(name).contiguous().reshape(-1).view(torch.uint8)
             put(memoryview(tensor.numpy()))
         file.flush()
         os.fsync(file.fileno())

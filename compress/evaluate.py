@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from compress.artefact import add_evaluations, now, read_lineage, versions
 from compress.cache import cache_folder
 from compress.calibration.windows import Windows, evaluation_windows
-from compress.checkpoint import Checkpoint
+from compress.checkpoint import Checkpoint, write_tensors
 from compress.device import check_device
 from compress.errors import BadInput
 from compress.fidelity import FidelityAccumulator
-from compress.files import atomic
 from compress.kernels.ops import kernel_name
 from compress.measure import measure
 from compress.models import ModelSource, find_model
@@ -183,8 +182,7 @@ def _cached_dense(model: StreamedModel, windows: Windows) -> torch.Tensor:
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("*.safetensors"):
             old.unlink(missing_ok=True)
-        with atomic(file) as temporary:
-            save_file({"hidden": hidden.contiguous()}, temporary)
+        write_tensors({"hidden": hidden}, file)
     except OSError as error:
         log.debug("The dense model's hidden states are not kept for next time: %s", error)
     return hidden
@@ -192,7 +190,8 @@ def _cached_dense(model: StreamedModel, windows: Windows) -> torch.Tensor:
 
 def _check_not_calibrated_on(source: ModelSource, windows: Windows) -> None:
     lineage = read_lineage(source.folder)
-    calibrated = set(((lineage and lineage.calibration) or {}).get("document_sha256", []))
+    chain = lineage.chain() if lineage else []
+    calibrated = {name for link in chain for name in (link.calibration or {}).get("document_sha256", [])}
     if common := calibrated & windows.document_hashes:
         raise BadInput(
             f"'{source.id}' was calibrated on {len(common)} of the documents of '{windows.source}'; "

@@ -9,15 +9,24 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def fsync(path: Path) -> None:
+    """Let a file's bytes, or the names in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """``with atomic(path) as temporary``: write ``temporary``; it becomes ``path`` if the block ends well."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        fsync(temporary)
         temporary.replace(path)
+        fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

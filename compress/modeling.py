@@ -140,7 +140,8 @@ class Weights:
         tensor = self.checkpoint.read(stored)
         if tuple(tensor.shape) != shape:
             raise BadInput(
-                f"The tensor '{stored}' has shape {list(tensor.shape)} where config.json asks for {list(shape)}."
+                f"The tensor '{stored}' has shape {list(tensor.shape)} where config.json asks for "
+                f"{list(shape)}."
             )
         if tensor.is_floating_point():
             if not all_finite(tensor):

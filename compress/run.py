@@ -11,7 +11,8 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,8 @@ from compress.artefact import (
     check_output,
     now,
     publish,
+    read_lineage,
+    recover,
     versions,
     write_lineage,
     write_model,
@@ -40,6 +43,7 @@ from compress.errors import BadInput, CompressError
 from compress.files import write_atomically
 from compress.memory import available_memory, peak_memory, reset_peak_memory
 from compress.method import Method, MethodOptions
+from compress.modeling import config_of
 from compress.models import ModelSource, find_model
 from compress.plan import Plan, make_plan
 from compress.recipe import Recipe
@@ -136,20 +140,52 @@ def execute(
         CompressError: the work failed: no disk space, broken activations, or a reload that does not match.
     """
     output = output.absolute()
+    work = output.with_name(f".{output.name}.partial")
+    if output.parent.is_dir():
+        with _locked(output):
+            _tidy(output, work)
     check_output(output, overwrite)
     check_device(device)
     source, checkpoint = open_model(recipe)
+    if source.folder.resolve().is_relative_to(output.resolve()):
+        raise BadInput(f"The output '{output}' holds the model to compress; use another -o.")
     plan = make_plan(checkpoint, recipe.steps)
-    work = output.with_name(f".{output.name}.partial")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(output):
+        check_output(output, overwrite)  # again: another run may have finished meanwhile
+        if resume is False:
+            _discard(work)
+        _check_disk(work, plan)
+        return _execute(recipe, source, checkpoint, plan, output, work, device, progress)
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Keep other runs away from ``output``. The lock goes with the process, however it ends."""
+    lock = FileLock(output.with_name(f".{output.name}.lock"))
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        _check_disk(output.parent, plan)
-        with FileLock(output.with_name(f".{output.name}.lock"), blocking=False):
-            return _execute(recipe, source, checkpoint, plan, output, work, resume, device, progress)
+        lock.acquire(blocking=False)
     except Timeout:
-        raise BadInput(f"Another run is writing to '{output}'.") from None
+        raise BadInput(f"Another run is writing to '{output}'; wait for it, or use another -o.") from None
+    try:
+        yield
     finally:
-        output.with_name(f".{output.name}.lock").unlink(missing_ok=True)
+        # While it is still ours: afterwards the file may be another run's.
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _tidy(output: Path, work: Path) -> None:
+    """Put right what a run that was killed in its first or last moments left behind."""
+    recover(output)
+    if not (work / "run.json").exists():
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _discard(work: Path) -> None:
+    """Remove a work folder; killed half-way, what is left is no interrupted run any more."""
+    (work / "run.json").unlink(missing_ok=True)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _execute(
@@ -159,18 +195,18 @@ def _execute(
     plan: Plan,
     output: Path,
     work: Path,
-    resume: bool | None,
     device: str,
     progress: Progress,
 ) -> Lineage:
     windows = _calibration(recipe, source.folder) if recipe.needs_calibration else None
-    resumed = _enter(work, _fingerprint(recipe, checkpoint, windows), resume)
+    _enter(work, _fingerprint(recipe, checkpoint, windows))
     try:
         current, records = checkpoint, []
         for number, (method, options) in enumerate(recipe.steps):
             folder = work / f"{number}-{method.name}"
+            folder.mkdir(exist_ok=True)
             run = Run(Draft(current, folder), windows, recipe.seed, folder, device, progress)
-            records.append(_step(method, options, current, run, resumed))
+            records.append(_step(method, options, current, run))
             current = run.draft
         finished = work / "artefact"
         shutil.rmtree(finished, ignore_errors=True)
@@ -178,6 +214,7 @@ def _execute(
         files = write_model(current, source.folder, finished, recipe.resolved())
         progress("reloading the model", 0.0)
         check = _reload_check(current, finished, device)
+        inherited = read_lineage(source.folder)
         lineage = Lineage(
             name=output.name,
             created=now(),
@@ -187,6 +224,7 @@ def _execute(
                 sha256=checkpoint.sha256,
                 bytes=plan.before.nbytes,
                 parameters=plan.before.parameters,
+                lineage=inherited and inherited.model_copy(update={"evaluations": []}),
             ),
             dtype=recipe.dtype,
             seed=recipe.seed,
@@ -208,9 +246,9 @@ def _execute(
         write_lineage(finished, lineage)
         publish(finished, output)
     except BadInput:
-        shutil.rmtree(work, ignore_errors=True)
+        _discard(work)
         raise
-    shutil.rmtree(work, ignore_errors=True)
+    _discard(work)
     return lineage
 
 
@@ -237,11 +275,13 @@ def _fingerprint(recipe: Recipe, checkpoint: Checkpoint, windows: Windows | None
     }
 
 
-def _enter(work: Path, fingerprint: dict[str, Any], resume: bool | None) -> bool:
-    """Make or re-enter the work folder; whether there was an interrupted run to go on with."""
+def _enter(work: Path, fingerprint: dict[str, Any]) -> None:
+    """Make the work folder, or re-enter that of an interrupted run.
+
+    Raises:
+        BadInput: the interrupted run is not this one.
+    """
     path = work / "run.json"
-    if resume is False or (work.exists() and not path.exists()):
-        shutil.rmtree(work, ignore_errors=True)
     if path.exists():
         before = json.loads(path.read_text())
         changed = [key for key, value in fingerprint.items() if before.get(key) != value]
@@ -251,16 +291,20 @@ def _enter(work: Path, fingerprint: dict[str, Any], resume: bool | None) -> bool
                 "use --fresh to throw it away, or another -o."
             )
         log.info("Going on with the interrupted run in %s.", work)
-        return True
-    work.mkdir(parents=True, exist_ok=True)
+        return
+    _discard(work)
+    work.mkdir()
     write_atomically(path, json.dumps(fingerprint))
-    return False
 
 
-def _step(method: Method, options: MethodOptions, current: Checkpoint, run: Run, resumed: bool) -> Step:
+def _step(method: Method, options: MethodOptions, current: Checkpoint, run: Run) -> Step:
+    """Do a step whose draft is equal to its parent, or find it done. The journals of a step that was killed
+    half-way bring its draft to where they go on."""
     done = run.folder / "done.json"
     if done.exists():
+        run.draft.restore()
         return Step.model_validate_json(done.read_text())
+    resumed = any(run.folder.glob("*/progress.json"))
     log.info("%s: %s", method.name, options.model_dump_json())
     reset_peak_memory()
     started = time.perf_counter()
@@ -282,13 +326,18 @@ def _step(method: Method, options: MethodOptions, current: Checkpoint, run: Run,
     return record
 
 
-def _check_disk(folder: Path, plan: Plan) -> None:
-    """Refuse before starting if the disk cannot hold the result and what is written on the way."""
+def _check_disk(work: Path, plan: Plan) -> None:
+    """Refuse before starting if the disk cannot hold the result and what is written on the way.
+
+    Raises:
+        CompressError: there is too little room, counting what an interrupted run takes already.
+    """
     wanted = int(ROOM * 2 * plan.after.nbytes) if plan.steps else int(ROOM * plan.after.nbytes)
-    free = shutil.disk_usage(folder).free
+    taken = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
+    free = shutil.disk_usage(work.parent).free + taken
     if free < wanted:
         raise CompressError(
-            f"The disk of '{folder}' has {free / 1e6:,.0f} MB free, but this run needs about "
+            f"The disk of '{work.parent}' has {free / 1e6:,.0f} MB free, but this run needs about "
             f"{wanted / 1e6:,.0f} MB; free some space or write the result to another disk."
         )
 
@@ -317,7 +366,7 @@ def _reload_check(current: Checkpoint, folder: Path, device: str) -> ReloadCheck
     """
     reloaded = Checkpoint.open(folder)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, int(current.config["vocab_size"]), (2, PROBE_TOKENS // 2), generator=generator)
+    tokens = torch.randint(0, config_of(current).vocab_size, (2, PROBE_TOKENS // 2), generator=generator)
     probe = Windows(tokens, torch.ones_like(tokens, dtype=torch.bool), source="random tokens")
     before = streamed_logits(current, probe, device)
     plain = "quantization_config" not in current.config

@@ -11,7 +11,6 @@ journal makes them durable, so that a killed walk goes on where it was.
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -20,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils._pytree import tree_map
 
 from compress.anatomy import Anatomy
 from compress.calibration.windows import Windows
-from compress.checkpoint import Checkpoint, Draft
-from compress.errors import BadInput
-from compress.files import atomic, write_atomically
+from compress.checkpoint import Checkpoint, Draft, write_tensors
+from compress.errors import BadInput, CompressError
+from compress.files import fsync, write_atomically
 from compress.modeling import Weights, check_finite, config_of, first, skeleton
 
 Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], None]
@@ -42,34 +41,36 @@ MEMORY_LIMIT = 1 << 30
 class Activations:
     """float32 tensor [N, S, D] written and read in slices of windows.
 
-    Up to ``memory_limit`` bytes it is held in memory, above that in a file. There are two files: one is the
-    last state made durable (or the one being read), the other is written next; `flip` and `save` change roles.
+    Up to ``memory_limit`` bytes it is held in memory, above that in a file. Two files change roles: one is
+    read, and is the last state made durable; the other is written. So between two saves every window may be
+    written once. What is written before anything was saved or restored goes into a third file, because a
+    resumed run writes it again while one of the two holds the state to go back to.
 
     Args:
         shape: [N, S, D].
         file: where the files go, without it everything stays in memory and cannot be saved.
-        memory_limit: bytes.
+        memory_limit: bytes, MEMORY_LIMIT if not given.
     """
 
     def __init__(
-        self, shape: tuple[int, int, int], file: Path | None, memory_limit: int = MEMORY_LIMIT
+        self, shape: tuple[int, int, int], file: Path | None, memory_limit: int | None = None
     ) -> None:
         self.shape = shape
-        self.files = [] if file is None else _unused(file, 2)
-        self.spilled = bool(self.files) and 4 * shape[0] * shape[1] * shape[2] > memory_limit
+        limit = MEMORY_LIMIT if memory_limit is None else memory_limit
+        self.spilled = file is not None and 4 * shape[0] * shape[1] * shape[2] > limit
         self._memory = None if self.spilled else torch.zeros(shape, dtype=torch.float32)
         self._changed = True
-        if self.files:
-            self.files[0].parent.mkdir(parents=True, exist_ok=True)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._slots = [file.with_name(f"{file.name}.{slot}") for slot in (0, 1)]
+            self._begin = self._source = self._target = file.with_name(f"{file.name}.begin")
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Windows ``start`` to ``stop``: [stop - start, S, D]."""
+        """A copy of the windows ``start`` to ``stop``: [stop - start, S, D]."""
         if not self.spilled:
-            return self._memory[start:stop]
+            return self._memory[start:stop].clone()
         values = torch.empty((stop - start, *self.shape[1:]), dtype=torch.float32)
-        with self.files[0].open("rb") as file:
-            file.seek(start * values[0].nbytes)
-            file.readinto(_bytes(values))
+        _read_into(values, self._source, start * values[0].nbytes)
         return values
 
     def write(self, start: int, values: torch.Tensor) -> None:
@@ -78,43 +79,56 @@ class Activations:
         if not self.spilled:
             self._memory[start : start + len(values)] = values
             return
-        self.files[1].touch()
-        with self.files[1].open("r+b") as file:
+        self._target.touch()
+        with self._target.open("r+b") as file:
             file.seek(start * values[0].nbytes)
-            file.write(_bytes(values.cpu().contiguous()))
+            file.write(_bytes(values.detach().float().cpu().contiguous()))
 
     def flip(self) -> None:
         """What was written is what is read from now on."""
         if self.spilled:
-            self.files.reverse()
+            self._turn(self._target)
 
     def save(self) -> str:
         """Make the values durable; the name of the file that holds them, for `restore`."""
-        if not self.spilled and self._changed:
-            self.files[1].write_bytes(_bytes(self._memory))
-            self.files.reverse()
+        if self._changed:
+            if not self.spilled:
+                self._target.write_bytes(_bytes(self._memory))
+                self._turn(self._target)
+            if self._source.exists():
+                fsync(self._source)
+            if self._source == self._slots[1]:  # so what was saved before is in the other one
+                self._begin.unlink(missing_ok=True)
             self._changed = False
-        return self.files[0].name
+        return self._source.name
 
     def restore(self, name: str) -> None:
-        """Go back to what `save` made durable."""
-        if self.files[1].name == name:
-            self.files.reverse()
-        elif self.files[0].name != name:  # saved by a process before this one
-            self.files[0] = self.files[0].with_name(name)
-            for file in self.files[0].parent.glob(f"{self.files[0].stem}.*"):
-                if file not in self.files:
-                    file.unlink()
+        """Go back to what `save` made durable.
+
+        Raises:
+            CompressError: the file is cut short or gone.
+        """
+        self._turn(self._source.with_name(name))
+        if self._source != self._begin:
+            self._begin.unlink(missing_ok=True)
         if not self.spilled:
-            with self.files[0].open("rb") as file:
-                file.readinto(_bytes(self._memory))
+            _read_into(self._memory, self._source, 0)
             self._changed = False
 
+    def _turn(self, source: Path) -> None:
+        self._source = source
+        self._target = self._slots[1] if source == self._slots[0] else self._slots[0]
 
-def _unused(file: Path, count: int) -> list[Path]:
-    """Numbered files that do not exist: what a killed process made durable is not written over."""
-    candidates = (file.with_name(f"{file.name}.{number}") for number in itertools.count())
-    return list(itertools.islice((path for path in candidates if not path.exists()), count))
+
+def _read_into(values: torch.Tensor, path: Path, offset: int) -> None:
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            found = file.readinto(_bytes(values))
+    except FileNotFoundError:
+        found = 0
+    if found != values.nbytes:
+        raise CompressError(f"The activations in '{path}' are cut short or gone; start over with --fresh.")
 
 
 def _bytes(values: torch.Tensor) -> memoryview:
@@ -200,7 +214,7 @@ class Journal:
     """What a walk has finished, in a folder: enough to go on after a kill.
 
     ``state`` is a dict of tensors that the loop body keeps its results in; it is saved and restored with
-    the streams, so a body that reads and writes nothing else is resumable.
+    the streams and the draft, so a body that reads and writes nothing else is resumable.
     """
 
     def __init__(self, folder: Path, draft: Draft | None = None) -> None:
@@ -220,22 +234,24 @@ class Journal:
         progress = json.loads(path.read_text())
         for activations, name in zip(held, progress["activations"], strict=True):
             activations.restore(name)
+        self.state.clear()
         self.state.update(load_file(self.folder / progress["state"]))
+        if self.draft is not None:
+            # Not what the draft was flushed with last: the kill may have come between that and progress.json.
+            self.draft.restore(self.folder / progress["draft"])
         return progress["finished"]
 
     def commit(self, finished: int, held: list[Activations]) -> None:
         """Make everything up to layer ``finished`` (exclusive) durable."""
-        if self.draft is not None:
-            self.draft.flush(f"{self.folder.name}-{finished:05d}")
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Two files in turn: the one that progress.json names is never the one being written.
-        name = f"state-{finished % 2}.safetensors"
-        with atomic(self.folder / name) as temporary:
-            state = {
-                key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in self.state.items()
-            }
-            save_file(state, temporary)
-        progress = {"finished": finished, "state": name, "activations": [item.save() for item in held]}
+        # Two of each file in turn: those that progress.json names are never the ones being written.
+        turn = finished % 2
+        state, draft = f"state-{turn}.safetensors", f"draft-{turn}.json"
+        if self.draft is not None:
+            self.draft.flush(f"{self.folder.name}-{finished:05d}", self.folder / draft)
+        write_tensors(self.state, self.folder / state)
+        names = [item.save() for item in held]
+        progress = {"finished": finished, "state": state, "draft": draft, "activations": names}
         write_atomically(self.folder / "progress.json", json.dumps(progress))
 
 
@@ -314,7 +330,7 @@ class StreamedModel:
     def stream(
         self, windows: Windows, folder: Path | None = None, batch_tokens: int = BATCH_TOKENS
     ) -> Stream:
-        """Start text on its way: embed it, and learn what the model gives to every layer besides hidden states.
+        """Start text on its way: embed it, and learn what the model gives every layer besides hidden states.
 
         Args:
             windows: token ids [N, S] and mask.
@@ -416,7 +432,7 @@ class StreamedModel:
 
 @torch.no_grad()
 def next_token_loss(model: StreamedModel, windows: Windows) -> torch.Tensor:
-    """Negative log-likelihood (nats, float64) of every real token given the ones before it in its window: [tokens]."""
+    """Negative log-likelihood (nats, float64) of every real token given those before it: [tokens]."""
     stream = model.stream(windows)
     for layer in model.walk(None, stream):
         stream.advance(layer)

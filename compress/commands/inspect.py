@@ -57,13 +57,15 @@ def inspect(model: str, as_json: bool) -> None:
     if lineage is None:
         click.echo("No lineage: compress-model did not write this folder.")
         return
-    parent = lineage.parent
-    click.echo(
-        f"made from {parent.id} (sha256 {parent.sha256[:16]}…) on {lineage.created:%Y-%m-%d %H:%M} UTC"
-    )
-    for step in lineage.steps:
-        options = ", ".join(f"{key}={value}" for key, value in step.options.items())
-        click.echo(f"  {step.method} ({options}): {step.summary}")
+    for run in lineage.chain():
+        parent = run.parent
+        click.echo(
+            f"{run.name}: made from {parent.id} (sha256 {parent.sha256[:16]}…) on "
+            f"{run.created:%Y-%m-%d %H:%M} UTC"
+        )
+        for step in run.steps:
+            options = ", ".join(f"{key}={value}" for key, value in step.options.items())
+            click.echo(f"  {step.method} ({options}): {step.summary}")
     click.echo(f"{len(lineage.evaluations)} evaluation(s) on record")
 
 

@@ -1,0 +1,518 @@
+"""Streaming: layer by layer gives what the whole model gives, in memory or in files, unbroken or resumed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor
+
+import compress
+from compress import stream as module
+from compress.anatomy import ROWS, anatomy_of, model_class
+from compress.calibration.windows import Windows
+from compress.checkpoint import Checkpoint, Draft
+from compress.errors import BadInput, CompressError
+from compress.quantization.formats import FORMATS
+from compress.quantization.quantizer import quantize_weight
+from compress.stream import Activations, Journal, StreamedModel, next_token_loss
+
+LAYERS = 3
+SIZE = {"hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "vocab_size": 60}
+SIZE |= {"max_position_embeddings": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+MLP = {"intermediate_size": 48}
+GQA = {**SIZE, **MLP, "num_key_value_heads": 2}
+WIDE = {**GQA, "head_dim": 12}
+GEMMA = {**WIDE, "query_pre_attn_scalar": 12, "sliding_window": 4}
+OPT = {**SIZE, "ffn_dim": 48}
+DISTIL = {"dim": 32, "n_layers": LAYERS, "n_heads": 4, "hidden_dim": 48, "vocab_size": 60, "pad_token_id": 0}
+SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}
+
+# Every row of the anatomy table, with the variants that change what is around the layers or given to them.
+CASES: dict[str, tuple[str, Callable[[], Any]]] = {
+    "llama": ("LlamaForCausalLM", lambda: hf.LlamaConfig(**GQA, attention_bias=True, mlp_bias=True)),
+    "llama, tied": ("LlamaForCausalLM", lambda: hf.LlamaConfig(**GQA, tie_word_embeddings=True)),
+    "mistral": ("MistralForCausalLM", lambda: hf.MistralConfig(**WIDE, sliding_window=4)),
+    "qwen2": ("Qwen2ForCausalLM", lambda: hf.Qwen2Config(**GQA, **SLIDING)),
+    "qwen3": ("Qwen3ForCausalLM", lambda: hf.Qwen3Config(**WIDE, tie_word_embeddings=True)),
+    "gemma2": ("Gemma2ForCausalLM", lambda: hf.Gemma2Config(**GEMMA)),
+    "gemma3_text": ("Gemma3ForCausalLM", lambda: hf.Gemma3TextConfig(**GEMMA, sliding_window_pattern=3)),
+    "phi3": ("Phi3ForCausalLM", lambda: hf.Phi3Config(**GQA)),
+    "opt": ("OPTForCausalLM", lambda: hf.OPTConfig(**OPT)),
+    "opt, post-norm": (
+        "OPTForCausalLM",
+        lambda: hf.OPTConfig(**OPT, do_layer_norm_before=False, word_embed_proj_dim=16),
+    ),
+    "gpt2": ("GPT2LMHeadModel", lambda: hf.GPT2Config(**SIZE)),
+    "gpt_neox": ("GPTNeoXForCausalLM", lambda: hf.GPTNeoXConfig(**SIZE, **MLP)),
+    "bert": ("BertForMaskedLM", lambda: hf.BertConfig(**SIZE, **MLP)),
+    "bert, bare": ("BertModel", lambda: hf.BertConfig(**SIZE, **MLP)),
+    "bert, classifier": ("BertForSequenceClassification", lambda: hf.BertConfig(**SIZE, **MLP)),
+    "distilbert": ("DistilBertForMaskedLM", lambda: hf.DistilBertConfig(**DISTIL)),
+    "roberta": ("RobertaForMaskedLM", lambda: hf.RobertaConfig(**SIZE, **MLP)),
+    "mpnet": ("MPNetForMaskedLM", lambda: hf.MPNetConfig(**SIZE, **MLP)),
+}
+
+
+class Subject:
+    """A tiny model in memory, and the folder it was saved in."""
+
+    def __init__(self, case: str, folder: Path) -> None:
+        name, build = CASES[case]
+        config = build()
+        config.architectures = [name]
+        torch.manual_seed(0)
+        self.model = model_class(config)._from_config(config, dtype=torch.float32).eval()
+        for parameter in self.model.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+        if config.pad_token_id is not None:
+            self.model.get_input_embeddings().weight.data[config.pad_token_id] = 0
+        self.model.save_pretrained(folder)
+        self.folder = folder
+        self.anatomy = anatomy_of(config)
+        self.layers = self.model.base_model.get_submodule(self.anatomy.layers)
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor, mask: Tensor | None) -> tuple[list[Tensor], Tensor]:
+        """Hidden states before the first layer and after every layer, and the first output."""
+        hidden: list[Tensor] = []
+        handles = [
+            self.layers[0].register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0].clone()))
+        ]
+        handles += [
+            layer.register_forward_hook(lambda _, __, output: hidden.append(module.first(output).clone()))
+            for layer in self.layers
+        ]
+        options = {"use_cache": False} if self.anatomy.kind == "decoder" else {}
+        output = self.model(tokens, attention_mask=mask, **options)
+        for handle in handles:
+            handle.remove()
+        return hidden, output["logits"] if "logits" in output else output[0]
+
+
+@pytest.fixture(scope="session")
+def subject_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Subject]:
+    made: dict[str, Subject] = {}
+
+    def get(case: str) -> Subject:
+        if case not in made:
+            made[case] = Subject(case, tmp_path_factory.mktemp("model"))
+        return made[case]
+
+    return get
+
+
+@pytest.fixture
+def llama(subject_of: Callable[[str], Subject]) -> Subject:
+    return subject_of("llama")
+
+
+def make_windows(count: int = 5, length: int = 9, padded: bool = False) -> Windows:
+    tokens = torch.randint(3, 60, (count, length), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    if padded:
+        for row in range(count):
+            mask[row, length - 2 * row + row // 2 : length] = row == 0
+        tokens = torch.where(mask, tokens, 0)
+    return Windows(tokens, mask, "made up")
+
+
+def everything(stream: module.Stream) -> Tensor:
+    return torch.cat([hidden for _, hidden, _ in stream.batches()])
+
+
+def test_every_row_has_a_case():
+    assert {build().model_type for _, build in CASES.values()} == set(ROWS)
+
+
+@pytest.mark.parametrize("batch_size", [2, 5])
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("case", CASES)
+def test_layers_and_logits_are_those_of_the_plain_forward(
+    subject_of: Callable[[str], Subject], case: str, padded: bool, batch_size: int
+):
+    """Bitwise, batch by batch."""
+    subject, windows = subject_of(case), make_windows(padded=padded)
+    plain: list[tuple[list[Tensor], Tensor]] = []
+    for start in range(0, 5, batch_size):
+        rows = slice(start, start + batch_size)
+        plain.append(subject.forward(windows.tokens[rows], windows.mask[rows] if padded else None))
+    wanted = [torch.cat(parts) for parts in zip(*(hidden for hidden, _ in plain), strict=True)]
+
+    model = StreamedModel(Checkpoint.open(subject.folder))
+    assert model.num_layers == LAYERS
+    stream = model.stream(windows, batch_tokens=9 * batch_size)
+    assert torch.equal(everything(stream), wanted[0])
+    for layer in model.walk(None, stream):
+        stream.advance(layer)
+        assert torch.equal(everything(stream), wanted[layer.index + 1]), layer.name
+    with model.head() as head:
+        for (_, hidden, _), (_, logits) in zip(stream.batches(), plain, strict=True):
+            found = head(hidden)
+            assert torch.equal(found["logits"] if "logits" in found else found[0], logits)
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma3_text", "opt", "mpnet"])
+def test_batch_size_changes_nothing_but_rounding(subject_of: Callable[[str], Subject], case: str):
+    model, windows = StreamedModel(Checkpoint.open(subject_of(case).folder)), make_windows(padded=True)
+    found = []
+    for batch_tokens in (1, 20, 4096):
+        stream = model.stream(windows, batch_tokens=batch_tokens)
+        for layer in model.walk(None, stream):
+            stream.advance(layer)
+        found.append(everything(stream)[windows.mask])
+    assert torch.allclose(found[0], found[1], rtol=1e-5, atol=1e-5)
+    assert torch.allclose(found[0], found[2], rtol=1e-5, atol=1e-5)
+
+
+def test_padding_does_not_reach_the_real_tokens(llama: Subject):
+    model, windows = StreamedModel(Checkpoint.open(llama.folder)), make_windows(padded=True)
+    other = Windows(torch.where(windows.mask, windows.tokens, 17), windows.mask, "made up")
+    assert not torch.equal(windows.tokens, other.tokens)
+    assert torch.equal(next_token_loss(model, windows), next_token_loss(model, other))
+
+
+def test_next_token_loss_is_that_of_transformers(llama: Subject):
+    windows = make_windows()
+    found = next_token_loss(StreamedModel(Checkpoint.open(llama.folder)), windows)
+    assert found.shape == (5 * 8,)
+    with torch.no_grad():
+        wanted = llama.model(windows.tokens, labels=windows.tokens).loss
+    assert torch.allclose(found.mean().float(), wanted, rtol=1e-5)
+
+
+# Memory
+
+
+@pytest.mark.parametrize("case", ["llama, tied", "gpt2", "bert", "opt, post-norm"])
+def test_weights_are_in_memory_inside_the_blocks_only(subject_of: Callable[[str], Subject], case: str):
+    model = StreamedModel(Checkpoint.open(subject_of(case).folder))
+    stream = model.stream(make_windows())
+
+    def in_memory() -> set[str]:
+        parts = {"outside": model.model} | {str(i): layer for i, layer in enumerate(model._layers)}
+        return {
+            name
+            for name, part in parts.items()
+            for parameter in part.parameters()
+            if parameter.device.type != "meta"
+        }
+
+    assert in_memory() == set()
+    for layer in model.walk(None, stream):
+        assert in_memory() == {str(layer.index)}
+        assert {p.device.type for p in layer.module.parameters()} == {"cpu"}
+        stream.advance(layer)
+        assert in_memory() == {str(layer.index)}
+    assert in_memory() == set()
+    with model.head() as head:
+        head(stream.hidden.read(0, 1))
+        assert in_memory() == {"outside"}
+    assert in_memory() == set()
+    with pytest.raises(ZeroDivisionError), model.layer(1):
+        raise ZeroDivisionError
+    assert in_memory() == set()
+    for _ in model.walk(None, stream):
+        break
+    assert in_memory() == set()
+
+
+def test_tied_head_is_not_read_twice(subject_of: Callable[[str], Subject]):
+    """While text is embedded the head is not in memory; while logits are made the tensor is there once."""
+    model = StreamedModel(Checkpoint.open(subject_of("llama, tied").folder))
+    with model._outside(skip_head=True):
+        assert model.model.lm_head.weight.device.type == "meta"
+        assert model.model.get_input_embeddings().weight.device.type == "cpu"
+    with model._outside(skip_embedding=True):
+        assert model.model.lm_head.weight.device.type == "cpu"
+        assert model.model.get_input_embeddings().weight.device.type == "meta"
+
+
+# Activations in memory and in files
+
+
+@pytest.fixture(params=[1 << 30, 0], ids=["memory", "files"])
+def limit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(module, "MEMORY_LIMIT", request.param)
+    return request.param
+
+
+def test_limit_is_in_bytes(tmp_path: Path):
+    assert not Activations((2, 3, 4), tmp_path / "x", memory_limit=96).spilled
+    assert Activations((2, 3, 4), tmp_path / "x", memory_limit=95).spilled
+    assert not Activations((2, 3, 4), None, memory_limit=0).spilled
+
+
+def test_activations_hold_what_was_written(limit: int, tmp_path: Path):
+    values = [torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    held = Activations((5, 3, 4), tmp_path / "sub" / "hidden")
+    for value in values:
+        for start, stop in ((0, 2), (2, 4), (4, 5)):
+            held.write(start, value[start:stop])
+        held.flip()
+        assert torch.equal(held.read(0, 5), value)
+        assert torch.equal(held.read(3, 5), value[3:])
+        name = held.save()
+        assert held.save() == name
+        again = Activations((5, 3, 4), tmp_path / "sub" / "hidden")
+        again.write(0, values[0])  # as a resumed run does before it restores
+        again.flip()
+        again.restore(name)
+        assert torch.equal(again.read(0, 5), value)
+        again.write(0, torch.ones(1, 3, 4))  # and then is killed again
+        third = Activations((5, 3, 4), tmp_path / "sub" / "hidden")
+        third.restore(name)
+        assert torch.equal(third.read(0, 5), value)
+
+
+def test_activations_that_are_cut_short_are_noticed(limit: int, tmp_path: Path):
+    held = Activations((2, 3, 4), tmp_path / "hidden")
+    held.write(0, torch.ones(2, 3, 4))
+    held.flip()
+    name = held.save()
+    (tmp_path / name).write_bytes(b"\0" * 90)
+    again = Activations((2, 3, 4), tmp_path / "hidden")
+
+    def use() -> None:
+        again.restore(name)
+        again.read(0, 2)
+
+    with pytest.raises(CompressError, match="cut short"):
+        use()
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2", "bert"])
+def test_spilled_is_bitwise_the_same(
+    subject_of: Callable[[str], Subject], case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model, windows = StreamedModel(Checkpoint.open(subject_of(case).folder)), make_windows(padded=True)
+    found = []
+    for memory_limit in (1 << 30, 0):
+        monkeypatch.setattr(module, "MEMORY_LIMIT", memory_limit)
+        stream = model.stream(windows, tmp_path, batch_tokens=18)
+        assert stream.hidden.spilled == (memory_limit == 0)
+        states = [everything(stream)]
+        for layer in model.walk(None, stream):
+            stream.advance(layer)
+            states.append(everything(stream))
+        found.append(states)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert len({state.sum().item() for state in found[0]}) == LAYERS + 1
+
+
+# Observers
+
+
+def test_observers_see_inputs_outputs_and_masks(llama: Subject):
+    windows = make_windows(padded=True)
+    model = StreamedModel(Checkpoint.open(llama.folder))
+    stream = model.stream(windows, batch_tokens=18)
+    seen: list[tuple[str, Tensor, Tensor, Tensor, int]] = []
+
+    def look(path: str) -> module.Observer:
+        return lambda *what: seen.append((path, *what))
+
+    before = everything(stream)
+    with model.layer(0) as layer:
+        assert tuple(layer.linears) == llama.anatomy.linear_paths
+        stream.advance(layer, observe={"": look(""), "mlp.down_proj": look("mlp.down_proj")})
+        weight, bias = layer.linears["mlp.down_proj"].weight, layer.linears["mlp.down_proj"].bias
+        for path, inputs, outputs, mask, start in seen:
+            rows = slice(start, start + len(inputs))
+            assert torch.equal(mask, windows.mask[rows])
+            if path:
+                assert inputs.shape[-1] == 48
+                assert torch.allclose(outputs, inputs @ weight.T + bias, atol=1e-5)
+            else:
+                assert torch.equal(inputs, before[rows])
+                assert torch.equal(outputs, everything(stream)[rows])
+        assert sorted((path, start) for path, *_, start in seen) == [
+            (path, start) for path in ("", "mlp.down_proj") for start in (0, 2, 4)
+        ]
+        count = len(seen)
+        stream.advance(layer)
+        assert len(seen) == count  # the hooks are gone
+
+
+def test_a_changed_layer_changes_the_stream(llama: Subject):
+    model, windows = StreamedModel(Checkpoint.open(llama.folder)), make_windows()
+    ends = []
+    for scale in (1.0, 2.0):
+        stream = model.stream(windows)
+        for layer in model.walk(None, stream):
+            if layer.index == 1:
+                layer.linears["mlp.down_proj"].weight.data *= scale
+            stream.advance(layer)
+        ends.append(everything(stream))
+    assert not torch.allclose(*ends)
+
+
+def test_what_cannot_be_streamed_is_refused(llama: Subject, tmp_path: Path):
+    model = StreamedModel(Checkpoint.open(llama.folder))
+    tokens = torch.tensor([[1, 60]])
+    with pytest.raises(BadInput, match="outside the model's vocabulary"):
+        model.stream(Windows(tokens, tokens > 0, "made up"))
+    stream = model.stream(make_windows())
+    with model.layer(1) as layer:
+        layer.linears["mlp.down_proj"].weight.data[0, 0] = torch.inf
+        with pytest.raises(CompressError, match=r"^Layer model\.layers\.1 puts out NaN or infinite values"):
+            stream.advance(layer)
+
+
+# Resuming
+
+
+class Killed(Exception):
+    """Stands for a SIGKILL: nothing is tidied up but what Python does when objects go away."""
+
+
+def body(model: StreamedModel, journal: Journal, folder: Path) -> Iterator[int]:
+    """A walk that keeps results in every way there is: stream, extra activations, state and draft. Its draft
+    is read back, so a layer done twice shows."""
+    stream = model.stream(make_windows(padded=True), folder / "streams", batch_tokens=18)
+    extra = journal.activations("extra", stream.hidden.shape)
+    journal.state["sum"] = torch.zeros(3, dtype=torch.float64)
+    for layer in model.walk(journal, stream, extra):
+        stream.advance(layer)
+        for start, hidden, _ in stream.batches():
+            extra.write(start, hidden + extra.read(start, start + len(hidden)) if layer.index else hidden)
+        extra.flip()
+        journal.state["sum"][layer.index] = everything(stream).double().sum()
+        journal.state[f"view.{layer.index}"] = torch.arange(6.0).reshape(2, 3).T * layer.index
+        journal.state.pop(f"view.{layer.index - 2}", None)
+        norm = "model.norm.weight"
+        journal.draft.write({norm: 2 * journal.draft.read(norm), f"layer.{layer.index}": extra.read(0, 1)})
+        journal.draft.drop(f"{layer.name}.mlp.down_proj.weight")
+        journal.draft.config["walked"] = layer.index + 1
+        yield layer.index
+    journal.state["end"], journal.state["extra"] = everything(stream), extra.read(0, 5)
+
+
+def outcome(journal: Journal) -> dict[str, Any]:
+    draft = journal.draft
+    draft.flush("step")
+    return {
+        "state": {name: value.tolist() for name, value in journal.state.items()},
+        "draft": {name: draft.read(name).tolist() for name in draft.tensors},
+        "config": draft.config,
+    }
+
+
+def begin(llama: Subject, folder: Path) -> tuple[Journal, Iterator[int]]:
+    checkpoint = Checkpoint.open(llama.folder)
+    journal = Journal(folder / "walk", Draft(checkpoint, folder))
+    return journal, body(StreamedModel(checkpoint), journal, folder)
+
+
+@pytest.fixture(scope="module")
+def unbroken(
+    subject_of: Callable[[str], Subject], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    llama = subject_of("llama")
+    journal, walk = begin(llama, tmp_path_factory.mktemp("unbroken"))
+    assert list(walk) == list(range(LAYERS))
+    end = outcome(journal)
+    norm = "model.norm.weight"
+    assert torch.allclose(torch.tensor(end["draft"][norm]), 8 * llama.model.state_dict()[norm])
+    assert set(end["state"]) == {"sum", "view.1", "view.2", "end", "extra"}
+    return end
+
+
+@pytest.mark.parametrize("moment", ["in the body", "after the draft", "after the state"])
+@pytest.mark.parametrize("kill_at", range(LAYERS))
+def test_a_walk_killed_anywhere_ends_the_same(
+    llama: Subject,
+    unbroken: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    limit: int,
+    kill_at: int,
+    moment: str,
+):
+    def killed(walk: Iterator[int]) -> bool:
+        done: list[int] = []
+        with monkeypatch.context() as patch:
+            if name := {"after the draft": "write_tensors", "after the state": "write_atomically"}.get(
+                moment
+            ):
+                original = getattr(module, name)
+
+                def write(*args: Any) -> None:
+                    if kill_at in done:
+                        raise Killed
+                    original(*args)
+
+                patch.setattr(module, name, write)
+            try:
+                for index in walk:
+                    done.append(index)
+                    if index == kill_at and moment == "in the body":
+                        return True
+            except Killed:
+                return True
+        return False
+
+    for _ in range(2):  # killed twice at the same place
+        assert killed(begin(llama, tmp_path)[1])
+
+    journal, walk = begin(llama, tmp_path)
+    assert list(walk) == list(range(kill_at, LAYERS))
+    assert outcome(journal) == unbroken
+
+
+def test_progress_is_told(llama: Subject, tmp_path: Path):
+    told: list[tuple[str, float]] = []
+    model = StreamedModel(Checkpoint.open(llama.folder), progress=lambda *what: told.append(what))
+    for _ in model.walk(Journal(tmp_path), label="looking"):
+        pass
+    assert told == [("looking", 1 / 3), ("looking", 2 / 3), ("looking", 1.0)]
+    assert json.loads((tmp_path / "progress.json").read_text())["finished"] == LAYERS
+    assert list(model.walk(Journal(tmp_path))) == []
+
+
+# Packed models
+
+
+@pytest.mark.parametrize(("form", "bits"), [("compressed-tensors", 4), ("gptq", 2), ("gptq", 4)])
+def test_packed_models_stream_as_they_load(llama: Subject, tmp_path: Path, form: str, bits: int):
+    checkpoint = Checkpoint.open(llama.folder)
+    packer = FORMATS[form](bits, 16, True)
+    draft = Draft(checkpoint, tmp_path / "draft")
+    names = []
+    model = StreamedModel(checkpoint)
+    for layer in model.walk(None):
+        for path, linear in layer.linears.items():
+            names.append(f"{layer.name}.{path}")
+            scale_dtype = packer.scale_dtype(torch.float32)
+            rounded = quantize_weight(linear.weight, bits, 16, True, scale_dtype, names[-1])
+            draft.write(packer.tensors(names[-1], rounded))
+            draft.drop(f"{names[-1]}.weight")
+    draft.config["quantization_config"] = packer.quantization_config(names, [], ["lm_head"])
+    draft.flush("step")
+    folder = tmp_path / "packed"
+    folder.mkdir()
+    module_files = compress.checkpoint.write_weights(draft, folder)
+    assert list(module_files) == ["model.safetensors"]
+    (folder / "config.json").write_text(json.dumps(draft.config))
+
+    windows = make_windows()
+    loaded = compress.load(folder, dtype="float32")
+    with torch.no_grad():
+        wanted = loaded(windows.tokens).logits
+        dense = llama.model(windows.tokens).logits
+    for packed in (draft, Checkpoint.open(folder)):
+        model = StreamedModel(packed)
+        stream = model.stream(windows)
+        kinds = set()
+        for layer in model.walk(None, stream):
+            kinds |= {type(linear).__name__ for linear in layer.linears.values()}
+            stream.advance(layer)
+        assert kinds == {"PackedLinear"}
+        with model.head() as head:
+            assert torch.equal(head(stream.hidden.read(0, 5)).logits, wanted)
+    assert not torch.allclose(dense, wanted, atol=1e-3)

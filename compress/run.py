@@ -322,6 +322,8 @@ def _step(method: Method, options: MethodOptions, current: Checkpoint, run: Run)
         resumed=resumed,
     )
     write_atomically(done, record.model_dump_json())
+    for journal in run.folder.glob("*/"):  # activations can be large, and the next step has its own
+        shutil.rmtree(journal)
     log.info("%s: %s (%.0f s)", method.name, report.summary, record.seconds)
     return record
 

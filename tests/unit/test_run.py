@@ -1,4 +1,4 @@
-"""Runs through the command line: killed, interrupted, resumed, refused, out of disk; never anything by halves."""
+"""Runs through the command line: killed, interrupted, resumed, refused, out of disk; nothing by halves."""
 
 from __future__ import annotations
 

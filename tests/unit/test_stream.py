@@ -372,17 +372,17 @@ class Killed(Exception):
 
 
 def body(model: StreamedModel, journal: Journal, folder: Path) -> Iterator[int]:
-    """A walk that keeps results in every way there is: stream, extra activations, state and draft. Its draft
-    is read back, so a layer done twice shows."""
+    """A walk that keeps results in every way there is: stream, extra activations, state and draft. What it
+    writes depends on what was there, so a layer done twice shows."""
     stream = model.stream(make_windows(padded=True), folder / "streams", batch_tokens=18)
     extra = journal.activations("extra", stream.hidden.shape)
-    journal.state["sum"] = torch.zeros(3, dtype=torch.float64)
+    journal.state["sum"] = torch.zeros((), dtype=torch.float64)
     for layer in model.walk(journal, stream, extra):
         stream.advance(layer)
         for start, hidden, _ in stream.batches():
             extra.write(start, hidden + extra.read(start, start + len(hidden)) if layer.index else hidden)
         extra.flip()
-        journal.state["sum"][layer.index] = everything(stream).double().sum()
+        journal.state["sum"] += everything(stream).double().sum()
         journal.state[f"view.{layer.index}"] = torch.arange(6.0).reshape(2, 3).T * layer.index
         journal.state.pop(f"view.{layer.index - 2}", None)
         norm = "model.norm.weight"

@@ -178,8 +178,9 @@ def _locked(output: Path) -> Iterator[None]:
 def _tidy(output: Path, work: Path) -> None:
     """Put right what a run that was killed in its first or last moments left behind."""
     recover(output)
-    if not (work / "run.json").exists():
-        shutil.rmtree(work, ignore_errors=True)
+    published = (work / "publishing").exists() and not (work / "artefact").exists()
+    if published or not (work / "run.json").exists():
+        _discard(work)
 
 
 def _discard(work: Path) -> None:
@@ -208,7 +209,8 @@ def _execute(
             run = Run(Draft(current, folder), windows, recipe.seed, folder, device, progress)
             records.append(_step(method, options, current, run))
             current = run.draft
-        finished = work / "artefact"
+        finished, publishing = work / "artefact", work / "publishing"
+        publishing.unlink(missing_ok=True)
         shutil.rmtree(finished, ignore_errors=True)
         progress("writing the model", 0.0)
         files = write_model(current, source.folder, finished, recipe.resolved())
@@ -244,6 +246,7 @@ def _execute(
             versions=versions(),
         )
         write_lineage(finished, lineage)
+        publishing.touch()  # with this and without the artefact, the run is over
         publish(finished, output)
     except BadInput:
         _discard(work)

@@ -313,7 +313,6 @@ def test_disk_full(house: House, commands: Commands, unbroken: Lineage, tmp_path
         assert command.code == 1
         assert "The disk is full; free some space and run the same command again" in command.complaint
         assert left_behind(output) == [".out.partial"]
-        assert commands.run("run", house.recipe, "-o", output).code == 1  # still full
         subprocess.run([mount, "-o", "remount,size=32m", disk], check=True)
         assert commands.run("run", house.recipe, "-o", output).code == 0
         check_whole(output, unbroken)
@@ -369,6 +368,22 @@ def test_the_same_command_twice(small: House, tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "out"]
 
 
+def test_an_output_that_appears_meanwhile_is_kept(
+    small: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    make_plan = module.make_plan
+
+    def plan_slowly(*what: Any) -> Any:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "precious.txt").touch()
+        return make_plan(*what)
+
+    monkeypatch.setattr(module, "make_plan", plan_slowly)
+    with pytest.raises(BadInput, match="is not empty"):
+        copy(small, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious.txt"]
+
+
 def test_overwrite_replaces_everything(small: House, tmp_path: Path):
     output = tmp_path / "out"
     copy(small, output)
@@ -415,26 +430,36 @@ def test_overwrite_that_fails_between_the_renames_keeps_the_old_one(
     assert left_behind(output) == []
 
 
-@pytest.mark.parametrize("moment", ["published", "discarding", "beginning"])
+@pytest.mark.parametrize("moment", ["published", "throwing away", "beginning"])
 def test_leftovers_of_a_killed_run_are_cleared_by_the_next(
     small: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ):
     output = tmp_path / "out"
+    discard, rmtree = module._discard, shutil.rmtree
 
     def killed(*_: Any, **__: Any) -> None:
         raise Killed
 
+    def refuse(*_: Any) -> None:
+        raise BadInput("No.")
+
     with monkeypatch.context() as patch:
         if moment == "published":
-            patch.setattr(module, "_discard", lambda work: killed() if output.exists() else None)
-        elif moment == "discarding":
-            patch.setattr(module.shutil, "rmtree", lambda path, **_: killed() if output.exists() else None)
+            patch.setattr(module, "_discard", lambda work: killed() if output.exists() else discard(work))
+        elif moment == "throwing away":  # half of what a refused run has done
+            patch.setattr(module, "_reload_check", refuse)
+            patch.setattr(
+                shutil,
+                "rmtree",
+                lambda path, **_: killed() if (path / "artefact").exists() else rmtree(path, **_),
+            )
         else:
             patch.setattr(module, "write_atomically", killed)
         with pytest.raises(Killed):
             copy(small, output)
     assert ".out.partial" in left_behind(output)
-    copy(small, output, overwrite=True)
+    # Another recipe: there is nothing to go on with any more.
+    copy(small, output, overwrite=True, dtype="bfloat16")
     assert left_behind(output) == []
 
 

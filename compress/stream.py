@@ -214,7 +214,8 @@ class Journal:
     """What a walk has finished, in a folder: enough to go on after a kill.
 
     ``state`` is a dict of tensors that the loop body keeps its results in; it is saved and restored with
-    the streams and the draft, so a body that reads and writes nothing else is resumable.
+    the streams and the draft, so a body that reads and writes nothing else is resumable. A walk whose journal
+    is finished does nothing but bring all of these to where they were at its end.
     """
 
     def __init__(self, folder: Path, draft: Draft | None = None) -> None:

@@ -413,11 +413,12 @@ def test_the_written_model_computes_what_the_equations_say(
     family: str, options: dict[str, Any], folders: dict[str, Path], tmp_path: Path
 ):
     windows = windows_of()
-    model, run, report = applied(folders[family], tmp_path / "step", windows, held_out=0.0, **options)
+    _, run, report = applied(folders[family], tmp_path / "step", windows, held_out=0.0, **options)
     cuts = [Cut(cut["layer"], len(cut["removed"])) for cut in report.details["cuts"]]
     assert sum(cut.count for cut in cuts) == options["layers"]
     # The restatement gives `distances` and `estimate` their own tests; here T is taken as it was estimated.
-    found = ReplaceMe().estimate(model, windows, cuts, ReplaceMe.Options(**options), run)
+    rest = {name: value for name, value in options.items() if name != "layers"}
+    found = estimate(folders[family], tmp_path / "again", windows, cuts, **rest)
     expected = replaced_by_hooks(folders[family], family, windows, {cut: found[cut.layer] for cut in cuts})
     merged = written(run.draft, tmp_path / "artefact")
     assert merged.config.num_hidden_layers == LAYERS - options["layers"]

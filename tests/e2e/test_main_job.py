@@ -49,9 +49,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 """,
 )
-WITH_COMPRESS = GENERATE.format(
-    block="", load="import compress\nmodel = compress.load(sys.argv[1])"
-)
+WITH_COMPRESS = GENERATE.format(block="", load="import compress\nmodel = compress.load(sys.argv[1])")
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -24,7 +25,7 @@ from compress import artefact, evaluate
 from compress import run as module
 from compress.artefact import Lineage, read_lineage
 from compress.calibration.windows import evaluation_windows
-from compress.checkpoint import Checkpoint
+from compress.checkpoint import Checkpoint, write_tensors
 from compress.errors import BadInput, CompressError
 from compress.files import file_sha256
 from compress.models import find_model
@@ -308,6 +309,11 @@ def test_disk_full(house: House, commands: Commands, unbroken: Lineage, tmp_path
             "a small disk cannot be mounted here (that needs root): what happens on a full one is untested"
         )
     try:
+        with pytest.raises(OSError) as caught:
+            write_tensors({"large": torch.zeros(1 << 20)}, disk / "large")
+        assert caught.value.errno == errno.ENOSPC
+        assert list(disk.iterdir()) == []
+
         output = disk / "out"
         command = commands.run("run", house.recipe, "-o", output)
         assert command.code == 1

@@ -179,7 +179,7 @@ def first(output: Any) -> torch.Tensor:
 
 
 def all_finite(values: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite. Mostly one pass: only a sum that is not finite asks for a closer look."""
+    """Whether no value is NaN or infinite. Mostly one pass: only a sum that is not asks for more."""
     return bool(values.sum(dtype=torch.float32).isfinite()) or bool(values.isfinite().all())
 
 

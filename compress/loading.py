@@ -31,12 +31,9 @@ def load(path: str | Path, device: str = "cpu", dtype: str | torch.dtype | None 
     checkpoint = Checkpoint.open(path)
     config = config_of(checkpoint)
     dtype = _dtype(dtype or config.dtype or torch.float32)  # before the skeleton, which sets its own
-    model = skeleton(config)
+    model = skeleton(config, device)
     weights = Weights(checkpoint, model, device, dtype)
     weights.fill(model, "")
-    for name, buffer in list(model.named_buffers()):
-        parent, _, leaf = name.rpartition(".")
-        model.get_submodule(parent)._buffers[leaf] = buffer.to(device)
     model.config.dtype = weights.dtype
     model.config._name_or_path = model.name_or_path = str(path)
     if (Path(path) / "generation_config.json").exists() and model.can_generate():

@@ -39,9 +39,9 @@ def config_of(checkpoint: Checkpoint) -> PretrainedConfig:
         ) from None
 
 
-def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+def skeleton(config: PretrainedConfig, device: str | torch.device = "cpu") -> PreTrainedModel:
     """The model of a config, in evaluation mode, with every parameter on the meta device (no memory) and
-    every non-persistent buffer (rotary frequencies, embedding scales) computed."""
+    every non-persistent buffer (rotary frequencies, embedding scales) computed on ``device``."""
     with torch.device("meta"):
         model = model_class(config)._from_config(config, dtype=torch.float32)
     with torch.no_grad():
@@ -49,7 +49,7 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
             names = [name for name, buffer in module.named_buffers(recurse=False) if buffer is not None]
             if names:
                 for name in names:
-                    module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+                    module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
                 model._init_weights(module)
     model.requires_grad_(False)
     return model.eval()

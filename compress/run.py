@@ -355,7 +355,7 @@ def streamed_logits(checkpoint: Checkpoint, windows: Windows, device: str = "cpu
     for layer in model.walk(None, stream):
         stream.advance(layer)
     with model.head() as head:
-        return torch.cat([first_output(head(hidden)) for _, hidden, _ in stream.batches()])
+        return torch.cat([first_output(head(hidden)).cpu() for _, hidden, _ in stream.batches()])
 
 
 def first_output(output: Any) -> torch.Tensor:

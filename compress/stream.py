@@ -155,8 +155,9 @@ class Layer:
 class Stream:
     """Text on its way through a model: the hidden states before the layer that comes next."""
 
-    def __init__(self, windows: Windows, hidden: Activations, batch_size: int) -> None:
+    def __init__(self, windows: Windows, hidden: Activations, batch_size: int, device: str) -> None:
         self.windows = windows
+        self.device = device
         self.hidden = hidden
         self.starts = range(0, len(windows.tokens), batch_size)
         self.batch_size = batch_size
@@ -168,10 +169,10 @@ class Stream:
             stop = min(start + self.batch_size, len(self.windows.tokens))
             yield start, self.hidden.read(start, stop), self.windows.mask[start:stop]
 
-    def call(self, layer: Layer, module: nn.Module, start: int, hidden: torch.Tensor) -> torch.Tensor:
-        """``module(hidden)`` with the attention mask and positions the model gives to ``layer``."""
+    def call(self, layer: Layer, start: int, hidden: torch.Tensor) -> torch.Tensor:
+        """``layer(hidden)`` with the attention mask and positions the model gives to it, on its device."""
         args, kwargs = self.calls[start][layer.index]
-        return first(module(hidden, *args, **kwargs))
+        return first(layer.module(hidden.to(self.device), *args, **kwargs))
 
     @torch.no_grad()
     def advance(self, layer: Layer, observe: Mapping[str, Observer] | None = None) -> None:
@@ -188,8 +189,8 @@ class Stream:
             with ExitStack() as stack:
                 for path, observer in (observe or {}).items():
                     module = layer.module.get_submodule(path)
-                    stack.enter_context(_hook(module, observer, mask, start))
-                output = self.call(layer, layer.module, start, hidden)
+                    stack.enter_context(_hook(module, observer, mask.to(self.device), start))
+                output = self.call(layer, start, hidden)
             check_finite(output, f"Layer {layer.name}")
             self.hidden.write(start, output)
         self.hidden.flip()
@@ -278,7 +279,7 @@ class StreamedModel:
         self.device = device
         self.progress = progress
         self.config = config_of(checkpoint)
-        self.model = skeleton(self.config)
+        self.model = skeleton(self.config, device)
         self.weights = Weights(checkpoint, self.model, device, torch.float32)
         self.anatomy: Anatomy = self.weights.anatomy
         parent, _, leaf = self.anatomy.layers.rpartition(".")
@@ -354,7 +355,7 @@ class StreamedModel:
                 hidden, calls = self._embed(tokens, mask)
                 if stream is None:
                     store = Activations((count, length, hidden.shape[-1]), folder and folder / "hidden")
-                    stream = Stream(windows, store, batch_size)
+                    stream = Stream(windows, store, batch_size, self.device)
                 # Without padding every batch of the same size is given the same mask and positions.
                 stream.calls[start] = calls if padded else calls_of.setdefault(len(tokens), calls)
                 stream.hidden.write(start, hidden)

@@ -21,9 +21,8 @@ from compress.errors import BadInput
 from compress.fidelity import FidelityAccumulator
 from compress.kernels.ops import kernel_name
 from compress.measure import measure
-from compress.models import ModelSource, find_model
+from compress.models import ModelSource, find_model, load_tokenizer
 from compress.plan import ModelShape
-from compress.run import load_tokenizer
 from compress.scorecard import Cost, Fidelity, ModelIdentity, Protocol, Scorecard
 from compress.stream import Stream, StreamedModel
 

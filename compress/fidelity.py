@@ -192,8 +192,8 @@ def compare_tokens(dense: Tensor, model: Tensor, targets: Tensor) -> tuple[Tenso
     """ln p[target], ln q[target], KL(p || q) (float64 [T]) and whether the argmaxes agree (bool [T]).
 
     ``dense`` and ``model`` are float32 [T, V], ``targets`` int64 [T]. Logits are shifted by their maximum,
-    which is exact where the probability is. Sums over the vocabulary are torch's cascaded float32 sums (relative
-    error about 1e-7, and four times as fast as in float64); everything after them is float64:
+    which is exact where the probability is. Sums over the vocabulary are torch's cascaded float32 sums
+    (relative error about 1e-7, many times faster than in float64); everything after them is float64:
 
         KL = sum_v e^{z_v} (z_v - y_v) / Z_p + ln Z_q - ln Z_p    for shifted logits z (dense) and y (model)
     """

@@ -11,7 +11,7 @@ import psutil
 
 
 def reset_peak_memory() -> None:
-    """Let `peak_memory` count from now on, where the system can (Linux); elsewhere it keeps counting from the start."""
+    """Let `peak_memory` count from now on, where the system can; elsewhere it counts from the start."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

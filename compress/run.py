@@ -11,27 +11,22 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 import compress
 from compress.artefact import (
     Lineage,
     Parent,
-    ReloadCheck,
     Result,
     Step,
     check_output,
     now,
-    publish,
     read_lineage,
-    recover,
     versions,
     write_lineage,
     write_model,
@@ -39,26 +34,18 @@ from compress.artefact import (
 from compress.calibration.windows import Windows, calibration_windows
 from compress.checkpoint import DTYPE_NAMES, Checkpoint, Draft
 from compress.device import check_device
-from compress.errors import BadInput, CompressError
+from compress.errors import BadInput
 from compress.files import write_atomically
-from compress.memory import available_memory, peak_memory, reset_peak_memory
+from compress.memory import peak_memory, reset_peak_memory
 from compress.method import Method, MethodOptions
-from compress.modeling import config_of
-from compress.models import ModelSource, find_model
+from compress.models import ModelSource, find_model, load_tokenizer
 from compress.plan import Plan, make_plan
 from compress.recipe import Recipe
+from compress.reload import reload_check
 from compress.stream import Journal, StreamedModel
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from compress.workspace import Workspace
 
 log = logging.getLogger(__name__)
-
-PROBE_TOKENS = 48
-PARITY = 1e-3
-ROOM = (
-    1.05  # free disk space asked for, over the predicted bytes of one copy in the work folder and the result
-)
 
 Progress = Callable[[str, float], None]
 
@@ -92,23 +79,6 @@ class Run:
         return torch.Generator().manual_seed(self.seed)
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder.
-
-    Raises:
-        BadInput: there is none, or it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises many types for missing and broken tokenizer files
-        reason = " ".join(str(error).split())[:200]
-        raise BadInput(
-            f"The model folder '{folder}' has no tokenizer that can be loaded ({reason})."
-        ) from error
-
-
 def open_model(recipe: Recipe) -> tuple[ModelSource, Checkpoint]:
     """The recipe's model, found and opened with the recipe's dtype."""
     source = find_model(recipe.model, recipe.revision)
@@ -140,10 +110,10 @@ def execute(
         CompressError: the work failed: no disk space, broken activations, or a reload that does not match.
     """
     output = output.absolute()
-    work = output.with_name(f".{output.name}.partial")
+    workspace = Workspace(output)
     if output.parent.is_dir():
-        with _locked(output):
-            _tidy(output, work)
+        with workspace.locked():
+            workspace.tidy()
     check_output(output, overwrite)
     check_device(device)
     source, checkpoint = open_model(recipe)
@@ -151,42 +121,13 @@ def execute(
         raise BadInput(f"The output '{output}' holds the model to compress; use another -o.")
     plan = make_plan(checkpoint, recipe.steps)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(output):
+    with workspace.locked():
         check_output(output, overwrite)  # again: another run may have finished meanwhile
         if resume is False:
-            _discard(work)
-        _check_disk(work, plan)
-        return _execute(recipe, source, checkpoint, plan, output, work, device, progress)
-
-
-@contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """Keep other runs away from ``output``. The lock goes with the process, however it ends."""
-    lock = FileLock(output.with_name(f".{output.name}.lock"))
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise BadInput(f"Another run is writing to '{output}'; wait for it, or use another -o.") from None
-    try:
-        yield
-    finally:
-        # While it is still ours: afterwards the file may be another run's.
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
-
-
-def _tidy(output: Path, work: Path) -> None:
-    """Put right what a run that was killed in its first or last moments left behind."""
-    recover(output)
-    published = (work / "publishing").exists() and not (work / "artefact").exists()
-    if published or not (work / "run.json").exists():
-        _discard(work)
-
-
-def _discard(work: Path) -> None:
-    """Remove a work folder; killed half-way, what is left is no interrupted run any more."""
-    (work / "run.json").unlink(missing_ok=True)
-    shutil.rmtree(work, ignore_errors=True)
+            workspace.discard()
+        # Steps write what they change, beside what is put together from it in the end.
+        workspace.check_disk(plan.after.nbytes * (2 if recipe.steps else 1))
+        return _execute(recipe, source, checkpoint, plan, workspace, device, progress)
 
 
 def _execute(
@@ -194,31 +135,28 @@ def _execute(
     source: ModelSource,
     checkpoint: Checkpoint,
     plan: Plan,
-    output: Path,
-    work: Path,
+    workspace: Workspace,
     device: str,
     progress: Progress,
 ) -> Lineage:
     windows = _calibration(recipe, source.folder) if recipe.needs_calibration else None
-    _enter(work, _fingerprint(recipe, checkpoint, windows))
+    workspace.enter(_fingerprint(recipe, checkpoint, windows))
     try:
         current, records = checkpoint, []
         for number, (method, options) in enumerate(recipe.steps):
-            folder = work / f"{number}-{method.name}"
+            folder = workspace.folder / f"{number}-{method.name}"
             folder.mkdir(exist_ok=True)
             run = Run(Draft(current, folder), windows, recipe.seed, folder, device, progress)
             records.append(_step(method, options, current, run))
             current = run.draft
-        finished, publishing = work / "artefact", work / "publishing"
-        publishing.unlink(missing_ok=True)
-        shutil.rmtree(finished, ignore_errors=True)
+        workspace.clear_artefact()
         progress("writing the model", 0.0)
-        files = write_model(current, source.folder, finished, recipe.resolved())
+        files = write_model(current, source.folder, workspace.artefact, recipe.resolved())
         progress("reloading the model", 0.0)
-        check = _reload_check(current, finished, device)
+        check = reload_check(current, workspace.artefact, device)
         inherited = read_lineage(source.folder)
         lineage = Lineage(
-            name=output.name,
+            name=workspace.output.name,
             created=now(),
             parent=Parent(
                 id=source.id,
@@ -245,13 +183,11 @@ def _execute(
             device=device,
             versions=versions(),
         )
-        write_lineage(finished, lineage)
-        publishing.touch()  # with this and without the artefact, the run is over
-        publish(finished, output)
+        write_lineage(workspace.artefact, lineage)
+        workspace.publish()
     except BadInput:
-        _discard(work)
+        workspace.discard()
         raise
-    _discard(work)
     return lineage
 
 
@@ -276,28 +212,6 @@ def _fingerprint(recipe: Recipe, checkpoint: Checkpoint, windows: Windows | None
         "recipe": hashlib.sha256(json.dumps(steps, sort_keys=True).encode()).hexdigest(),
         "calibration": windows.sha256 if windows is not None else None,
     }
-
-
-def _enter(work: Path, fingerprint: dict[str, Any]) -> None:
-    """Make the work folder, or re-enter that of an interrupted run.
-
-    Raises:
-        BadInput: the interrupted run is not this one.
-    """
-    path = work / "run.json"
-    if path.exists():
-        before = json.loads(path.read_text())
-        changed = [key for key, value in fingerprint.items() if before.get(key) != value]
-        if changed:
-            raise BadInput(
-                f"'{work}' holds an interrupted run with another {' and '.join(changed)}; "
-                "use --fresh to throw it away, or another -o."
-            )
-        log.info("Going on with the interrupted run in %s.", work)
-        return
-    _discard(work)
-    work.mkdir()
-    write_atomically(path, json.dumps(fingerprint))
 
 
 def _step(method: Method, options: MethodOptions, current: Checkpoint, run: Run) -> Step:
@@ -329,73 +243,3 @@ def _step(method: Method, options: MethodOptions, current: Checkpoint, run: Run)
         shutil.rmtree(journal)
     log.info("%s: %s (%.0f s)", method.name, report.summary, record.seconds)
     return record
-
-
-def _check_disk(work: Path, plan: Plan) -> None:
-    """Refuse before starting if the disk cannot hold the result and what is written on the way.
-
-    Raises:
-        CompressError: there is too little room, counting what an interrupted run takes already.
-    """
-    wanted = int(ROOM * 2 * plan.after.nbytes) if plan.steps else int(ROOM * plan.after.nbytes)
-    taken = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
-    free = shutil.disk_usage(work.parent).free + taken
-    if free < wanted:
-        raise CompressError(
-            f"The disk of '{work.parent}' has {free / 1e6:,.0f} MB free, but this run needs about "
-            f"{wanted / 1e6:,.0f} MB; free some space or write the result to another disk."
-        )
-
-
-@torch.no_grad()
-def streamed_logits(checkpoint: Checkpoint, windows: Windows, device: str = "cpu") -> torch.Tensor:
-    """Logits [N, S, V] (float32) of a causal model, or the first output of another, layer by layer."""
-    model = StreamedModel(checkpoint, device)
-    stream = model.stream(windows)
-    for layer in model.walk(None, stream):
-        stream.advance(layer)
-    with model.head() as head:
-        return torch.cat([first_output(head(hidden)).cpu() for _, hidden, _ in stream.batches()])
-
-
-def first_output(output: Any) -> torch.Tensor:
-    """The logits of a model output, or its first tensor if it has none."""
-    return output["logits"] if "logits" in output else output[0]
-
-
-def _reload_check(current: Checkpoint, folder: Path, device: str) -> ReloadCheck:
-    """Compare the logits of the model before it was written with those of the folder, read afresh.
-
-    A plain model that fits into a quarter of the free memory is loaded by transformers itself, as its users
-    will; any other one is streamed from its files.
-    """
-    reloaded = Checkpoint.open(folder)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, config_of(current).vocab_size, (2, PROBE_TOKENS // 2), generator=generator)
-    probe = Windows(tokens, torch.ones_like(tokens, dtype=torch.bool), source="random tokens")
-    before = streamed_logits(current, probe, device)
-    plain = "quantization_config" not in current.config
-    if plain and 4 * sum(info.numel for info in current.tensors.values()) < available_memory() / 4:
-        loaded_by = "transformers"
-        after = _plain_logits(folder, tokens)
-    else:
-        loaded_by = "compress-model, layer by layer"
-        after = streamed_logits(reloaded, probe, device)
-    difference = float((before - after).abs().max())
-    if not difference <= PARITY:
-        raise CompressError(
-            f"The written model does not compute what it did in memory (logits differ by {difference:.3g}); "
-            "nothing was published."
-        )
-    return ReloadCheck(loaded_by=loaded_by, max_difference=difference, tokens=tokens.numel())
-
-
-@torch.no_grad()
-def _plain_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    import transformers
-
-    from compress.anatomy import model_class
-
-    config = transformers.AutoConfig.from_pretrained(folder)
-    model = model_class(config).from_pretrained(folder, dtype=torch.float32).eval()
-    return first_output(model(tokens))

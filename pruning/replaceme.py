@@ -64,7 +64,7 @@ class ReplaceMe(Method):
         )
         distance: Literal["last-token", "all-tokens"] = Field(
             "all-tokens",
-            description="tokens whose distance selects the layers; the published code takes the last of each window",
+            description="tokens whose distance selects the layers; the published code takes the last ones",
         )
         exact: bool = Field(
             False, description="cosine of the whole layer output instead of the part T explains"

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Peak memory of a run on a model much larger than that: the streaming engine's promise, measured.
 
-Writes a randomly initialised Llama (bfloat16, 4.5 GB by default) shard by shard, puts it through ReplaceMe and
-round-to-nearest in a fresh process, and prints peak resident memory against the size of the weights.
+Writes a randomly initialised Llama (bfloat16, 4.5 GB by default) shard by shard, puts it through ReplaceMe
+and round-to-nearest in a fresh process, and prints peak resident memory against the size of the weights.
 
     python scripts/bench_streaming.py [--layers 26] [--folder out/bench-streaming] [--limit-mb 2500]
 """

@@ -22,7 +22,8 @@ from compress.method import StepReport
 from compress.plan import ModelShape
 from compress.pruning.depth import Cut
 from compress.pruning.replaceme import ReplaceMe, Samples, least_squares, merge
-from compress.run import Run, streamed_logits
+from compress.reload import streamed_logits
+from compress.run import Run
 from compress.stream import Activations, Stream, StreamedModel
 
 VOCAB, HIDDEN, LAYERS = 48, 16, 6

@@ -21,16 +21,17 @@ import transformers as hf
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from compress import artefact, evaluate
+from compress import artefact, evaluate, workspace
 from compress import run as module
 from compress.artefact import Lineage, read_lineage
 from compress.calibration.windows import evaluation_windows
 from compress.checkpoint import Checkpoint, write_tensors
 from compress.errors import BadInput, CompressError
 from compress.files import file_sha256
-from compress.models import find_model
+from compress.models import find_model, load_tokenizer
 from compress.recipe import parse_recipe
-from compress.run import execute, load_tokenizer
+from compress.run import execute
+from compress.workspace import Workspace
 
 WORDS = 200
 STEPS = [
@@ -441,7 +442,7 @@ def test_leftovers_of_a_killed_run_are_cleared_by_the_next(
     small: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ):
     output = tmp_path / "out"
-    discard, rmtree = module._discard, shutil.rmtree
+    discard, rmtree = Workspace.discard, shutil.rmtree
 
     def killed(*_: Any, **__: Any) -> None:
         raise Killed
@@ -451,16 +452,16 @@ def test_leftovers_of_a_killed_run_are_cleared_by_the_next(
 
     with monkeypatch.context() as patch:
         if moment == "published":
-            patch.setattr(module, "_discard", lambda work: killed() if output.exists() else discard(work))
+            patch.setattr(Workspace, "discard", lambda self: killed() if output.exists() else discard(self))
         elif moment == "throwing away":  # half of what a refused run has done
-            patch.setattr(module, "_reload_check", refuse)
+            patch.setattr(module, "reload_check", refuse)
             patch.setattr(
                 shutil,
                 "rmtree",
                 lambda path, **_: killed() if (path / "artefact").exists() else rmtree(path, **_),
             )
         else:
-            patch.setattr(module, "write_atomically", killed)
+            patch.setattr(workspace, "write_atomically", killed)
         with pytest.raises(Killed):
             copy(small, output)
     assert ".out.partial" in left_behind(output)
@@ -472,12 +473,13 @@ def test_leftovers_of_a_killed_run_are_cleared_by_the_next(
 @pytest.mark.parametrize("part", ["model", "calibration", "recipe", "compress-model"])
 def test_an_interrupted_run_is_resumed_only_if_nothing_changed(tmp_path: Path, part: str):
     names = ("model", "calibration", "recipe", "compress-model")
-    module._enter(tmp_path / "work", dict.fromkeys(names, "1"))
-    (tmp_path / "work" / "kept").touch()
-    module._enter(tmp_path / "work", dict.fromkeys(names, "1"))
-    assert (tmp_path / "work" / "kept").exists()
+    work = Workspace(tmp_path / "out")
+    work.enter(dict.fromkeys(names, "1"))
+    (work.folder / "kept").touch()
+    work.enter(dict.fromkeys(names, "1"))
+    assert (work.folder / "kept").exists()
     with pytest.raises(BadInput, match=f"another {part}; use --fresh"):
-        module._enter(tmp_path / "work", dict.fromkeys(names, "1") | {part: "2"})
+        work.enter(dict.fromkeys(names, "1") | {part: "2"})
 
 
 @pytest.mark.parametrize("steps", [[], STEPS[1:]], ids=["plain", "packed"])

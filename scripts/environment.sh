@@ -1,8 +1,15 @@
 # Sourced by scripts/quickstart and scripts/test: makes .venv once, reuses it, and activates it.
 # Usage: . scripts/environment.sh EXTRAS
 
-python=$(command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3 || true)
-if [ -z "$python" ] || ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+python=
+for candidate in python3 python python3.14 python3.13 python3.12 python3.11; do
+    # Tried by running it: a version manager's stub may be there without its Python.
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        python=$candidate
+        break
+    fi
+done
+if [ -z "$python" ]; then
     echo "Python 3.11 or newer is needed, and none was found." >&2
     exit 1
 fi

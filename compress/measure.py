@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 PROMPT_TOKENS = 32
 """Length of the prompt before a decode."""
 
-BUDGET_SECONDS = 15.0
+BUDGET_SECONDS = 8.0
 """For the prefill with its warm-up, and again for the decode. What does not fit is cut: of the prefill the
 repetitions first, because its speed depends on its length, and of the decode the tokens first."""
 

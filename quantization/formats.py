@@ -325,8 +325,8 @@ def format_of(quantization_config: Mapping[str, Any]) -> Format:
 def loaders(quantization_config: Mapping[str, Any], conv1d: bool = False) -> str:
     """Who besides compress-model can load a model with this ``quantization_config``, for plans and cards.
 
-    Tried with transformers 5.23, compressed-tensors 0.20, gptqmodel 7.6 and optimum 2.3; what is said about
-    vLLM is from its documentation.
+    Tried with transformers 5.23, compressed-tensors 0.20, gptqmodel 7.6 and optimum 2.3. Nothing is said about
+    programs that were not tried.
 
     Args:
         quantization_config: of config.json.
@@ -334,14 +334,13 @@ def loaders(quantization_config: Mapping[str, Any], conv1d: bool = False) -> str
             loader of transformers replaces by packed ones.
     """
     form = format_of(quantization_config)
-    vllm = " (and vLLM)" if form.symmetric and form.bits in (4, 8) else ""
     if isinstance(form, CompressedTensors):
-        return "compress-model only" if conv1d else f"transformers with compressed-tensors{vllm}"
+        return "compress-model only" if conv1d else "transformers with compressed-tensors"
     if conv1d:
         return "gptqmodel"
     # GPTQModel's 4-bit kernel for CPUs takes groups of 32 to 256 only.
     where = " on a GPU" if form.bits == 4 and form.group_size not in (32, 64, 128, 256) else ""
-    return f"transformers with optimum and gptqmodel{where}{vllm}"
+    return f"transformers with optimum and gptqmodel{where}"
 
 
 def _expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:

@@ -124,7 +124,7 @@ def test_who_can_load_it():
     def said(form, **kwargs) -> str:
         return loaders(form.quantization_config([NAME]), **kwargs)
 
-    assert said(CompressedTensors(4, 32, True)) == "transformers with compressed-tensors (and vLLM)"
+    assert said(CompressedTensors(4, 32, True)) == "transformers with compressed-tensors"
     assert said(CompressedTensors(4, 32, False)) == "transformers with compressed-tensors"
     assert said(GPTQ(3, 32, True)) == "transformers with optimum and gptqmodel"
     assert "GPU" in said(GPTQ(4, -1, True))

@@ -235,6 +235,6 @@ def test_who_can_load_a_plan(tmp_path):
         shape = ModelShape.of(Checkpoint.open(dense(tmp_path / name, name)))
         return METHOD.plan(shape, METHOD.Options(group_size=32, **options)).loads_with
 
-    assert said("llama") == "transformers with compressed-tensors (and vLLM)"
+    assert said("llama") == "transformers with compressed-tensors"
     assert said("gpt2") == "compress-model only"
     assert said("gpt2", bits=3) == "gptqmodel"

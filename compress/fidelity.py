@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     Logits = Tensor | Callable[[int, int], Tensor]
 
-CHUNK_ELEMENTS = 2**22
-"""Logits worked on at a time: 16 MiB in float32, and about ten times that with the temporaries."""
+CHUNK_ELEMENTS = 2**21
+"""Logits worked on at a time: 8 MiB in float32, and about ten times that with the temporaries."""
 
 CONFIDENCE = 0.95
 LN_LARGEST = math.log(sys.float_info.max)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.errors import BadInput, CompressError
+from compress.memory import peak_memory
 from compress.scorecard import Figure, Measurement
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def measure_model(
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.init()
-    baseline = peak_resident_bytes()
+    baseline = peak_memory()
     with torch.inference_mode():
         model = load().eval()
         prefill_seconds, prefill_tokens = time_prefill(model, device, prefill_tokens, repetitions)
@@ -106,7 +107,7 @@ def measure_model(
                 "decode_repetitions": len(decode_seconds),
             }
     return Measurement(
-        peak_resident_bytes=peak_resident_bytes(),
+        peak_resident_bytes=peak_memory(),
         baseline_resident_bytes=baseline,
         peak_device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         prefill=speed(prefill_tokens, prefill_seconds),
@@ -240,22 +241,6 @@ def device_name(device: torch.device) -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def peak_resident_bytes() -> int:
-    """Largest resident set of this process so far.
-
-    Linux's VmHWM starts anew with the program; ``getrusage`` keeps what the parent had at the fork, so it
-    serves only where there is no /proc (and counts kilobytes on Linux, bytes on macOS).
-    """
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def main() -> int:

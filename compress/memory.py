@@ -17,7 +17,11 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory() -> int:
-    """Largest resident set so far, in bytes."""
+    """Largest resident set of this process so far, in bytes.
+
+    Linux's VmHWM starts anew with the program; ``getrusage`` keeps what the parent had at the fork, so it
+    serves only where there is no /proc (and counts kilobytes on Linux, bytes on macOS).
+    """
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -325,8 +325,8 @@ def format_of(quantization_config: Mapping[str, Any]) -> Format:
 def loaders(quantization_config: Mapping[str, Any], conv1d: bool = False) -> str:
     """Who besides compress-model can load a model with this ``quantization_config``, for plans and cards.
 
-    Tried with transformers 5.23, compressed-tensors 0.20, gptqmodel 7.6 and optimum 2.3. Nothing is said about
-    programs that were not tried.
+    Tried with transformers 5.23, compressed-tensors 0.20, gptqmodel 7.6 and optimum 2.3. Nothing is said
+    about programs that were not tried.
 
     Args:
         quantization_config: of config.json.

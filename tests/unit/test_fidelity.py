@@ -127,16 +127,16 @@ def test_memory_stays_bounded_with_a_large_vocabulary():
     code = """
 import torch
 from compress.fidelity import CHUNK_ELEMENTS, FidelityAccumulator
-from compress.measure import peak_resident_bytes
+from compress.memory import peak_memory
 vocabulary, context = 131072, 512
 hidden, head = torch.randn(context, 8), torch.randn(8, vocabulary)
 accumulator = FidelityAccumulator(vocabulary)
 rows = lambda start, stop: hidden[start:stop] @ head
 few = torch.arange(context) < 3
 accumulator.add(rows, rows, torch.zeros(context, dtype=torch.int64), few)
-before = peak_resident_bytes()
+before = peak_memory()
 accumulator.add(rows, rows, torch.zeros(context, dtype=torch.int64), torch.ones(context, dtype=torch.bool))
-print(peak_resident_bytes() - before)
+print(peak_memory() - before)
 """
     child = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert int(child.stdout) < 150 * 2**20

@@ -10,7 +10,8 @@ import transformers
 
 from compress import measure as module
 from compress.errors import BadInput, CompressError
-from compress.measure import kernel_name, measure, measure_model, peak_resident_bytes, repeat, storage_dtype
+from compress.measure import kernel_name, measure, measure_model, repeat, storage_dtype
+from compress.memory import peak_memory
 
 
 def tiny_llama(vocabulary: int = 64, dtype: torch.dtype = torch.bfloat16) -> transformers.PreTrainedModel:
@@ -46,7 +47,7 @@ def test_a_fresh_process_states_speed_and_memory(folder: Path):
     assert found.peak_device_bytes is None
     assert found.baseline_resident_bytes > 100e6  # torch and transformers
     assert 128 * 2**20 <= found.added_memory.value < 700e6  # the weights at least
-    assert found.peak_resident_bytes < ballast.nbytes < peak_resident_bytes()
+    assert found.peak_resident_bytes < ballast.nbytes < peak_memory()
 
 
 def test_a_failing_child_is_one_sentence(tmp_path: Path):
@@ -93,6 +94,7 @@ def test_an_encoder_is_only_prefilled():
 def test_a_slow_kernel_stays_near_the_budget(
     tokens_per_second: float, prefill: tuple, decode: tuple, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(module, "BUDGET_SECONDS", 15.0)
     clock = [0.0]  # turned by the model: so many tokens a second
     model = tiny_llama()
 
@@ -109,7 +111,8 @@ def test_a_slow_kernel_stays_near_the_budget(
     assert (found.prefill.low is None) == (found.prefill_repetitions < 3)
 
 
-def test_repetitions_stop_at_the_budget():
+def test_repetitions_stop_at_the_budget(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "BUDGET_SECONDS", 15.0)
     assert repeat(lambda: 1.0, 5) == [1.0] * 5
     assert repeat(lambda: 4.0, 5) == [4.0] * 2
     assert repeat(lambda: 400.0, 5) == [400.0]

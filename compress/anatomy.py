@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -45,6 +45,9 @@ class Anatomy:
 
     # Relative to one layer. Paths that are equal are one fused linear.
     attention: str
+    attention_core: str | None = (
+        None  # what takes hidden states to heads, where a residual sum is in ``attention``
+    )
     query: str
     key: str
     value: str
@@ -69,8 +72,14 @@ class Anatomy:
     norm_first: bool = True
     parallel_residual: bool = False  # attention and MLP both read the layer's input
 
-    # Names in the config.
+    # Names in the config. Without ``head_dim`` in it, heads can only be as wide as hidden_size / heads. The
+    # keys of biases give one to every projection of a block, and are None where the class leaves no choice.
     intermediate_size_key: str = "intermediate_size"
+    has_head_dim: bool = False
+    attention_bias_key: str | None = None
+    mlp_bias_key: str | None = None
+    attention_reads_config: bool = False  # the number of heads, at every call
+    shared_position_bias: bool = False  # layers are given the bias of every head, computed once for all
     per_layer_lists: tuple[str, ...] = ("layer_types", "mlp_layer_types")
     layer_thresholds: tuple[str, ...] = ("max_window_layers",)  # layer indices where something changes
 
@@ -119,17 +128,19 @@ class Anatomy:
 
     def linears(self, layer: nn.Module) -> dict[str, nn.Module]:
         """Every linear of a layer (``nn.Linear`` or ``Conv1D``) by its path, in data-flow order."""
-        return {path: layer.get_submodule(path) for path in self.linear_paths}
+        modules = dict(layer.named_modules())
+        here = (path for path in self.linear_paths if path in modules)
+        return {path: modules[path] for path in here if hasattr(modules[path], "bias")}  # no removed block
 
-    def projection_rows(self, config: PretrainedConfig) -> dict[str, Tensor]:
-        """Which rows of :func:`weight` (and of the bias) are whose.
+    def projection_rows(self, config: PretrainedConfig, index: int = 0) -> dict[str, Tensor]:
+        """Which rows of :func:`weight` (and of the bias) are whose in layer ``index``.
 
         Returns:
             int64 indices by role: ``query`` [num_attention_heads, head_dim], ``key`` and ``value``
             [num_key_value_heads, head_dim], ``up`` and, where there is one, ``gate`` [intermediate_size].
         """
-        sizes = sizes_of(config)
-        heads, kv_heads, width = sizes.num_attention_heads, sizes.num_key_value_heads, sizes.head_dim
+        shape, width = layer_shapes(config)[index], sizes_of(config).head_dim
+        heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
         query = torch.arange(heads * width).view(heads, width)
         key = value = torch.arange(kv_heads * width).view(kv_heads, width)
         if self.qkv_layout == "stacked":
@@ -137,11 +148,11 @@ class Anatomy:
         elif self.qkv_layout == "interleaved":
             query, key, value = torch.arange(3 * heads * width).view(heads, 3, width).unbind(1)
         rows = {"query": query, "key": key, "value": value}
-        rows["up"] = torch.arange(sizes.intermediate_size)
+        rows["up"] = torch.arange(shape.intermediate_size)
         if self.gate is not None:
             rows["gate"] = rows["up"]
             if self.gate == self.up:
-                rows["up"] = rows["up"] + sizes.intermediate_size
+                rows["up"] = rows["up"] + shape.intermediate_size
         return rows
 
     @property
@@ -173,21 +184,25 @@ _LLAMA = Anatomy(
     attention_output="self_attn.o_proj",
     mlp="mlp", gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj",
     attention_norm="input_layernorm", mlp_norm="post_attention_layernorm",
+    has_head_dim=True, attention_bias_key="attention_bias", mlp_bias_key="mlp_bias",
 )
-_QWEN3 = replace(_LLAMA, model_type="qwen3", query_norm="self_attn.q_norm", key_norm="self_attn.k_norm")
+_QWEN3 = replace(
+    _LLAMA, model_type="qwen3", query_norm="self_attn.q_norm", key_norm="self_attn.k_norm", mlp_bias_key=None
+)
+_PLAIN = {"attention_bias_key": None, "mlp_bias_key": None}
 _GEMMA2 = replace(
-    _LLAMA, model_type="gemma2",
+    _LLAMA, model_type="gemma2", mlp_bias_key=None,
     mlp_norm="pre_feedforward_layernorm",
     post_attention_norm="post_attention_layernorm", post_mlp_norm="post_feedforward_layernorm",
 )
 _GEMMA3 = replace(_GEMMA2, model_type="gemma3_text", query_norm=_QWEN3.query_norm, key_norm=_QWEN3.key_norm)
 _PHI3 = replace(
-    _LLAMA, model_type="phi3",
+    _LLAMA, model_type="phi3", **_PLAIN, attention_reads_config=True,
     query="self_attn.qkv_proj", key="self_attn.qkv_proj", value="self_attn.qkv_proj", qkv_layout="stacked",
     gate="mlp.gate_up_proj", up="mlp.gate_up_proj",
 )
 _OPT = replace(
-    _LLAMA, model_type="opt",
+    _LLAMA, model_type="opt", **_PLAIN, has_head_dim=False,
     layers="decoder.layers", embeddings=("decoder.embed_tokens", "decoder.embed_positions"),
     final_norm="decoder.final_layer_norm",
     attention_output="self_attn.out_proj",
@@ -195,7 +210,7 @@ _OPT = replace(
     attention_norm="self_attn_layer_norm", mlp_norm="final_layer_norm",
 )
 _GPT2 = replace(
-    _LLAMA, model_type="gpt2",
+    _LLAMA, model_type="gpt2", **_PLAIN, has_head_dim=False,
     layers="h", embeddings=("wte", "wpe"), final_norm="ln_f",
     attention="attn", query="attn.c_attn", key="attn.c_attn", value="attn.c_attn", qkv_layout="stacked",
     attention_output="attn.c_proj", conv1d=True,
@@ -203,7 +218,7 @@ _GPT2 = replace(
     attention_norm="ln_1", mlp_norm="ln_2",
 )
 _GPT_NEOX = replace(
-    _LLAMA, model_type="gpt_neox",
+    _LLAMA, model_type="gpt_neox", **_PLAIN, has_head_dim=False,
     embeddings=("embed_in",), final_norm="final_layer_norm", head_aliases=("embed_out",),
     attention="attention", query="attention.query_key_value", key="attention.query_key_value",
     value="attention.query_key_value", qkv_layout="interleaved", attention_output="attention.dense",
@@ -213,7 +228,7 @@ _BERT = Anatomy(
     model_type="bert", kind="encoder",
     layers="encoder.layer", embedding_norm="embeddings.LayerNorm", head="cls.predictions.decoder",
     embeddings=tuple(f"embeddings.{table}_embeddings" for table in ("word", "position", "token_type")),
-    attention="attention", attention_output="attention.output.dense",
+    attention="attention", attention_core="attention.self", attention_output="attention.output.dense",
     query="attention.self.query", key="attention.self.key", value="attention.self.value",
     mlp=None, up="intermediate.dense", down="output.dense",
     attention_norm="attention.output.LayerNorm", mlp_norm="output.LayerNorm", norm_first=False,
@@ -223,18 +238,19 @@ _MPNET = replace(
     embeddings=(*_BERT.embeddings[:2], "encoder.relative_attention_bias"),
     query="attention.attn.q", key="attention.attn.k", value="attention.attn.v",
     attention_output="attention.attn.o", attention_norm="attention.LayerNorm",
+    attention_core="attention.attn", shared_position_bias=True,
 )
 _DISTILBERT = replace(
     _BERT, model_type="distilbert",
     layers="transformer.layer", embeddings=_BERT.embeddings[:2], head="vocab_projector",
     query="attention.q_lin", key="attention.k_lin", value="attention.v_lin",
-    attention_output="attention.out_lin",
+    attention_output="attention.out_lin", attention_core=None,
     mlp="ffn", up="ffn.lin1", down="ffn.lin2", intermediate_size_key="hidden_dim",
     attention_norm="sa_layer_norm", mlp_norm="output_layer_norm",
 )
 _SAME = (
-    replace(_LLAMA, model_type="mistral"),
-    replace(_LLAMA, model_type="qwen2"),
+    replace(_LLAMA, model_type="mistral", **_PLAIN),
+    replace(_LLAMA, model_type="qwen2", **_PLAIN),
     replace(_BERT, model_type="roberta", head="lm_head.decoder"),
 )
 # fmt: on
@@ -357,6 +373,24 @@ def sizes_of(config: PretrainedConfig) -> Sizes:
     )
 
 
+@dataclass(frozen=True)
+class LayerShape:
+    """The widths of one layer; without attention heads, or neurons, it has no such block."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+
+
+def layer_shapes(config: PretrainedConfig) -> list[LayerShape]:
+    """The widths of every layer: equal ones, unless the config has a section ``pruned``."""
+    sizes = sizes_of(config)
+    names = [field.name for field in fields(LayerShape)]
+    pruned = getattr(config, "pruned", None)
+    each = pruned["layers"] if pruned else [vars(sizes)] * sizes.num_hidden_layers
+    return [LayerShape(*(layer[name] for name in names)) for layer in each]
+
+
 def without_layers(config: PretrainedConfig, removed: Collection[int]) -> PretrainedConfig:
     """A copy of ``config`` for the model that is left when the layers with the ``removed`` indices are gone.
 
@@ -380,6 +414,8 @@ def without_layers(config: PretrainedConfig, removed: Collection[int]) -> Pretra
     for name in row.per_layer_lists:
         if (values := getattr(config, name, None)) is not None:
             setattr(shorter, name, [values[index] for index in kept])
+    if (pruned := getattr(shorter, "pruned", None)) is not None:
+        pruned["layers"] = [pruned["layers"][index] for index in kept]
     for name in row.layer_thresholds:
         if (threshold := getattr(config, name, None)) is not None:
             setattr(shorter, name, threshold - sum(index < threshold for index in removed))

@@ -18,6 +18,7 @@ import compress
 from compress.checkpoint import Checkpoint, write_weights
 from compress.errors import BadInput, CompressError
 from compress.files import fsync, write_atomically
+from compress.modeling import PRUNED_FILE, config_of, modeling_source
 
 LINEAGE = "compression.json"
 RECIPE = "recipe.yaml"
@@ -161,6 +162,8 @@ def write_model(checkpoint: Checkpoint, source: Path, folder: Path, recipe: dict
         if _is_companion(file):
             shutil.copyfile(file, folder / file.name)
     (folder / "config.json").write_text(json.dumps(checkpoint.config, indent=2, sort_keys=True) + "\n")
+    if "pruned" in checkpoint.config:
+        (folder / PRUNED_FILE).write_text(modeling_source(config_of(checkpoint)), encoding="utf-8")
     (folder / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False))
     hashes = {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest()

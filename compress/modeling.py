@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
+from compress import pruned as pruned_module
 from compress.anatomy import Anatomy, anatomy_of, model_class, weight
 from compress.checkpoint import Checkpoint
 from compress.errors import BadInput, CompressError, unknown
 from compress.kernels.linear import PackedLinear
+from compress.pruned import reshape
 from compress.quantization.formats import Format, format_of
 
 # BERT's first checkpoints call the parameters of a LayerNorm so.
 OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+
+PRUNED_TYPE = "pruned_"
+PRUNED_CLASS = "Pruned"
+"""What stands before the model type and the class names of a model whose layers differ, so that no program
+takes it for the plain architecture."""
+
+PRUNED_FILE = "modeling_pruned.py"
+CLASSES = """
+
+from transformers import {config}, {model}
+
+
+class Pruned{config}({config}):
+    model_type = "pruned_{model_type}"
+
+
+class Pruned{model}({model}):
+    config_class = Pruned{config}
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        reshape(self, config.pruned)
+"""
 
 
 def config_of(checkpoint: Checkpoint) -> PretrainedConfig:
@@ -24,8 +52,12 @@ def config_of(checkpoint: Checkpoint) -> PretrainedConfig:
     Raises:
         BadInput: the model type is missing, unknown to transformers, or its values do not validate.
     """
-    values = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    values = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "auto_map")}
     model_type = values.pop("model_type", None)
+    if "pruned" in values and isinstance(model_type, str):
+        model_type = model_type.removeprefix(PRUNED_TYPE)
+        names = values.get("architectures") or []
+        values["architectures"] = [name.removeprefix(PRUNED_CLASS) for name in names]
     if not isinstance(model_type, str):
         raise BadInput(f"{checkpoint.folder / 'config.json'} names no model_type.")
     if model_type not in CONFIG_MAPPING:
@@ -37,6 +69,37 @@ def config_of(checkpoint: Checkpoint) -> PretrainedConfig:
         raise BadInput(
             f"{checkpoint.folder / 'config.json'} is not a valid {model_type} config: {reason}"
         ) from None
+
+
+def mark_pruned(
+    values: Mapping[str, Any], config: PretrainedConfig, pruned: dict[str, Any]
+) -> dict[str, Any]:
+    """config.json of a model whose layers differ, from that of the plain one (``values``, ``config``)."""
+    model = model_class(config)
+    classes = (name for name in dir(transformers) if name.startswith("AutoModel"))
+    autos = [name for name in classes if _builds(getattr(transformers, name), config, model)]
+    module = PRUNED_FILE.removesuffix(".py")
+    return {
+        **values,
+        "model_type": f"{PRUNED_TYPE}{config.model_type}",
+        "architectures": [f"{PRUNED_CLASS}{model.__name__}"],
+        "auto_map": {"AutoConfig": f"{module}.{PRUNED_CLASS}{type(config).__name__}"}
+        | dict.fromkeys(autos, f"{module}.{PRUNED_CLASS}{model.__name__}"),
+        "pruned": pruned,
+    }
+
+
+def _builds(auto: Any, config: PretrainedConfig, model: type[PreTrainedModel]) -> bool:
+    """Whether an AutoModel class makes a ``model`` of this config."""
+    mapping = getattr(auto, "_model_mapping", None) or {}
+    return type(config) in mapping and mapping[type(config)] is model
+
+
+def modeling_source(config: PretrainedConfig) -> str:
+    """The file by which transformers alone loads a model whose layers differ."""
+    names = {"config": type(config).__name__, "model": model_class(config).__name__}
+    text = Path(pruned_module.__file__).read_text(encoding="utf-8")
+    return text + CLASSES.format(model_type=config.model_type, **names)
 
 
 def skeleton(config: PretrainedConfig, device: str | torch.device = "cpu") -> PreTrainedModel:
@@ -51,6 +114,8 @@ def skeleton(config: PretrainedConfig, device: str | torch.device = "cpu") -> Pr
                 for name in names:
                     module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
                 model._init_weights(module)
+    if (pruned := getattr(config, "pruned", None)) is not None:
+        reshape(model, pruned)
     model.requires_grad_(False)
     return model.eval()
 

@@ -97,9 +97,8 @@ class ModelShape:
         from compress.quantization.formats import loaders
 
         quantization = self.config.get("quantization_config")
-        if not quantization:
-            return "transformers"
-        return loaders(quantization, conv1d=self.anatomy.conv1d)
+        who = loaders(quantization, conv1d=self.anatomy.conv1d) if quantization else "transformers"
+        return f"{who} (trust_remote_code=True)" if "pruned" in self.config else who
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def reload_check(current: Checkpoint, folder: Path, device: str) -> ReloadCheck:
     plain = "quantization_config" not in current.config
     if plain and 4 * sum(info.numel for info in current.tensors.values()) < available_memory() / 4:
         loaded_by = "transformers"
-        after = _plain_logits(folder, tokens)
+        after = _plain_logits(current, folder, tokens)
     else:
         loaded_by = "compress-model, layer by layer"
         after = streamed_logits(reloaded, probe, device)
@@ -66,7 +66,11 @@ def reload_check(current: Checkpoint, folder: Path, device: str) -> ReloadCheck:
 
 
 @torch.no_grad()
-def _plain_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    config = transformers.AutoConfig.from_pretrained(folder)
-    model = model_class(config).from_pretrained(folder, dtype=torch.float32).eval()
+def _plain_logits(current: Checkpoint, folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    # The code is this package's own, just written (`modeling_source`), and the one that users will run.
+    ours = "pruned" in current.config
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=ours)
+    name = next((name for name in getattr(config, "auto_map", {}) if name != "AutoConfig"), None)
+    cls = getattr(transformers, name) if ours else model_class(config)
+    model = cls.from_pretrained(folder, dtype=torch.float32, trust_remote_code=ours).eval()
     return first_output(model(tokens))

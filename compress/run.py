@@ -39,7 +39,7 @@ from compress.files import write_atomically
 from compress.memory import peak_memory, reset_peak_memory
 from compress.method import Method, MethodOptions
 from compress.models import ModelSource, find_model, load_tokenizer
-from compress.plan import Plan, make_plan
+from compress.plan import ModelShape, Plan, make_plan
 from compress.recipe import Recipe
 from compress.reload import reload_check
 from compress.stream import Journal, StreamedModel
@@ -155,6 +155,7 @@ def _execute(
         progress("reloading the model", 0.0)
         check = reload_check(current, workspace.artefact, device)
         inherited = read_lineage(source.folder)
+        shape = ModelShape.of(current)  # which may differ from the plan where a method decides widths by data
         lineage = Lineage(
             name=workspace.output.name,
             created=now(),
@@ -171,12 +172,12 @@ def _execute(
             calibration=windows.describe() if windows is not None else None,
             steps=records,
             result=Result(
-                bytes=current.nbytes,
+                bytes=shape.nbytes,
                 predicted_bytes=plan.after.nbytes,
-                parameters=plan.after.parameters,
-                bits_per_parameter=8 * current.nbytes / plan.after.parameters,
-                layers=plan.after.num_layers,
-                loads_with=plan.after.loads_with,
+                parameters=shape.parameters,
+                bits_per_parameter=8 * shape.nbytes / shape.parameters,
+                layers=shape.num_layers,
+                loads_with=shape.loads_with,
                 files=files,
             ),
             reload=check,

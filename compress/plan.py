@@ -61,6 +61,11 @@ class ModelShape:
     def num_layers(self) -> int:
         return self.pretrained_config.num_hidden_layers
 
+    @property
+    def is_pruned(self) -> bool:
+        """Whether the layers differ, which takes modelling code that comes with the model."""
+        return "pruned" in self.config
+
     def linears(self) -> dict[str, tuple[int, int]]:
         """Full name -> (out_features, in_features) of every linear inside the layers."""
         layers = self.skeleton.base_model.get_submodule(self.anatomy.layers)
@@ -98,7 +103,7 @@ class ModelShape:
 
         quantization = self.config.get("quantization_config")
         who = loaders(quantization, conv1d=self.anatomy.conv1d) if quantization else "transformers"
-        return f"{who} (trust_remote_code=True)" if "pruned" in self.config else who
+        return f"{who} (trust_remote_code=True)" if self.is_pruned else who
 
 
 @dataclass(frozen=True)

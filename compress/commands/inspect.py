@@ -14,6 +14,7 @@ from compress.commands.common import common_options, make_table, print_json, std
 @common_options
 def inspect(model: str, as_json: bool) -> None:
     """Show where MODEL comes from, its shapes, and how many bytes each part takes."""
+    from compress.anatomy import layer_shapes
     from compress.artefact import read_lineage
     from compress.checkpoint import Checkpoint
     from compress.models import find_model
@@ -34,6 +35,7 @@ def inspect(model: str, as_json: bool) -> None:
         "bits_per_parameter": 8 * shape.nbytes / shape.parameters,
         "loads_with": shape.loads_with,
         "sizes": vars(shape.sizes),
+        "layers": [vars(layer) for layer in layer_shapes(shape.pretrained_config)],
         "bytes_per_part": parts,
         "dtypes": dtypes(shape),
         "lineage": lineage.model_dump(mode="json") if lineage else None,
@@ -43,6 +45,8 @@ def inspect(model: str, as_json: bool) -> None:
         return
     click.echo(f"{source.id}: {shape.config['model_type']}, loads with {shape.loads_with}")
     click.echo(", ".join(f"{key} {value}" for key, value in document["sizes"].items()))
+    if shape.is_pruned:
+        click.echo(f"layers differ: {spread(document['layers'])}")
     table = make_table("part", "MB", "share")
     for name, nbytes in parts.items():
         table.add_row(name, f"{nbytes / 1e6:,.1f}", f"{nbytes / shape.nbytes:.1%}")
@@ -67,6 +71,18 @@ def inspect(model: str, as_json: bool) -> None:
             options = ", ".join(f"{key}={value}" for key, value in step.options.items())
             click.echo(f"  {step.method} ({options}): {step.summary}")
     click.echo(f"{len(lineage.evaluations)} evaluation(s) on record")
+
+
+def spread(layers: list[dict[str, int]]) -> str:
+    """The widths of layers that differ, in words: ``num_key_value_heads 1 to 3, ...; no MLP in layer 4``."""
+    widths, gone = [], []
+    for name in layers[0]:
+        sizes = [layer[name] for layer in layers if layer[name]]
+        widths.append(f"{name} {min(sizes)} to {max(sizes)}" if sizes else f"{name} 0")
+    for block, name in (("attention", "num_attention_heads"), ("MLP", "intermediate_size")):
+        if missing := [str(index) for index, layer in enumerate(layers) if not layer[name]]:
+            gone.append(f"no {block} in layers {', '.join(missing)}")
+    return "; ".join([", ".join(widths), *gone])
 
 
 def bytes_per_part(shape: Any) -> dict[str, int]:

@@ -103,7 +103,12 @@ class ModelShape:
 
         quantization = self.config.get("quantization_config")
         who = loaders(quantization, conv1d=self.anatomy.conv1d) if quantization else "transformers"
-        return f"{who} (trust_remote_code=True)" if self.is_pruned else who
+        if self.is_pruned:
+            seen = not quantization or quantization.get("quant_method") == "compressed-tensors"
+            return (
+                f"{who} (trust_remote_code=True)" if seen and "transformers" in who else "compress-model only"
+            )
+        return who
 
 
 @dataclass(frozen=True)

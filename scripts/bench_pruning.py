@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Every pruning method on the demo model at 10, 20 and 30 % of the decoder layers' parameters, in one table.
 
-All methods see the same calibration windows (Brown) and are scored on the same evaluation windows (Wikipedia),
-each in a process of its own through the command line. Every artefact is then loaded by transformers in a
-process that cannot import compress, and its logits are compared with ours.
+All methods see the same calibration windows (Brown) and are scored on the same evaluation windows (Wikipedia
+articles), each in a process of its own through the command line. Every artefact is then loaded by
+transformers in a process that cannot import compress, and its logits are compared with ours.
 
     python scripts/bench_pruning.py [--ratios 0.1 0.2 0.3] [--methods flap shortgpt] [--folder FOLDER]
 

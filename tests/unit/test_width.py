@@ -20,7 +20,7 @@ from compress.artefact import write_model
 from compress.calibration.windows import Windows
 from compress.checkpoint import Checkpoint, Draft
 from compress.errors import BadInput
-from compress.plan import ModelShape
+from compress.plan import ModelShape, make_plan
 from compress.pruning.width import (
     Kept,
     channels_of_groups,
@@ -30,7 +30,9 @@ from compress.pruning.width import (
     skipped,
     write_layer,
 )
+from compress.recipe import parse_recipe
 from compress.reload import reload_check, streamed_logits
+from compress.run import execute
 from compress.stream import StreamedModel
 
 LAYERS = 4
@@ -290,6 +292,44 @@ def test_a_bias_is_plain_where_the_architecture_has_one(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(folder)
     assert not checkpoint.read("model.layers.0.self_attn.q_proj.bias").any()
     assert checkpoint.read("model.layers.0.self_attn.o_proj.bias").eq(0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("case", "format", "loads_with"),
+    [
+        ("llama", "compressed-tensors", "transformers with compressed-tensors (trust_remote_code=True)"),
+        ("bert", "compressed-tensors", "transformers with compressed-tensors (trust_remote_code=True)"),
+        ("llama", "gptq", "compress-model only"),
+        ("gpt2", "compressed-tensors", "compress-model only"),
+    ],
+)
+def test_quantized_after_pruning(case: str, format: str, loads_with: str, tmp_path: Path) -> None:
+    pruned = prune(save(case, tmp_path / "dense"), tmp_path / "pruned", blocks_gone)
+    step = {"method": "rtn", "bits": 8, "group_size": "channel", "format": format}
+    folder = tmp_path / "quantized"
+    lineage = execute(parse_recipe({"model": str(pruned), "steps": [step]}), folder)
+
+    assert lineage.result.loads_with == loads_with
+    assert layer_shapes(compress.load(folder).config) == layer_shapes(compress.load(pruned).config)
+    ours = run(compress.load(folder))
+    torch.testing.assert_close(ours, run(compress.load(pruned)), atol=0.2, rtol=0)
+    if loads_with.startswith("transformers"):
+        auto = hf.AutoModelForCausalLM if case == "llama" else hf.AutoModelForSequenceClassification
+        theirs = auto.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+        torch.testing.assert_close(run(theirs), ours, atol=1e-4, rtol=1e-4)
+
+
+def test_layers_leave_a_model_whose_layers_differ(tmp_path: Path) -> None:
+    pruned = prune(save("llama", tmp_path / "dense"), tmp_path / "pruned", blocks_gone)
+    step = {"method": "replaceme", "layers": 1, "transform": "none"}
+    recipe = {"model": str(pruned), "steps": [step], "calibration": {"source": "x"}}
+    shape = ModelShape.of(Checkpoint.open(pruned))
+    planned = make_plan(Checkpoint.open(pruned), parse_recipe(recipe).steps).after
+
+    assert layer_shapes(planned.pretrained_config) == [
+        layer_shapes(shape.pretrained_config)[index] for index in (0, 2, 3)
+    ]
+    assert planned.parameters < shape.parameters
 
 
 @pytest.mark.parametrize(

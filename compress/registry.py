@@ -17,6 +17,7 @@ METHODS: dict[str, dict[str, str]] = {
         "replaceme": "compress.pruning.replaceme:ReplaceMe",
     },
     "quantization": {
+        "gptq": "compress.quantization.gptq:GPTQ",
         "rtn": "compress.quantization.round_to_nearest:RoundToNearest",
     },
 }

@@ -185,15 +185,26 @@ class Stream:
         Raises:
             CompressError: the layer puts out NaN or infinite values.
         """
+        for start, output in self._outputs(layer, observe or {}):
+            self.hidden.write(start, output)
+        self.hidden.flip()
+
+    @torch.no_grad()
+    def observe(self, layer: Layer, observe: Mapping[str, Observer]) -> None:
+        """As `advance`, but the hidden states stay before the layer."""
+        for _ in self._outputs(layer, observe):
+            pass
+
+    def _outputs(self, layer: Layer, observe: Mapping[str, Observer]) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first window, layer(hidden)) of each batch, while the observers look on."""
         for start, hidden, mask in self.batches():
             with ExitStack() as stack:
-                for path, observer in (observe or {}).items():
+                for path, observer in observe.items():
                     module = layer.module.get_submodule(path)
                     stack.enter_context(_hook(module, observer, mask.to(self.device), start))
                 output = self.call(layer, start, hidden)
             check_finite(output, f"Layer {layer.name}")
-            self.hidden.write(start, output)
-        self.hidden.flip()
+            yield start, output
 
 
 @contextmanager

@@ -100,6 +100,37 @@ def quantize_weight(
     out, width = weight.shape
     groups = number_of_groups(width, group_size, name)
     grouped = weight.float().reshape(out, groups, -1)
+    scales, zeros = choose_grid(grouped, bits, symmetric, scale_dtype, name)
+    codes = nearest_codes(grouped, scales.unsqueeze(-1), zeros.unsqueeze(-1), bits)
+    return QuantizedWeight(
+        codes=codes.view(out, width).to(torch.uint8),
+        scales=scales,
+        zeros=zeros.to(torch.uint8),
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+    )
+
+
+def nearest_codes(values: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int) -> torch.Tensor:
+    """clamp(round(w / s) + z, 0, 2^b − 1) in the dtype of ``values``, with which the others broadcast."""
+    return (values / scales.to(values.dtype)).round_().add_(zeros).clamp_(0, 2**bits - 1)
+
+
+def choose_grid(
+    grouped: torch.Tensor, bits: int, symmetric: bool, scale_dtype: torch.dtype, name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zero points of groups of weights, as `quantize_weight` explains.
+
+    Args:
+        grouped: float32 [out, groups, group_size].
+
+    Returns:
+        Scales [out, groups] in ``scale_dtype``, and zero points, whole numbers in float32 [out, groups].
+
+    Raises:
+        BadInput: as `quantize_weight`.
+    """
     if not bool(torch.isfinite(grouped).all()):
         raise BadInput(f"The weight of '{name}' holds NaN or infinity; this model cannot be quantized.")
     low, high = grouped.amin(-1), grouped.amax(-1)
@@ -114,15 +145,7 @@ def quantize_weight(
     scales[(low == 0) & (high == 0)] = 1
     step = scales.float()
     zeros = torch.full_like(step, half) if symmetric else (-low / step).round_().clamp_(0, top)
-    codes = (grouped / step.unsqueeze(-1)).round_().add_(zeros.unsqueeze(-1)).clamp_(0, top)
-    return QuantizedWeight(
-        codes=codes.view(out, width).to(torch.uint8),
-        scales=scales,
-        zeros=zeros.to(torch.uint8),
-        bits=bits,
-        group_size=group_size,
-        symmetric=symmetric,
-    )
+    return scales, zeros
 
 
 def number_of_groups(width: int, group_size: int, name: str) -> int:

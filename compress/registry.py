@@ -14,7 +14,9 @@ from compress.errors import BadInput, CompressError, unknown
 METHODS: dict[str, dict[str, str]] = {
     "unlearning": {},
     "pruning": {
+        "blockpruner": "compress.pruning.blockpruner:BlockPruner",
         "replaceme": "compress.pruning.replaceme:ReplaceMe",
+        "shortgpt": "compress.pruning.shortgpt:ShortGPT",
     },
     "quantization": {
         "rtn": "compress.quantization.round_to_nearest:RoundToNearest",

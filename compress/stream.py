@@ -376,23 +376,22 @@ class StreamedModel:
         return hidden[0], calls
 
     @contextmanager
-    def head(self) -> Iterator[Callable[[torch.Tensor], Any]]:
-        """``with model.head() as head``: hidden states [B, S, D] after the last layer -> the model's output
-        (``.logits`` [B, S, V] for a causal model), computed by everything behind the layers."""
+    def head(self) -> Iterator[Head]:
+        """``with model.head() as head``: everything behind the layers in memory."""
         with self._outside(skip_embedding=True):
+            yield Head(self)
 
-            @torch.no_grad()
-            def head(hidden: torch.Tensor) -> Any:
-                def replay(*_: Any, **__: Any) -> torch.Tensor:
-                    return hidden.to(self.device)
+    def _behind(self, model: nn.Module, hidden: torch.Tensor) -> Any:
+        """The output of ``model``, this one or its base model, with ``hidden`` behind the last layer."""
 
-                width = self.model.get_input_embeddings().embedding_dim
-                dummy = torch.zeros((*hidden.shape[:2], width), device=self.device)
-                # One stand-in for all layers puts the real hidden states in the place of the dummy.
-                with self._stand_ins(self._layers[:1], replay):
-                    return self.model(inputs_embeds=dummy, **self._no_cache)
+        def replay(*_: Any, **__: Any) -> torch.Tensor:
+            return hidden.to(self.device)
 
-            yield head
+        width = self.model.get_input_embeddings().embedding_dim
+        dummy = torch.zeros((*hidden.shape[:2], width), device=self.device)
+        # One stand-in for all layers puts the real hidden states in the place of the dummy.
+        with self._stand_ins(self._layers[:1], replay):
+            return model(inputs_embeds=dummy, **self._no_cache)
 
     @property
     def _no_cache(self) -> dict[str, Any]:
@@ -430,6 +429,29 @@ class StreamedModel:
             yield
         finally:
             setattr(self._parent, self._leaf, nn.ModuleList())
+
+
+class Head:
+    """Everything behind the layers of a model, in memory as long as `StreamedModel.head` is open."""
+
+    def __init__(self, model: StreamedModel) -> None:
+        self._model = model
+
+    @torch.no_grad()
+    def __call__(self, hidden: torch.Tensor) -> Any:
+        """Hidden states [B, S, D] after the last layer -> the model's output (``.logits`` [B, S, V] for a
+        causal model)."""
+        return self._model._behind(self._model.model, hidden)
+
+    @torch.no_grad()
+    def features(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, S, D] after the last layer -> what the projection to the vocabulary is given."""
+        return first(self._model._behind(self._model.model.base_model, hidden).to_tuple())
+
+    @property
+    def projection(self) -> nn.Module:
+        """The projection to the vocabulary; what models do with its output differs."""
+        return self._model.model.get_submodule(self._model.anatomy.head)
 
 
 @torch.no_grad()

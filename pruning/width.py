@@ -147,7 +147,7 @@ def finish(draft: Draft, model: StreamedModel, kept: Sequence[Kept]) -> None:
         )
     draft.config = _config(before, kept, biases)
     after = ModelShape(draft.config, draft.tensors, draft.folder)
-    for name, old in _head_of_its_class(before, after).items():
+    for name, old in head_of_its_class(before, after).items():
         draft.alias(name, old)
         draft.drop(old)
     for name, info in _tensors(before, after).items():
@@ -289,12 +289,12 @@ def _tensors(before: ModelShape, after: ModelShape) -> dict[str, TensorInfo]:
                 elif path in before.anatomy.linear_paths:
                     old = tensors.get(name) or tensors[f"{prefix}.{path}.weight"]
                     tensors[name] = TensorInfo(old.dtype, tuple(new.shape))
-    for name, old_name in _head_of_its_class(before, after).items():
+    for name, old_name in head_of_its_class(before, after).items():
         tensors[name] = tensors.pop(old_name)
     return tensors
 
 
-def _head_of_its_class(before: ModelShape, after: ModelShape) -> dict[str, str]:
+def head_of_its_class(before: ModelShape, after: ModelShape) -> dict[str, str]:
     """New name -> old name of the head, if transformers knows the old one only for the plain architecture."""
     old, new = before.anatomy.head, anatomy_of(before.pretrained_config).head
     named = "pruned" in after.config and old is not None and f"{old}.weight" in before.tensors

@@ -91,8 +91,8 @@ def mark_pruned(
 
 def _builds(auto: Any, config: PretrainedConfig, model: type[PreTrainedModel]) -> bool:
     """Whether an AutoModel class makes a ``model`` of this config."""
-    mapping = getattr(auto, "_model_mapping", None) or {}
-    return type(config) in mapping and mapping[type(config)] is model
+    mapping = getattr(auto, "_model_mapping", None)  # its truth value would import every model there is
+    return mapping is not None and type(config) in mapping and mapping[type(config)] is model
 
 
 def modeling_source(config: PretrainedConfig) -> str:

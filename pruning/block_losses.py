@@ -123,7 +123,7 @@ class BlockLosses:
     def _through(
         self, alive: list[int], rows: torch.Tensor, prefix: bool = True
     ) -> Iterator[tuple[Stream, Branches]]:
-        """Windows behind the last layer, of the model as it is (if ``prefix``) and without each of some blocks."""
+        """Windows behind the last layer of the model as it is (if ``prefix``), and without each block."""
         stream = self.model.stream(self.windows.select(rows), self.folder / "prefix")
         branches = Branches(len(alive), stream, self.folder / "branches")
         blocks = [self.blocks[index] for index in alive]

@@ -61,10 +61,10 @@ class BlockPruner(Method):
     2. b* = argmin PPL(b), and R = R + {b*}.
 
     ``cost: parameters`` takes the argmin of (ln PPL(b) - ln PPL(R)) / parameters of b instead: perplexity per
-    block, as published, takes the small blocks first. ``search: racing`` drops a block from a round once it is
-    behind the best one on a growing random part of the windows, by Student's bound on the mean of the paired
-    differences; ``confidence`` is for all comparisons of a round together (Bonferroni). What is left goes
-    through all windows, so the perplexities in the result are those on all of them.
+    block, as published, takes the small blocks first. ``search: racing`` drops a block from a round once it
+    is behind the best one on a growing random part of the windows, by Student's bound on the mean of the
+    paired differences; ``confidence`` is for all comparisons of a round together (Bonferroni). What is left
+    goes through all windows, so the perplexities in the result are those on all of them.
 
     Losses are those of float32 logits, with sums in float64, of real tokens only; block_losses.py says how
     they are found fast. The last attention block is never taken: without one, tokens do not see each other.
@@ -117,8 +117,9 @@ class BlockPruner(Method):
             return self
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
-        """The largest model that can come out: which blocks go is not known before, so here the smallest ones
-        do, and with ``max_perplexity`` none."""
+        """Which blocks go is not known before; here the smallest ones do. So with ``blocks`` no larger model
+        can come out, and with ``keep_ratio`` one whose size differs by a block at most; ``max_perplexity`` is
+        planned as if nothing went."""
         if shape.anatomy.kind != "decoder" or shape.anatomy.head is None:
             raise BadInput(
                 "BlockPruner searches by the loss of the next token, which this "
@@ -167,7 +168,7 @@ class BlockPruner(Method):
             rows = [(layer, PARTS.index(part), *others) for layer, part, *others in removals]
             journal.state["removals"] = torch.tensor(rows, dtype=torch.float64)
             journal.commit(len(removals), [])
-        if not removals and following.before > limit:
+        if following is not None and not removals and following.before > limit:
             raise BadInput(
                 f"The perplexity on the calibration windows is {following.before:.2f} before anything is "
                 "removed; give a larger max_perplexity."
@@ -200,7 +201,7 @@ class BlockPruner(Method):
         before, after = float(losses.current.mean()), float(losses.loss[best].mean())
         if not max(before, after) < LN_LARGEST:
             raise CompressError(
-                f"The best of the models without one more block has a loss of {after:.0f} nats per token: it is "
+                f"Without one more block the model has a loss of {after:.0f} nats per token at best: it is "
                 "broken, or overflows; remove fewer blocks."
             )
         return Removal(

@@ -32,7 +32,7 @@ from compress.reload import streamed_logits
 from compress.run import Run
 from compress.stream import StreamedModel, next_token_loss
 
-VOCAB, HIDDEN, LAYERS = 48, 16, 4
+VOCAB, HIDDEN, LAYERS = 48, 16, 3
 SIZE = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
 SIZE |= {"max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 GQA = {**SIZE, "intermediate_size": 40, "num_key_value_heads": 2}
@@ -40,7 +40,6 @@ GEMMA = {**GQA, "head_dim": 4, "query_pre_attn_scalar": 4, "sliding_window": 4}
 OPT = {**SIZE, "ffn_dim": 40}
 CASES: dict[str, Callable[[], Any]] = {
     "llama": lambda: hf.LlamaConfig(**GQA, tie_word_embeddings=True),
-    "qwen3": lambda: hf.Qwen3Config(**GQA, head_dim=8),
     "gemma2": lambda: hf.Gemma2Config(**GEMMA, final_logit_softcapping=2.0),
     "gpt2": lambda: hf.GPT2Config(**SIZE),
     "gpt_neox": lambda: hf.GPTNeoXConfig(**SIZE, intermediate_size=40),
@@ -202,16 +201,14 @@ def test_the_removals_are_those_of_the_plain_loop(case: str, folders: dict[str, 
     assert float(written.mean()) == pytest.approx(float(expected.mean()), rel=1e-5)
 
 
-@pytest.mark.parametrize("case", ["llama", "gpt_neox"])
-@pytest.mark.parametrize("mode", ["attention", "mlp"])
+@pytest.mark.parametrize(("case", "mode"), [("llama", "attention"), ("gpt_neox", "mlp")])
 def test_modes(case: str, mode: str, folders: dict[str, Path], tmp_path: Path):
     plain = Plain(case, folders[case], WINDOWS)
     report, _ = applied(folders[case], tmp_path, blocks=2, mode=mode)
     assert_same(order(report), greedy(plain, 2, parts=[mode]))
 
 
-@pytest.mark.parametrize("case", ["llama", "gpt2"])
-@pytest.mark.parametrize("search", ["exact", "racing"])
+@pytest.mark.parametrize(("case", "search"), [("llama", "exact"), ("gpt2", "racing")])
 def test_cost_in_parameters(case: str, search: str, folders: dict[str, Path], tmp_path: Path):
     plain = Plain(case, folders[case], WINDOWS)
     expected = greedy(plain, 3, parameters=parameters_of(folders[case]))
@@ -230,8 +227,8 @@ def test_the_costs_choose_differently(folders: dict[str, Path]):
 def test_memory_batches_and_padding_change_nothing(
     case: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    before, _ = applied(folders[case], tmp_path / "before", blocks=3)
-    padded, _ = applied(folders[case], tmp_path / "padded", windows_of(width=21), blocks=3)
+    before, _ = applied(folders[case], tmp_path / "before", blocks=2)
+    padded, _ = applied(folders[case], tmp_path / "padded", windows_of(width=21), blocks=2)
     assert_same(order(padded), order(before))
 
     monkeypatch.setattr(engine, "MEMORY_LIMIT", 1)  # a window at a time, and its hidden states in files
@@ -244,9 +241,9 @@ def test_memory_batches_and_padding_change_nothing(
         return made
 
     monkeypatch.setattr(StreamedModel, "stream", one_by_one)
-    small, _ = applied(folders[case], tmp_path / "small", blocks=3)
+    small, _ = applied(folders[case], tmp_path / "small", blocks=2)
     assert_same(order(small), order(before))
-    assert len(spilled) >= 3 * 7
+    assert len(spilled) >= 2 * 7
     assert all(spilled)
 
 
@@ -262,7 +259,7 @@ def test_few_losses_need_the_whole_vocabulary(
     )
     monkeypatch.setattr(block_losses, "LIKELY_TOKENS", 24)
     applied(folders["llama"], tmp_path, blocks=3)
-    assert sum(int(losses.exact.all(1).sum()) for losses in made) <= 6  # of 8 + 7 + 6 blocks
+    assert sum(int(losses.exact.all(1).sum()) for losses in made) <= 5  # of 6 + 5 + 4 blocks
     for losses in made:
         assert losses.exact.any(1).sum() < len(losses.blocks)
 
@@ -358,7 +355,7 @@ def likely(folders: dict[str, Path]) -> Windows:
     """Text that the Llama model itself wrote, so that losing a block costs perplexity."""
     model = hf.AutoModelForCausalLM.from_pretrained(folders["llama"]).eval()
     generator = torch.Generator().manual_seed(5)
-    tokens = torch.randint(3, VOCAB, (24, 1), generator=generator)
+    tokens = torch.randint(3, VOCAB, (40, 1), generator=generator)
     with torch.no_grad():
         for _ in range(15):
             probabilities = torch.softmax(model(tokens).logits[:, -1], -1)
@@ -385,9 +382,9 @@ def test_the_last_attention_stays(folders: dict[str, Path], tmp_path: Path):
     report, run = applied(folders["llama"], tmp_path, blocks=2 * LAYERS - 1)
     assert len(order(report)) == 2 * LAYERS - 1
     assert ModelShape.of(run.draft).num_layers == 1
-    with pytest.raises(BadInput, match=r"at most 7 blocks .* leaves"):
+    with pytest.raises(BadInput, match=r"at most 5 blocks .* leaves"):
         plan(folders["llama"], blocks=2 * LAYERS)
-    with pytest.raises(BadInput, match="at most 3 attention blocks"):
+    with pytest.raises(BadInput, match="at most 2 attention blocks"):
         plan(folders["llama"], keep_ratio=0.1, mode="attention")
     assert plan(folders["llama"], blocks=LAYERS, mode="mlp").num_layers == LAYERS
 
@@ -395,25 +392,25 @@ def test_the_last_attention_stays(folders: dict[str, Path], tmp_path: Path):
 # Racing.
 
 
-@pytest.mark.parametrize("case", ["llama", "gpt2"])
-def test_racing_with_extreme_confidence_is_exact(case: str, folders: dict[str, Path], tmp_path: Path):
-    exact, _ = applied(folders[case], tmp_path / "exact", blocks=3)
-    raced, _ = applied(folders[case], tmp_path / "raced", blocks=3, search="racing", confidence=1 - 1e-15)
+def test_racing_with_extreme_confidence_is_exact(folders: dict[str, Path], tmp_path: Path):
+    exact, _ = applied(folders["llama"], tmp_path / "exact", blocks=3)
+    options = {"search": "racing", "confidence": 1 - 1e-15}
+    raced, _ = applied(folders["llama"], tmp_path / "raced", blocks=3, **options)
     assert_same(order(raced), order(exact))
 
 
-def test_racing_drops_the_hopeless_and_is_deterministic(folders: dict[str, Path], tmp_path: Path):
-    windows = windows_of([16] * 40)
-    exact, _ = applied(folders["llama"], tmp_path / "exact", windows, blocks=2)
+def test_racing_drops_the_hopeless_and_is_deterministic(
+    folders: dict[str, Path], likely: Windows, tmp_path: Path
+):
+    exact, _ = applied(folders["llama"], tmp_path / "exact", likely, blocks=2)
     options = {"blocks": 2, "search": "racing", "confidence": 0.9}
-    raced, _ = applied(folders["llama"], tmp_path / "raced", windows, **options)
-    again, _ = applied(folders["llama"], tmp_path / "again", windows, **options)
+    raced, _ = applied(folders["llama"], tmp_path / "raced", likely, **options)
+    again, _ = applied(folders["llama"], tmp_path / "again", likely, **options)
     assert raced == again
     assert_same(order(raced), order(exact))
-    for report, all_of_them in ((exact, True), (raced, False)):
-        for removal in report.details["removed"]:
-            assert (removal["evaluated"] == removal["pairs"]) == all_of_them
-    assert raced.details["removed"][0]["pairs"] == 8 * 40
+    assert [removal["evaluated"] for removal in exact.details["removed"]] == [6 * 40, 5 * 40]
+    assert [removal["pairs"] for removal in raced.details["removed"]] == [6 * 40, 5 * 40]
+    assert sum(removal["evaluated"] for removal in raced.details["removed"]) < 0.8 * 11 * 40
 
 
 def test_who_is_out_of_the_race(monkeypatch: pytest.MonkeyPatch):
@@ -546,11 +543,11 @@ def logits_without(case: str, folder: Path, removed: Sequence[Block], tokens: Te
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("case", ["llama", "gemma2", "gpt2", "gpt_neox", "opt", "opt, post-norm"])
+@pytest.mark.parametrize("case", ["llama", "gemma2", "gpt2", "gpt_neox", "opt, post-norm"])
 def test_removed_blocks_cost_nothing_when_the_result_generates(
     case: str, folders: dict[str, Path], tmp_path: Path
 ):
-    report, run = applied(folders[case], tmp_path / "step", blocks=4)
+    report, run = applied(folders[case], tmp_path / "step", blocks=3)
     removed = [block for block, _ in order(report)]
     model = written(run, folders[case], tmp_path / "artefact")
     attention = LAYERS - sum(block.part == "attention" for block in removed)
@@ -605,16 +602,19 @@ def plan(folder: Path, **options: Any) -> ModelShape:
     return BlockPruner().plan(ModelShape.of(Checkpoint.open(folder)), BlockPruner.Options(**options))
 
 
-def test_the_plan_is_the_largest_result(folders: dict[str, Path], tmp_path: Path):
-    for number, options in enumerate(
-        ({"blocks": 3}, {"keep_ratio": 0.8}, {"max_perplexity": 1e9}, {"blocks": 2, "mode": "mlp"})
-    ):
-        planned = plan(folders["llama"], **options)
-        _, run = applied(folders["llama"], tmp_path / str(number), **options)
-        after = ModelShape.of(run.draft)
-        assert planned.parameters >= after.parameters
-        if options.get("mode") == "mlp":
-            assert planned.parameters == after.parameters
+def test_the_plan_takes_the_smallest_blocks(folders: dict[str, Path], tmp_path: Path):
+    def planned_and_done(**options: Any) -> tuple[int, int]:
+        _, run = applied(folders["llama"], tmp_path / str(options), **options)
+        return plan(folders["llama"], **options).parameters, ModelShape.of(run.draft).parameters
+
+    planned, done = planned_and_done(blocks=3)
+    assert planned > done
+    planned, done = planned_and_done(blocks=2, mode="mlp")
+    assert planned == done
+    planned, done = planned_and_done(keep_ratio=0.8)
+    assert abs(planned - done) <= max(parameters_of(folders["llama"]).values())
+    shape = ModelShape.of(Checkpoint.open(folders["llama"]))
+    assert plan(folders["llama"], max_perplexity=99).tensors == shape.tensors
 
 
 def test_encoders_are_refused(tmp_path: Path):

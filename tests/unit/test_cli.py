@@ -211,6 +211,7 @@ def test_help_of_a_method_lists_its_options_and_defaults(command: Command, monke
     for option in ("--layers", "--epochs", "--exact/--no-exact", "[cosine|least-squares|none]", "--nsamples"):
         assert option in shown
     assert "--layers" not in command("prune", "--help").out
+    assert "--order-from" in command("prune", "MODEL", "--method", "blockpruner", "--help").out
 
 
 def test_completion(command: Command, monkeypatch):
@@ -355,6 +356,22 @@ def test_inspect_tells_what_a_folder_is(command: Command, tiny: Path, quantized:
     shown = command("inspect", tmp_path / "pruned").out
     assert "num_hidden_layers 3" in shown
     assert "  replaceme (layers=1" in shown
+
+
+def test_an_order_of_removal_is_used_again(command: Command, tiny: Path, tmp_path: Path):
+    search = ["prune", tiny, "--method", "blockpruner", "--nsamples", "2", "--seqlen", "16", "-q"]
+    whole, fewer = tmp_path / "whole", tmp_path / "fewer"
+    assert command(*search, "--blocks", "3", "-o", whole).code == 0
+    assert command(*search, "--blocks", "1", "--order-from", whole, "-o", fewer).code == 0
+    long, short = (read_lineage(folder).steps[0] for folder in (whole, fewer))
+    assert len(long.details["removed"]) == 3
+    assert short.details["removed"] == long.details["removed"][:1]
+    removed = long.details["removed"][0]
+    assert f"{removed['before']:.2f} before, {removed['perplexity']:.2f} after" in short.summary
+    assert read_lineage(fewer).reload.loaded_by == "transformers"
+    words = [*search, "--blocks", "1", "--mode", "mlp", "--order-from", whole, "-o", tmp_path / "x"]
+    assert_one_sentence(command(*words), 2, "was found with another mode; search again")
+    assert not (tmp_path / "x").exists()
 
 
 # --- what goes wrong

@@ -175,16 +175,23 @@ class Stream:
         return first(layer.module(hidden.to(self.device), *args, **kwargs))
 
     @torch.no_grad()
-    def advance(self, layer: Layer, observe: Mapping[str, Observer] | None = None) -> None:
+    def advance(
+        self,
+        layer: Layer,
+        observe: Mapping[str, Observer] | None = None,
+        into: Activations | None = None,
+    ) -> None:
         """hidden := layer(hidden), showing the observed submodules' inputs and outputs on the way.
 
         Args:
             layer: the layer in memory, changed or not.
             observe: path inside the layer ("" is the layer itself) -> observer.
+            into: where the output goes; without it, it takes the place of ``hidden``.
 
         Raises:
             CompressError: the layer puts out NaN or infinite values.
         """
+        target = self.hidden if into is None else into
         for start, hidden, mask in self.batches():
             with ExitStack() as stack:
                 for path, observer in (observe or {}).items():
@@ -192,8 +199,8 @@ class Stream:
                     stack.enter_context(_hook(module, observer, mask.to(self.device), start))
                 output = self.call(layer, start, hidden)
             check_finite(output, f"Layer {layer.name}")
-            self.hidden.write(start, output)
-        self.hidden.flip()
+            target.write(start, output)
+        target.flip()
 
 
 @contextmanager
@@ -378,10 +385,10 @@ class StreamedModel:
     @contextmanager
     def head(self) -> Iterator[Callable[[torch.Tensor], Any]]:
         """``with model.head() as head``: hidden states [B, S, D] after the last layer -> the model's output
-        (``.logits`` [B, S, V] for a causal model), computed by everything behind the layers."""
+        (``.logits`` [B, S, V] for a causal model), computed by everything behind the layers. It can be
+        differentiated with respect to hidden states that ask for gradients."""
         with self._outside(skip_embedding=True):
 
-            @torch.no_grad()
             def head(hidden: torch.Tensor) -> Any:
                 def replay(*_: Any, **__: Any) -> torch.Tensor:
                     return hidden.to(self.device)

@@ -172,6 +172,21 @@ class Anatomy:
         return None
 
     @property
+    def refit_obstacle(self) -> str | None:
+        """Why the output projections of the blocks cannot be refitted to the residual stream by linear least
+        squares: a sentence, or None."""
+        for norm, path in (
+            (self.post_attention_norm, self.attention_output),
+            (self.post_mlp_norm, self.down),
+        ):
+            if norm is not None:
+                return (
+                    f"In {self.model_type} models '{norm}' normalises the output of '{path}' before it joins the "
+                    "residual stream, so that projection cannot be fitted to the stream by least squares."
+                )
+        return None
+
+    @property
     def mlp_output_mergeable(self) -> bool:
         """Whether the output of ``down`` is exactly what is added to the residual stream."""
         return self.merge_obstacle is None

@@ -23,8 +23,9 @@ from compress import stream as streaming
 from compress.modeling import check_finite
 from compress.stream import Activations, Layer, Observer, Stream, StreamedModel
 
-Loss = Callable[[Any, int], torch.Tensor]
-"""Called with the model's output for some windows and the number of the first: the sum of their losses."""
+Loss = Callable[..., torch.Tensor]
+"""Called with the model's output for some windows, the number of the first and, where there is a reference,
+the output for its hidden states: the sum of the windows' losses."""
 
 Leaves = Callable[[Layer, int], AbstractContextManager[Mapping[str, torch.Tensor]]]
 """Called with a layer and a number of windows: inside the ``with`` block the layer computes with the tensors
@@ -75,10 +76,15 @@ class Tape:
             self._stream.hidden = self.states[layer.index]
             self._stream.advance(layer, observe and observe(layer), into=self.states[layer.index + 1])
 
-    def differentiate(self, loss: Loss) -> float:
+    def differentiate(self, loss: Loss, reference: Activations | None = None) -> float:
         """The sum of the losses of all windows; its gradient is where `backward` begins.
 
         Logits over a vocabulary are made for one window at a time.
+
+        Args:
+            loss: of the model's outputs.
+            reference: hidden states behind the last layer of another model with the same head (a teacher),
+                whose outputs the loss is given, too.
         """
         last = self.states[self.model.num_layers]
         count = len(self._stream.windows)
@@ -86,9 +92,11 @@ class Tape:
         total = 0.0
         with self.model.head() as head:
             for start in range(0, count, size):
-                hidden = last.read(start, min(start + size, count)).to(self._stream.device).requires_grad_()
+                stop = min(start + size, count)
+                hidden = last.read(start, stop).to(self._stream.device).requires_grad_()
+                others = [] if reference is None else [head(reference.read(start, stop))]
                 with torch.enable_grad():
-                    value = loss(head(hidden), start)
+                    value = loss(head(hidden), start, *others)
                 (gradient,) = torch.autograd.grad(value, hidden)
                 self.gradient.write(start, gradient)
                 total += value.item()

@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from compress.anatomy import anatomy_of, sizes_of, task_of
+from compress.anatomy import anatomy_of, layer_shapes, sizes_of, task_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -42,24 +42,36 @@ class Flops:
 
 
 def flops(config: PretrainedConfig, tokens: int) -> Flops:
-    """What one sequence of ``tokens`` costs in the model that ``config`` describes.
+    """What one sequence of ``tokens`` costs in the model that ``config`` describes, pruned or not.
 
     A bare base model has no head; the pooler some of them carry is not counted.
 
     Raises:
         BadInput: as :func:`anatomy_of`.
     """
-    anatomy, sizes = anatomy_of(config), sizes_of(config)
+    anatomy, sizes, layers = anatomy_of(config), sizes_of(config), layer_shapes(config)
     width, matrices = sizes.hidden_size, 2 if anatomy.gate is None else 3
-    heads = sizes.num_attention_heads * sizes.num_hidden_layers
-    groups = sizes.num_key_value_heads * sizes.num_hidden_layers
-    neurons = sizes.intermediate_size * sizes.num_hidden_layers
+    heads = sum(layer.num_attention_heads for layer in layers)
+    groups = sum(layer.num_key_value_heads for layer in layers)
+    neurons = sum(layer.intermediate_size for layer in layers)
     return Flops(
         projections=2 * tokens * width * sizes.head_dim * (2 * heads + 2 * groups),
         attention=4 * tokens**2 * sizes.head_dim * heads,
         mlp=2 * tokens * width * neurons * matrices,
         head=2 * _head(config, tokens),
     )
+
+
+def unit_flops(config: PretrainedConfig, index: int, tokens: int) -> tuple[int, int]:
+    """What one key-value head with its query heads, and one neuron, of layer ``index`` cost in a sequence of
+    ``tokens``: the two numbers, 0 where the layer has none."""
+    anatomy, sizes, layer = anatomy_of(config), sizes_of(config), layer_shapes(config)[index]
+    matrices = 2 if anatomy.gate is None else 3
+    query_heads = layer.num_attention_heads // max(layer.num_key_value_heads, 1)
+    projections = 2 * tokens * sizes.hidden_size * sizes.head_dim * (2 * query_heads + 2)
+    group = projections + 4 * tokens**2 * sizes.head_dim * query_heads
+    neuron = 2 * tokens * sizes.hidden_size * matrices
+    return (group if layer.num_key_value_heads else 0, neuron if layer.intermediate_size else 0)
 
 
 def _head(config: PretrainedConfig, tokens: int) -> int:

@@ -14,6 +14,7 @@ from compress.errors import BadInput, CompressError, unknown
 METHODS: dict[str, dict[str, str]] = {
     "unlearning": {},
     "pruning": {
+        "kprune": "compress.pruning.kprune:KPrune",
         "replaceme": "compress.pruning.replaceme:ReplaceMe",
     },
     "quantization": {

@@ -10,6 +10,9 @@ How documents become windows of ``seqlen`` tokens for calibration:
 - a tokenizer that begins texts with a BOS token gets exactly one, at the beginning of each window; no other
   special tokens are added.
 
+Models that read whole inputs (encoders) get one window per document instead, as the tokenizer makes it with
+its special tokens, cut at ``seqlen`` and padded to the longest.
+
 For evaluation every document is cut on its own into windows that do not overlap, and the last, shorter one of
 each is padded, so that every token counts once. The first token of a window has no prediction.
 """
@@ -27,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compress.calibration.text import Documents, read_documents
-from compress.calibration.tokens import chunks, fingerprint, first_tokens, separator
+from compress.calibration.tokens import PIECE, chunks, fingerprint, first_tokens, separator
 from compress.errors import BadInput
 
 if TYPE_CHECKING:
@@ -105,13 +108,14 @@ def calibration_windows(
     seqlen: int,
     seed: int,
     chat_template: bool = False,
+    whole: bool = False,
 ) -> Windows:
     """``nsamples`` windows of ``seqlen`` tokens, drawn at random from the documents of ``source``.
 
     Documents are shuffled by ``seed`` and cut or packed (see above) until there are eight times the windows
     asked for; ``nsamples`` of those are drawn. With ``chat_template`` each row is instead one conversation,
     rendered by the tokenizer's template, cut at ``seqlen`` and padded on the right; a plain document becomes
-    a conversation of one user message.
+    a conversation of one user message. With ``whole`` each row is one document, an encoder's input.
 
     Where the text is not enough, there are fewer windows and a warning says how many.
 
@@ -125,7 +129,12 @@ def calibration_windows(
     documents = _documents(source, POOL * nsamples * seqlen)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(documents.entries), generator=generator).tolist()
-    if chat_template:
+    if chat_template and whole:
+        raise BadInput("An encoder reads plain inputs, not conversations; calibrate without chat_template.")
+    if whole:
+        rows = _first(nsamples, _inputs(tokenizer, documents, order, seqlen))
+        seqlen = max((len(row.tokens) for row in rows), default=seqlen)
+    elif chat_template:
         rows = _first(nsamples, _conversations(tokenizer, documents, order, seqlen))
     else:
         pool = _first(POOL * nsamples, _cut_or_packed(tokenizer, documents, order, seqlen))
@@ -143,7 +152,7 @@ def calibration_windows(
             nsamples,
             seqlen,
         )
-    settings = {"nsamples": nsamples, "seed": seed, "chat_template": chat_template}
+    settings = {"nsamples": nsamples, "seed": seed, "chat_template": chat_template, "whole": whole}
     return _windows(tokenizer, documents, rows, seqlen, settings)
 
 
@@ -194,6 +203,14 @@ def _cut_or_packed(
         while len(packed) >= room:
             yield _Row(first + packed[:room], frozenset(owners[:room]))
             del packed[:room], owners[:room]
+
+
+def _inputs(
+    tokenizer: PreTrainedTokenizerBase, documents: Documents, order: list[int], seqlen: int
+) -> Iterator[_Row]:
+    for index in order:
+        text = _text(documents, index)[:PIECE]
+        yield _Row(tokenizer(text, truncation=True, max_length=seqlen).input_ids, frozenset([index]))
 
 
 def _every_token(tokenizer: PreTrainedTokenizerBase, documents: Documents, context: int) -> Iterator[_Row]:

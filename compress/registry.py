@@ -15,6 +15,7 @@ METHODS: dict[str, dict[str, str]] = {
     "unlearning": {},
     "pruning": {
         "blockpruner": "compress.pruning.blockpruner:BlockPruner",
+        "kprune": "compress.pruning.kprune:KPrune",
         "replaceme": "compress.pruning.replaceme:ReplaceMe",
         "shortgpt": "compress.pruning.shortgpt:ShortGPT",
     },

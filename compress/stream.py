@@ -175,16 +175,23 @@ class Stream:
         return first(layer.module(hidden.to(self.device), *args, **kwargs))
 
     @torch.no_grad()
-    def advance(self, layer: Layer, observe: Mapping[str, Observer] | None = None) -> None:
+    def advance(
+        self,
+        layer: Layer,
+        observe: Mapping[str, Observer] | None = None,
+        into: Activations | None = None,
+    ) -> None:
         """hidden := layer(hidden), showing the observed submodules' inputs and outputs on the way.
 
         Args:
             layer: the layer in memory, changed or not.
             observe: path inside the layer ("" is the layer itself) -> observer.
+            into: where the output goes; without it, it takes the place of ``hidden``.
 
         Raises:
             CompressError: the layer puts out NaN or infinite values.
         """
+        target = self.hidden if into is None else into
         for start, hidden, mask in self.batches():
             with ExitStack() as stack:
                 for path, observer in (observe or {}).items():
@@ -192,8 +199,8 @@ class Stream:
                     stack.enter_context(_hook(module, observer, mask.to(self.device), start))
                 output = self.call(layer, start, hidden)
             check_finite(output, f"Layer {layer.name}")
-            self.hidden.write(start, output)
-        self.hidden.flip()
+            target.write(start, output)
+        target.flip()
 
 
 @contextmanager
@@ -437,10 +444,9 @@ class Head:
     def __init__(self, model: StreamedModel) -> None:
         self._model = model
 
-    @torch.no_grad()
     def __call__(self, hidden: torch.Tensor) -> Any:
         """Hidden states [B, S, D] after the last layer -> the model's output (``.logits`` [B, S, V] for a
-        causal model)."""
+        causal model), which can be differentiated with respect to hidden states that ask for gradients."""
         return self._model._behind(self._model.model, hidden)
 
     @torch.no_grad()

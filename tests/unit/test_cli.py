@@ -696,7 +696,7 @@ def test_a_broken_method_of_a_third_party_harms_no_other(
     assert ended.code == 0
     assert sentence in ended.err
     assert ended.err.count("\n") == 1
-    assert {found["name"] for found in ended.document} == {"halve", "replaceme", "rtn"}
+    assert {found["name"] for found in ended.document} == {"halve", "kprune", "replaceme", "rtn"}
     assert_one_sentence(command("methods", "broken"), 1, sentence)
     assert_one_sentence(command("prune", "m", "--method", "broken"), 1, sentence)
     assert command("methods", "rtn", "--json").document[0]["family"] == "quantization"  # ours stays ours

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 PROJECTIONS = ("query", "key", "value", "attention_output", "gate", "up", "down")
 NORMS = ("attention_norm", "query_norm", "key_norm", "post_attention_norm", "mlp_norm", "post_mlp_norm")
+Task = Literal["sequence classification", "token classification", "question answering"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,6 +340,21 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         f'The architecture in the config of this {config.model_type} model {problem}; set "architectures" to '
         f'the class to build, for instance ["{transformers.MODEL_MAPPING[type(config)].__name__}"].'
     )
+
+
+def task_of(config: PretrainedConfig) -> Task | None:
+    """What the head of the model is for; None for a vocabulary head, another head, or none at all.
+
+    Raises:
+        BadInput: as :func:`model_class`.
+    """
+    mappings: dict[Task, Any] = {
+        "sequence classification": transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        "token classification": transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+        "question answering": transformers.MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    }
+    cls, key = model_class(config), type(config)
+    return next((task for task, classes in mappings.items() if key in classes and classes[key] is cls), None)
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,8 @@ class Windows:
         source: where the text came from, as it was asked for.
         document_hashes: sha256 of each document that has tokens here; see ``overlap``.
         settings: how the windows were made, for provenance: JSON values only.
+        token_types: int64 [N, S], which of two texts a token is of, for models that are told (BERT); None
+            leaves all of them in the first.
     """
 
     tokens: torch.Tensor
@@ -55,6 +57,7 @@ class Windows:
     source: str
     document_hashes: frozenset[str] = frozenset()
     settings: dict[str, Any] = field(default_factory=dict)
+    token_types: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -66,15 +69,18 @@ class Windows:
 
     @cached_property
     def sha256(self) -> str:
-        """sha256 over shape, tokens (as little-endian int64) and mask."""
+        """sha256 over shape, tokens (as little-endian int64), mask, and token types if there are any."""
         digest = hashlib.sha256(repr(tuple(self.tokens.shape)).encode())
         digest.update(self.tokens.contiguous().numpy().astype("<i8").tobytes())
         digest.update(self.mask.contiguous().numpy().tobytes())
+        if self.token_types is not None:
+            digest.update(self.token_types.contiguous().numpy().astype("<i8").tobytes())
         return digest.hexdigest()
 
     def select(self, chosen: torch.Tensor) -> Windows:
         """The windows where ``chosen`` (bool [N]) is True; document hashes stay those of all."""
-        return replace(self, tokens=self.tokens[chosen], mask=self.mask[chosen])
+        types = None if self.token_types is None else self.token_types[chosen]
+        return replace(self, tokens=self.tokens[chosen], mask=self.mask[chosen], token_types=types)
 
     def describe(self) -> dict[str, Any]:
         """Provenance for ``compression.json``: JSON values only."""

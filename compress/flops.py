@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from compress.anatomy import anatomy_of, sizes_of, task_of
+from compress.anatomy import anatomy_of, layer_shapes, sizes_of, task_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -42,18 +42,18 @@ class Flops:
 
 
 def flops(config: PretrainedConfig, tokens: int) -> Flops:
-    """What one sequence of ``tokens`` costs in the model that ``config`` describes.
+    """What one sequence of ``tokens`` costs in the model that ``config`` describes, pruned or not.
 
     A bare base model has no head; the pooler some of them carry is not counted.
 
     Raises:
         BadInput: as :func:`anatomy_of`.
     """
-    anatomy, sizes = anatomy_of(config), sizes_of(config)
+    anatomy, sizes, layers = anatomy_of(config), sizes_of(config), layer_shapes(config)
     width, matrices = sizes.hidden_size, 2 if anatomy.gate is None else 3
-    heads = sizes.num_attention_heads * sizes.num_hidden_layers
-    groups = sizes.num_key_value_heads * sizes.num_hidden_layers
-    neurons = sizes.intermediate_size * sizes.num_hidden_layers
+    heads = sum(layer.num_attention_heads for layer in layers)
+    groups = sum(layer.num_key_value_heads for layer in layers)
+    neurons = sum(layer.intermediate_size for layer in layers)
     return Flops(
         projections=2 * tokens * width * sizes.head_dim * (2 * heads + 2 * groups),
         attention=4 * tokens**2 * sizes.head_dim * heads,

@@ -10,6 +10,8 @@ How documents become windows of ``seqlen`` tokens for calibration:
 - a tokenizer that begins texts with a BOS token gets exactly one, at the beginning of each window; no other
   special tokens are added.
 
+This is for decoders; encoders read one example an input (see :mod:`compress.task_inputs`).
+
 For evaluation every document is cut on its own into windows that do not overlap, and the last, shorter one of
 each is padded, so that every token counts once. The first token of a window has no prediction.
 """

@@ -1,4 +1,4 @@
-"""The examples of a task file through a model: as inputs, streamed layer by layer, and back as predictions.
+"""The examples of a task file through a model, streamed layer by layer, and what it predicts for each.
 
 Inputs are sorted by length and go through the model a chunk at a time, padded to the longest of their chunk,
 so that memory is bounded by the chunk and one layer, and little is spent on padding. What is predicted does
@@ -8,59 +8,26 @@ not depend on the chunks: padding is masked.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from compress.anatomy import Task
-from compress.calibration.windows import Windows
 from compress.errors import BadInput
 from compress.flops import flops
 from compress.measure import longest_input
 from compress.modeling import check_finite, config_of
-from compress.models import load_tokenizer
 from compress.reload import first_output
 from compress.scorecard import Figure, TaskProtocol
 from compress.stream import StreamedModel
-from compress.task_file import (
-    QuestionExample,
-    TaskFile,
-    TextExample,
-    WordsExample,
-    read_task_file,
-    task_of_encoder,
-)
+from compress.task_file import read_task_file, task_of_encoder
+from compress.task_inputs import Input, encode, load_task_tokenizer, padded
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
     from compress.checkpoint import Checkpoint
 
-CHUNK_TOKENS = 1 << 14
-
-# Question answering as BERT did it on SQuAD: windows over a long context, and answers that are not too long.
-ANSWERING_TOKENS = 384
-STRIDE_TOKENS = 128
-ANSWER_TOKENS = 30
-
-
-@dataclass(frozen=True)
-class Input:
-    """One input of the model.
-
-    Attributes:
-        tokens: ids, with the special tokens of the model.
-        types: which of two texts each token is of; None if all are of the first.
-        places: of a token classifier, number of a word -> position of its first token; of a question
-            answerer, position of a token of the context -> where in the context it begins and ends.
-        cut: whether something of the example is missing here and in the example's other inputs.
-    """
-
-    tokens: list[int]
-    types: list[int] | None
-    places: dict[int, Any]
-    cut: bool
+CHUNK_TOKENS = 1 << 14  # of one chunk, with padding
+ANSWER_TOKENS = 30  # the longest answer, as in BERT's evaluation on SQuAD
 
 
 class TaskEvaluation:
@@ -82,7 +49,8 @@ class TaskEvaluation:
         task = task_of_encoder(config, str(dense.folder))
         self.file = read_task_file(path, config, task)
         model = StreamedModel(dense, device)
-        self.inputs = encode(self.file, load_task_tokenizer(dense, task), config, longest_input(model.model))
+        tokenizer = load_task_tokenizer(dense, task)
+        self.inputs = list(encode(self.file.examples, tokenizer, config, longest_input(model.model)))
         if task == "token classification" and not any(one.places for inputs in self.inputs for one in inputs):
             raise BadInput(f"The tokenizer of '{dense.folder}' makes no token of any word in '{path}'.")
         lengths = [len(one.tokens) for inputs in self.inputs for one in inputs]
@@ -130,94 +98,6 @@ class TaskEvaluation:
         ]
 
 
-def load_task_tokenizer(checkpoint: Checkpoint, task: Task) -> PreTrainedTokenizerBase:
-    """The tokenizer that makes inputs for a task.
-
-    Raises:
-        BadInput: there is none, or it cannot tell which token is of which word.
-    """
-    # Given words one by one, byte-level BPE must know that a space stands before each, the first included.
-    settings = {"add_prefix_space": True} if task == "token classification" else {}
-    tokenizer = load_tokenizer(checkpoint.folder, **settings)
-    if task != "sequence classification" and not tokenizer.is_fast:
-        raise BadInput(
-            f"The tokenizer of '{checkpoint.folder}' does not tell which token is where in the text, which "
-            f"{task} needs; save it as a fast tokenizer (tokenizer.json)."
-        )
-    return tokenizer
-
-
-def encode(
-    file: TaskFile, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, longest: int
-) -> list[list[Input]]:
-    """The inputs of each example, none longer than ``longest`` tokens.
-
-    Raises:
-        BadInput: a question leaves no room for its context.
-    """
-    make = {
-        "sequence classification": _text_inputs,
-        "token classification": _word_inputs,
-        "question answering": _question_inputs,
-    }[file.task]
-    longest = min(longest, tokenizer.model_max_length)
-    typed = getattr(config, "type_vocab_size", 1) > 1
-
-    def call(*texts: Any, **settings: Any) -> Any:
-        return tokenizer(*texts, return_token_type_ids=typed, verbose=False, **settings)
-
-    return [make(call, example, longest) for example in file.examples]
-
-
-def _text_inputs(call: Callable[..., Any], example: TextExample, longest: int) -> list[Input]:
-    texts = [example.text] if example.pair is None else [example.text, example.pair]
-    whole = call(*texts)
-    cut = len(whole.input_ids) > longest
-    if cut:
-        whole = call(*texts, truncation=True, max_length=longest)
-    return [Input(whole.input_ids, _types(whole.get("token_type_ids")), {}, cut)]
-
-
-def _word_inputs(call: Callable[..., Any], example: WordsExample, longest: int) -> list[Input]:
-    encoded = call(list(example.tokens), is_split_into_words=True, truncation=True, max_length=longest)
-    first: dict[int, int] = {}
-    for position, word in enumerate(encoded.word_ids()):
-        if word is not None:
-            first.setdefault(word, position)
-    cut = len(first) < len(example.tokens)
-    return [Input(encoded.input_ids, _types(encoded.get("token_type_ids")), first, cut)]
-
-
-def _question_inputs(call: Callable[..., Any], example: QuestionExample, longest: int) -> list[Input]:
-    longest = min(longest, ANSWERING_TOKENS)
-    room = longest - len(call(example.question, "").input_ids)
-    if room < 2:
-        raise BadInput(
-            f"The question '{example.question[:40]}…' fills the {longest} tokens the model reads and leaves "
-            "no room for its context; shorten it."
-        )
-    encoded = call(
-        example.question,
-        example.context,
-        truncation="only_second",
-        max_length=longest,
-        stride=min(STRIDE_TOKENS, room // 2),
-        return_overflowing_tokens=True,
-        return_offsets_mapping=True,
-    )
-    inputs = []
-    for window, tokens in enumerate(encoded.input_ids):
-        offsets = zip(encoded.sequence_ids(window), encoded.offset_mapping[window], strict=True)
-        places = {position: span for position, (text, span) in enumerate(offsets) if text == 1}
-        types = encoded.token_type_ids[window] if "token_type_ids" in encoded else None
-        inputs.append(Input(tokens, _types(types), places, cut=False))
-    return inputs
-
-
-def _types(types: list[int] | None) -> list[int] | None:
-    return types if any(types or ()) else None
-
-
 @torch.no_grad()
 def outputs(
     model: StreamedModel, inputs: Sequence[Input], progress: Callable[[float], None] = lambda share: None
@@ -262,22 +142,6 @@ def _chunks(inputs: Sequence[Input]) -> Iterator[list[int]]:
             chunk = []
         chunk.append(number)
     yield chunk
-
-
-def padded(inputs: Sequence[Input], padding: int, source: str = "") -> Windows:
-    """Inputs as rows of one length, with ``padding`` on the right of the shorter ones."""
-    shape = len(inputs), max(len(one.tokens) for one in inputs)
-    tokens = torch.full(shape, padding, dtype=torch.int64)
-    types = torch.zeros(shape, dtype=torch.int64)
-    mask = torch.zeros(shape, dtype=torch.bool)
-    for row, one in enumerate(inputs):
-        length = len(one.tokens)
-        tokens[row, :length] = torch.tensor(one.tokens)
-        mask[row, :length] = True
-        if one.types is not None:
-            types[row, :length] = torch.tensor(one.types)
-    windows = Windows(tokens, mask, source)
-    return replace(windows, token_types=types) if types.any() else windows
 
 
 def _predict(

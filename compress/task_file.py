@@ -90,9 +90,14 @@ class TaskFile:
         return self.path
 
     @cached_property
+    def documents(self) -> Documents:
+        """The text of each example."""
+        return Documents(tuple(example.words for example in self.examples), self.path)
+
+    @cached_property
     def document_hashes(self) -> frozenset[str]:
         """sha256 of each example's text, by which overlap with calibration text is found."""
-        return frozenset(Documents(tuple(example.words for example in self.examples), self.path).hashes)
+        return frozenset(self.documents.hashes)
 
 
 def task_of_encoder(config: PretrainedConfig, name: str) -> Task:

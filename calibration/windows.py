@@ -10,8 +10,7 @@ How documents become windows of ``seqlen`` tokens for calibration:
 - a tokenizer that begins texts with a BOS token gets exactly one, at the beginning of each window; no other
   special tokens are added.
 
-Models that read whole inputs (encoders) get one window per document instead, as the tokenizer makes it with
-its special tokens, cut at ``seqlen`` and padded to the longest.
+This is for decoders; encoders read one example an input (see :mod:`compress.task_inputs`).
 
 For evaluation every document is cut on its own into windows that do not overlap, and the last, shorter one of
 each is padded, so that every token counts once. The first token of a window has no prediction.
@@ -30,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compress.calibration.text import Documents, read_documents
-from compress.calibration.tokens import PIECE, chunks, fingerprint, first_tokens, separator
+from compress.calibration.tokens import chunks, fingerprint, first_tokens, separator
 from compress.errors import BadInput
 
 if TYPE_CHECKING:
@@ -51,6 +50,8 @@ class Windows:
         source: where the text came from, as it was asked for.
         document_hashes: sha256 of each document that has tokens here; see ``overlap``.
         settings: how the windows were made, for provenance: JSON values only.
+        token_types: int64 [N, S], which of two texts a token is of, for models that are told (BERT); None
+            leaves all of them in the first.
     """
 
     tokens: torch.Tensor
@@ -58,6 +59,7 @@ class Windows:
     source: str
     document_hashes: frozenset[str] = frozenset()
     settings: dict[str, Any] = field(default_factory=dict)
+    token_types: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -69,15 +71,18 @@ class Windows:
 
     @cached_property
     def sha256(self) -> str:
-        """sha256 over shape, tokens (as little-endian int64) and mask."""
+        """sha256 over shape, tokens (as little-endian int64), mask, and token types if there are any."""
         digest = hashlib.sha256(repr(tuple(self.tokens.shape)).encode())
         digest.update(self.tokens.contiguous().numpy().astype("<i8").tobytes())
         digest.update(self.mask.contiguous().numpy().tobytes())
+        if self.token_types is not None:
+            digest.update(self.token_types.contiguous().numpy().astype("<i8").tobytes())
         return digest.hexdigest()
 
     def select(self, chosen: torch.Tensor) -> Windows:
         """The windows where ``chosen`` (bool [N]) is True; document hashes stay those of all."""
-        return replace(self, tokens=self.tokens[chosen], mask=self.mask[chosen])
+        types = None if self.token_types is None else self.token_types[chosen]
+        return replace(self, tokens=self.tokens[chosen], mask=self.mask[chosen], token_types=types)
 
     def describe(self) -> dict[str, Any]:
         """Provenance for ``compression.json``: JSON values only."""
@@ -108,14 +113,13 @@ def calibration_windows(
     seqlen: int,
     seed: int,
     chat_template: bool = False,
-    whole: bool = False,
 ) -> Windows:
     """``nsamples`` windows of ``seqlen`` tokens, drawn at random from the documents of ``source``.
 
     Documents are shuffled by ``seed`` and cut or packed (see above) until there are eight times the windows
     asked for; ``nsamples`` of those are drawn. With ``chat_template`` each row is instead one conversation,
     rendered by the tokenizer's template, cut at ``seqlen`` and padded on the right; a plain document becomes
-    a conversation of one user message. With ``whole`` each row is one document, an encoder's input.
+    a conversation of one user message.
 
     Where the text is not enough, there are fewer windows and a warning says how many.
 
@@ -129,12 +133,7 @@ def calibration_windows(
     documents = _documents(source, POOL * nsamples * seqlen)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(documents.entries), generator=generator).tolist()
-    if chat_template and whole:
-        raise BadInput("An encoder reads plain inputs, not conversations; calibrate without chat_template.")
-    if whole:
-        rows = _first(nsamples, _inputs(tokenizer, documents, order, seqlen))
-        seqlen = max((len(row.tokens) for row in rows), default=seqlen)
-    elif chat_template:
+    if chat_template:
         rows = _first(nsamples, _conversations(tokenizer, documents, order, seqlen))
     else:
         pool = _first(POOL * nsamples, _cut_or_packed(tokenizer, documents, order, seqlen))
@@ -152,7 +151,7 @@ def calibration_windows(
             nsamples,
             seqlen,
         )
-    settings = {"nsamples": nsamples, "seed": seed, "chat_template": chat_template, "whole": whole}
+    settings = {"nsamples": nsamples, "seed": seed, "chat_template": chat_template}
     return _windows(tokenizer, documents, rows, seqlen, settings)
 
 
@@ -203,14 +202,6 @@ def _cut_or_packed(
         while len(packed) >= room:
             yield _Row(first + packed[:room], frozenset(owners[:room]))
             del packed[:room], owners[:room]
-
-
-def _inputs(
-    tokenizer: PreTrainedTokenizerBase, documents: Documents, order: list[int], seqlen: int
-) -> Iterator[_Row]:
-    for index in order:
-        text = _text(documents, index)[:PIECE]
-        yield _Row(tokenizer(text, truncation=True, max_length=seqlen).input_ids, frozenset([index]))
 
 
 def _every_token(tokenizer: PreTrainedTokenizerBase, documents: Documents, context: int) -> Iterator[_Row]:

@@ -45,6 +45,7 @@ from compress.plan import ModelShape, Plan, make_plan
 from compress.recipe import Recipe
 from compress.reload import reload_check
 from compress.stream import Journal, StreamedModel
+from compress.task_inputs import calibration_inputs
 from compress.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -196,14 +197,16 @@ def _execute(
 
 def _calibration(recipe: Recipe, checkpoint: Checkpoint) -> Windows:
     wanted = recipe.calibration
+    seed = recipe.seed if wanted.seed is None else wanted.seed
+    if anatomy_of(config_of(checkpoint)).kind == "encoder":
+        return calibration_inputs(checkpoint, wanted, seed)
     return calibration_windows(
         load_tokenizer(checkpoint.folder),
         wanted.source,
         nsamples=wanted.nsamples,
         seqlen=wanted.seqlen,
-        seed=recipe.seed if wanted.seed is None else wanted.seed,
+        seed=seed,
         chat_template=wanted.chat_template,
-        whole=anatomy_of(config_of(checkpoint)).kind == "encoder",
     )
 
 

@@ -359,7 +359,9 @@ class StreamedModel:
             for start in range(0, count, batch_size):
                 tokens = windows.tokens[start : start + batch_size].to(self.device)
                 mask = windows.mask[start : start + batch_size].to(self.device) if padded else None
-                hidden, calls = self._embed(tokens, mask)
+                types = windows.token_types
+                types = None if types is None else types[start : start + batch_size].to(self.device)
+                hidden, calls = self._embed(tokens, mask, types)
                 if stream is None:
                     store = Activations((count, length, hidden.shape[-1]), folder and folder / "hidden")
                     stream = Stream(windows, store, batch_size, self.device)
@@ -369,7 +371,9 @@ class StreamedModel:
         stream.hidden.flip()
         return stream
 
-    def _embed(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, list[Any]]:
+    def _embed(
+        self, tokens: torch.Tensor, mask: torch.Tensor | None, types: torch.Tensor | None
+    ) -> tuple[torch.Tensor, list[Any]]:
         calls: list[Any] = []
         hidden: list[torch.Tensor] = []
 
@@ -379,7 +383,8 @@ class StreamedModel:
             return given
 
         with self._stand_ins(self._layers, record):
-            self.model.base_model(tokens, attention_mask=mask, **self._no_cache)
+            given = self._no_cache if types is None else {"token_type_ids": types}  # of encoders only
+            self.model.base_model(tokens, attention_mask=mask, **given)
         return hidden[0], calls
 
     @contextmanager

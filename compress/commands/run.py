@@ -85,6 +85,7 @@ def execute_and_tell(
             evaluate_folder(
                 str(output),
                 baseline=recipe.model,
+                task_file=wanted.task_file,
                 text=wanted.text,
                 context=wanted.context,
                 limit=wanted.windows,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,14 @@ import torch
 import transformers as hf
 from torch.utils.flop_counter import FlopCounterMode
 
-from compress.anatomy import ROWS, anatomy_of, model_class
+import compress
+from compress.anatomy import ROWS, anatomy_of, model_class, sizes_of
+from compress.artefact import write_model
+from compress.checkpoint import Checkpoint, Draft
 from compress.flops import Flops, flops
+from compress.modeling import config_of
+from compress.pruning.width import Kept, finish, narrow, write_layer
+from compress.stream import StreamedModel
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 60}
 SIZE |= {"max_position_embeddings": 40, "pad_token_id": 0, "num_labels": 5}
@@ -105,3 +112,32 @@ def test_shares_of_a_bert_by_hand():
         mlp=12 * 2 * 2 * 128 * 768 * 3072,
         head=2 * (768 * 768 + 768 * 2),
     )
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "BertForSequenceClassification"])
+def test_what_is_pruned_costs_nothing(name: str, tmp_path: Path):
+    """Layer 0 has one head (or group) and some neurons, layer 1 no attention, layer 2 no MLP."""
+    config = CASES[name]
+    config.architectures = [name]
+    model_class(config)._from_config(config).save_pretrained(tmp_path / "dense")
+    source = Checkpoint.open(tmp_path / "dense")
+    model, draft = StreamedModel(source), Draft(source, tmp_path / "work")
+    tokens = torch.arange(3, 23)[None]
+    groups, neurons = torch.arange(sizes_of(config).num_key_value_heads), torch.arange(30)
+    none = torch.arange(0)
+    kept = [Kept(groups[1:2], neurons[:7]), Kept(none, neurons), Kept(groups, none)]
+    for layer in model.walk(None):
+        narrow(model, layer, kept[layer.index])
+        write_layer(draft, model, layer)
+    finish(draft, model, kept)
+    draft.flush("step")
+    write_model(draft, source.folder, tmp_path / "pruned", {})
+
+    pruned = compress.load(tmp_path / "pruned")
+    pruned.set_attn_implementation("eager")
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        pruned(tokens)
+    found = flops(config_of(Checkpoint.open(tmp_path / "pruned")), tokens.shape[1])
+    assert found.total == counter.get_total_flops()
+    assert found.layers < flops(config, tokens.shape[1]).layers / 2

@@ -564,7 +564,9 @@ def test_removed_blocks_cost_nothing_when_the_result_generates(
     expected = logits_without(case, folders[case], removed, WINDOWS.tokens[:2])
     torch.testing.assert_close(logits.double(), expected, atol=1e-4, rtol=1e-4)
     sizes, dense = parameters_of(folders[case]), hf.AutoModelForCausalLM.from_pretrained(folders[case])
-    assert model.num_parameters() == dense.num_parameters() - sum(sizes[block] for block in removed)
+    gone = sum(sizes[block] for block in removed)
+    assert model.num_parameters() == dense.num_parameters() - gone
+    assert run.draft.nbytes == Checkpoint.open(folders[case]).nbytes - 4 * gone
 
 
 def written(run: Run, source: Path, folder: Path) -> Any:

@@ -35,6 +35,7 @@ def evaluate_folder(
     model: str,
     *,
     baseline: str | None = None,
+    baseline_revision: str | None = None,
     text: str = "bundled:evaluation",
     context: int = 512,
     limit: int | None = 32,
@@ -49,6 +50,7 @@ def evaluate_folder(
     Args:
         model: folder, hub id or ``demo``.
         baseline: the dense model; the model itself if not given.
+        baseline_revision: branch, tag or commit of a baseline on the hub.
         text: what to score; sources as for calibration.
         context: tokens in a window; windows do not overlap, and the first token of each is not scored.
         limit: number of windows at most.
@@ -61,7 +63,7 @@ def evaluate_folder(
     """
     check_device(device)
     source = find_model(model)
-    dense_source = find_model(baseline) if baseline else source
+    dense_source = find_model(baseline, baseline_revision) if baseline else source
     checkpoint, dense = Checkpoint.open(source.folder), Checkpoint.open(dense_source.folder)
     windows = evaluation_windows(load_tokenizer(dense_source.folder), text, context, limit)
     _check_not_calibrated_on(source, windows)

@@ -83,8 +83,9 @@ def execute_and_tell(
 
             wanted = recipe.evaluate
             evaluate_folder(
-                str(output),
+                str(output.absolute()),  # a folder may be called "demo"
                 baseline=recipe.model,
+                baseline_revision=recipe.revision,
                 text=wanted.text,
                 context=wanted.context,
                 limit=wanted.windows,

@@ -43,6 +43,7 @@ def evaluate_folder(
     *,
     baseline: str | None = None,
     task_file: str | None = None,
+    baseline_revision: str | None = None,
     text: str = "bundled:evaluation",
     context: int = 512,
     limit: int | None = 32,
@@ -59,6 +60,7 @@ def evaluate_folder(
         baseline: the dense model; the model itself if not given.
         task_file: labelled examples for an encoder with a task head (see :mod:`compress.task_file`), scored
             in place of text.
+        baseline_revision: branch, tag or commit of a baseline on the hub.
         text: what to score; sources as for calibration.
         context: tokens in a window; windows do not overlap, and the first token of each is not scored.
         limit: number of windows at most.
@@ -72,7 +74,7 @@ def evaluate_folder(
     """
     check_device(device)
     source = find_model(model)
-    dense_source = find_model(baseline) if baseline else source
+    dense_source = find_model(baseline, baseline_revision) if baseline else source
     checkpoint, dense = Checkpoint.open(source.folder), Checkpoint.open(dense_source.folder)
     if task_file is None:
         found = _score_text(source, checkpoint, dense_source, dense, text, context, limit, device, progress)

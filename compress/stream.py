@@ -28,7 +28,7 @@ from compress.calibration.windows import Windows
 from compress.checkpoint import Checkpoint, Draft, write_tensors
 from compress.errors import BadInput, CompressError
 from compress.files import fsync, write_atomically
-from compress.modeling import Weights, check_finite, config_of, first, skeleton
+from compress.modeling import Weights, check_finite, config_of, first, longest_input, skeleton
 
 Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], None]
 """Called with a submodule's input [B, S, in], its output [B, S, out], the mask of real tokens [B, S] and the
@@ -345,12 +345,21 @@ class StreamedModel:
             windows: token ids [N, S] and mask.
             folder: hidden states above the memory limit go into files there.
             batch_tokens: tokens in a batch; results do not depend on it beyond rounding.
+
+        Raises:
+            BadInput: token ids beyond the vocabulary, or windows longer than the model's table of positions.
         """
         if int(windows.tokens.max()) >= self.config.vocab_size:
             raise BadInput(
                 "The text has token ids outside the model's vocabulary; the tokenizer is another model's."
             )
         count, length = windows.tokens.shape
+        # Tables beside that of the tokens hold positions. Rotary ones are computed, and know no end.
+        if len(self.anatomy.embeddings) > 1 and length > (longest := longest_input(self.model)):
+            raise BadInput(
+                f"The model has positions for {longest} tokens, and the windows are {length} long; use a "
+                "smaller seqlen (calibration) or context (evaluation)."
+            )
         batch_size = max(1, batch_tokens // length)
         stream = None
         padded = not bool(windows.mask.all())

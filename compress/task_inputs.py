@@ -19,8 +19,7 @@ from compress.calibration.text import Documents, read_documents
 from compress.calibration.tokens import fingerprint
 from compress.calibration.windows import Windows
 from compress.errors import BadInput
-from compress.measure import longest_input
-from compress.modeling import config_of
+from compress.modeling import config_of, longest_input
 from compress.models import load_tokenizer
 from compress.stream import StreamedModel
 from compress.task_file import (

@@ -30,6 +30,7 @@ from compress.artefact import read_lineage
 from compress.cli import COMMANDS, main
 from compress.commands.common import make_table, stdout
 from compress.method import Method, MethodOptions, Paper, StepReport
+from compress.models import ModelSource, find_model
 from compress.scorecard import Scorecard
 
 RTN = ["--method", "rtn", "--group-size", "32"]
@@ -144,6 +145,7 @@ def assert_one_sentence(ended: Ended, code: int, words: str) -> None:
     assert ended.err.count("\n") == 1, ended.err
     assert ended.err.startswith("Error: ")
     assert ended.err.rstrip().endswith((".", "?"))
+    assert not ended.err.rstrip().endswith("?.")
     assert words in ended.err
 
 
@@ -478,6 +480,9 @@ def test_a_model_without_tokenizer_can_be_rounded_but_not_calibrated(command: Co
         (["quantize", "QUANTIZED", *RTN, "-o", "out"], "already quantized"),
         (["prune", "QUANTIZED", *REPLACEME, "-o", "out"], "packed layers cannot be pruned"),
         (["quantize", "TINY", *RTN, "-o", "in use"], "in use' is not empty; use --overwrite"),
+        (["quantize", "TINY", *RTN, "-o", "in use", "--overwrite"], "other things than a model"),
+        (["quantize", "TINY", *RTN, "-o", "/", "--overwrite"], "'/' does not end in a folder's name"),
+        (["quantize", "TINY", *RTN, "-o", "in use/.."], "does not end in a folder's name"),
         (["quantize", "TINY", *RTN, "-o", "a file"], "a file' is not a folder"),
         (["quantize", "TINY", *RTN, "-o", "a file/out"], "a file' is not a folder"),
         (["prune", "TINY", "--method", "replaceme", "-o", "out"], "Missing option '--layers'"),
@@ -592,6 +597,23 @@ def test_dense_against_dense_is_no_difference(command: Command, tiny: Path, copy
     assert same["fidelity"]["perplexity"] == dense["fidelity"]["perplexity"]
     assert len(command("evaluate", copy, *SCORING, "--json").document) == 1
     assert not (copy / "compression.json").exists()
+
+
+def test_a_run_evaluates_its_own_result_against_the_revision_it_began_with(
+    command: Command, tiny: Path, tmp_path: Path, monkeypatch
+):
+    found = []
+    monkeypatch.setattr("compress.run.find_model", lambda *_: ModelSource("us/tiny", "abc", tiny))
+    monkeypatch.setattr(
+        "compress.evaluate.evaluate_folder", lambda *args, **kwargs: found.append((args, kwargs))
+    )
+    (tmp_path / "recipe.yaml").write_text("{model: us/tiny, revision: abc, steps: [], evaluate: {}}")
+    monkeypatch.chdir(tmp_path)
+    assert command("run", "recipe.yaml", "-o", "demo").code == 0
+    (((model,), options),) = found
+    assert Path(model) == tmp_path / "demo"
+    assert find_model(model).folder == tmp_path / "demo"  # and not the demo model
+    assert (options["baseline"], options["baseline_revision"]) == ("us/tiny", "abc")
 
 
 def test_an_evaluation_is_kept_and_shown(command: Command, tiny: Path, quantized: Path, tmp_path: Path):

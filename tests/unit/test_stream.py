@@ -21,6 +21,7 @@ from compress.backward import Tape
 from compress.calibration.windows import Windows
 from compress.checkpoint import Checkpoint, Draft
 from compress.errors import BadInput, CompressError
+from compress.modeling import longest_input
 from compress.quantization.formats import FORMATS
 from compress.quantization.quantizer import quantize_weight
 from compress.stream import Activations, Journal, StreamedModel, next_token_loss
@@ -353,6 +354,22 @@ def test_a_changed_layer_changes_the_stream(llama: Subject):
             stream.advance(layer)
         ends.append(everything(stream))
     assert not torch.allclose(*ends)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_windows_longer_than_a_table_of_positions_are_refused(
+    subject_of: Callable[[str], Subject], case: str
+):
+    subject = subject_of(case)
+    model = module.StreamedModel(Checkpoint.open(subject.folder))
+    longest = longest_input(subject.model)
+    learned = any("position" in name or "wpe" in name for name, _ in subject.model.named_parameters())
+    assert model.stream(make_windows(1, longest)).hidden.shape[1] == longest
+    if learned:
+        with pytest.raises(BadInput, match=f"positions for {longest} tokens"):
+            model.stream(make_windows(1, longest + 1))
+    else:
+        assert model.stream(make_windows(1, longest + 1)).hidden.shape[1] == longest + 1
 
 
 def test_what_cannot_be_streamed_is_refused(llama: Subject, tmp_path: Path):

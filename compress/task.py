@@ -15,8 +15,7 @@ import torch
 from compress.anatomy import Task
 from compress.errors import BadInput
 from compress.flops import flops
-from compress.measure import longest_input
-from compress.modeling import check_finite, config_of
+from compress.modeling import check_finite, config_of, longest_input
 from compress.reload import first_output
 from compress.scorecard import Figure, TaskProtocol
 from compress.stream import StreamedModel

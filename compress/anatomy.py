@@ -181,8 +181,8 @@ class Anatomy:
         ):
             if norm is not None:
                 return (
-                    f"In {self.model_type} models '{norm}' normalises the output of '{path}' before it joins the "
-                    "residual stream, so that projection cannot be fitted to the stream by least squares."
+                    f"In {self.model_type} models '{norm}' normalises the output of '{path}' before it joins "
+                    "the residual stream, so that projection cannot be fitted to the stream by least squares."
                 )
         return None
 

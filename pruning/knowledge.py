@@ -1,7 +1,7 @@
-"""The knowledge in attention heads and neurons that K-prune measures (Accurate Retraining-free Pruning, section 4).
+"""The knowledge in attention heads and neurons that K-prune measures (arXiv:2308.03449, section 4).
 
-A *channel* is one input of a block's output projection W_out. A neuron is one channel, a head as many as it is
-wide. All sums are over real tokens, in float64.
+A *channel* is one input of a block's output projection W_out. A neuron is one channel, a head as many as it
+is wide. All sums are over real tokens, in float64.
 """
 
 from __future__ import annotations
@@ -109,16 +109,16 @@ class Divergence:
     def scores(self, output: Any, start: int, *_: Any) -> torch.Tensor:
         """What stands for `divergences` while student and teacher are the same model.
 
-        There the KL has its minimum, so its gradient vanishes and (1/2)(dKL/dm)^2 says nothing. What it stands
-        for, the second-order term of the KL, is there known exactly: its curvature is the Fisher information,
-        (1/2) E[(d log p_y / dm)^2] for labels y that the teacher draws. With one y for each of the R predictions
-        the gradient of
+        There the KL has its minimum, so its gradient vanishes and (1/2)(dKL/dm)^2 says nothing. What it
+        stands for, the second-order term of the KL, is there known exactly: its curvature is the Fisher
+        information, (1/2) E[(d log p_y / dm)^2] for labels y that the teacher draws. With one y for each of
+        the R predictions the gradient of
 
             (g / sqrt(R)) sum over R of log softmax(z / g)_y
 
         has a square with that expectation, because scores have mean zero and labels are independent. For
-        regression it is sqrt(2 / R) sum of e z with random signs e. Labels and signs depend on the seed and on
-        the window's tokens, not on the order of windows or on batches.
+        regression it is sqrt(2 / R) sum of e z with random signs e. Labels and signs depend on the seed and
+        on the window's tokens, not on the order of windows or on batches.
         """
         total = 0.0
         for row, values in enumerate(self._predictions(output, start), start):

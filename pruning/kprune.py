@@ -31,28 +31,30 @@ log = logging.getLogger(__name__)
 class KPrune(Method):
     """Prune the sublayers bottom-up, and repair each before the next (section 4).
 
-    The sublayers l = 0 .. 2L-1 are the attention and the MLP of every layer, their units attention heads (under
-    grouped-query attention: key-value heads with their query heads) and neurons. The budget B is the share of
-    the layers' FLOPs that is to stay. With the dense model as the teacher T, for every l:
+    The sublayers l = 0 .. 2L-1 are the attention and the MLP of every layer, their units attention heads
+    (under grouped-query attention: key-value heads with their query heads) and neurons. The budget B is the
+    share of the layers' FLOPs that is to stay. With the dense model as the teacher T, for every l:
 
     1. Knowledge of every unit of the sublayers >= l in the student S, the model pruned so far:
        K_pred = mean over samples of (1/2) (dKL/dm)^2, where m is a mask on a channel of the unit and
        KL = g^2 KL(softmax(z_T / g) || softmax(z_S / g)); K_rep = mean over tokens of a^2, times mean W_out^2.
        Score = (lambda_rep K_rep + lambda_pred K_pred) / F, with F the unit's FLOPs; of heads mu times that.
-    2. Knowledge-preserving mask search: the lowest scores of all units of sublayers >= l are dropped until what
-       is left fits B. This decides for sublayer l only; B is lowered by what stays of it.
-    3. Knowledge-preserving weight tuning: W_out = argmin |A W - (X_T + Sub_T(X_T) - X_S - b)|^2 over the real
-       tokens, with A the inputs of the kept channels in the student, X the residual stream before the sublayer
-       (in post-norm models the sum is taken before the norm) and b the bias, which stays. From float64 Grams,
-       with both streams in lockstep. A sublayer that nothing is left of adds nothing from then on.
+    2. Knowledge-preserving mask search: the lowest scores of all units of sublayers >= l are dropped until
+       what is left fits B. This decides for sublayer l only; B is lowered by what stays of it.
+    3. Knowledge-preserving weight tuning: W_out = argmin |A W - (X_T + Sub_T(X_T) - X_S - b)|^2 over the
+       real tokens, with A the inputs of the kept channels in the student, X the residual stream before the
+       sublayer (in post-norm models the sum is taken before the norm) and b the bias, which stays. From
+       float64 Grams, with both streams in lockstep. A sublayer that nothing is left of adds nothing.
 
-    Differences from the published code: gradients are squared for each sample on its own, so the batch size does
-    not matter; padding is masked everywhere; every sublayer behind the first pruned one is tuned, pruned or not,
-    and singular Grams are solved: of all solutions the one nearest to the present W_out is taken (where the Gram
-    is regular, the only one is the published one). While nothing is pruned yet, S is T and the gradient of the
-    KL is zero, so that the published K_pred of the first sublayer is nothing at all; here it is what
-    (1/2) (dKL/dm)^2 stands for, the second-order term of the KL, exactly known there by the Fisher
+    Differences from the published code: gradients are squared for each sample on its own, so the batch size
+    does not matter; padding is masked everywhere; every sublayer behind the first pruned one is tuned, pruned
+    or not, and singular Grams are solved: of all solutions the one nearest to the present W_out is taken
+    (where the Gram is regular, the only one is the published one). While nothing is pruned yet, S is T and
+    the gradient of the KL is zero, so that the published K_pred of the first sublayer is nothing at all; here
+    it is what (1/2) (dKL/dm)^2 stands for, the second-order term of the KL, known there by the Fisher
     information (see `Divergence.scores`). Decoders are pruned by the KL of their next-token predictions.
+    Where a norm acts on a block's output before it is added (Gemma), tuning is refused: the target is not
+    linear in W_out.
     """
 
     name = "kprune"
@@ -75,10 +77,10 @@ class KPrune(Method):
             raise BadInput(f"{obstacle} Use 'tune: false', or another method.")
         if anatomy.head is None and (anatomy.kind == "decoder" or task_of(config) is None):
             raise BadInput(
-                "K-prune compares predictions: it prunes causal language models, and encoders with a head for "
-                "sequence classification, token classification, question answering or masked words."
+                "K-prune compares predictions: it prunes causal language models, and encoders with a head "
+                "for sequence classification, token classification, question answering or masked words."
             )
-        # Which units go is decided by data; this is an even spread, but for one neuron, as widths will differ.
+        # Which units go is decided by data; this is an even spread, but for one neuron, as widths differ.
         before = layer_shapes(config)
         kept = [
             Kept(*(torch.arange(round(count * (1 - options.ratio))) for count in counts))
@@ -238,8 +240,8 @@ class Pruning:
         new = least_squares(gram, cross, present).T.to(DTYPES[self.model.checkpoint.tensors[stored].dtype])
         if not torch.isfinite(new).all():
             raise CompressError(
-                f"The refitted '{block.path}' of layer {held.index} is not finite in the dtype of the model; use "
-                "more calibration text, or tune: false."
+                f"The refitted '{block.path}' of layer {held.index} is not finite in the dtype of the model; "
+                "use more calibration text, or tune: false."
             )
         return new.float()
 
@@ -325,7 +327,7 @@ def _warn_of_few_tokens(blocks: Sequence[Block], windows: Windows, options: KPru
     widest = max(block.channels.numel() for block in blocks)
     if options.ratio and options.tune and windows.num_tokens < 2 * widest:
         log.warning(
-            "%d calibration tokens are few to refit up to %d channels on; the fit may not hold on other text.",
+            "%d calibration tokens are few to refit up to %d channels on; it may not hold on other text.",
             windows.num_tokens,
             widest,
         )

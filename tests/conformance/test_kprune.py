@@ -98,7 +98,7 @@ def run(
     chosen = method.Options(**options)
     method.plan(ModelShape.of(checkpoint), chosen)
     given = Run(draft, windows or windows_of(), SEED, work, "cpu", progress or (lambda *_: None))
-    report = method.apply(StreamedModel(checkpoint), chosen, given)
+    report = method.apply(StreamedModel(checkpoint, "cpu", given.progress), chosen, given)
     draft.flush("step")
     progress_of = json.loads((work / "prune" / "progress.json").read_text())
     masks = load_file(work / "prune" / progress_of["state"])
@@ -313,7 +313,7 @@ def test_a_killed_run_goes_on_to_the_same_end(
     resumed = run(
         folders["bert"], tmp_path / "broken", progress=lambda text, _: layers.append(text), ratio=0.4
     )
-    assert layers == ["pruning"]
+    assert layers == ["pruning"]  # of three
     weights = unbroken.weights()
     assert weights.keys() == resumed.weights().keys()
     assert all(torch.equal(value, weights[name]) for name, value in resumed.weights().items())
@@ -402,11 +402,11 @@ def test_scores_stand_for_the_curvature_of_the_divergence(folders: dict[str, Pat
     assert abs(slope.item()) < 1e-9  # so nothing can be learnt from the gradient of the KL itself
 
     terms = []
-    for seed in range(1500):
+    for seed in range(800):
         score = Divergence(config, windows, 2.0, seed).scores(outputs(zero), 0)
         (gradient,) = torch.autograd.grad(score, zero)
         terms.append(0.5 * gradient.item() ** 2)
-    terms = torch.tensor(terms)
+    terms = torch.tensor(terms, dtype=torch.float64)
     error = 4 * terms.std().item() / math.sqrt(len(terms)) + 1e-9
     assert terms.mean().item() == pytest.approx(0.5 * curvature.item(), abs=error)
 

@@ -661,9 +661,9 @@ def test_way_back_from_a_changed_layer(llama: Subject, tmp_path: Path):
                 layer.linears["mlp.down_proj"].weight.data *= scale
                 tape = Tape(model, stream, tmp_path, held=layer)
                 seen: list[int] = []
-                tape.forward(observe=lambda each: seen.append(each.index) or {})
+                tape.forward(observe=lambda each, seen=seen: seen.append(each.index) or {})
                 found[scale] = tape.differentiate(loss_of(windows))
-                tape.backward(channel_masks, lambda each, start, _: seen.append(each.index))
+                tape.backward(channel_masks, lambda each, start, _, seen=seen: seen.append(each.index))
                 assert seen == [1, 2, 2, 2, 2, 1, 1, 1]
                 assert layer.linears["mlp.down_proj"].weight.device.type == "cpu"
             stream.advance(layer)

@@ -1,4 +1,4 @@
-"""K-prune against a slow float64 restatement: whole models, autograd, explicit masks, one sample at a time."""
+"""K-prune against a slow float64 restatement: whole models, autograd, explicit masks, single samples."""
 
 from __future__ import annotations
 

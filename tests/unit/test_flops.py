@@ -19,6 +19,10 @@ from compress.modeling import config_of
 from compress.pruning.width import Kept, finish, narrow, write_layer
 from compress.stream import StreamedModel
 
+
+from compress.anatomy import ROWS, anatomy_of, layer_shapes, model_class
+from compress.flops import Flops, flops, unit_flops
+
 SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 60}
 SIZE |= {"max_position_embeddings": 40, "pad_token_id": 0, "num_labels": 5}
 MLP = {**SIZE, "intermediate_size": 48}
@@ -141,3 +145,13 @@ def test_what_is_pruned_costs_nothing(name: str, tmp_path: Path):
     found = flops(config_of(Checkpoint.open(tmp_path / "pruned")), tokens.shape[1])
     assert found.total == counter.get_total_flops()
     assert found.layers < flops(config, tokens.shape[1]).layers / 2
+=======
+@pytest.mark.parametrize("name", CASES)
+def test_the_units_make_up_the_layers(name: str):
+    config = CASES[name]
+    config.architectures = [name]
+    total = 0
+    for index, shape in enumerate(layer_shapes(config)):
+        group, neuron = unit_flops(config, index, 12)
+        total += shape.num_key_value_heads * group + shape.intermediate_size * neuron
+    assert total == flops(config, 12).layers

@@ -290,17 +290,3 @@ def test_provenance_is_json_and_the_hash_covers_tokens_mask_and_shape():
     }
     assert len(hashes) == 4
     assert found.sha256 in hashes
-
-
-def test_encoders_get_whole_documents_with_their_special_tokens():
-    tokenizer = TOKENIZERS[True]
-    documents = make_documents([3, 30, 5, 6])
-    found = calibration_windows(tokenizer, documents, nsamples=10, seqlen=8, seed=0, whole=True)
-    wanted = [tokenizer(text, truncation=True, max_length=8).input_ids for text in documents.entries]
-    rows = [row[mask].tolist() for row, mask in zip(found.tokens, found.mask, strict=True)]
-    assert sorted(rows) == sorted(wanted)
-    assert found.tokens.shape == (4, max(map(len, wanted)))
-    few = calibration_windows(tokenizer, documents, nsamples=2, seqlen=4, seed=0, whole=True)
-    assert few.tokens.shape == (2, 4)
-    with pytest.raises(BadInput, match="chat_template"):
-        calibration_windows(tokenizer, documents, 2, 4, seed=0, whole=True, chat_template=True)

@@ -161,6 +161,15 @@ def test_layers_and_logits_are_those_of_the_plain_forward(
             assert torch.equal(found["logits"] if "logits" in found else found[0], logits)
 
 
+@pytest.mark.parametrize("case", ["llama, tied", "gemma3_text", "gpt2", "gpt_neox", "opt", "opt, post-norm"])
+def test_features_are_what_the_projection_is_given(subject_of: Callable[[str], Subject], case: str):
+    model = StreamedModel(Checkpoint.open(subject_of(case).folder))
+    hidden = torch.randn(2, 5, SIZE["hidden_size"], generator=torch.Generator().manual_seed(0))
+    with model.head() as head:
+        features = head.features(hidden)
+        assert torch.equal(head.projection(features), head(hidden).logits)
+
+
 @pytest.mark.parametrize("case", ["llama", "gemma3_text", "opt", "mpnet"])
 def test_batch_size_changes_nothing_but_rounding(subject_of: Callable[[str], Subject], case: str):
     model, windows = StreamedModel(Checkpoint.open(subject_of(case).folder)), make_windows(padded=True)

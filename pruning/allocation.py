@@ -118,7 +118,7 @@ def check_ratio(units: Sequence[Units], ratio: float, multiple: int) -> None:
 
 
 def rank(scores: Sequence[Scores], units: Sequence[Units], ratio: float, multiple: int = 1) -> list[Kept]:
-    """One ranking of the units of all layers, cut where the parameters that stay are nearest to the budget."""
+    """One ranking of the units of all layers, cut where what stays is nearest to the budget."""
     budget = (1 - ratio) * sum(layer.cost for layer in units)
     groups, neurons = _lists(scores, units, multiple)
     kept = _best(groups + neurons, budget)
@@ -187,8 +187,8 @@ def even_widths(
         if not found:
             which = "one more head" if removed_groups is None else f"{removed_groups} heads"
             raise BadInput(
-                f"Layer {index} has {layer.groups} key-value heads and {layer.neurons} neurons: neurons cannot "
-                f"fill up to a share of {ratio:g} when {which} go; change ratio or width_multiple."
+                f"Layer {index} has {layer.groups} key-value heads and {layer.neurons} neurons: neurons "
+                f"cannot fill up to a share of {ratio:g} when {which} go; change ratio or width_multiple."
             )
         wanted = (1 - ratio) * layer.groups
         widths.append(min(found, key=lambda width: (abs(width.groups - wanted), -width.groups)))

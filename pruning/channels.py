@@ -1,4 +1,4 @@
-"""The input channels of the output projections of attention and MLP: their statistics, and what they are worth.
+"""The input channels of the output projections of attention and MLP: their statistics and their worth.
 
 A neuron has one channel, a key-value head those of all query heads of its group.
 """
@@ -33,8 +33,8 @@ def channel_statistics(model: StreamedModel, metric: Metric, run: Run) -> dict[s
     """What the output projections are given by the dense model.
 
     Returns:
-        "{layer}.{path}.metric" and "{layer}.{path}.mean" -> float64 [channels]: the metric of every input channel,
-        and its mean over tokens.
+        "{layer}.{path}.metric" and "{layer}.{path}.mean" -> float64 [channels]: the metric of every input
+        channel, and its mean over tokens.
     """
     stream = model.stream(run.calibration, run.folder / "statistics")
     journal = run.journal("statistics")

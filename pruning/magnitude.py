@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 class Magnitude(Method):
     """Prune the heads and MLP neurons with the smallest weights; no calibration.
 
-    The score of a unit (a key-value head with the query heads of its group, or a neuron) is the mean of w^2 over
-    all its weights: rows of the query, key and value projections (of gate and up), columns of the output
+    The score of a unit (a key-value head with the query heads of its group, or a neuron) is the mean of w^2
+    over all its weights: rows of the query, key and value projections (of gate and up), columns of the output
     projection. Being a mean, it ranks units of different sizes by what is lost per parameter removed.
     """
 
@@ -47,8 +47,8 @@ class Magnitude(Method):
         )
         allocation: Literal["per-layer", "global", "standardised"] = Field(
             "per-layer",
-            description="the same share of every layer; one ranking of all units of all layers; or one of scores "
-            "standardised in each block",
+            description="the same share of every layer; one ranking of all units of all layers; or one of "
+            "scores standardised in each block",
         )
         width_multiple: PositiveInt = Field(
             1, description="the neurons left in a layer are a multiple of this"

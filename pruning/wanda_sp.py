@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 class WandaSp(Method):
     """Prune in every layer the heads and MLP neurons whose weights times inputs are smallest.
 
-    Wanda's score of a weight is |W_oj| ||X_j||, with X_j the input channel j over all tokens. Summed over the
-    outputs o of an output projection (of attention or MLP) it is that of a channel, and over the channels of a
-    key-value head's query heads that of the head (section 4 of FLAP; a mean instead of a sum is the same here). Every layer loses the same share of its
-    parameters, and nothing makes up for it.
+    Wanda's score of a weight is |W_oj| ||X_j||, with X_j the input channel j over all tokens. Its mean over
+    the outputs o of an output projection (of attention or MLP) is that of a channel, and over the channels of
+    a key-value head's query heads that of the head (section 4 of the FLAP paper). Every layer loses the same
+    share of its parameters, and nothing makes up for it.
     """
 
     name = "wanda-sp"

@@ -1,4 +1,4 @@
-"""FLAP (AAAI 2024): heads and neurons whose outputs fluctuate least are pruned, and a bias makes up for them."""
+"""FLAP (AAAI 2024): heads and neurons that fluctuate least are pruned, and what stays makes up for them."""
 
 from __future__ import annotations
 
@@ -47,29 +47,29 @@ if TYPE_CHECKING:
 class Flap(Method):
     """Prune heads and MLP neurons by how much their outputs fluctuate over the calibration text.
 
-    With W [out, in] the weight of a block's output projection (of attention or MLP), and mu_j, v_j and n_j the
-    mean, variance and squared norm of its input channel j over all tokens of the dense model (section 3):
+    With W [out, in] the weight of a block's output projection (of attention or MLP), and mu_j, v_j and n_j
+    the mean, variance and squared norm of its input channel j over all tokens of the dense model (section 3):
 
     1. Metric of a channel. IFV: v_j. WIFV: v_j sum_o W_oj^2. WIFN: mean_o |W_oj| sqrt(n_j). The metrics of
        attention channels are squared, as in the published code.
     2. Standardise them over the channels of each block to mean 0 and standard deviation 1. A neuron has one
        channel; the score of a key-value head is the mean over the channels of all its query heads.
-    3. Structure. AL-AM: one ranking of all heads and neurons, weighted by their cost in parameters. AL-MM: one
-       ranking of heads, of which a given number go, and one of neurons. UL-MM: the same in every layer. UL-UM:
-       in every layer floor(ratio * units) of its heads and of its neurons.
-    4. Compensate. bias: b <- b + sum over pruned j of mu_j W_:j, so that the mean of the block's output stays.
-       least-squares: W_kept <- W_kept + W_pruned S_pk (S_kk + lambda I)^-1, which minimises the squared error of
-       the block's output over all tokens plus lambda |change of W_kept|^2. S are sums over tokens of products of
-       channels, and lambda = ridge * mean diagonal of S_kk. Where the projection has a bias, S is of deviations
-       from the mean and the bias is fitted, too.
+    3. Structure. AL-AM: one ranking of all heads and neurons, weighted by their cost in parameters. AL-MM:
+       one ranking of heads, of which a given number go, and one of neurons. UL-MM: the same in every layer.
+       UL-UM: in every layer floor(ratio * units) of its heads and of its neurons.
+    4. Compensate. bias: b <- b + sum over pruned j of mu_j W_:j, so that the mean of the block's output
+       stays. least-squares: W_k <- W_k + W_p S_pk (S_kk + lambda I)^-1 for the kept channels k and the pruned
+       ones p, which minimises the squared error of the block's output plus lambda |change of W_k|^2. S are
+       sums over tokens of products of channels, and lambda = ridge * mean diagonal of S_kk. Where the
+       projection has a bias, S is of deviations from the mean and the bias is fitted, too.
 
-    What the compensation sees is the dense model (``propagate: dense``), or what the layers pruned before make of
-    the text (``pruned``); its target is what the unpruned block makes of the same input.
+    What the compensation sees is the dense model (``propagate: dense``), or what the layers pruned before
+    make of the text (``pruned``); its target is what the unpruned block makes of the same input.
 
-    Differences from the published code: variances are correct (its running mean is updated before it is used) and
-    of all tokens, padding excepted; grouped-query attention stays whole; costs are exact; something stays in
-    every layer. With few key-value heads UL-UM removes less than ``ratio``; the default for uniform shapes
-    is UL-MM, where neurons make up for what heads cannot.
+    Differences from the published code: variances are correct (its running mean is updated before it is
+    used) and of all tokens, padding excepted; grouped-query attention stays whole; costs are exact; something
+    stays in every layer. With few key-value heads UL-UM removes less than ``ratio``; the default for uniform
+    shapes is UL-MM, where neurons make up for what heads cannot.
     """
 
     name = "flap"
@@ -83,12 +83,12 @@ class Flap(Method):
         metric: Metric = Field("WIFV", description="what a channel is worth")
         structure: Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM"] | None = Field(
             None,
-            description="uniform (U) or adaptive (A) over layers (L) and modules (M), which may be set by hand "
+            description="uniform (U) or adaptive (A) over layers (L) and modules (M), or modules by hand "
             "(MM); AL-AM if not given, UL-MM for shape uniform",
         )
         shape: Literal["heterogeneous", "uniform"] = Field(
             "heterogeneous",
-            description="uniform: all layers alike, so that the plain architecture can have them",
+            description="uniform: all layers alike, as the plain architecture has them",
         )
         compensate: Literal["none", "bias", "least-squares"] = Field(
             "bias", description="what makes up for the units that are gone"
@@ -101,19 +101,19 @@ class Flap(Method):
         )
         remove_heads: NonNegativeInt | None = Field(
             None,
-            description="key-value heads, each with its group of query heads, to remove from all layers together "
-            "(UL-MM, AL-MM); the same share as of the parameters if not given",
+            description="key-value heads, with their query heads, to remove from all layers together (UL-MM, "
+            "AL-MM); the same share as of the parameters if not given",
         )
         width_multiple: PositiveInt = Field(
-            1, description="the neurons left in a layer are a multiple of this"
+            1, description="what the neurons left in a layer are a multiple of"
         )
 
         @model_validator(mode="after")
         def _consistent(self) -> Self:
             if self.shape == "uniform" and self.chosen_structure.startswith("AL"):
                 raise ValueError(
-                    f"structure {self.structure} gives layers different widths, which shape uniform excludes; use "
-                    "UL-UM or UL-MM"
+                    f"structure {self.structure} gives layers different widths, which shape uniform "
+                    "excludes; use UL-UM or UL-MM"
                 )
             if self.remove_heads is not None and self.chosen_structure not in ("UL-MM", "AL-MM"):
                 raise ValueError(f"remove_heads belongs to UL-MM and AL-MM, not to {self.chosen_structure}")
@@ -205,7 +205,7 @@ class Flap(Method):
             if options.compensate == "bias":
                 add_bias(layer.linears[path], pruned[path], seen.mean)
             else:
-                refit(layer.linears[path], pruned[path], seen, options.ridge)
+                refit(layer.linears[path], seen, options.ridge)
 
         if options.propagate == "dense":
             seen = {path: accumulator(path) for path in pruned}
@@ -233,8 +233,8 @@ def structure_widths(units: list[Units], options: Flap.Options) -> list[Widths]:
         case "UL-MM":
             if heads is not None and heads % len(units):
                 raise BadInput(
-                    f"{heads} heads cannot be shared equally by {len(units)} layers; UL-MM removes as many from "
-                    "each."
+                    f"{heads} heads cannot be shared equally by {len(units)} layers; UL-MM removes as many "
+                    "from each."
                 )
             return even_widths(units, ratio, multiple, heads and heads // len(units))
         case _:
@@ -265,16 +265,20 @@ def add_bias(linear: nn.Module, stay: torch.Tensor, mean: torch.Tensor) -> None:
     set_weight(linear, matrix.masked_fill(gone, 0), bias)
 
 
-def refit(linear: nn.Module, stay: torch.Tensor, seen: Products, ridge: float) -> None:
-    """W_k <- W_k + W_p S_pk (S_kk + lambda I)^-1 and, where there is a bias, what keeps the mean; W_p <- 0."""
+def refit(linear: nn.Module, seen: Products, ridge: float) -> None:
+    """W_k <- W_k + W_p S_pk (S_kk + lambda I)^-1; where there is a bias, it keeps the mean; W_p <- 0.
+
+    Raises:
+        BadInput: the system is singular.
+    """
     matrix, chosen = weight(linear), seen.chosen
     diagonal = seen.among.diagonal()
     diagonal += ridge * diagonal.mean()
     factor, failed = torch.linalg.cholesky_ex(seen.among)
     if failed:
         raise BadInput(
-            "Some inputs of a projection are combinations of others on the calibration text, so least squares has "
-            "no single solution; use a larger ridge, or more and other text."
+            "Some inputs of a projection are combinations of others on the calibration text, so least "
+            "squares has no single solution; use a larger ridge, or more and other text."
         )
     change = torch.cholesky_solve(seen.across @ matrix[:, ~chosen].double().T, factor).T
     new = matrix.masked_fill(~chosen, 0).double()
@@ -290,6 +294,6 @@ def _check_tokens(shape: ModelShape, run: Run) -> None:
     most = max(columns for name, (_, columns) in shape.linears().items() if name.endswith(outputs))
     if (tokens := run.calibration.num_tokens) < most:
         raise BadInput(
-            f"Least squares needs at least {most:,} calibration tokens for this model, better several times as "
-            f"many; there are {tokens:,}, so use more windows, or compensate: bias."
+            f"Least squares needs at least {most:,} calibration tokens for this model, better several times "
+            f"as many; there are {tokens:,}, so use more windows, or compensate: bias."
         )

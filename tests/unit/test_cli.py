@@ -34,6 +34,8 @@ from compress.models import ModelSource, find_model
 from compress.scorecard import Scorecard
 
 RTN = ["--method", "rtn", "--group-size", "32"]
+FLAP = ["--method", "flap", "--ratio", "0.2"]
+FEW_TOKENS = ["--nsamples", "1", "--seqlen", "32"]
 REPLACEME = ["--method", "replaceme", "--layers", "1", "--nsamples", "4", "--seqlen", "32", "--epochs", "1"]
 SCORING = ["--context", "64", "--windows", "2"]
 
@@ -328,6 +330,13 @@ def stored_bytes(folder: Path) -> int:
             {"method": "replaceme", "layers": 1, "epochs": 1},
             {"method": "rtn", "bits": 3, "group_size": 32, "ignore": ["model.layers.0.*"]},
         ],
+        [{"method": "flap", "ratio": 0.3, "structure": "UL-MM", "compensate": "bias"}],
+        [
+            {"method": "flap", "ratio": 0.3, "shape": "uniform", "width_multiple": 16},
+            {"method": "rtn", "group_size": 16},
+        ],
+        [{"method": "wanda-sp", "ratio": 0.2}],
+        [{"method": "magnitude", "ratio": 0.2}],
     ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -499,6 +508,19 @@ def test_a_model_without_tokenizer_can_be_rounded_but_not_calibrated(command: Co
         (["prune", "TINY", *REPLACEME, "--calibration", "no.txt", "-o", "out"], "There is no file no.txt"),
         (["prune", "TINY", *REPLACEME, "--calibration", "bundle", "-o", "out"], "did you mean 'bundled'"),
         (["prune", "TINY", *REPLACEME, "--chat-template", "-o", "out"], "has no chat template"),
+        (["prune", "TINY", "--method", "flap", "-o", "out"], "Missing option '--ratio'"),
+        (["prune", "TINY", *FLAP, "--ratio", "1.5", "-o", "out"], "ratio: Input should be less than 1"),
+        (["prune", "TINY", *FLAP, "--ratio", "0.98", "-o", "out"], "A ratio of 0.98 leaves too little"),
+        (
+            ["prune", "TINY", *FLAP, "--shape", "uniform", "--structure", "AL-AM", "-o", "out"],
+            "which shape uniform excludes",
+        ),
+        (
+            ["prune", "TINY", *FLAP, "--compensate", "least-squares", *FEW_TOKENS, "-o", "out"],
+            "at least 96 calibration tokens",
+        ),
+        (["prune", "QUANTIZED", *FLAP, "-o", "out"], "packed layers cannot be pruned"),
+        (["prune", "QUANTIZED", "--method", "magnitude", "--ratio", "0.1", "-o", "out"], "packed layers"),
         (["run", "int4", "-m", "TINY", "--set", "steps.0.bts=3", "-o", "out"], "did you mean 'bits'"),
         (["plan", "TINY", "int4", "--set", "steps.0.bits"], "is not a setting"),
         (["evaluate"], "Missing argument 'MODEL'"),

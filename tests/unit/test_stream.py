@@ -333,7 +333,13 @@ def test_observers_see_inputs_outputs_and_masks(llama: Subject):
     before = everything(stream)
     with model.layer(0) as layer:
         assert tuple(layer.linears) == llama.anatomy.linear_paths
-        stream.advance(layer, observe={"": look(""), "mlp.down_proj": look("mlp.down_proj")})
+        observers = {"": look(""), "mlp.down_proj": look("mlp.down_proj")}
+        stream.look(layer, observers)
+        assert torch.equal(everything(stream), before)
+        shown, seen[:] = list(seen), []
+        stream.advance(layer, observe=observers)
+        for one, other in zip(shown, seen, strict=True):
+            assert all(a == b if isinstance(a, str | int) else torch.equal(a, b) for a, b in zip(one, other))
         weight, bias = layer.linears["mlp.down_proj"].weight, layer.linears["mlp.down_proj"].bias
         for path, inputs, outputs, mask, start in seen:
             rows = slice(start, start + len(inputs))

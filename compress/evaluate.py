@@ -50,7 +50,8 @@ def evaluate_folder(
     device: str = "cpu",
     progress: Progress = lambda text, share: None,
 ) -> list[Scorecard]:
-    """Evaluate a model and, if compress-model wrote it, add the result to its compression.json.
+    """Evaluate a model and, if compress-model wrote it, add the result to its compression.json (a warning
+    says so where that cannot be written).
 
     Returns the scorecard of the dense model (which is not measured again if its own compression.json has this
     very evaluation) and, if ``baseline`` is another model, that of ``model``.
@@ -99,7 +100,10 @@ def evaluate_folder(
     if not same:
         cards.append(scorecard(source, checkpoint, found.model))
     if read_lineage(source.folder) is not None:
-        add_evaluations(source.folder, [card.model_dump(mode="json") for card in cards])
+        try:
+            add_evaluations(source.folder, [card.model_dump(mode="json") for card in cards])
+        except OSError as error:  # minutes of measuring are not lost because a folder is read-only
+            log.warning("The evaluation is not kept in '%s' (%s).", source.folder, error.strerror or error)
     return cards
 
 

@@ -621,6 +621,20 @@ def test_dense_against_dense_is_no_difference(command: Command, tiny: Path, copy
     assert not (copy / "compression.json").exists()
 
 
+def test_an_evaluation_that_cannot_be_kept_is_shown(
+    command: Command, quantized: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "compression.json")
+
+    monkeypatch.setattr(compress.evaluate, "measure", lambda *_, **__: None)
+    monkeypatch.setattr(compress.evaluate, "add_evaluations", refuse)
+    ended = command("evaluate", quantized, "--baseline", tiny, *SCORING, "-q", "--json")
+    assert ended.code == 0
+    assert len(ended.document) == 2
+    assert ended.err == f"The evaluation is not kept in '{quantized}' (Read-only file system).\n"
+
+
 def test_a_run_evaluates_its_own_result_against_the_revision_it_began_with(
     command: Command, tiny: Path, tmp_path: Path, monkeypatch
 ):

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 
-from compress import stream as streaming
+from compress import activations
+from compress.activations import Activations
 from compress.modeling import check_finite
-from compress.stream import Activations, Layer, Observer, Stream, StreamedModel
+from compress.stream import Layer, Observer, Stream, StreamedModel
 
 Loss = Callable[..., torch.Tensor]
 """Called with the model's output for some windows, the number of the first and, where there is a reference,
@@ -57,7 +58,7 @@ class Tape:
         self.begin = held.index if held is not None else 0
         self._stream = copy.copy(stream)
         indices = range(self.begin + 1, model.num_layers + 1)
-        limit = streaming.MEMORY_LIMIT // (len(indices) + 1)
+        limit = activations.MEMORY_LIMIT // (len(indices) + 1)
 
         def room(name: str) -> Activations:
             return Activations(stream.hidden.shape, folder and folder / name, limit)

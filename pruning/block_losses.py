@@ -27,12 +27,13 @@ from pathlib import Path
 
 import torch
 
-from compress import stream as engine
+from compress import activations
+from compress.activations import Activations
 from compress.anatomy import weight
 from compress.calibration.windows import Windows
 from compress.pruning.blocks import Block
 from compress.pruning.width import skipped
-from compress.stream import Activations, Head, Layer, Stream, StreamedModel
+from compress.stream import Head, Layer, Stream, StreamedModel
 
 CHUNK_ELEMENTS = 2**23  # float32 worked on at a time behind the layers: 32 MiB
 LIKELY_TOKENS = 256  # in K
@@ -117,7 +118,7 @@ class BlockLosses:
     def _chunks(self, rows: torch.Tensor, branches: int) -> tuple[torch.Tensor, ...]:
         """Windows in such numbers that the hidden states of all branches fit into memory."""
         floats = branches * self.windows.tokens.shape[1] * self.model.config.hidden_size
-        return rows.split(max(1, engine.MEMORY_LIMIT // (4 * floats)))
+        return rows.split(max(1, activations.MEMORY_LIMIT // (4 * floats)))
 
     @contextmanager
     def _through(

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from compress.activations import Activations
 from compress.anatomy import anatomy_of, layer_shapes, task_of, weight
 from compress.backward import Tape
 from compress.calibration.windows import Windows
 from compress.flops import unit_flops
 from compress.pruning.width import channels_of_groups
-from compress.stream import Activations, Layer, Observer
+from compress.stream import Layer, Observer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
+from compress.activations import Activations
 from compress.anatomy import Anatomy, layer_shapes, set_weight, task_of, weight
 from compress.backward import Tape
 from compress.calibration.windows import Windows
@@ -19,7 +20,7 @@ from compress.errors import BadInput, CompressError
 from compress.method import Method, MethodOptions, Paper, StepReport
 from compress.pruning.knowledge import Block, Divergence, blocks_of, measure
 from compress.pruning.width import Kept, finish, narrow, plan_widths, write_layer
-from compress.stream import Activations, Layer, Observer, Stream, StreamedModel
+from compress.stream import Layer, Observer, Stream, StreamedModel
 
 if TYPE_CHECKING:
     from compress.plan import ModelShape

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 import compress
-from compress import stream as engine
+from compress import activations
 from compress.artefact import Lineage
 from compress.calibration.windows import Windows
 from compress.checkpoint import Checkpoint, Draft
@@ -231,7 +231,7 @@ def test_memory_batches_and_padding_change_nothing(
     padded, _ = applied(folders[case], tmp_path / "padded", windows_of(width=21), blocks=2)
     assert_same(order(padded), order(before))
 
-    monkeypatch.setattr(engine, "MEMORY_LIMIT", 1)  # a window at a time, and its hidden states in files
+    monkeypatch.setattr(activations, "MEMORY_LIMIT", 1)  # a window at a time, and its hidden states in files
     monkeypatch.setattr(block_losses, "CHUNK_ELEMENTS", 3 * VOCAB)
     stream, spilled = StreamedModel.stream, []
 

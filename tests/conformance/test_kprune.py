@@ -17,7 +17,7 @@ import transformers as hf
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from compress import stream as streaming
+from compress import activations
 from compress.anatomy import anatomy_of, model_class
 from compress.artefact import write_model
 from compress.calibration.windows import Windows
@@ -297,7 +297,7 @@ def test_batches_order_and_padding_do_not_matter(
 def test_a_killed_run_goes_on_to_the_same_end(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(streaming, "MEMORY_LIMIT", 0)
+    monkeypatch.setattr(activations, "MEMORY_LIMIT", 0)
     unbroken = run(folders["bert"], tmp_path / "unbroken", ratio=0.4)
 
     class Killed(Exception):

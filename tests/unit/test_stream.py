@@ -14,7 +14,9 @@ import transformers as hf
 from torch import Tensor
 
 import compress
+from compress import activations
 from compress import stream as module
+from compress.activations import Activations
 from compress.anatomy import ROWS, anatomy_of, model_class
 from compress.anatomy import weight as anatomy_weight
 from compress.backward import Tape
@@ -24,7 +26,7 @@ from compress.errors import BadInput, CompressError
 from compress.modeling import longest_input
 from compress.quantization.formats import FORMATS
 from compress.quantization.quantizer import quantize_weight
-from compress.stream import Activations, Journal, StreamedModel, next_token_loss
+from compress.stream import Journal, StreamedModel, next_token_loss
 
 LAYERS = 3
 SIZE = {"hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "vocab_size": 60}
@@ -251,7 +253,7 @@ def test_tied_head_is_not_read_twice(subject_of: Callable[[str], Subject]):
 
 @pytest.fixture(params=[1 << 30, 0], ids=["memory", "files"])
 def limit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(module, "MEMORY_LIMIT", request.param)
+    monkeypatch.setattr(activations, "MEMORY_LIMIT", request.param)
     return request.param
 
 
@@ -306,7 +308,7 @@ def test_spilled_is_bitwise_the_same(
     model, windows = StreamedModel(Checkpoint.open(subject_of(case).folder)), make_windows(padded=True)
     found = []
     for memory_limit in (1 << 30, 0):
-        monkeypatch.setattr(module, "MEMORY_LIMIT", memory_limit)
+        monkeypatch.setattr(activations, "MEMORY_LIMIT", memory_limit)
         stream = model.stream(windows, tmp_path, batch_tokens=18)
         assert stream.hidden.spilled == (memory_limit == 0)
         states = [everything(stream)]
@@ -635,7 +637,7 @@ def test_gradients_are_those_of_autograd(
         wanted = torch.autograd.grad(value, [*embedded, *leaves, *weights])
     by_mask, by_weight = wanted[1 : LAYERS + 1], wanted[LAYERS + 1 :]
 
-    monkeypatch.setattr(module, "MEMORY_LIMIT", 0 if padded else 1 << 30)
+    monkeypatch.setattr(activations, "MEMORY_LIMIT", 0 if padded else 1 << 30)
     model = StreamedModel(Checkpoint.open(subject.folder))
     stream = model.stream(windows, tmp_path, batch_tokens=18)
     before = everything(stream)
@@ -690,7 +692,7 @@ def test_a_tape_keeps_to_one_memory_limit(llama: Subject, tmp_path: Path, monkey
     stream = model.stream(make_windows(), tmp_path)
     size = 5 * 9 * 32 * 4
     for limit, spilled in ((4 * size, False), (4 * size - 1, True)):
-        monkeypatch.setattr(module, "MEMORY_LIMIT", limit)
+        monkeypatch.setattr(activations, "MEMORY_LIMIT", limit)
         tape = Tape(model, stream, tmp_path)
         held = [*(tape.states[index] for index in range(1, LAYERS + 1)), tape.gradient]
         assert [each.spilled for each in held] == [spilled] * 4

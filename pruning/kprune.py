@@ -39,6 +39,7 @@ class KPrune(Method):
        K_pred = mean over samples of (1/2) (dKL/dm)^2, where m is a mask on a channel of the unit and
        KL = g^2 KL(softmax(z_T / g) || softmax(z_S / g)); K_rep = mean over tokens of a^2, times mean W_out^2.
        Score = (lambda_rep K_rep + lambda_pred K_pred) / F, with F the unit's FLOPs; of heads mu times that.
+       K is the mean over the channels of a head, and of a key-value head the sum over its query heads.
     2. Knowledge-preserving mask search: the lowest scores of all units of sublayers >= l are dropped until
        what is left fits B. This decides for sublayer l only; B is lowered by what stays of it.
     3. Knowledge-preserving weight tuning: W_out = argmin |A W - (X_T + Sub_T(X_T) - X_S - b)|^2 over the

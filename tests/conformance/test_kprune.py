@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from compress import stream as streaming
 from compress.anatomy import anatomy_of, model_class
 from compress.artefact import write_model
+from compress.backward import Tape
 from compress.calibration.windows import Windows
 from compress.checkpoint import Checkpoint, Draft
 from compress.errors import BadInput
 from compress.method import StepReport
 from compress.plan import ModelShape
-from compress.pruning.knowledge import Divergence
+from compress.pruning.knowledge import Divergence, blocks_of, measure
 from compress.pruning.kprune import KPrune, affordable, least_squares
 from compress.reload import streamed_logits
 from compress.run import Run
@@ -214,7 +215,7 @@ def restate(folder: Path, windows: Windows, ratio: float, lambda_rep: float, mu:
             mean_square = (student.linear(*key).weight ** 2).mean(0)
             representational = squares[key] / windows.num_tokens * mean_square
             channels = (lambda_rep * representational + predictive[key]).view(units[key[1]], -1)
-            weight = (mu if key[1] == "attention" else 1) / cost[key[1]]
+            weight = (mu * queries if key[1] == "attention" else 1) / cost[key[1]]
             scored += [(weight * value, key, unit) for unit, value in enumerate(channels.mean(1).tolist())]
         scored.sort()
         left = sum(cost[key[1]] for _, key, _ in scored)
@@ -453,6 +454,33 @@ def test_every_task_is_pruned_and_tuning_helps(folders: dict[str, Path], tmp_pat
         assert logits.shape == dense.shape
         errors[tune] = (logits - dense).norm()
     assert errors[True] < errors[False]
+
+
+def test_key_value_heads_know_what_their_query_heads_know(folders: dict[str, Path], tmp_path: Path):
+    """The same function, once with keys and values that two query heads share, once with copies of them."""
+    shared, apart = tmp_path / "shared", tmp_path / "apart"
+    model = hf.AutoModelForCausalLM.from_pretrained(folders["llama"], dtype=torch.float32)
+    model.save_pretrained(shared)
+    config = hf.LlamaConfig(**SIZE, num_key_value_heads=4)
+    copies = hf.LlamaForCausalLM(config)
+    weights = model.state_dict()
+    for name, value in weights.items():
+        if "k_proj" in name or "v_proj" in name:
+            weights[name] = value.view(2, 4, 16).repeat_interleave(2, 0).reshape(16, 16)
+    copies.load_state_dict(weights)
+    copies.save_pretrained(apart)
+    windows, known = windows_of(), []
+    for folder in (shared, apart):
+        streamed = StreamedModel(Checkpoint.open(folder))
+        blocks = blocks_of(streamed.config, 12)
+        tape = Tape(streamed, streamed.stream(windows))
+        known.append(measure(tape, blocks, Divergence(streamed.config, windows, 2.0, SEED), None))
+    for number, (group, heads) in enumerate(zip(*known, strict=True)):
+        for kind in ("representational", "predictive"):
+            found, wanted = getattr(group, kind), getattr(heads, kind)
+            if number % 2 == 0:  # attention
+                wanted = wanted.view(2, 2).sum(1)
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=0)
 
 
 # Tuning

@@ -193,14 +193,26 @@ class Stream:
         """
         target = self.hidden if into is None else into
         for start, hidden, mask in self.batches():
-            with ExitStack() as stack:
-                for path, observer in (observe or {}).items():
-                    module = layer.module.get_submodule(path)
-                    stack.enter_context(_hook(module, observer, mask.to(self.device), start))
+            with _hooks(layer, observe or {}, mask.to(self.device), start):
                 output = self.call(layer, start, hidden)
             check_finite(output, f"Layer {layer.name}")
             target.write(start, output)
         target.flip()
+
+    @torch.no_grad()
+    def look(self, layer: Layer, observe: Mapping[str, Observer]) -> None:
+        """Show what `advance` would, and leave ``hidden`` as it is."""
+        for start, hidden, mask in self.batches():
+            with _hooks(layer, observe, mask.to(self.device), start):
+                self.call(layer, start, hidden)
+
+
+@contextmanager
+def _hooks(layer: Layer, observe: Mapping[str, Observer], mask: torch.Tensor, start: int) -> Iterator[None]:
+    with ExitStack() as stack:
+        for path, observer in observe.items():
+            stack.enter_context(_hook(layer.module.get_submodule(path), observer, mask, start))
+        yield
 
 
 @contextmanager

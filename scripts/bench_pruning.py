@@ -36,8 +36,15 @@ def layers(ratio: float) -> int:
 METHODS: dict[str, tuple[Callable[[float], dict[str, Any]], dict[str, Any]]] = {
     "magnitude": (lambda r: {"method": "magnitude", "ratio": r}, CALIBRATION),
     "wanda-sp": (lambda r: {"method": "wanda-sp", "ratio": r}, CALIBRATION),
-    "flap": (lambda r: {"method": "flap", "ratio": r}, CALIBRATION),
-    "flap, uniform": (lambda r: {"method": "flap", "ratio": r, "shape": "uniform"}, CALIBRATION),
+    "flap, bias": (lambda r: {"method": "flap", "ratio": r, "compensate": "bias"}, CALIBRATION),
+    "flap, least squares": (
+        lambda r: {"method": "flap", "ratio": r, "compensate": "least-squares"},
+        CALIBRATION,
+    ),
+    "flap, uniform": (
+        lambda r: {"method": "flap", "ratio": r, "shape": "uniform", "compensate": "least-squares"},
+        CALIBRATION,
+    ),
     "kprune": (lambda r: {"method": "kprune", "ratio": r}, FEW_WINDOWS),
     "shortgpt": (lambda r: {"method": "shortgpt", "layers": layers(r)}, CALIBRATION),
     "replaceme": (lambda r: {"method": "replaceme", "layers": layers(r)}, CALIBRATION),

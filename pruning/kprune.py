@@ -53,8 +53,8 @@ class KPrune(Method):
     yet, S is T and the gradient of the KL is zero, so that the published K_pred of the first sublayer is
     nothing at all; here it is what (1/2) (dKL/dm)^2 stands for, the second-order term of the KL, known there
     by the Fisher information (see `Divergence.scores`). Decoders are pruned by the KL of their next-token
-    predictions. Where a norm acts on a block's output before it is added (Gemma), tuning is refused: the target is not
-    linear in W_out.
+    predictions. Where a norm acts on a block's output before it is added (Gemma), tuning is refused: the
+    target is not linear in W_out.
     """
 
     name = "kprune"

@@ -37,6 +37,7 @@ class Block:
         path: of the output projection inside the layer.
         channels: int64 [units, channels of a unit], which inputs of the output projection are whose.
         flops: of one unit in one sequence.
+        heads: query heads in a unit; 1 for neurons.
     """
 
     index: int
@@ -44,6 +45,7 @@ class Block:
     path: str
     channels: torch.Tensor
     flops: int
+    heads: int = 1
 
     @property
     def total(self) -> int:
@@ -58,7 +60,8 @@ def blocks_of(config: PretrainedConfig, tokens: int) -> list[Block]:
         group, neuron = unit_flops(config, index, tokens)
         if shape.num_key_value_heads:
             channels = channels_of_groups(anatomy, config, index)
-            blocks.append(Block(index, "attention", anatomy.attention_output, channels, group))
+            heads = shape.num_attention_heads // shape.num_key_value_heads
+            blocks.append(Block(index, "attention", anatomy.attention_output, channels, group, heads))
         if shape.intermediate_size:
             channels = torch.arange(shape.intermediate_size)[:, None]
             blocks.append(Block(index, "mlp", anatomy.down, channels, neuron))
@@ -169,7 +172,9 @@ class Knowledge:
         representational: K_rep, mean over real tokens of a^2, times mean over the outputs of W_out^2.
         predictive: K_pred, mean over windows of (1/2) (dKL/dm)^2, one mask m per channel and window.
 
-    Both are means over the channels of a unit.
+    Both are means over the channels of a head or neuron. Key-value heads know the sum of what their query
+    heads know, as they cost the sum: the mean over all of a group's channels would count its FLOPs for all of
+    its heads and its knowledge for one.
     """
 
     representational: torch.Tensor
@@ -225,8 +230,8 @@ def measure(
     tape.backward(masks, take)
     return [
         Knowledge(
-            (square / windows.num_tokens)[block.channels].mean(1),
-            (gradient / len(windows))[block.channels].mean(1),
+            block.heads * (square / windows.num_tokens)[block.channels].mean(1),
+            block.heads * (gradient / len(windows))[block.channels].mean(1),
         )
         for block, square, gradient in zip(blocks, squares, gradients, strict=True)
     ]

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from compress import activations
 from compress.anatomy import anatomy_of, model_class
 from compress.artefact import write_model
+from compress.backward import Tape
 from compress.calibration.windows import Windows
 from compress.checkpoint import Checkpoint, Draft
 from compress.errors import BadInput
 from compress.method import StepReport
 from compress.plan import ModelShape
-from compress.pruning.knowledge import Divergence
-from compress.pruning.kprune import KPrune, affordable, least_squares
+from compress.pruning.knowledge import Divergence, blocks_of, measure
+from compress.pruning.kprune import Fit, KPrune, affordable, choose_ridge, halves_of
 from compress.reload import streamed_logits
 from compress.run import Run
 from compress.stream import StreamedModel
@@ -214,7 +215,7 @@ def restate(folder: Path, windows: Windows, ratio: float, lambda_rep: float, mu:
             mean_square = (student.linear(*key).weight ** 2).mean(0)
             representational = squares[key] / windows.num_tokens * mean_square
             channels = (lambda_rep * representational + predictive[key]).view(units[key[1]], -1)
-            weight = (mu if key[1] == "attention" else 1) / cost[key[1]]
+            weight = (mu * queries if key[1] == "attention" else 1) / cost[key[1]]
             scored += [(weight * value, key, unit) for unit, value in enumerate(channels.mean(1).tolist())]
         scored.sort()
         left = sum(cost[key[1]] for _, key, _ in scored)
@@ -246,7 +247,7 @@ def restate(folder: Path, windows: Windows, ratio: float, lambda_rep: float, mu:
 def test_the_method_is_its_restatement(folders: dict[str, Path], tmp_path: Path, case: str, ratio: float):
     windows = windows_of()
     student = restate(folders[case], windows, ratio, lambda_rep=0.01, mu=8.0, g=2.0)
-    found = run(folders[case], tmp_path / "run", ratio=ratio, lambda_rep=0.01, mu=8.0)
+    found = run(folders[case], tmp_path / "run", ratio=ratio, lambda_rep=0.01, mu=8.0, ridge=0.0)
     gone = 0
     for (index, name), fixed in student.fixed.items():
         mask = found.masks[f"{name}.{index}"]
@@ -455,20 +456,128 @@ def test_every_task_is_pruned_and_tuning_helps(folders: dict[str, Path], tmp_pat
     assert errors[True] < errors[False]
 
 
+def test_key_value_heads_know_what_their_query_heads_know(folders: dict[str, Path], tmp_path: Path):
+    """The same function, once with keys and values that two query heads share, once with copies of them."""
+    shared, apart = tmp_path / "shared", tmp_path / "apart"
+    model = hf.AutoModelForCausalLM.from_pretrained(folders["llama"], dtype=torch.float32)
+    model.save_pretrained(shared)
+    config = hf.LlamaConfig(**SIZE, num_key_value_heads=4)
+    copies = hf.LlamaForCausalLM(config)
+    weights = model.state_dict()
+    for name, value in weights.items():
+        if "k_proj" in name or "v_proj" in name:
+            weights[name] = value.view(2, 4, 16).repeat_interleave(2, 0).reshape(16, 16)
+    copies.load_state_dict(weights)
+    copies.save_pretrained(apart)
+    windows, known = windows_of(), []
+    for folder in (shared, apart):
+        streamed = StreamedModel(Checkpoint.open(folder))
+        blocks = blocks_of(streamed.config, 12)
+        tape = Tape(streamed, streamed.stream(windows))
+        known.append(measure(tape, blocks, Divergence(streamed.config, windows, 2.0, SEED), None))
+    for number, (group, heads) in enumerate(zip(*known, strict=True)):
+        for kind in ("representational", "predictive"):
+            found, wanted = getattr(group, kind), getattr(heads, kind)
+            if number % 2 == 0:  # attention
+                wanted = wanted.view(2, 2).sum(1)
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=0)
+
+
 # Tuning
 
 
+def normal(*size: int, seed: int = 0) -> Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def fit_of(a: Tensor, y: Tensor, present: Tensor) -> Fit:
+    fit = Fit(present)
+    for rows in range(0, len(a), 4):
+        fit.add(a[rows : rows + 4], y[rows : rows + 4])
+    return fit
+
+
 def test_of_several_solutions_the_nearest_is_taken():
-    generator = torch.Generator().manual_seed(0)
-    a, y, present = (torch.randn(*size, generator=generator).double() for size in ((6, 9), (6, 4), (9, 4)))
+    a, y, present = normal(6, 9), normal(6, 4, seed=1), normal(9, 4, seed=2)
     a[:, 3] = 0  # a neuron that is never active
-    found = least_squares(a.T @ a, a.T @ y, present)
+    fit = fit_of(a, y, present)
+    assert not fit.regular
+    found = fit.solve(0.0)
     torch.testing.assert_close(a @ found, y)
     torch.testing.assert_close(found, present + torch.linalg.pinv(a) @ (y - a @ present))
     torch.testing.assert_close(found[3], present[3])
-    a = torch.randn(20, 9, generator=generator).double()
-    y = torch.randn(20, 4, generator=generator).double()
-    torch.testing.assert_close(least_squares(a.T @ a, a.T @ y, present), torch.linalg.lstsq(a, y).solution)
+
+
+def test_one_solution_is_plain_least_squares():
+    a, y = normal(20, 9), normal(20, 4, seed=1)
+    fit = fit_of(a, y, normal(9, 4, seed=2))
+    assert fit.regular
+    torch.testing.assert_close(fit.solve(0.0), torch.linalg.lstsq(a, y).solution)
+
+
+@pytest.mark.parametrize("rows", [6, 20])
+@pytest.mark.parametrize("ridge", [1e-3, 1.0])
+def test_the_ridge_holds_to_the_present(rows: int, ridge: float):
+    a, y, present = normal(rows, 9), normal(rows, 4, seed=1), normal(9, 4, seed=2)
+    root = math.sqrt(ridge * float(a.square().sum(0).mean()))
+    more = torch.cat([a, root * torch.eye(9, dtype=torch.float64)])
+    wanted = torch.linalg.lstsq(more, torch.cat([y, root * present])).solution
+    fit = fit_of(a, y, present)
+    torch.testing.assert_close(fit.solve(ridge), wanted)
+    gain = (a @ present - y).square().sum() - (a @ wanted - y).square().sum()
+    assert fit.gain(wanted) == pytest.approx(gain.item())
+
+
+@pytest.mark.parametrize(
+    ("rows", "noise", "ridges"),
+    [(400, 0.0, {0.0}), (40, 4.0, {0.1, 1.0}), (6, 1.0, {0.1, 1.0}), (40, 30.0, {None})],
+    ids=["enough", "noisy", "few", "nothing but noise"],
+)
+def test_the_ridge_is_the_one_that_holds_on_other_text(rows: int, noise: float, ridges: set[float | None]):
+    """The outputs follow from a W near the present one, and from what the kept channels do not know."""
+    present = normal(24, 5)
+    wanted = present + 0.5 * normal(24, 5, seed=1)
+
+    def text(seed: int, rows: int = rows) -> tuple[Tensor, Tensor]:
+        a = normal(rows, 24, seed=seed)
+        return a, a @ wanted + noise * normal(rows, 5, seed=seed + 1)
+
+    fits = [fit_of(*text(seed), present) for seed in (3, 5)]
+    ridge = choose_ridge(fits)
+    assert ridge in ridges
+    if ridge:
+        fresh = fit_of(*text(7, 2000), present)
+        both = fits[0] + fits[1]
+        assert fresh.gain(both.solve(ridge)) > max(0.0, fresh.gain(both.solve(0.0)))
+
+
+def test_halves_do_not_depend_on_the_order():
+    windows = windows_of()
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(3))
+    shuffled = replace(windows, tokens=windows.tokens[order], mask=windows.mask[order])
+    halves = halves_of(windows)
+    assert halves.sum() == len(windows) // 2
+    assert torch.equal(halves[order], halves_of(shuffled))
+
+
+def test_tuning_is_not_worse_on_other_text(folders: dict[str, Path], tmp_path: Path):
+    """Two windows of 12 tokens for 16 and 20 channels: plain least squares fits them, and breaks the rest."""
+    few, other = windows_of((12, 12)), windows_of()
+    dense = streamed_logits(Checkpoint.open(folders["llama"]), other)
+    errors = {}
+    for name, options in {"chosen": {}, "plain": {"ridge": 0.0}, "none": {"tune": False}}.items():
+        found = run(folders["llama"], tmp_path / f"run-{name}", few, ratio=0.3, **options)
+        write_model(found.draft, folders["llama"], tmp_path / f"out-{name}", {})
+        logits = streamed_logits(Checkpoint.open(tmp_path / f"out-{name}"), other)
+        errors[name] = (logits - dense)[2:].norm()
+    assert errors["chosen"] < errors["plain"]
+    assert errors["chosen"] < 1.05 * errors["none"]
+
+
+def test_one_window_cannot_be_held_out(folders: dict[str, Path], tmp_path: Path):
+    with pytest.raises(BadInput, match="give a ridge"):
+        run(folders["llama"], tmp_path / "run", windows_of((12,)), ratio=0.3)
+    run(folders["llama"], tmp_path / "held", windows_of((12,)), ratio=0.3, ridge=0.1)
 
 
 # Refusals

@@ -10,6 +10,8 @@ How documents become windows of ``seqlen`` tokens for calibration:
 - a tokenizer that begins texts with a BOS token gets exactly one, at the beginning of each window; no other
   special tokens are added.
 
+This is for decoders; encoders read one example an input (see :mod:`compress.task_inputs`).
+
 For evaluation every document is cut on its own into windows that do not overlap, and the last, shorter one of
 each is padded, so that every token counts once. The first token of a window has no prediction.
 """
@@ -48,6 +50,8 @@ class Windows:
         source: where the text came from, as it was asked for.
         document_hashes: sha256 of each document that has tokens here; see ``overlap``.
         settings: how the windows were made, for provenance: JSON values only.
+        token_types: int64 [N, S], which of two texts a token is of, for models that are told (BERT); None
+            leaves all of them in the first.
     """
 
     tokens: torch.Tensor
@@ -55,6 +59,7 @@ class Windows:
     source: str
     document_hashes: frozenset[str] = frozenset()
     settings: dict[str, Any] = field(default_factory=dict)
+    token_types: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -66,15 +71,18 @@ class Windows:
 
     @cached_property
     def sha256(self) -> str:
-        """sha256 over shape, tokens (as little-endian int64) and mask."""
+        """sha256 over shape, tokens (as little-endian int64), mask, and token types if there are any."""
         digest = hashlib.sha256(repr(tuple(self.tokens.shape)).encode())
         digest.update(self.tokens.contiguous().numpy().astype("<i8").tobytes())
         digest.update(self.mask.contiguous().numpy().tobytes())
+        if self.token_types is not None:
+            digest.update(self.token_types.contiguous().numpy().astype("<i8").tobytes())
         return digest.hexdigest()
 
     def select(self, chosen: torch.Tensor) -> Windows:
         """The windows where ``chosen`` (bool [N]) is True; document hashes stay those of all."""
-        return replace(self, tokens=self.tokens[chosen], mask=self.mask[chosen])
+        types = None if self.token_types is None else self.token_types[chosen]
+        return replace(self, tokens=self.tokens[chosen], mask=self.mask[chosen], token_types=types)
 
     def describe(self) -> dict[str, Any]:
         """Provenance for ``compression.json``: JSON values only."""

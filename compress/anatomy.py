@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 PROJECTIONS = ("query", "key", "value", "attention_output", "gate", "up", "down")
 NORMS = ("attention_norm", "query_norm", "key_norm", "post_attention_norm", "mlp_norm", "post_mlp_norm")
+Task = Literal["sequence classification", "token classification", "question answering"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +169,21 @@ class Anatomy:
                 f"This {self.model_type} model is post-norm: '{self.mlp_norm}' normalises the sum after "
                 f"'{self.down}' is added, so a linear map cannot be folded into that projection."
             )
+        return None
+
+    @property
+    def refit_obstacle(self) -> str | None:
+        """Why the output projections of the blocks cannot be refitted to the residual stream by linear least
+        squares: a sentence, or None."""
+        for norm, path in (
+            (self.post_attention_norm, self.attention_output),
+            (self.post_mlp_norm, self.down),
+        ):
+            if norm is not None:
+                return (
+                    f"In {self.model_type} models '{norm}' normalises the output of '{path}' before it joins "
+                    "the residual stream, so that projection cannot be fitted to the stream by least squares."
+                )
         return None
 
     @property
@@ -339,6 +355,21 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         f'The architecture in the config of this {config.model_type} model {problem}; set "architectures" to '
         f'the class to build, for instance ["{transformers.MODEL_MAPPING[type(config)].__name__}"].'
     )
+
+
+def task_of(config: PretrainedConfig) -> Task | None:
+    """What the head of the model is for; None for a vocabulary head, another head, or none at all.
+
+    Raises:
+        BadInput: as :func:`model_class`.
+    """
+    mappings: dict[Task, Any] = {
+        "sequence classification": transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        "token classification": transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+        "question answering": transformers.MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    }
+    cls, key = model_class(config), type(config)
+    return next((task for task, classes in mappings.items() if key in classes and classes[key] is cls), None)
 
 
 @dataclass(frozen=True)

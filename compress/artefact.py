@@ -211,7 +211,8 @@ def check_output(folder: Path, overwrite: bool) -> None:
     """Refuse an output folder that holds anything.
 
     Raises:
-        BadInput: it is not empty and ``overwrite`` is off, or it or what it lies in is a file.
+        BadInput: it is not empty, and ``overwrite`` is off or what is in it is no model; or it, or what it
+            lies in, is a file.
     """
     there = next(parent for parent in folder.absolute().parents if parent.exists())
     if not there.is_dir():
@@ -220,6 +221,11 @@ def check_output(folder: Path, overwrite: bool) -> None:
         raise BadInput(f"The output '{folder}' is not a folder.")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise BadInput(f"The output folder '{folder}' is not empty; use --overwrite or another -o.")
+    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
+        raise BadInput(
+            f"The output folder '{folder}' holds other things than a model, which --overwrite does not "
+            "remove; use another -o."
+        )
 
 
 def publish(work: Path, output: Path) -> None:

@@ -122,7 +122,7 @@ def _in_one_sentence(error: click.ClickException) -> str:
     message = error.format_message().rstrip(".")
     context = getattr(error, "ctx", None)
     if context is None:
-        return f"{message}."
+        return message if message.endswith("?") else f"{message}."
     if isinstance(error, click.NoSuchOption):
         options = [name for option in context.command.get_params(context) for name in option.opts]
         near = nearest(error.option_name, [name for name in options if name.startswith("--")])

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
@@ -22,11 +22,13 @@ Cell = Figure | str | None
 
 
 class Column(NamedTuple):
-    """A column of the comparison: its key in CSV and JSON, its heading, and the unit of its figures."""
+    """A column of the comparison: its key in CSV and JSON, its heading, the unit of its figures, and what
+    it belongs to."""
 
     key: str
     title: str
     unit: str = ""
+    section: Literal["", "text", "task"] = ""  # shown only where a model was scored on such a thing
 
     @property
     def heading(self) -> str:
@@ -41,14 +43,23 @@ COLUMNS = (
     Column("size_ratio", "size ÷\ndense"),
     Column("bits_per_parameter", "bits per\nparameter"),
     Column("parameters", "parameters", "parameters"),
-    Column("perplexity", "perplexity"),
-    Column("perplexity_ratio", "perplexity\n÷ dense"),
-    Column("kl_mean", "KL from dense", "nats/token"),
-    Column("top1_agreement", "top-1\nagreement", "fraction"),
+    Column("perplexity", "perplexity", section="text"),
+    Column("perplexity_ratio", "perplexity\n÷ dense", section="text"),
+    Column("kl_mean", "KL from dense", "nats/token", section="text"),
+    Column("top1_agreement", "top-1\nagreement", "fraction", section="text"),
+    Column("accuracy", "accuracy", "fraction", section="task"),
+    Column("exact_match", "exact match", "fraction", section="task"),
+    Column("f1", "F1", "fraction", section="task"),
+    Column("macro_f1", "macro F1", "fraction", section="task"),
+    Column("agreement", "agreement\nwith dense", "fraction", section="task"),
+    Column("mcnemar_p", "McNemar's p\nagainst dense", section="task"),
+    Column("flops", "FLOPs", "flops", section="task"),
+    Column("flops_ratio", "FLOPs ÷\ndense", section="task"),
+    Column("latency", "latency", "seconds", section="task"),
     Column("peak_memory", "peak memory", "bytes"),
     Column("added_memory", "of it, model", "bytes"),
-    Column("prefill", "prefill", "tokens/s"),
-    Column("decode", "decode", "tokens/s"),
+    Column("prefill", "prefill", "tokens/s", section="text"),
+    Column("decode", "decode", "tokens/s", section="text"),
     Column("kernel", "kernel"),
     Column("loads_with", "loads with"),
 )
@@ -98,7 +109,19 @@ def compare(scorecards: Sequence[Scorecard], files: Sequence[str] | None = None)
     ordered = sorted(scorecards, key=lambda card: not card.is_dense)
     dense = ordered[0] if ordered[0].is_dense else None
     rows = [Row(card, _cells(card, dense)) for card in ordered]
-    return Comparison(rows, _caption([row.scorecard for row in rows], dense))
+    return Comparison(rows, _caption([row.scorecard for row in rows], dense), _columns(rows))
+
+
+def _columns(rows: list[Row]) -> tuple[Column, ...]:
+    """Those of text, unless all rows are of tasks, and of a task those some row has a figure in."""
+    scored_on_text = any(row.scorecard.task is None for row in rows)
+
+    def shown(column: Column) -> bool:
+        if column.section == "task":
+            return any(row.cells[column.key] is not None for row in rows)
+        return scored_on_text or column.section != "text"
+
+    return tuple(column for column in COLUMNS if shown(column))
 
 
 def compare_paths(paths: Iterable[str | Path]) -> Comparison:
@@ -169,9 +192,12 @@ def _scorecard(entry: Any, file: Path) -> Scorecard:
 
 def protocol_fields(card: Scorecard) -> dict[str, object]:
     """What must agree before scorecards compare: the protocol (not the kernel) and the dense model."""
-    if card.protocol is None:
+    if card.protocol is not None:
+        fields = {"scored on": "text"} | card.protocol.model_dump(exclude={"kernel"})
+    elif card.task_protocol is not None:
+        fields = {"scored on": "a task file"} | card.task_protocol.model_dump(exclude={"file", "kernel"})
+    else:
         return {}
-    fields = card.protocol.model_dump(exclude={"kernel"})
     return {**fields, "baseline.sha256": card.baseline.sha256}
 
 
@@ -196,11 +222,13 @@ def _newest_of_each_model(found: list[tuple[Scorecard, str]]) -> list[tuple[Scor
 
 def _refuse_different_protocols(scorecards: Sequence[Scorecard], files: Sequence[str]) -> None:
     scored = [
-        (protocol_fields(card), file) for card, file in zip(scorecards, files, strict=True) if card.protocol
+        (fields, file)
+        for card, file in zip(scorecards, files, strict=True)
+        if (fields := protocol_fields(card))
     ]
     for fields, file in scored[1:]:
         first, first_file = scored[0]
-        different = [name for name in first if first[name] != fields[name]]
+        different = [name for name in first if name in fields and first[name] != fields[name]]
         if different:
             name = different[0]
             more = f" (and {', '.join(different[1:])})" if different[1:] else ""
@@ -217,8 +245,11 @@ def _short(value: object) -> str:
 
 
 def _cells(card: Scorecard, dense: Scorecard | None) -> dict[str, Cell]:
-    fidelity, cost, measured = card.fidelity, card.cost, card.cost.measured
+    fidelity, task, cost, measured = card.fidelity, card.task, card.cost, card.cost.measured
     ratio = Figure(value=cost.weight_bytes / dense.cost.weight_bytes) if dense else None
+    flops_ratio = None
+    if task and dense and dense.task:
+        flops_ratio = Figure(value=task.flops.value / dense.task.flops.value)
     return {
         "model": card.model.name,
         "size": cost.size,
@@ -229,6 +260,15 @@ def _cells(card: Scorecard, dense: Scorecard | None) -> dict[str, Cell]:
         "perplexity_ratio": fidelity and fidelity.perplexity_ratio,
         "kl_mean": fidelity and fidelity.kl_mean,
         "top1_agreement": fidelity and fidelity.top1_agreement,
+        "accuracy": task and task.accuracy,
+        "exact_match": task and task.exact_match,
+        "f1": task and task.f1,
+        "macro_f1": task and task.macro_f1,
+        "agreement": task and task.agreement,
+        "mcnemar_p": task and task.mcnemar_p,
+        "flops": task and task.flops,
+        "flops_ratio": flops_ratio,
+        "latency": measured.latency if task and measured else None,
         "peak_memory": measured and measured.peak_memory,
         "added_memory": measured and measured.added_memory,
         "prefill": measured and measured.prefill,
@@ -257,6 +297,7 @@ def _caption(cards: list[Scorecard], dense: Scorecard | None) -> list[str]:
             "± is a 95 % interval (its wider side): Student's t clustered by window, paired for the ratio; "
             "Wilson's for the agreement."
         )
+    lines += _task_caption(cards)
     lines.append(
         "MB = 10^6 bytes. Size is that of the weight files; bits per parameter = 8 × size ÷ the model's own "
         "parameters." + ("" if dense else " No scorecard of the dense model was given, so no ratio of sizes.")
@@ -272,12 +313,53 @@ def _caption(cards: list[Scorecard], dense: Scorecard | None) -> list[str]:
         prefill = _range(f"{n:,}" for n in sorted(m.prefill_tokens for m in measured))
         decode = _range(f"{n:,}" for n in sorted(m.decode_tokens or 0 for m in measured) if n)
         lines.append(
-            f"Speed at batch size 1 on {'; '.join(machines)}: median (interquartile range), prefill of "
-            f"{prefill} tokens{f', greedy decode of {decode} tokens' if decode else ''}."
+            f"Speed at batch size 1 on {'; '.join(machines)}: median (interquartile range), "
+            f"{'prefill' if scored else 'forward pass'} of {prefill} tokens"
+            f"{f', greedy decode of {decode} tokens' if decode else ''}."
         )
         if len(machines) > 1:
             lines.append("Rows were timed on different machines or threads: their speeds do not compare.")
     return lines
+
+
+def _task_caption(cards: list[Scorecard]) -> list[str]:
+    """Which examples, what counts as right, and which intervals and test."""
+    card = next((card for card in cards if card.task_protocol), None)
+    if card is None:
+        return []
+    protocol = card.task_protocol
+    task = protocol.task
+    cut = f", {protocol.cut:,} of them cut off" if protocol.cut else ""
+    inputs = f" in {protocol.inputs:,} inputs" if protocol.inputs != protocol.examples else ""
+    return [
+        f"Examples: {protocol.file} (sha256 {_short(protocol.file_sha256)}), {protocol.examples:,} for "
+        f"{task}{inputs}{cut}, at most {protocol.longest_tokens:,} tokens long, scored in "
+        f"{protocol.compute_dtype}.",
+        f"Dense is {card.baseline.name} (sha256 {_short(card.baseline.sha256)}). Agreement is the share of "
+        "predictions equal to its own; p is McNemar's exact one, two-sided, on examples "
+        f"{RIGHT[task]} by one of the two models only.",
+        INTERVALS[task],
+        "FLOPs (a multiplication with its addition counts as two) and latency are those of one input of mean "
+        f"length, {protocol.mean_tokens:,} tokens.",
+    ]
+
+
+RIGHT = {
+    "sequence classification": "labelled right",
+    "token classification": "with every word labelled right",
+    "question answering": "answered exactly right",
+}
+INTERVALS = {
+    "sequence classification": "± is Wilson's 95 % interval (its wider side).",
+    "token classification": (
+        "± is a 95 % interval of Student's t clustered by example (its wider side). Macro F1 is the mean "
+        "over the labels that occur."
+    ),
+    "question answering": (
+        "± is a 95 % interval (its wider side): Wilson's, for F1 Student's t. Answers are normalised as in "
+        "SQuAD."
+    ),
+}
 
 
 def _range(texts: Iterable[str]) -> str:
@@ -289,5 +371,6 @@ def _range(texts: Iterable[str]) -> str:
 def _kernel(card: Scorecard) -> str | None:
     """The kernel that was timed, and the one that was scored if it was another."""
     timed = card.cost.measured and card.cost.measured.kernel
-    scored = card.protocol and card.protocol.kernel
+    protocol = card.protocol or card.task_protocol
+    scored = protocol and protocol.kernel
     return f"{timed} (scored: {scored})" if timed and scored and timed != scored else timed or scored

@@ -114,7 +114,7 @@ def dequantised(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with _quiet():
+    with quiet():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # The weights are plain float32 now; with these marks of the file left on, transformers refuses to save.
@@ -158,7 +158,7 @@ def _make(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     say("moving it off its 4-bit grid")
     leave_grid(model, SEED)
     say("writing it to the cache")
-    with _quiet():
+    with quiet():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "LICENSE").write_bytes(licence)
@@ -174,7 +174,7 @@ def _make(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the bars transformers draws off stderr (one heeds no setting): showing progress is our part."""
     from transformers.utils import logging
 

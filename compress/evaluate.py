@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +24,34 @@ from compress.kernels.ops import kernel_name
 from compress.measure import measure
 from compress.models import ModelSource, find_model, load_tokenizer
 from compress.plan import ModelShape
-from compress.scorecard import Cost, Fidelity, ModelIdentity, Protocol, Scorecard
+from compress.scorecard import Cost, ModelIdentity, Protocol, Scorecard
 from compress.stream import Stream, StreamedModel
+from compress.task import TaskEvaluation
+from compress.task_file import TaskFile
+from compress.task_score import score
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[str, float], None]
+
+TASK_REPETITIONS = 100
+"""Of the timed forward pass on one input of a task, which takes milliseconds."""
 
 
 def evaluate_folder(
     model: str,
     *,
     baseline: str | None = None,
+    task_file: str | None = None,
+    baseline_revision: str | None = None,
     text: str = "bundled:evaluation",
     context: int = 512,
     limit: int | None = 32,
     device: str = "cpu",
     progress: Progress = lambda text, share: None,
 ) -> list[Scorecard]:
-    """Evaluate a model and, if compress-model wrote it, add the result to its compression.json.
+    """Evaluate a model and, if compress-model wrote it, add the result to its compression.json (a warning
+    says so where that cannot be written).
 
     Returns the scorecard of the dense model (which is not measured again if its own compression.json has this
     very evaluation) and, if ``baseline`` is another model, that of ``model``.
@@ -49,6 +59,9 @@ def evaluate_folder(
     Args:
         model: folder, hub id or ``demo``.
         baseline: the dense model; the model itself if not given.
+        task_file: labelled examples for an encoder with a task head (see :mod:`compress.task_file`), scored
+            in place of text.
+        baseline_revision: branch, tag or commit of a baseline on the hub.
         text: what to score; sources as for calibration.
         context: tokens in a window; windows do not overlap, and the first token of each is not scored.
         limit: number of windows at most.
@@ -56,13 +69,64 @@ def evaluate_folder(
         progress: told a text and the share done.
 
     Raises:
-        BadInput: not a causal language model, vocabularies differ, or the model was calibrated on this text.
+        BadInput: not a causal language model (with ``task_file``: no encoder with a task head), vocabularies
+            or labels differ, the file is no good, or the model was calibrated on this text.
         CompressError: text or model cannot be fetched, or the model puts out NaN.
     """
     check_device(device)
     source = find_model(model)
-    dense_source = find_model(baseline) if baseline else source
+    dense_source = find_model(baseline, baseline_revision) if baseline else source
     checkpoint, dense = Checkpoint.open(source.folder), Checkpoint.open(dense_source.folder)
+    if task_file is None:
+        found = _score_text(source, checkpoint, dense_source, dense, text, context, limit, device, progress)
+    else:
+        found = _score_task(source, checkpoint, dense, task_file, device, progress)
+    dense_identity = ModelIdentity(name=_name(dense_source), sha256=dense.sha256)
+
+    def scorecard(of: ModelSource, opened: Checkpoint, scores: dict[str, Any]) -> Scorecard:
+        return Scorecard(
+            model=ModelIdentity(name=_name(of), sha256=opened.sha256),
+            baseline=dense_identity,
+            loads_with=ModelShape.of(opened).loads_with,
+            **scores,
+            cost=_cost(of, opened, device, progress, found.timed),
+            when=now(),
+            versions=versions(),
+        )
+
+    same = dense.sha256 == checkpoint.sha256
+    known = None if same else _known(dense_source, dense_identity, found.dense)
+    cards = [known or scorecard(dense_source, dense, found.dense)]
+    if not same:
+        cards.append(scorecard(source, checkpoint, found.model))
+    if read_lineage(source.folder) is not None:
+        try:
+            add_evaluations(source.folder, [card.model_dump(mode="json") for card in cards])
+        except OSError as error:  # minutes of measuring are not lost because a folder is read-only
+            log.warning("The evaluation is not kept in '%s' (%s).", source.folder, error.strerror or error)
+    return cards
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What scoring found, as the fields of the two scorecards, and what to time."""
+
+    dense: dict[str, Any]
+    model: dict[str, Any]
+    timed: dict[str, int]  # for `measure`
+
+
+def _score_text(
+    source: ModelSource,
+    checkpoint: Checkpoint,
+    dense_source: ModelSource,
+    dense: Checkpoint,
+    text: str,
+    context: int,
+    limit: int | None,
+    device: str,
+    progress: Progress,
+) -> _Found:
     windows = evaluation_windows(load_tokenizer(dense_source.folder), text, context, limit)
     _check_not_calibrated_on(source, windows)
     accumulator = compare_streams(dense, checkpoint, windows, device, progress)
@@ -77,40 +141,57 @@ def evaluate_folder(
         seed=0,
         kernel=_kernel(dense, device),
     )
-    dense_identity = ModelIdentity(name=_name(dense_source), sha256=dense.sha256)
-
-    def scorecard(of: ModelSource, opened: Checkpoint, fidelity: Fidelity) -> Scorecard:
-        return Scorecard(
-            model=ModelIdentity(name=_name(of), sha256=opened.sha256),
-            baseline=dense_identity,
-            loads_with=ModelShape.of(opened).loads_with,
-            protocol=protocol.model_copy(update={"kernel": _kernel(opened, device)}),
-            fidelity=fidelity,
-            cost=_cost(of, opened, device, progress),
-            when=now(),
-            versions=versions(),
-        )
-
-    same = dense.sha256 == checkpoint.sha256
-    known = None if same else _known(dense_source, dense_identity, protocol)
-    cards = [known or scorecard(dense_source, dense, accumulator.dense_fidelity())]
-    if not same:
-        cards.append(scorecard(source, checkpoint, accumulator.fidelity()))
-    if read_lineage(source.folder) is not None:
-        add_evaluations(source.folder, [card.model_dump(mode="json") for card in cards])
-    return cards
-
-
-def _known(source: ModelSource, identity: ModelIdentity, protocol: Protocol) -> Scorecard | None:
-    """The dense model's own scorecard in its compression.json, if it was made by this protocol."""
-    lineage = read_lineage(source.folder)
-    cards = [Scorecard.model_validate(card) for card in (lineage.evaluations if lineage else [])]
-    return next(
-        (card for card in reversed(cards) if card.model == identity and card.protocol == protocol), None
+    other = protocol.model_copy(update={"kernel": _kernel(checkpoint, device)})
+    return _Found(
+        dense={"protocol": protocol, "fidelity": accumulator.dense_fidelity()},
+        model={"protocol": other, "fidelity": accumulator.fidelity()},
+        timed={},
     )
 
 
-def _cost(source: ModelSource, checkpoint: Checkpoint, device: str, progress: Progress) -> Cost:
+def _score_task(
+    source: ModelSource,
+    checkpoint: Checkpoint,
+    dense: Checkpoint,
+    task_file: str,
+    device: str,
+    progress: Progress,
+) -> _Found:
+    evaluation = TaskEvaluation(task_file, dense, device)
+    _check_not_calibrated_on(source, evaluation.file)
+
+    def predictions(of: Checkpoint, label: str) -> list[Any]:
+        return evaluation.predictions(of, lambda share: progress(label, share))
+
+    expected = predictions(dense, "scoring the dense model")
+    given = expected if dense.sha256 == checkpoint.sha256 else predictions(checkpoint, "scoring the model")
+
+    def scores(of: Checkpoint, found: list[Any] | None) -> dict[str, Any]:
+        return {
+            "task_protocol": evaluation.protocol.model_copy(update={"kernel": _kernel(of, device)}),
+            "task": score(evaluation.file, expected, found, evaluation.flops(of)),
+        }
+
+    return _Found(
+        dense=scores(dense, None),
+        model=scores(checkpoint, given),
+        timed={"prefill_tokens": evaluation.protocol.mean_tokens, "repetitions": TASK_REPETITIONS},
+    )
+
+
+def _known(source: ModelSource, identity: ModelIdentity, scores: dict[str, Any]) -> Scorecard | None:
+    """The dense model's own scorecard in its compression.json, if it was made by the same protocol."""
+    lineage = read_lineage(source.folder)
+    cards = [Scorecard.model_validate(card) for card in (lineage.evaluations if lineage else [])]
+    wanted = (identity, scores.get("protocol"), scores.get("task_protocol"))
+    return next(
+        (card for card in reversed(cards) if (card.model, card.protocol, card.task_protocol) == wanted), None
+    )
+
+
+def _cost(
+    source: ModelSource, checkpoint: Checkpoint, device: str, progress: Progress, timed: dict[str, int]
+) -> Cost:
     label = f"measuring memory and speed of {_name(source)}"
     progress(label, 0.0)
     cost = Cost(
@@ -118,7 +199,7 @@ def _cost(source: ModelSource, checkpoint: Checkpoint, device: str, progress: Pr
             Path(file).stat().st_size for file in {item.file for item in checkpoint.sources.values()}
         ),
         parameters=ModelShape.of(checkpoint).parameters,
-        measured=measure(source.folder, device=device),
+        measured=measure(source.folder, device=device, **timed),
     )
     progress(label, 1.0)
     return cost
@@ -138,7 +219,10 @@ def compare_streams(
     """
     streamed = StreamedModel(dense, device, progress)
     if streamed.anatomy.kind != "decoder" or streamed.anatomy.head is None:
-        raise BadInput(f"'{dense.folder}' is not a causal language model, so it has no perplexity.")
+        raise BadInput(
+            f"'{dense.folder}' is not a causal language model, so it has no perplexity; score an encoder "
+            "with a task head on labelled examples with --task-file."
+        )
     dense_hidden = _cached_dense(streamed, windows)
     same = dense.sha256 == model.sha256
     other = streamed if same else StreamedModel(model, device, progress)
@@ -187,13 +271,13 @@ def _cached_dense(model: StreamedModel, windows: Windows) -> torch.Tensor:
     return hidden
 
 
-def _check_not_calibrated_on(source: ModelSource, windows: Windows) -> None:
+def _check_not_calibrated_on(source: ModelSource, scored: Windows | TaskFile) -> None:
     lineage = read_lineage(source.folder)
     chain = lineage.chain() if lineage else []
     calibrated = {name for link in chain for name in (link.calibration or {}).get("document_sha256", [])}
-    if common := calibrated & windows.document_hashes:
+    if common := calibrated & scored.document_hashes:
         raise BadInput(
-            f"'{source.id}' was calibrated on {len(common)} of the documents of '{windows.source}'; "
+            f"'{source.id}' was calibrated on {len(common)} of the documents of '{scored.source}'; "
             "evaluate it on another text."
         )
 

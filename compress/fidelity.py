@@ -210,7 +210,6 @@ def compare_tokens(dense: Tensor, model: Tensor, targets: Tensor) -> tuple[Tenso
 
 def _fidelity(windows: list[_Window], *, whose: str = "compressed") -> Fidelity:
     import numpy as np
-    from scipy.stats import binomtest
 
     counts = [len(window.kl) for window in windows]
     total = sum(counts)
@@ -226,7 +225,6 @@ def _fidelity(windows: list[_Window], *, whose: str = "compressed") -> Fidelity:
     mean_kl = mean_by_window([math.fsum(w.kl) for w in windows], counts)
     squared_delta_p = mean_by_window([w.squared_delta_p for w in windows], counts)
     agreements = sum(w.agreements for w in windows)
-    wilson = binomtest(agreements, total).proportion_ci(CONFIDENCE, method="wilson")
 
     return Fidelity(
         perplexity=nll.figure(_exp),
@@ -236,14 +234,21 @@ def _fidelity(windows: list[_Window], *, whose: str = "compressed") -> Fidelity:
         kl_median=Figure(value=median, unit="nats/token"),
         kl_p99=Figure(value=p99, unit="nats/token"),
         kl_max=Figure(value=float(kl[-1]), unit="nats/token"),
-        top1_agreement=Figure(
-            value=agreements / total,
-            low=min(wilson.low, agreements / total),  # at 0 % and 100 % rounding may cross the estimate
-            high=max(wilson.high, agreements / total),
-            unit="fraction",
-        ),
+        top1_agreement=wilson(agreements, total),
         rms_delta_p=squared_delta_p.figure(lambda mean: math.sqrt(max(0.0, mean)), unit="fraction"),
     )
+
+
+def wilson(successes: int, total: int) -> Figure:
+    """A share of independent trials with Wilson's interval."""
+    from scipy.stats import binomtest
+
+    share, interval = (
+        successes / total,
+        binomtest(successes, total).proportion_ci(CONFIDENCE, method="wilson"),
+    )
+    # At 0 % and 100 % rounding may cross the estimate.
+    return Figure(value=share, low=min(interval.low, share), high=max(interval.high, share), unit="fraction")
 
 
 class MeanByWindow(NamedTuple):

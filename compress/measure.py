@@ -128,6 +128,8 @@ def time_prefill(
 
     As in generation, the head runs on the last position only where the model allows that.
     """
+    from compress.modeling import longest_input
+
     wanted = {"use_cache": True} if model.can_generate() else {}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         wanted["logits_to_keep"] = 1
@@ -148,6 +150,8 @@ def time_decode(
     model: PreTrainedModel, device: torch.device, tokens: int, repetitions: int
 ) -> tuple[list[float], int]:
     """Seconds of each repetition, and how many tokens each one generated after a short prompt."""
+    from compress.modeling import longest_input
+
     longest = longest_input(model)
     prompt = token_ids(model, min(PROMPT_TOKENS, max(1, longest // 2)), device)
     tokens = max(1, min(tokens, longest - prompt.shape[1]))
@@ -159,7 +163,9 @@ def time_decode(
             nonlocal output
             for _ in range(length):
                 token = output.logits[:, -1:].argmax(-1)
-                output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+                # transformers renamed it in 5.24 and warns of the old name, which goes in 5.40.
+                cache = "cache" if "cache" in output.keys() else "past_key_values"  # noqa: SIM118
+                output = model(input_ids=token, use_cache=True, **{cache: output[cache]})
 
         return seconds(generate, device)
 
@@ -206,15 +212,6 @@ def token_ids(model: PreTrainedModel, length: int, device: torch.device) -> Tens
     vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocabulary, (1, length), generator=generator).to(device)
-
-
-def longest_input(model: PreTrainedModel) -> int:
-    """Tokens the model has positions for; RoBERTa and its like lose two of theirs to padding."""
-    longest = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return longest - module.padding_idx - 1
-    return longest
 
 
 def kernel_name(model: PreTrainedModel) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,8 @@ def mark_pruned(
 
 def _builds(auto: Any, config: PretrainedConfig, model: type[PreTrainedModel]) -> bool:
     """Whether an AutoModel class makes a ``model`` of this config."""
-    mapping = getattr(auto, "_model_mapping", None) or {}
-    return type(config) in mapping and mapping[type(config)] is model
+    mapping = getattr(auto, "_model_mapping", None)  # its truth value would import every model there is
+    return mapping is not None and type(config) in mapping and mapping[type(config)] is model
 
 
 def modeling_source(config: PretrainedConfig) -> str:
@@ -236,6 +237,15 @@ class Weights:
     def _replace(module: nn.Module, path: str, child: nn.Module) -> None:
         parent, _, leaf = path.rpartition(".")
         setattr(module.get_submodule(parent), leaf, child)
+
+
+def longest_input(model: PreTrainedModel) -> int:
+    """Tokens the model has positions for; RoBERTa and its like lose two of theirs to padding."""
+    longest = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return longest - module.padding_idx - 1
+    return longest
 
 
 def first(output: Any) -> torch.Tensor:

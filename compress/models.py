@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compress.errors import BadInput, CompressError
 
@@ -77,8 +77,8 @@ def _download(name: str, revision: str | None) -> ModelSource:
     return ModelSource(name, folder.name, folder)
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder.
+def load_tokenizer(folder: Path, **settings: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, with ``settings`` of its own kind.
 
     Raises:
         BadInput: there is none, or it cannot be read.
@@ -86,7 +86,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **settings)
     except Exception as error:  # transformers raises many types for missing and broken tokenizer files
         reason = " ".join(str(error).split())[:200]
         raise BadInput(

@@ -51,6 +51,9 @@ class Evaluation(_Section):
     suite: Literal["quick"] = Field(
         "quick", description="perplexity, KL divergence, agreement, bytes, memory, speed"
     )
+    task_file: str | None = Field(
+        None, description="labelled examples (.jsonl) for an encoder with a task head, in place of text"
+    )
     text: str = Field("bundled:evaluation", description="text to score; sources as for calibration")
     context: PositiveInt = Field(512, description="tokens in a window; the stride is the same")
     windows: PositiveInt = Field(32, description="number of windows at most")

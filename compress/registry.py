@@ -14,7 +14,13 @@ from compress.errors import BadInput, CompressError, unknown
 METHODS: dict[str, dict[str, str]] = {
     "unlearning": {},
     "pruning": {
+        "blockpruner": "compress.pruning.blockpruner:BlockPruner",
+        "flap": "compress.pruning.flap:Flap",
+        "kprune": "compress.pruning.kprune:KPrune",
+        "magnitude": "compress.pruning.magnitude:Magnitude",
         "replaceme": "compress.pruning.replaceme:ReplaceMe",
+        "shortgpt": "compress.pruning.shortgpt:ShortGPT",
+        "wanda-sp": "compress.pruning.wanda_sp:WandaSp",
     },
     "quantization": {
         "gptq": "compress.quantization.gptq:GPTQ",

@@ -118,7 +118,7 @@ def to_csv(comparison: Comparison) -> str:
             if _has_interval(comparison, column):
                 _, low, high = cell.cells if isinstance(cell, Figure) else ("", "", "")
                 record |= {f"{column.key}_low": low, f"{column.key}_high": high}
-        record |= _provenance(row)
+        record |= _provenance(row, any(other.scorecard.task for other in comparison.rows))
         header = list(record)
         lines.append(record)
     file = io.StringIO()
@@ -133,8 +133,8 @@ def _has_interval(comparison: Comparison, column: Column) -> bool:
     return any(isinstance(cell, Figure) and cell.low is not None for cell in cells)
 
 
-def _provenance(row: Row) -> dict[str, Any]:
-    """Where the numbers of a row come from: context, stride, text, denominators, machine."""
+def _provenance(row: Row, with_task: bool) -> dict[str, Any]:
+    """Where the numbers of a row come from: context, stride, text, denominators, machine, and task."""
     card, protocol, measured = row.scorecard, row.scorecard.protocol, row.scorecard.cost.measured
     asked = (
         "text",
@@ -153,12 +153,15 @@ def _provenance(row: Row) -> dict[str, Any]:
         "storage_dtype",
         "baseline_resident_bytes",
     )
+    examples = ("file", "file_sha256", "examples", "inputs", "cut", "longest_tokens", "mean_tokens")
+    task = card.task_protocol
     return {
         "model_sha256": card.model.sha256,
         "baseline": card.baseline.name,
         "baseline_sha256": card.baseline.sha256,
         **{name: getattr(protocol, name, None) for name in (*asked, "seed")},
         **{name: getattr(measured, name, None) for name in timed},
+        **({name: getattr(task, name, None) for name in ("task", *examples)} if with_task else {}),
         "when": card.when.isoformat(),
     }
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import compress
+from compress.anatomy import anatomy_of
 from compress.artefact import (
     Lineage,
     Parent,
@@ -38,11 +39,13 @@ from compress.errors import BadInput
 from compress.files import write_atomically
 from compress.memory import peak_memory, reset_peak_memory
 from compress.method import Method, MethodOptions
+from compress.modeling import config_of
 from compress.models import ModelSource, find_model, load_tokenizer
 from compress.plan import ModelShape, Plan, make_plan
 from compress.recipe import Recipe
 from compress.reload import reload_check
 from compress.stream import Journal, StreamedModel
+from compress.task_inputs import calibration_inputs
 from compress.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -139,7 +142,7 @@ def _execute(
     device: str,
     progress: Progress,
 ) -> Lineage:
-    windows = _calibration(recipe, source.folder) if recipe.needs_calibration else None
+    windows = _calibration(recipe, checkpoint) if recipe.needs_calibration else None
     workspace.enter(_fingerprint(recipe, checkpoint, windows))
     try:
         current, records = checkpoint, []
@@ -192,14 +195,17 @@ def _execute(
     return lineage
 
 
-def _calibration(recipe: Recipe, folder: Path) -> Windows:
+def _calibration(recipe: Recipe, checkpoint: Checkpoint) -> Windows:
     wanted = recipe.calibration
+    seed = recipe.seed if wanted.seed is None else wanted.seed
+    if anatomy_of(config_of(checkpoint)).kind == "encoder":
+        return calibration_inputs(checkpoint, wanted, seed)
     return calibration_windows(
-        load_tokenizer(folder),
+        load_tokenizer(checkpoint.folder),
         wanted.source,
         nsamples=wanted.nsamples,
         seqlen=wanted.seqlen,
-        seed=recipe.seed if wanted.seed is None else wanted.seed,
+        seed=seed,
         chat_template=wanted.chat_template,
     )
 

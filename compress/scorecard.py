@@ -24,7 +24,9 @@ from pydantic import (
 MISSING = "–"
 """How a figure that was not measured is shown: never as 0."""
 
-UnitName = Literal["", "bits", "bytes", "fraction", "nats/token", "parameters", "tokens/s"]
+UnitName = Literal[
+    "", "bits", "bytes", "flops", "fraction", "nats/token", "parameters", "seconds", "tokens/s"
+]
 Spread = Literal["95% interval", "interquartile range"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -40,9 +42,11 @@ UNITS: dict[str, Unit] = {
     "": Unit(1, ""),
     "bits": Unit(1, "bits"),
     "bytes": Unit(1e-6, "MB"),  # decimal megabytes, as download sizes are given; captions say so
+    "flops": Unit(1e-9, "GFLOPs"),
     "fraction": Unit(100, "%"),
     "nats/token": Unit(1, "nats/token"),
     "parameters": Unit(1e-6, "M"),
+    "seconds": Unit(1e3, "ms"),
     "tokens/s": Unit(1, "tok/s"),
 }
 
@@ -166,6 +170,39 @@ class Fidelity(Document):
     rms_delta_p: Figure = Field(description="root mean square change of the true token's probability")
 
 
+class TaskProtocol(Document):
+    """Which labelled examples were scored, and how. Two scorecards compare only where these agree (the
+    file's name and the kernel may differ)."""
+
+    task: Literal["sequence classification", "token classification", "question answering"]
+    file: str
+    file_sha256: Sha256
+    examples: PositiveInt
+    inputs: PositiveInt = Field(description="what the model was run on: long contexts give several")
+    cut: NonNegativeInt = Field(description="examples of which the end was cut off")
+    longest_tokens: PositiveInt = Field(description="length of the longest input")
+    mean_tokens: PositiveInt = Field(description="mean length of an input; FLOPs and latency are for it")
+    compute_dtype: str
+    kernel: str = Field(description="what ran the low-bit layers")
+
+
+class TaskScore(Document):
+    """How well a model does the task of its head, by the metrics of that task, and beside the dense model.
+
+    Which intervals and tests: :mod:`compress.task_score`.
+    """
+
+    accuracy: Figure | None = Field(None, description="share of right labels, of texts or of words")
+    macro_f1: Figure | None = Field(None, description="of words: mean F1 of the labels that occur")
+    exact_match: Figure | None = Field(None, description="share of right answers, normalised as in SQuAD")
+    f1: Figure | None = Field(None, description="mean overlap of answers, normalised as in SQuAD")
+    agreement: Figure = Field(description="share of predictions equal to the dense model's")
+    gained: NonNegativeInt = Field(description="examples wholly right that the dense model gets wrong")
+    lost: NonNegativeInt = Field(description="examples wrong that the dense model gets wholly right")
+    mcnemar_p: Figure | None = Field(None, description="two-sided exact p for gained against lost")
+    flops: Figure = Field(description="of one input of mean length")
+
+
 class Measurement(Document):
     """Speed and memory of a model alone in a fresh process, batch size 1."""
 
@@ -182,6 +219,14 @@ class Measurement(Document):
     device: str = Field(description="name of the processor or GPU")
     kernel: str
     storage_dtype: str = Field(description="dtypes of the weights as held in memory, largest share first")
+
+    @property
+    def latency(self) -> Figure:
+        """Seconds of one forward pass over ``prefill_tokens``."""
+        rate = self.prefill
+        low, high = (None if end is None else self.prefill_tokens / end for end in (rate.high, rate.low))
+        value = self.prefill_tokens / rate.value
+        return Figure(value=value, low=low, high=high, unit="seconds", spread=rate.spread)
 
     @property
     def peak_memory(self) -> Figure:
@@ -215,7 +260,11 @@ class Cost(Document):
 
 
 class Scorecard(Document):
-    """One evaluation of one model. ``protocol`` and ``fidelity`` are absent where no text was scored."""
+    """One evaluation of one model.
+
+    ``protocol`` and ``fidelity`` are absent where no text was scored, ``task_protocol`` and ``task`` where no
+    labelled file was.
+    """
 
     schema_version: Literal[1] = 1
     model: ModelIdentity
@@ -223,14 +272,18 @@ class Scorecard(Document):
     loads_with: str | None = Field(None, description="the software that can load the model")
     protocol: Protocol | None = None
     fidelity: Fidelity | None = None
+    task_protocol: TaskProtocol | None = None
+    task: TaskScore | None = None
     cost: Cost
     when: AwareDatetime
     versions: dict[str, str]
 
     @model_validator(mode="after")
-    def _fidelity_has_its_protocol(self) -> Self:
+    def _scores_have_their_protocols(self) -> Self:
         if (self.protocol is None) != (self.fidelity is None):
             raise ValueError("fidelity and protocol come together")
+        if (self.task_protocol is None) != (self.task is None):
+            raise ValueError("task and task_protocol come together")
         return self
 
     @property

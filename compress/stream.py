@@ -23,116 +23,19 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from compress.activations import Activations
 from compress.anatomy import Anatomy
 from compress.calibration.windows import Windows
 from compress.checkpoint import Checkpoint, Draft, write_tensors
-from compress.errors import BadInput, CompressError
-from compress.files import fsync, write_atomically
-from compress.modeling import Weights, check_finite, config_of, first, skeleton
+from compress.errors import BadInput
+from compress.files import write_atomically
+from compress.modeling import Weights, check_finite, config_of, first, longest_input, skeleton
 
 Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], None]
 """Called with a submodule's input [B, S, in], its output [B, S, out], the mask of real tokens [B, S] and the
 number of the first window."""
 
 BATCH_TOKENS = 4096
-MEMORY_LIMIT = 1 << 30
-
-
-class Activations:
-    """float32 tensor [N, S, D] written and read in slices of windows.
-
-    Up to ``memory_limit`` bytes it is held in memory, above that in a file. Two files change roles: one is
-    read, and is the last state made durable; the other is written. So between two saves every window may be
-    written once. What is written before anything was saved or restored goes into a third file, because a
-    resumed run writes it again while one of the two holds the state to go back to.
-
-    Args:
-        shape: [N, S, D].
-        file: where the files go, without it everything stays in memory and cannot be saved.
-        memory_limit: bytes, MEMORY_LIMIT if not given.
-    """
-
-    def __init__(
-        self, shape: tuple[int, int, int], file: Path | None, memory_limit: int | None = None
-    ) -> None:
-        self.shape = shape
-        limit = MEMORY_LIMIT if memory_limit is None else memory_limit
-        self.spilled = file is not None and 4 * shape[0] * shape[1] * shape[2] > limit
-        self._memory = None if self.spilled else torch.zeros(shape, dtype=torch.float32)
-        self._changed = True
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            self._slots = [file.with_name(f"{file.name}.{slot}") for slot in (0, 1)]
-            self._begin = self._source = self._target = file.with_name(f"{file.name}.begin")
-
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """A copy of the windows ``start`` to ``stop``: [stop - start, S, D]."""
-        if not self.spilled:
-            return self._memory[start:stop].clone()
-        values = torch.empty((stop - start, *self.shape[1:]), dtype=torch.float32)
-        _read_into(values, self._source, start * values[0].nbytes)
-        return values
-
-    def write(self, start: int, values: torch.Tensor) -> None:
-        """Set the windows from ``start`` on; if they are in a file, `read` sees them after `flip`."""
-        self._changed = True
-        if not self.spilled:
-            self._memory[start : start + len(values)] = values
-            return
-        self._target.touch()
-        with self._target.open("r+b") as file:
-            file.seek(start * values[0].nbytes)
-            file.write(_bytes(values.detach().float().cpu().contiguous()))
-
-    def flip(self) -> None:
-        """What was written is what is read from now on."""
-        if self.spilled:
-            self._turn(self._target)
-
-    def save(self) -> str:
-        """Make the values durable; the name of the file that holds them, for `restore`."""
-        if self._changed:
-            if not self.spilled:
-                self._target.write_bytes(_bytes(self._memory))
-                self._turn(self._target)
-            if self._source.exists():
-                fsync(self._source)
-            if self._source == self._slots[1]:  # so what was saved before is in the other one
-                self._begin.unlink(missing_ok=True)
-            self._changed = False
-        return self._source.name
-
-    def restore(self, name: str) -> None:
-        """Go back to what `save` made durable.
-
-        Raises:
-            CompressError: the file is cut short or gone.
-        """
-        self._turn(self._source.with_name(name))
-        if self._source != self._begin:
-            self._begin.unlink(missing_ok=True)
-        if not self.spilled:
-            _read_into(self._memory, self._source, 0)
-            self._changed = False
-
-    def _turn(self, source: Path) -> None:
-        self._source = source
-        self._target = self._slots[1] if source == self._slots[0] else self._slots[0]
-
-
-def _read_into(values: torch.Tensor, path: Path, offset: int) -> None:
-    try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            found = file.readinto(_bytes(values))
-    except FileNotFoundError:
-        found = 0
-    if found != values.nbytes:
-        raise CompressError(f"The activations in '{path}' are cut short or gone; start over with --fresh.")
-
-
-def _bytes(values: torch.Tensor) -> memoryview:
-    return memoryview(values.numpy()).cast("B")
 
 
 @dataclass
@@ -175,36 +78,44 @@ class Stream:
         return first(layer.module(hidden.to(self.device), *args, **kwargs))
 
     @torch.no_grad()
-    def advance(self, layer: Layer, observe: Mapping[str, Observer] | None = None) -> None:
+    def advance(
+        self,
+        layer: Layer,
+        observe: Mapping[str, Observer] | None = None,
+        into: Activations | None = None,
+    ) -> None:
         """hidden := layer(hidden), showing the observed submodules' inputs and outputs on the way.
 
         Args:
             layer: the layer in memory, changed or not.
             observe: path inside the layer ("" is the layer itself) -> observer.
+            into: where the output goes; without it, it takes the place of ``hidden``.
 
         Raises:
             CompressError: the layer puts out NaN or infinite values.
         """
-        for start, output in self._outputs(layer, observe or {}):
-            self.hidden.write(start, output)
-        self.hidden.flip()
-
-    @torch.no_grad()
-    def observe(self, layer: Layer, observe: Mapping[str, Observer]) -> None:
-        """As `advance`, but the hidden states stay before the layer."""
-        for _ in self._outputs(layer, observe):
-            pass
-
-    def _outputs(self, layer: Layer, observe: Mapping[str, Observer]) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first window, layer(hidden)) of each batch, while the observers look on."""
+        target = self.hidden if into is None else into
         for start, hidden, mask in self.batches():
-            with ExitStack() as stack:
-                for path, observer in observe.items():
-                    module = layer.module.get_submodule(path)
-                    stack.enter_context(_hook(module, observer, mask.to(self.device), start))
+            with _hooks(layer, observe or {}, mask.to(self.device), start):
                 output = self.call(layer, start, hidden)
             check_finite(output, f"Layer {layer.name}")
-            yield start, output
+            target.write(start, output)
+        target.flip()
+
+    @torch.no_grad()
+    def look(self, layer: Layer, observe: Mapping[str, Observer]) -> None:
+        """Show what `advance` would, and leave ``hidden`` as it is."""
+        for start, hidden, mask in self.batches():
+            with _hooks(layer, observe, mask.to(self.device), start):
+                self.call(layer, start, hidden)
+
+
+@contextmanager
+def _hooks(layer: Layer, observe: Mapping[str, Observer], mask: torch.Tensor, start: int) -> Iterator[None]:
+    with ExitStack() as stack:
+        for path, observer in observe.items():
+            stack.enter_context(_hook(layer.module.get_submodule(path), observer, mask, start))
+        yield
 
 
 @contextmanager
@@ -349,12 +260,21 @@ class StreamedModel:
             windows: token ids [N, S] and mask.
             folder: hidden states above the memory limit go into files there.
             batch_tokens: tokens in a batch; results do not depend on it beyond rounding.
+
+        Raises:
+            BadInput: token ids beyond the vocabulary, or windows longer than the model's table of positions.
         """
         if int(windows.tokens.max()) >= self.config.vocab_size:
             raise BadInput(
                 "The text has token ids outside the model's vocabulary; the tokenizer is another model's."
             )
         count, length = windows.tokens.shape
+        # Tables beside that of the tokens hold positions. Rotary ones are computed, and know no end.
+        if len(self.anatomy.embeddings) > 1 and length > (longest := longest_input(self.model)):
+            raise BadInput(
+                f"The model has positions for {longest} tokens, and the windows are {length} long; use a "
+                "smaller seqlen (calibration) or context (evaluation)."
+            )
         batch_size = max(1, batch_tokens // length)
         stream = None
         padded = not bool(windows.mask.all())
@@ -363,7 +283,9 @@ class StreamedModel:
             for start in range(0, count, batch_size):
                 tokens = windows.tokens[start : start + batch_size].to(self.device)
                 mask = windows.mask[start : start + batch_size].to(self.device) if padded else None
-                hidden, calls = self._embed(tokens, mask)
+                types = windows.token_types
+                types = None if types is None else types[start : start + batch_size].to(self.device)
+                hidden, calls = self._embed(tokens, mask, types)
                 if stream is None:
                     store = Activations((count, length, hidden.shape[-1]), folder and folder / "hidden")
                     stream = Stream(windows, store, batch_size, self.device)
@@ -373,7 +295,9 @@ class StreamedModel:
         stream.hidden.flip()
         return stream
 
-    def _embed(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, list[Any]]:
+    def _embed(
+        self, tokens: torch.Tensor, mask: torch.Tensor | None, types: torch.Tensor | None
+    ) -> tuple[torch.Tensor, list[Any]]:
         calls: list[Any] = []
         hidden: list[torch.Tensor] = []
 
@@ -383,27 +307,27 @@ class StreamedModel:
             return given
 
         with self._stand_ins(self._layers, record):
-            self.model.base_model(tokens, attention_mask=mask, **self._no_cache)
+            given = self._no_cache if types is None else {"token_type_ids": types}  # of encoders only
+            self.model.base_model(tokens, attention_mask=mask, **given)
         return hidden[0], calls
 
     @contextmanager
-    def head(self) -> Iterator[Callable[[torch.Tensor], Any]]:
-        """``with model.head() as head``: hidden states [B, S, D] after the last layer -> the model's output
-        (``.logits`` [B, S, V] for a causal model), computed by everything behind the layers."""
+    def head(self) -> Iterator[Head]:
+        """``with model.head() as head``: everything behind the layers in memory."""
         with self._outside(skip_embedding=True):
+            yield Head(self)
 
-            @torch.no_grad()
-            def head(hidden: torch.Tensor) -> Any:
-                def replay(*_: Any, **__: Any) -> torch.Tensor:
-                    return hidden.to(self.device)
+    def _behind(self, model: nn.Module, hidden: torch.Tensor) -> Any:
+        """The output of ``model``, this one or its base model, with ``hidden`` behind the last layer."""
 
-                width = self.model.get_input_embeddings().embedding_dim
-                dummy = torch.zeros((*hidden.shape[:2], width), device=self.device)
-                # One stand-in for all layers puts the real hidden states in the place of the dummy.
-                with self._stand_ins(self._layers[:1], replay):
-                    return self.model(inputs_embeds=dummy, **self._no_cache)
+        def replay(*_: Any, **__: Any) -> torch.Tensor:
+            return hidden.to(self.device)
 
-            yield head
+        width = self.model.get_input_embeddings().embedding_dim
+        dummy = torch.zeros((*hidden.shape[:2], width), device=self.device)
+        # One stand-in for all layers puts the real hidden states in the place of the dummy.
+        with self._stand_ins(self._layers[:1], replay):
+            return model(inputs_embeds=dummy, **self._no_cache)
 
     @property
     def _no_cache(self) -> dict[str, Any]:
@@ -441,6 +365,28 @@ class StreamedModel:
             yield
         finally:
             setattr(self._parent, self._leaf, nn.ModuleList())
+
+
+class Head:
+    """Everything behind the layers of a model, in memory as long as `StreamedModel.head` is open."""
+
+    def __init__(self, model: StreamedModel) -> None:
+        self._model = model
+
+    def __call__(self, hidden: torch.Tensor) -> Any:
+        """Hidden states [B, S, D] after the last layer -> the model's output (``.logits`` [B, S, V] for a
+        causal model), which can be differentiated with respect to hidden states that ask for gradients."""
+        return self._model._behind(self._model.model, hidden)
+
+    @torch.no_grad()
+    def features(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, S, D] after the last layer -> what the projection to the vocabulary is given."""
+        return first(self._model._behind(self._model.model.base_model, hidden).to_tuple())
+
+    @property
+    def projection(self) -> nn.Module:
+        """The projection to the vocabulary; what models do with its output differs."""
+        return self._model.model.get_submodule(self._model.anatomy.head)
 
 
 @torch.no_grad()

@@ -26,9 +26,14 @@ class Workspace:
 
     It holds ``run.json`` (what makes an interrupted run the same run), a folder for each step, and at the end
     ``artefact``, which leaves by one rename; ``publishing`` says that this is about to happen.
+
+    Raises:
+        BadInput: ``output`` ends in no name (``/``, ``..``), so nothing can lie beside it.
     """
 
     def __init__(self, output: Path) -> None:
+        if output.name in ("", ".."):
+            raise BadInput(f"The output '{output}' does not end in a folder's name; use another -o.")
         self.output = output
         self.folder = output.with_name(f".{output.name}.partial")
 

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
+from compress.activations import Activations
 from compress.anatomy import sizes_of
 from compress.calibration.windows import Windows
 from compress.checkpoint import Draft
 from compress.errors import BadInput, CompressError
 from compress.method import Method, MethodOptions, Paper, StepReport
 from compress.pruning.depth import Cut, choose_cuts, plan_without_layers, remove_layers
-from compress.stream import Activations, Layer, Stream, StreamedModel, next_token_loss
+from compress.stream import Layer, Stream, StreamedModel, next_token_loss
 
 if TYPE_CHECKING:
     from compress.plan import ModelShape

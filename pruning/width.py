@@ -12,17 +12,21 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import nn
 
 from compress.anatomy import Anatomy, LayerShape, anatomy_of, layer_shapes, set_weight, sizes_of, weight
 from compress.checkpoint import DTYPES, Draft, TensorInfo
-from compress.errors import BadInput
-from compress.modeling import mark_pruned
+from compress.errors import BadInput, CompressError
+from compress.modeling import all_finite, mark_pruned
 from compress.plan import ModelShape
 from compress.pruned import put, reshape_layer, without
 from compress.stream import Layer, StreamedModel
+
+if TYPE_CHECKING:
+    from compress.run import Run
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ def channels_of_groups(anatomy: Anatomy, config: Any, index: int) -> torch.Tenso
         int64 [num_key_value_heads, heads in a group * head_dim].
     """
     shape, head_dim = layer_shapes(config)[index], sizes_of(config).head_dim
-    return torch.arange(shape.num_attention_heads * head_dim).view(shape.num_key_value_heads, -1)
+    groups = shape.num_key_value_heads
+    return torch.arange(shape.num_attention_heads * head_dim).view(groups, -1 if groups else 0)
 
 
 def narrow(model: StreamedModel, layer: Layer, kept: Kept) -> None:
@@ -84,13 +89,18 @@ def narrow(model: StreamedModel, layer: Layer, kept: Kept) -> None:
                 chosen = chosen.sort().values  # head by head, as they lie in the fused projection
             narrowed[path] = (matrix[chosen], None if bias is None else bias[chosen])
 
-    module = copy.deepcopy(layer.module)
+    module = shallow_copy(layer.module)
     # A bias that an earlier pruning added is there already, so no biases to add.
     after = _shape_entry(anatomy, config, layer.index, kept, biases=[])
     reshape_layer(module, pruned_parts(anatomy, config), after)
     layer.module, layer.linears = module, anatomy.linears(module)
     for path, linear in layer.linears.items():
         set_weight(linear, *narrowed[path])
+
+
+def shallow_copy(module: nn.Module) -> nn.Module:
+    """A copy whose modules are its own and whose parameters are shared, until they are replaced."""
+    return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
 
 
 @contextmanager
@@ -107,7 +117,7 @@ def write_layer(draft: Draft, model: StreamedModel, layer: Layer) -> None:
     """Write what a narrowed layer has changed into the draft, in the dtypes it was stored in.
 
     Raises:
-        BadInput: as `Draft.write`.
+        CompressError: a value is not finite in the dtype it is stored in.
     """
     parameters = dict(layer.module.named_parameters())
     for name in _owned(model.anatomy):
@@ -124,8 +134,21 @@ def write_layer(draft: Draft, model: StreamedModel, layer: Layer) -> None:
             else:
                 dtype = model.checkpoint.tensors[stored].dtype
             new = new.detach().to(DTYPES[dtype])
+            if not all_finite(new):
+                raise CompressError(
+                    f"'{stored}' came out too large or not a number; use more calibration windows, or no "
+                    "compensation."
+                )
             if stored not in model.checkpoint or not _equal(model.checkpoint.read(stored), new):
                 draft.write({stored: new})
+
+
+def prune(model: StreamedModel, kept: Sequence[Kept], run: Run) -> None:
+    """Narrow every layer and write the model: for methods that leave the weights that stay as they are."""
+    for layer in model.walk(run.journal("pruning"), label="pruning"):
+        narrow(model, layer, kept[layer.index])
+        write_layer(run.draft, model, layer)
+    finish(run.draft, model, kept)
 
 
 def finish(draft: Draft, model: StreamedModel, kept: Sequence[Kept]) -> None:
@@ -147,7 +170,7 @@ def finish(draft: Draft, model: StreamedModel, kept: Sequence[Kept]) -> None:
         )
     draft.config = _config(before, kept, biases)
     after = ModelShape(draft.config, draft.tensors, draft.folder)
-    for name, old in _head_of_its_class(before, after).items():
+    for name, old in head_of_its_class(before, after).items():
         draft.alias(name, old)
         draft.drop(old)
     for name, info in _tensors(before, after).items():
@@ -289,12 +312,12 @@ def _tensors(before: ModelShape, after: ModelShape) -> dict[str, TensorInfo]:
                 elif path in before.anatomy.linear_paths:
                     old = tensors.get(name) or tensors[f"{prefix}.{path}.weight"]
                     tensors[name] = TensorInfo(old.dtype, tuple(new.shape))
-    for name, old_name in _head_of_its_class(before, after).items():
+    for name, old_name in head_of_its_class(before, after).items():
         tensors[name] = tensors.pop(old_name)
     return tensors
 
 
-def _head_of_its_class(before: ModelShape, after: ModelShape) -> dict[str, str]:
+def head_of_its_class(before: ModelShape, after: ModelShape) -> dict[str, str]:
     """New name -> old name of the head, if transformers knows the old one only for the plain architecture."""
     old, new = before.anatomy.head, anatomy_of(before.pretrained_config).head
     named = "pruned" in after.config and old is not None and f"{old}.weight" in before.tensors

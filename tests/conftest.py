@@ -1,6 +1,63 @@
-"""Settings that hold for every test."""
+"""Settings that hold for every test, and tiny models that several files of tests need."""
+
+from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
 
 # As the command line does: spinning threads lose whole time slices on a shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+WORDS = (
+    *("the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "red", "blue", "who", "where"),
+    *(".", ",", "?", "un", "##happi", "##ness"),
+)
+
+
+@pytest.fixture
+def tiny_encoder(tmp_path: Path) -> Callable[..., Path]:
+    """Writes an encoder with random weights that matter, and a WordPiece tokenizer that knows ``WORDS``.
+
+    It is called with the name of a transformers class, and settings of its config.
+    """
+    import torch
+    import transformers as hf
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    def make(architecture: str, name: str = "model", seed: int = 0, **settings: Any) -> Path:
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        core = Tokenizer(
+            models.WordPiece({word: i for i, word in enumerate([*special, *WORDS])}, unk_token="[UNK]")
+        )
+        core.normalizer = normalizers.Lowercase()
+        core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        core.post_processor = processors.TemplateProcessing(
+            single="[CLS]:0 $A:0 [SEP]:0",
+            pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+            special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+        )
+        tokenizer = hf.PreTrainedTokenizerFast(
+            tokenizer_object=core,
+            **dict(
+                zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True)
+            ),
+        )
+        cls = getattr(hf, architecture)
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+        if cls.config_class is hf.DistilBertConfig:
+            sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48}
+        sizes |= {"vocab_size": len(WORDS) + 5, "max_position_embeddings": 40, "pad_token_id": 0}
+        config = cls.config_class(**sizes | settings, architectures=[architecture])
+        torch.manual_seed(seed)
+        model = cls._from_config(config)
+        for parameter in model.parameters():
+            parameter.data += 0.3 * torch.randn(parameter.shape)
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return make

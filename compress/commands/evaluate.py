@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import rich_click as click
+from click.core import ParameterSource
 
 from compress.commands.common import (
     check_file,
@@ -21,6 +22,11 @@ from compress.commands.common import (
 @click.option("--baseline", help="The dense model to compare with. [default: MODEL itself]")
 @click.option(
     "--suite", type=click.Choice(["quick"]), default="quick", show_default=True, help="What to measure."
+)
+@click.option(
+    "--task-file",
+    metavar="FILE",
+    help="Labelled examples (.jsonl) to score an encoder with a task head on, in place of text.",
 )
 @click.option(
     "--text", default="bundled:evaluation", show_default=True, help="Text to score; as for calibration."
@@ -49,6 +55,7 @@ def evaluate(
     model: str | None,
     baseline: str | None,
     suite: str,
+    task_file: str | None,
     text: str,
     context: int,
     windows: int,
@@ -56,6 +63,9 @@ def evaluate(
     device: str,
 ) -> None:
     """Measure MODEL: perplexity, divergence from the dense model, bytes, memory, speed.
+
+    With --task-file: accuracy or F1, agreement with the dense model, FLOPs and latency instead of what text
+    tells.
 
     If compress-model wrote MODEL, the result is also kept in its compression.json.
     """
@@ -72,10 +82,16 @@ def evaluate(
         raise click.UsageError("Missing argument 'MODEL'.")
     if json_file not in (None, "-"):
         check_file(Path(json_file))
+    given = click.get_current_context().get_parameter_source
+    if task_file is not None:
+        for name in ("text", "context", "windows"):
+            if given(name) is ParameterSource.COMMANDLINE:
+                raise BadInput(f"With --task-file no text is scored; leave out --{name}.")
     with progress_shown() as progress:
         scorecards = evaluate_folder(
             model,
             baseline=baseline,
+            task_file=task_file,
             text=text,
             context=context,
             limit=windows,

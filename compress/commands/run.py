@@ -83,8 +83,10 @@ def execute_and_tell(
 
             wanted = recipe.evaluate
             evaluate_folder(
-                str(output),
+                str(output.absolute()),  # a folder may be called "demo"
                 baseline=recipe.model,
+                task_file=wanted.task_file,
+                baseline_revision=recipe.revision,
                 text=wanted.text,
                 context=wanted.context,
                 limit=wanted.windows,

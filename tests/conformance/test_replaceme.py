@@ -15,6 +15,7 @@ import torch
 import transformers
 from pydantic import ValidationError
 
+from compress.activations import Activations
 from compress.calibration.windows import Windows
 from compress.checkpoint import Checkpoint, Draft, write_weights
 from compress.errors import BadInput, CompressError
@@ -24,7 +25,7 @@ from compress.pruning.depth import Cut
 from compress.pruning.replaceme import ReplaceMe, Samples, least_squares, merge
 from compress.reload import streamed_logits
 from compress.run import Run
-from compress.stream import Activations, Stream, StreamedModel
+from compress.stream import Stream, StreamedModel
 
 VOCAB, HIDDEN, LAYERS = 48, 16, 6
 LENGTHS = (16, 16, 11, 7, 16, 5, 16, 13, 9, 16, 2, 16)

@@ -30,9 +30,13 @@ from compress.artefact import read_lineage
 from compress.cli import COMMANDS, main
 from compress.commands.common import make_table, stdout
 from compress.method import Method, MethodOptions, Paper, StepReport
+from compress.models import ModelSource, find_model
+from compress.registry import METHODS
 from compress.scorecard import Scorecard
 
 RTN = ["--method", "rtn", "--group-size", "32"]
+FLAP = ["--method", "flap", "--ratio", "0.2"]
+FEW_TOKENS = ["--nsamples", "1", "--seqlen", "32"]
 REPLACEME = ["--method", "replaceme", "--layers", "1", "--nsamples", "4", "--seqlen", "32", "--epochs", "1"]
 SCORING = ["--context", "64", "--windows", "2"]
 
@@ -144,6 +148,7 @@ def assert_one_sentence(ended: Ended, code: int, words: str) -> None:
     assert ended.err.count("\n") == 1, ended.err
     assert ended.err.startswith("Error: ")
     assert ended.err.rstrip().endswith((".", "?"))
+    assert not ended.err.rstrip().endswith("?.")
     assert words in ended.err
 
 
@@ -211,6 +216,7 @@ def test_help_of_a_method_lists_its_options_and_defaults(command: Command, monke
     for option in ("--layers", "--epochs", "--exact/--no-exact", "[cosine|least-squares|none]", "--nsamples"):
         assert option in shown
     assert "--layers" not in command("prune", "--help").out
+    assert "--order-from" in command("prune", "MODEL", "--method", "blockpruner", "--help").out
 
 
 def test_completion(command: Command, monkeypatch):
@@ -325,6 +331,13 @@ def stored_bytes(folder: Path) -> int:
             {"method": "replaceme", "layers": 1, "epochs": 1},
             {"method": "rtn", "bits": 3, "group_size": 32, "ignore": ["model.layers.0.*"]},
         ],
+        [{"method": "flap", "ratio": 0.3, "structure": "UL-MM", "compensate": "bias"}],
+        [
+            {"method": "flap", "ratio": 0.3, "shape": "uniform", "width_multiple": 16},
+            {"method": "rtn", "group_size": 16},
+        ],
+        [{"method": "wanda-sp", "ratio": 0.2}],
+        [{"method": "magnitude", "ratio": 0.2}],
     ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -355,6 +368,22 @@ def test_inspect_tells_what_a_folder_is(command: Command, tiny: Path, quantized:
     shown = command("inspect", tmp_path / "pruned").out
     assert "num_hidden_layers 3" in shown
     assert "  replaceme (layers=1" in shown
+
+
+def test_an_order_of_removal_is_used_again(command: Command, tiny: Path, tmp_path: Path):
+    search = ["prune", tiny, "--method", "blockpruner", "--nsamples", "2", "--seqlen", "16", "-q"]
+    whole, fewer = tmp_path / "whole", tmp_path / "fewer"
+    assert command(*search, "--blocks", "3", "-o", whole).code == 0
+    assert command(*search, "--blocks", "1", "--order-from", whole, "-o", fewer).code == 0
+    long, short = (read_lineage(folder).steps[0] for folder in (whole, fewer))
+    assert len(long.details["removed"]) == 3
+    assert short.details["removed"] == long.details["removed"][:1]
+    removed = long.details["removed"][0]
+    assert f"{removed['before']:.2f} before, {removed['perplexity']:.2f} after" in short.summary
+    assert read_lineage(fewer).reload.loaded_by == "transformers"
+    words = [*search, "--blocks", "1", "--mode", "mlp", "--order-from", whole, "-o", tmp_path / "x"]
+    assert_one_sentence(command(*words), 2, "was found with another mode; search again")
+    assert not (tmp_path / "x").exists()
 
 
 # --- what goes wrong
@@ -461,6 +490,9 @@ def test_a_model_without_tokenizer_can_be_rounded_but_not_calibrated(command: Co
         (["quantize", "QUANTIZED", *RTN, "-o", "out"], "already quantized"),
         (["prune", "QUANTIZED", *REPLACEME, "-o", "out"], "packed layers cannot be pruned"),
         (["quantize", "TINY", *RTN, "-o", "in use"], "in use' is not empty; use --overwrite"),
+        (["quantize", "TINY", *RTN, "-o", "in use", "--overwrite"], "other things than a model"),
+        (["quantize", "TINY", *RTN, "-o", "/", "--overwrite"], "'/' does not end in a folder's name"),
+        (["quantize", "TINY", *RTN, "-o", "in use/.."], "does not end in a folder's name"),
         (["quantize", "TINY", *RTN, "-o", "a file"], "a file' is not a folder"),
         (["quantize", "TINY", *RTN, "-o", "a file/out"], "a file' is not a folder"),
         (["prune", "TINY", "--method", "replaceme", "-o", "out"], "Missing option '--layers'"),
@@ -477,6 +509,19 @@ def test_a_model_without_tokenizer_can_be_rounded_but_not_calibrated(command: Co
         (["prune", "TINY", *REPLACEME, "--calibration", "no.txt", "-o", "out"], "There is no file no.txt"),
         (["prune", "TINY", *REPLACEME, "--calibration", "bundle", "-o", "out"], "did you mean 'bundled'"),
         (["prune", "TINY", *REPLACEME, "--chat-template", "-o", "out"], "has no chat template"),
+        (["prune", "TINY", "--method", "flap", "-o", "out"], "Missing option '--ratio'"),
+        (["prune", "TINY", *FLAP, "--ratio", "1.5", "-o", "out"], "ratio: Input should be less than 1"),
+        (["prune", "TINY", *FLAP, "--ratio", "0.98", "-o", "out"], "A ratio of 0.98 leaves too little"),
+        (
+            ["prune", "TINY", *FLAP, "--shape", "uniform", "--structure", "AL-AM", "-o", "out"],
+            "which shape uniform excludes",
+        ),
+        (
+            ["prune", "TINY", *FLAP, "--compensate", "least-squares", *FEW_TOKENS, "-o", "out"],
+            "at least 96 calibration tokens",
+        ),
+        (["prune", "QUANTIZED", *FLAP, "-o", "out"], "packed layers cannot be pruned"),
+        (["prune", "QUANTIZED", "--method", "magnitude", "--ratio", "0.1", "-o", "out"], "packed layers"),
         (["run", "int4", "-m", "TINY", "--set", "steps.0.bts=3", "-o", "out"], "did you mean 'bits'"),
         (["plan", "TINY", "int4", "--set", "steps.0.bits"], "is not a setting"),
         (["evaluate"], "Missing argument 'MODEL'"),
@@ -575,6 +620,37 @@ def test_dense_against_dense_is_no_difference(command: Command, tiny: Path, copy
     assert same["fidelity"]["perplexity"] == dense["fidelity"]["perplexity"]
     assert len(command("evaluate", copy, *SCORING, "--json").document) == 1
     assert not (copy / "compression.json").exists()
+
+
+def test_an_evaluation_that_cannot_be_kept_is_shown(
+    command: Command, quantized: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "compression.json")
+
+    monkeypatch.setattr(compress.evaluate, "measure", lambda *_, **__: None)
+    monkeypatch.setattr(compress.evaluate, "add_evaluations", refuse)
+    ended = command("evaluate", quantized, "--baseline", tiny, *SCORING, "-q", "--json")
+    assert ended.code == 0
+    assert len(ended.document) == 2
+    assert ended.err == f"The evaluation is not kept in '{quantized}' (Read-only file system).\n"
+
+
+def test_a_run_evaluates_its_own_result_against_the_revision_it_began_with(
+    command: Command, tiny: Path, tmp_path: Path, monkeypatch
+):
+    found = []
+    monkeypatch.setattr("compress.run.find_model", lambda *_: ModelSource("us/tiny", "abc", tiny))
+    monkeypatch.setattr(
+        "compress.evaluate.evaluate_folder", lambda *args, **kwargs: found.append((args, kwargs))
+    )
+    (tmp_path / "recipe.yaml").write_text("{model: us/tiny, revision: abc, steps: [], evaluate: {}}")
+    monkeypatch.chdir(tmp_path)
+    assert command("run", "recipe.yaml", "-o", "demo").code == 0
+    (((model,), options),) = found
+    assert Path(model) == tmp_path / "demo"
+    assert find_model(model).folder == tmp_path / "demo"  # and not the demo model
+    assert (options["baseline"], options["baseline_revision"]) == ("us/tiny", "abc")
 
 
 def test_an_evaluation_is_kept_and_shown(command: Command, tiny: Path, quantized: Path, tmp_path: Path):
@@ -679,7 +755,8 @@ def test_a_broken_method_of_a_third_party_harms_no_other(
     assert ended.code == 0
     assert sentence in ended.err
     assert ended.err.count("\n") == 1
-    assert {found["name"] for found in ended.document} == {"halve", "replaceme", "rtn"}
+    ours = {name for family in METHODS.values() for name in family}
+    assert {found["name"] for found in ended.document} == {"halve", *ours}
     assert_one_sentence(command("methods", "broken"), 1, sentence)
     assert_one_sentence(command("prune", "m", "--method", "broken"), 1, sentence)
     assert command("methods", "rtn", "--json").document[0]["family"] == "quantization"  # ours stays ours

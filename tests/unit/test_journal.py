@@ -8,9 +8,10 @@ import pytest
 import torch
 import transformers
 
+from compress.activations import Activations
 from compress.calibration.windows import Windows
 from compress.checkpoint import Checkpoint
-from compress.stream import Activations, Journal, StreamedModel
+from compress.stream import Journal, StreamedModel
 
 
 @pytest.mark.parametrize("memory_limit", [0, 1 << 20], ids=["spilled", "in memory"])

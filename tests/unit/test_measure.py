@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -123,7 +125,7 @@ def test_decode_is_greedy_and_uses_the_cache():
 
     def watch(_module, _arguments, inputs: dict) -> None:
         seen.append(inputs["input_ids"])
-        cache = inputs.get("past_key_values")
+        cache = inputs.get("cache", inputs.get("past_key_values"))  # 5.24 of transformers renamed it
         cached.append(0 if cache is None else cache.get_seq_length())
 
     model.register_forward_pre_hook(watch, with_kwargs=True)
@@ -137,6 +139,16 @@ def test_decode_is_greedy_and_uses_the_cache():
         found[:, :32], do_sample=False, max_new_tokens=6, pad_token_id=0, eos_token_id=None
     )
     assert found.tolist() == expected.tolist()
+
+
+def test_decode_uses_nothing_that_transformers_warns_of(caplog: pytest.LogCaptureFixture, monkeypatch):
+    transformers.logging.warning_once.cache_clear()
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with torch.inference_mode(), warnings.catch_warnings(record=True) as warned, caplog.at_level("WARNING"):
+        warnings.simplefilter("always")
+        module.time_decode(tiny_llama(), torch.device("cpu"), 6, repetitions=1)
+    assert [str(warning.message) for warning in warned] == []
+    assert caplog.messages == []
 
 
 def test_prefill_computes_the_head_for_the_last_position_only():

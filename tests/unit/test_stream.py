@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,19 @@ import transformers as hf
 from torch import Tensor
 
 import compress
+from compress import activations
 from compress import stream as module
+from compress.activations import Activations
 from compress.anatomy import ROWS, anatomy_of, model_class
+from compress.anatomy import weight as anatomy_weight
+from compress.backward import Tape
 from compress.calibration.windows import Windows
 from compress.checkpoint import Checkpoint, Draft
 from compress.errors import BadInput, CompressError
+from compress.modeling import longest_input
 from compress.quantization.formats import FORMATS
 from compress.quantization.quantizer import quantize_weight
-from compress.stream import Activations, Journal, StreamedModel, next_token_loss
+from compress.stream import Journal, StreamedModel, next_token_loss
 
 LAYERS = 3
 SIZE = {"hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "vocab_size": 60}
@@ -157,6 +163,15 @@ def test_layers_and_logits_are_those_of_the_plain_forward(
             assert torch.equal(found["logits"] if "logits" in found else found[0], logits)
 
 
+@pytest.mark.parametrize("case", ["llama, tied", "gemma3_text", "gpt2", "gpt_neox", "opt", "opt, post-norm"])
+def test_features_are_what_the_projection_is_given(subject_of: Callable[[str], Subject], case: str):
+    model = StreamedModel(Checkpoint.open(subject_of(case).folder))
+    hidden = torch.randn(2, 5, SIZE["hidden_size"], generator=torch.Generator().manual_seed(0))
+    with model.head() as head:
+        features = head.features(hidden)
+        assert torch.equal(head.projection(features), head(hidden).logits)
+
+
 @pytest.mark.parametrize("case", ["llama", "gemma3_text", "opt", "mpnet"])
 def test_batch_size_changes_nothing_but_rounding(subject_of: Callable[[str], Subject], case: str):
     model, windows = StreamedModel(Checkpoint.open(subject_of(case).folder)), make_windows(padded=True)
@@ -238,7 +253,7 @@ def test_tied_head_is_not_read_twice(subject_of: Callable[[str], Subject]):
 
 @pytest.fixture(params=[1 << 30, 0], ids=["memory", "files"])
 def limit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(module, "MEMORY_LIMIT", request.param)
+    monkeypatch.setattr(activations, "MEMORY_LIMIT", request.param)
     return request.param
 
 
@@ -293,7 +308,7 @@ def test_spilled_is_bitwise_the_same(
     model, windows = StreamedModel(Checkpoint.open(subject_of(case).folder)), make_windows(padded=True)
     found = []
     for memory_limit in (1 << 30, 0):
-        monkeypatch.setattr(module, "MEMORY_LIMIT", memory_limit)
+        monkeypatch.setattr(activations, "MEMORY_LIMIT", memory_limit)
         stream = model.stream(windows, tmp_path, batch_tokens=18)
         assert stream.hidden.spilled == (memory_limit == 0)
         states = [everything(stream)]
@@ -320,7 +335,13 @@ def test_observers_see_inputs_outputs_and_masks(llama: Subject):
     before = everything(stream)
     with model.layer(0) as layer:
         assert tuple(layer.linears) == llama.anatomy.linear_paths
-        stream.advance(layer, observe={"": look(""), "mlp.down_proj": look("mlp.down_proj")})
+        observers = {"": look(""), "mlp.down_proj": look("mlp.down_proj")}
+        stream.look(layer, observers)
+        assert torch.equal(everything(stream), before)
+        shown, seen[:] = list(seen), []
+        stream.advance(layer, observe=observers)
+        for one, other in zip(shown, seen, strict=True):
+            assert all(a == b if isinstance(a, str | int) else torch.equal(a, b) for a, b in zip(one, other))
         weight, bias = layer.linears["mlp.down_proj"].weight, layer.linears["mlp.down_proj"].bias
         for path, inputs, outputs, mask, start in seen:
             rows = slice(start, start + len(inputs))
@@ -350,6 +371,22 @@ def test_a_changed_layer_changes_the_stream(llama: Subject):
             stream.advance(layer)
         ends.append(everything(stream))
     assert not torch.allclose(*ends)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_windows_longer_than_a_table_of_positions_are_refused(
+    subject_of: Callable[[str], Subject], case: str
+):
+    subject = subject_of(case)
+    model = module.StreamedModel(Checkpoint.open(subject.folder))
+    longest = longest_input(subject.model)
+    learned = any("position" in name or "wpe" in name for name, _ in subject.model.named_parameters())
+    assert model.stream(make_windows(1, longest)).hidden.shape[1] == longest
+    if learned:
+        with pytest.raises(BadInput, match=f"positions for {longest} tokens"):
+            model.stream(make_windows(1, longest + 1))
+    else:
+        assert model.stream(make_windows(1, longest + 1)).hidden.shape[1] == longest + 1
 
 
 def test_what_cannot_be_streamed_is_refused(llama: Subject, tmp_path: Path):
@@ -516,3 +553,146 @@ def test_packed_models_stream_as_they_load(llama: Subject, tmp_path: Path, form:
         with model.head() as head:
             assert torch.equal(head(stream.hidden.read(0, 5)).logits, wanted)
     assert not torch.allclose(dense, wanted, atol=1e-3)
+
+
+# The way back
+
+
+def channel_masks(layer: module.Layer, count: int) -> Any:
+    """Ones that multiply the inputs of a layer's last linear, one row for each window."""
+
+    @contextmanager
+    def put() -> Iterator[dict[str, Tensor]]:
+        linear = list(layer.linears.values())[-1]
+        mask = torch.ones(count, 1, anatomy_weight(linear).shape[1], requires_grad=True)
+
+        def multiply(_: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
+            (given,) = inputs
+            return ((given.view(count, -1, given.shape[-1]) * mask).view(given.shape),)
+
+        handle = linear.register_forward_pre_hook(multiply)
+        try:
+            yield {"mask": mask}
+        finally:
+            handle.remove()
+
+    return put()
+
+
+@contextmanager
+def last_weight(layer: module.Layer, count: int) -> Iterator[dict[str, Tensor]]:
+    """The weight of a layer's last linear."""
+    weight = list(layer.linears.values())[-1].weight.requires_grad_()
+    yield {"weight": weight}
+    weight.requires_grad_(False)
+
+
+def loss_of(windows: Windows) -> Callable[[Any, int], Tensor]:
+    """Squares of the first output at real tokens with random coefficients that belong to the window."""
+
+    def loss(output: Any, start: int) -> Tensor:
+        values = output["logits"] if "logits" in output else output[0]
+        total = values.new_zeros(())
+        for row, value in enumerate(values):
+            generator = torch.Generator().manual_seed(start + row)
+            if value.ndim > 1:
+                value = value[windows.mask[start + row]]
+            total = total + (torch.randn(value.shape, generator=generator) * value.square()).sum()
+        return total
+
+    return loss
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_autograd(
+    subject_of: Callable[[str], Subject],
+    case: str,
+    padded: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """With respect to the embeddings, to masks that each belong to one window, and to shared weights."""
+    subject, windows = subject_of(case), make_windows(padded=padded)
+    loss = loss_of(windows)
+
+    # The whole model at once.
+    masks = [
+        channel_masks(module.Layer(i, "", each, subject.anatomy.linears(each)), 5)
+        for i, each in enumerate(subject.layers)
+    ]
+    embedded: list[Tensor] = []
+
+    def keep(_: Any, inputs: tuple[Tensor, ...], kwargs: Any) -> Any:
+        embedded.append(inputs[0].detach().requires_grad_())
+        return (embedded[0], *inputs[1:]), kwargs
+
+    with ExitStack() as stack:
+        stack.callback(subject.layers[0].register_forward_pre_hook(keep, with_kwargs=True).remove)
+        leaves = [stack.enter_context(mask)["mask"] for mask in masks]
+        weights = [list(subject.anatomy.linears(each).values())[-1].weight for each in subject.layers]
+        options = {"use_cache": False} if subject.anatomy.kind == "decoder" else {}
+        output = subject.model(windows.tokens, attention_mask=windows.mask if padded else None, **options)
+        value = loss(output, 0)
+        wanted = torch.autograd.grad(value, [*embedded, *leaves, *weights])
+    by_mask, by_weight = wanted[1 : LAYERS + 1], wanted[LAYERS + 1 :]
+
+    monkeypatch.setattr(activations, "MEMORY_LIMIT", 0 if padded else 1 << 30)
+    model = StreamedModel(Checkpoint.open(subject.folder))
+    stream = model.stream(windows, tmp_path, batch_tokens=18)
+    before = everything(stream)
+    tape = Tape(model, stream, tmp_path)
+    tape.forward()
+    found = tape.differentiate(loss)
+    assert found == pytest.approx(value.item(), rel=1e-4)
+    rows: dict[int, list[Tensor]] = {index: [] for index in range(LAYERS)}
+    tape.backward(channel_masks, lambda layer, _, given: rows[layer.index].append(given["mask"]))
+    gradient = tape.gradient.read(0, 5)
+    assert close(gradient[windows.mask], wanted[0][windows.mask])
+    for index, wanted_mask in enumerate(by_mask):
+        assert close(torch.cat(rows[index]), wanted_mask), index
+
+    tape.differentiate(loss)
+    sums = [torch.zeros_like(weight) for weight in weights]
+    tape.backward(last_weight, lambda layer, _, given: sums[layer.index].add_(given["weight"]))
+    for index, wanted_weight in enumerate(by_weight):
+        assert close(sums[index], wanted_weight), index
+    assert torch.equal(everything(stream), before)
+
+
+def close(found: Tensor, wanted: Tensor) -> bool:
+    """Within 1e-4 of the largest value."""
+    assert wanted.abs().max() > 0
+    return torch.allclose(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_way_back_from_a_changed_layer(llama: Subject, tmp_path: Path):
+    """Only what is behind the stream is walked, with the layer that is in memory as it is now."""
+    windows = make_windows(padded=True)
+    model = StreamedModel(Checkpoint.open(llama.folder))
+    found = {}
+    for scale in (1.0, 3.0):
+        stream = model.stream(windows, batch_tokens=18)
+        for layer in model.walk(None, stream, stop=2):
+            if layer.index == 1:
+                layer.linears["mlp.down_proj"].weight.data *= scale
+                tape = Tape(model, stream, tmp_path, held=layer)
+                seen: list[int] = []
+                tape.forward(observe=lambda each, seen=seen: seen.append(each.index) or {})
+                found[scale] = tape.differentiate(loss_of(windows))
+                tape.backward(channel_masks, lambda each, start, _, seen=seen: seen.append(each.index))
+                assert seen == [1, 2, 2, 2, 2, 1, 1, 1]
+                assert layer.linears["mlp.down_proj"].weight.device.type == "cpu"
+            stream.advance(layer)
+    assert found[1.0] != pytest.approx(found[3.0], rel=1e-3)
+
+
+def test_a_tape_keeps_to_one_memory_limit(llama: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = StreamedModel(Checkpoint.open(llama.folder))
+    stream = model.stream(make_windows(), tmp_path)
+    size = 5 * 9 * 32 * 4
+    for limit, spilled in ((4 * size, False), (4 * size - 1, True)):
+        monkeypatch.setattr(activations, "MEMORY_LIMIT", limit)
+        tape = Tape(model, stream, tmp_path)
+        held = [*(tape.states[index] for index in range(1, LAYERS + 1)), tape.gradient]
+        assert [each.spilled for each in held] == [spilled] * 4

@@ -19,7 +19,7 @@ from compress.anatomy import anatomy_of, layer_shapes, model_class, set_weight, 
 from compress.artefact import write_model
 from compress.calibration.windows import Windows
 from compress.checkpoint import Checkpoint, Draft
-from compress.errors import BadInput
+from compress.errors import BadInput, CompressError
 from compress.plan import ModelShape, make_plan
 from compress.pruning.width import (
     Kept,
@@ -330,6 +330,29 @@ def test_layers_leave_a_model_whose_layers_differ(tmp_path: Path) -> None:
         layer_shapes(shape.pretrained_config)[index] for index in (0, 2, 3)
     ]
     assert planned.parameters < shape.parameters
+
+
+def test_what_is_too_large_for_its_dtype_is_not_written(tmp_path: Path) -> None:
+    folder = save("llama", tmp_path / "dense")
+    checkpoint = Checkpoint.open(folder, dtype="F16")
+    model = StreamedModel(checkpoint)
+    with model.layer(0) as layer:
+        down = layer.linears[model.anatomy.down]
+        set_weight(down, weight(down) * 1e7)
+        with pytest.raises(CompressError, match="too large or not a number"):
+            write_layer(Draft(checkpoint, tmp_path / "draft"), model, layer)
+
+
+def test_narrowing_leaves_the_whole_layer_as_it_is(tmp_path: Path) -> None:
+    model = StreamedModel(Checkpoint.open(save("llama", tmp_path / "dense")))
+    with model.layer(0) as layer:
+        whole = layer.module
+        before = {name: parameter.clone() for name, parameter in whole.named_parameters()}
+        narrow(model, layer, every_other(model.config)[0])
+        for linear in layer.linears.values():
+            set_weight(linear, weight(linear) + 1)
+        assert layer.module is not whole
+        assert all(torch.equal(parameter, before[name]) for name, parameter in whole.named_parameters())
 
 
 @pytest.mark.parametrize(

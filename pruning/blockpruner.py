@@ -1,0 +1,285 @@
+"""BlockPruner (Findings of ACL 2025): attention and MLP blocks are taken out one by one, by perplexity."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise, takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self
+
+import torch
+from pydantic import Field, PositiveInt, model_validator
+from scipy.stats import t as student
+
+from compress.artefact import LINEAGE, read_lineage
+from compress.calibration.windows import Windows
+from compress.errors import BadInput, CompressError
+from compress.fidelity import LN_LARGEST
+from compress.method import Method, MethodOptions, Paper, StepReport
+from compress.plan import ModelShape
+from compress.pruning.block_losses import BlockLosses, predicted
+from compress.pruning.blocks import (
+    PARTS,
+    Block,
+    block_parameters,
+    layer_parameters,
+    plan_without_blocks,
+    remove_blocks,
+)
+from compress.stream import StreamedModel
+
+if TYPE_CHECKING:
+    from compress.run import Run
+
+FIRST_WINDOWS = 4  # a race begins on so many windows, and doubles them
+
+
+class Removal(NamedTuple):
+    """A block in the order of removal."""
+
+    layer: int
+    part: Literal["attention", "mlp"]
+    perplexity: float  # without it, on all calibration windows
+    before: float  # with it
+    evaluated: int  # pairs of block and window that went through the model to choose it
+    pairs: int  # of so many
+
+    @property
+    def block(self) -> Block:
+        return Block(self.layer, self.part)
+
+
+class BlockPruner(Method):
+    """Take out the blocks (attention or MLP, with its norms) that a model misses least, one after the other.
+
+    With R the blocks removed so far (none at the beginning), until the target is reached (section 3):
+
+    1. For every block b that is left, PPL(b) = exp(mean over windows of the mean token loss) of the model
+       without R and b.
+    2. b* = argmin PPL(b), and R = R + {b*}.
+
+    ``cost: parameters`` takes the argmin of (ln PPL(b) - ln PPL(R)) / parameters of b instead: perplexity per
+    block, as published, takes the small blocks first. ``search: racing`` drops a block from a round once it
+    is behind the best one on a growing random part of the windows, by Student's bound on the mean of the
+    paired differences; ``confidence`` is for all comparisons of a round together (Bonferroni). What is left
+    goes through all windows, so the perplexities in the result are those on all of them.
+
+    Losses are those of float32 logits, with sums in float64, of real tokens only; block_losses.py says how
+    they are found fast. The last attention block is never taken: without one, tokens do not see each other.
+
+    Results are nested: the first n removals are the result for n blocks. ``order_from`` takes them from an
+    earlier result, so a smaller target needs no search, and a larger one goes on where that one ended.
+    """
+
+    name = "blockpruner"
+    family = "pruning"
+    paper = Paper("BlockPruner: Fine-grained Pruning for Large Language Models", "2406.10594")
+
+    class Options(MethodOptions):
+        blocks: PositiveInt | None = Field(None, description="how many blocks to remove")
+        keep_ratio: float | None = Field(
+            None,
+            gt=0,
+            lt=1,
+            description="remove blocks until at most this share of the parameters of all layers is left "
+            "(embeddings, final norm and head do not count)",
+        )
+        max_perplexity: float | None = Field(
+            None,
+            gt=1,
+            description="remove blocks as long as the perplexity on the calibration windows is at most this",
+        )
+        mode: Literal["mix", "attention", "mlp"] = Field("mix", description="which blocks may go")
+        cost: Literal["blocks", "parameters"] = Field(
+            "blocks",
+            description="take the least perplexity per block, as published, or the least rise of its "
+            "logarithm per parameter",
+        )
+        search: Literal["exact", "racing"] = Field(
+            "exact", description="racing: drop blocks early that are behind on a part of the windows"
+        )
+        confidence: float = Field(
+            0.95, gt=0, lt=1, description="that a round of racing drops no block that would have won"
+        )
+        order_from: Path | None = Field(
+            None,
+            description="folder of an earlier result for the same model and windows, whose order of removal "
+            "is used as far as it goes",
+        )
+
+        @model_validator(mode="after")
+        def _one_target(self) -> Self:
+            targets = (self.blocks, self.keep_ratio, self.max_perplexity)
+            if sum(target is not None for target in targets) != 1:
+                raise ValueError("give exactly one of blocks, keep_ratio and max_perplexity")
+            return self
+
+    def plan(self, shape: ModelShape, options: Options) -> ModelShape:
+        """Which blocks go is not known before; here the smallest ones do. So with ``blocks`` no larger model
+        can come out, and with ``keep_ratio`` one whose size differs by a block at most; ``max_perplexity`` is
+        planned as if nothing went."""
+        if shape.anatomy.kind != "decoder" or shape.anatomy.head is None:
+            raise BadInput(
+                "BlockPruner searches by the loss of the next token, which this "
+                f"{shape.anatomy.model_type} model does not predict; use a causal language model."
+            )
+        sizes, total = block_parameters(shape), layer_parameters(shape)
+        removed: list[Block] = []
+        while options.max_perplexity is None and not _reached(removed, sizes, total, options):
+            left = _candidates(removed, sizes, options)
+            if not left:
+                which = "blocks" if options.mode == "mix" else f"{options.mode} blocks"
+                raise BadInput(
+                    f"BlockPruner can take at most {len(removed)} {which} out of this model, which leaves "
+                    f"{_kept(removed, sizes, total):.1%} of its layers' parameters."
+                )
+            removed.append(min(left, key=lambda block: sizes[block]))
+        return plan_without_blocks(shape, removed)
+
+    def apply(self, model: StreamedModel, options: Options, run: Run) -> StepReport:
+        shape = ModelShape.of(model.checkpoint)
+        sizes, total = block_parameters(shape), layer_parameters(shape)
+        windows = run.calibration.select(predicted(run.calibration).any(1))
+        if not len(windows):
+            raise BadInput("The calibration windows hold no token to predict; give longer ones.")
+        limit = options.max_perplexity or math.inf
+        earlier = _earlier(options, model, run.calibration)
+        journal = run.journal("search")
+        journal.restore([])
+        done = journal.state.get("removals", torch.empty(0)).tolist()
+        removals = [Removal(int(row[0]), PARTS[int(row[1])], *row[2:4], *map(int, row[4:])) for row in done]
+        following: Removal | None = None
+        while not _reached(removed := [removal.block for removal in removals], sizes, total, options):
+            left = _candidates(removed, sizes, options)
+            if not left:
+                break
+            if len(removals) < len(earlier):
+                following = earlier[len(removals)]
+            else:
+                costs = {block: sizes[block] / total if options.cost == "parameters" else 1 for block in left}
+                label = f"choosing block {len(removals) + 1} to remove"
+                losses = BlockLosses(model, windows, removed, costs, run.folder / "search", label)
+                following = self.search(losses, options, run)
+            if following.perplexity > limit:
+                break
+            removals.append(following)
+            rows = [(layer, PARTS.index(part), *others) for layer, part, *others in removals]
+            journal.state["removals"] = torch.tensor(rows, dtype=torch.float64)
+            journal.commit(len(removals), [])
+        if following is not None and not removals and following.before > limit:
+            raise BadInput(
+                f"The perplexity on the calibration windows is {following.before:.2f} before anything is "
+                "removed; give a larger max_perplexity."
+            )
+        remove_blocks(run.draft, removed)
+        kept = [_kept(removed[: count + 1], sizes, total) for count in range(len(removed))]
+        details = {
+            "model_sha256": model.checkpoint.sha256,
+            "calibration_sha256": run.calibration.sha256,
+            "windows": len(windows),
+            "removed": [
+                {**removal._asdict(), "kept": share} for removal, share in zip(removals, kept, strict=True)
+            ],
+        }
+        return StepReport(_summary(removals, kept, len(windows)), details)
+
+    def search(self, losses: BlockLosses, options: Options, run: Run) -> Removal:
+        """One round of the search: the block to remove next."""
+        count = losses.loss.shape[1]
+        rows, alive = torch.arange(count), list(range(len(losses.blocks)))
+        if options.search == "racing":
+            rows = torch.randperm(count, generator=run.generator())
+        stages = _stages(count) if options.search == "racing" else [count]
+        for start, stop in pairwise([0, *stages]):
+            losses.measure(alive, rows[start:stop], rows[:start])
+            if stop < count:
+                comparisons = (len(stages) - 1) * (len(losses.blocks) - 1)
+                alive = contenders(losses, alive, rows[:stop], (1 - options.confidence) / max(comparisons, 1))
+        best = losses.best(alive, rows)
+        before, after = float(losses.current.mean()), float(losses.loss[best].mean())
+        if not max(before, after) < LN_LARGEST:
+            raise CompressError(
+                f"Without one more block the model has a loss of {after:.0f} nats per token at best: it is "
+                "broken, or overflows; remove fewer blocks."
+            )
+        return Removal(
+            *losses.blocks[best], math.exp(after), math.exp(before), losses.evaluated, losses.loss.numel()
+        )
+
+
+def contenders(losses: BlockLosses, alive: list[int], seen: torch.Tensor, error: float) -> list[int]:
+    """The blocks that may still be best on all windows, judged by those ``seen`` so far.
+
+    A block is out if the mean of its differences to the best one, window by window, is above zero by
+    Student's one-sided bound at level ``error``, with the variance of a sample without replacement.
+    """
+    best = losses.best(alive, seen)
+    rises = losses.rises(alive, seen)
+    differences = rises - rises[alive.index(best)]
+    share_unseen = 1 - len(seen) / losses.loss.shape[1]
+    spread = differences.std(1) * math.sqrt(share_unseen / len(seen))
+    lower = differences.mean(1) - float(student.isf(error, len(seen) - 1)) * spread
+    return [block for block, bound in zip(alive, lower.tolist(), strict=True) if block == best or bound <= 0]
+
+
+def _stages(count: int) -> list[int]:
+    """How many windows a race has seen at the end of each stage: every one doubles them."""
+    return [*takewhile(lambda seen: seen < count, (FIRST_WINDOWS << n for n in itertools.count())), count]
+
+
+def _candidates(
+    removed: Sequence[Block], sizes: Mapping[Block, int], options: BlockPruner.Options
+) -> list[Block]:
+    """The blocks that may go next, in the order of the data flow."""
+    left = [block for block in sizes if block not in removed]
+    last = sum(block.part == "attention" for block in left) == 1
+    parts = PARTS if options.mode == "mix" else (options.mode,)
+    return [block for block in left if block.part in parts and not (last and block.part == "attention")]
+
+
+def _reached(
+    removed: Sequence[Block], sizes: Mapping[Block, int], total: int, options: BlockPruner.Options
+) -> bool:
+    if options.blocks is not None:
+        return len(removed) >= options.blocks
+    return options.keep_ratio is not None and _kept(removed, sizes, total) <= options.keep_ratio
+
+
+def _kept(removed: Sequence[Block], sizes: Mapping[Block, int], total: int) -> float:
+    """The share of all layers' parameters that is left."""
+    return 1 - sum(sizes[block] for block in removed) / total
+
+
+def _earlier(options: BlockPruner.Options, model: StreamedModel, windows: Windows) -> list[Removal]:
+    """The removals of the result that ``order_from`` names."""
+    if options.order_from is None:
+        return []
+    path = options.order_from
+    lineage = read_lineage(path.parent if path.name == LINEAGE else path)
+    steps = [step for step in (lineage.steps if lineage else []) if step.method == BlockPruner.name]
+    if not steps:
+        raise BadInput(f"'{path}' is no result of BlockPruner, so there is no order to take from it.")
+    found = steps[-1]
+    same = {
+        "model": found.details["model_sha256"] == model.checkpoint.sha256,
+        "calibration": found.details["calibration_sha256"] == windows.sha256,
+    } | {key: found.options[key] == getattr(options, key) for key in ("mode", "cost", "search", "confidence")}
+    if different := [key for key, equal in same.items() if not equal]:
+        raise BadInput(
+            f"The order of removal in '{path}' was found with another {' and '.join(different)}; search "
+            "again, without order_from."
+        )
+    return [Removal(**{key: removal[key] for key in Removal._fields}) for removal in found.details["removed"]]
+
+
+def _summary(removals: Sequence[Removal], kept: Sequence[float], windows: int) -> str:
+    if not removals:
+        return "removed nothing: without any one block the perplexity would be above max_perplexity."
+    counts = [sum(removal.part == part for removal in removals) for part in PARTS]
+    return (
+        f"removed {counts[0]} attention and {counts[1]} MLP blocks, {1 - kept[-1]:.1%} of the layers' "
+        f"parameters; perplexity on the {windows} calibration windows: {removals[0].before:.2f} before, "
+        f"{removals[-1].perplexity:.2f} after."
+    )

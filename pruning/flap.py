@@ -1,0 +1,299 @@
+"""FLAP (AAAI 2024): heads and neurons that fluctuate least are pruned, and what stays makes up for them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, Self
+
+import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from torch import nn
+
+from compress.anatomy import set_weight, weight
+from compress.calibration.moments import Moments, Products
+from compress.errors import BadInput
+from compress.method import Method, MethodOptions, Paper, StepReport
+from compress.plan import ModelShape
+from compress.pruning.allocation import (
+    Scores,
+    Units,
+    Widths,
+    best,
+    check_ratio,
+    default_removed_groups,
+    even_widths,
+    floor_widths,
+    rank,
+    rank_apart,
+    removal,
+    spread_widths,
+    standardised,
+    units_of,
+)
+from compress.pruning.channels import (
+    Metric,
+    channel_statistics,
+    channels_of,
+    pruned_inputs,
+    unit_scores,
+    watch,
+)
+from compress.pruning.width import Kept, finish, narrow, plan_widths, shallow_copy, skipped, write_layer
+
+if TYPE_CHECKING:
+    from compress.run import Run
+    from compress.stream import Layer, Stream, StreamedModel
+
+
+class Flap(Method):
+    """Prune heads and MLP neurons by how much their outputs fluctuate over the calibration text.
+
+    With W [out, in] the weight of a block's output projection (of attention or MLP), and mu_j, v_j and n_j
+    the mean, variance and squared norm of its input channel j over all tokens of the dense model (section 3):
+
+    1. Metric of a channel. IFV: v_j. WIFV: v_j sum_o W_oj^2. WIFN: mean_o |W_oj| sqrt(n_j). The metrics of
+       attention channels are squared, as in the published code.
+    2. Standardise them over the channels of each block to mean 0 and standard deviation 1. A neuron has one
+       channel; the score of a key-value head is the mean over the channels of all its query heads.
+    3. Structure. AL-AM: one ranking of all heads and neurons, weighted by their cost in parameters. AL-MM:
+       one ranking of heads, of which a given number go, and one of neurons. UL-MM: the same in every layer.
+       UL-UM: in every layer floor(ratio * units) of its heads and of its neurons.
+    4. Compensate. bias: b <- b + sum over pruned j of mu_j W_:j, so that the mean of the block's output
+       stays. least-squares: W_k <- W_k + W_p S_pk (S_kk + lambda I)^-1 for the kept channels k and the pruned
+       ones p, which minimises the squared error of the block's output plus lambda |change of W_k|^2. S are
+       sums over tokens of products of channels, and lambda = ridge * mean diagonal of S_kk. Where the
+       projection has a bias, S is of deviations from the mean and the bias is fitted, too.
+
+    What the compensation sees is the dense model (``propagate: dense``), or what the layers pruned before
+    make of the text (``pruned``); its target is what the unpruned block makes of the same input.
+
+    Differences from the published code: variances are correct (its running mean is updated before it is
+    used) and of all tokens, padding excepted; grouped-query attention stays whole; costs are exact; something
+    stays in every layer. With few key-value heads UL-UM removes less than ``ratio``; the default for uniform
+    shapes is UL-MM, where neurons make up for what heads cannot.
+    """
+
+    name = "flap"
+    family = "pruning"
+    paper = Paper("Fluctuation-based Adaptive Structured Pruning for Large Language Models", "2312.11983")
+
+    class Options(MethodOptions):
+        ratio: float = Field(
+            ge=0, lt=1, description="share to remove of the parameters of all attention and MLP projections"
+        )
+        metric: Metric = Field("WIFV", description="what a channel is worth")
+        structure: Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM"] | None = Field(
+            None,
+            description="uniform (U) or adaptive (A) over layers (L) and modules (M), or modules by hand "
+            "(MM); AL-AM if not given, UL-MM for shape uniform",
+        )
+        shape: Literal["heterogeneous", "uniform"] = Field(
+            "heterogeneous",
+            description="uniform: all layers alike, as the plain architecture has them",
+        )
+        compensate: Literal["none", "bias", "least-squares"] = Field(
+            "bias", description="what makes up for the units that are gone"
+        )
+        propagate: Literal["dense", "pruned"] = Field(
+            "dense", description="whose activations the compensation is computed from"
+        )
+        ridge: NonNegativeFloat = Field(
+            0.1, description="how hard least-squares holds on to the weights, in shares of the mean square"
+        )
+        remove_heads: NonNegativeInt | None = Field(
+            None,
+            description="key-value heads, with their query heads, to remove from all layers together (UL-MM, "
+            "AL-MM); the same share as of the parameters if not given",
+        )
+        width_multiple: PositiveInt = Field(
+            1, description="what the neurons left in a layer are a multiple of"
+        )
+
+        @model_validator(mode="after")
+        def _consistent(self) -> Self:
+            if self.shape == "uniform" and self.chosen_structure.startswith("AL"):
+                raise ValueError(
+                    f"structure {self.structure} gives layers different widths, which shape uniform "
+                    "excludes; use UL-UM or UL-MM"
+                )
+            if self.remove_heads is not None and self.chosen_structure not in ("UL-MM", "AL-MM"):
+                raise ValueError(f"remove_heads belongs to UL-MM and AL-MM, not to {self.chosen_structure}")
+            return self
+
+        @property
+        def chosen_structure(self) -> str:
+            """The structure, given or implied."""
+            return self.structure or ("AL-AM" if self.shape == "heterogeneous" else "UL-MM")
+
+    def plan(self, shape: ModelShape, options: Options) -> ModelShape:
+        units = units_of(shape)
+        check_ratio(units, options.ratio, options.width_multiple)
+        widths = structure_widths(units, options)
+        pairs = list(zip(units, widths, strict=True))
+        biased = []
+        if options.compensate == "bias":
+            if any(after.groups < before.groups for before, after in pairs):
+                biased.append(shape.anatomy.attention_output)
+            if any(after.neurons < before.neurons for before, after in pairs):
+                biased.append(shape.anatomy.down)
+        kept = [width.kept for width in widths]
+        return plan_widths(shape, kept, biased, uniform=options.shape == "uniform")
+
+    def apply(self, model: StreamedModel, options: Options, run: Run) -> StepReport:
+        shape = ModelShape.of(model.checkpoint)
+        if options.compensate == "least-squares":
+            _check_tokens(shape, run)
+        units = units_of(shape)
+        statistics = channel_statistics(model, options.metric, run)
+        scores = []
+        for index in range(model.num_layers):
+            attention, mlp = channels_of(model, index, statistics)
+            scores.append(unit_scores(model, index, standardised(attention.square()), standardised(mlp)))
+        kept = choose(scores, units, options)
+        self.prune(model, kept, statistics, options, run)
+        finish(run.draft, model, kept)
+        summary, details = removal(kept, units)
+        how = f"{options.chosen_structure}, {options.metric}, compensation: {options.compensate}"
+        details |= {"structure": options.chosen_structure, "tokens": run.calibration.num_tokens}
+        return StepReport(f"{summary} ({how}).", details)
+
+    def prune(
+        self,
+        model: StreamedModel,
+        kept: list[Kept],
+        statistics: dict[str, torch.Tensor],
+        options: Options,
+        run: Run,
+    ) -> None:
+        """Narrow every layer to what is kept, make up for the rest, and write it to the draft."""
+        streams = []
+        if options.compensate == "least-squares" or (
+            options.compensate == "bias" and options.propagate == "pruned"
+        ):
+            streams.append(model.stream(run.calibration, run.folder / "pruning"))
+        for layer in model.walk(run.journal("pruning"), *streams, label="pruning"):
+            layer.module = shallow_copy(layer.module)
+            layer.linears = model.anatomy.linears(layer.module)
+            pruned = pruned_inputs(model, layer, kept[layer.index])
+            if options.compensate == "bias" and options.propagate == "dense":
+                for path, columns in pruned.items():
+                    add_bias(layer.linears[path], columns, statistics[f"{layer.index}.{path}.mean"])
+            elif options.compensate != "none":
+                self.compensate(model, layer, pruned, streams[0], options)
+            narrow(model, layer, kept[layer.index])
+            if streams and options.propagate == "pruned":
+                streams[0].advance(layer)
+            write_layer(run.draft, model, layer)
+
+    def compensate(
+        self,
+        model: StreamedModel,
+        layer: Layer,
+        pruned: dict[str, torch.Tensor],
+        stream: Stream,
+        options: Options,
+    ) -> None:
+        """Correct the output projections, which keep their width, by what they see of the stream."""
+
+        def accumulator(path: str) -> Moments | Products:
+            linear, columns = layer.linears[path], pruned[path]
+            channels = weight(linear).shape[1]
+            if options.compensate == "bias":
+                return Moments(channels, model.device)
+            return Products(channels, columns, linear.bias is not None, model.device)
+
+        def correct(path: str, seen: Moments | Products) -> None:
+            if options.compensate == "bias":
+                add_bias(layer.linears[path], pruned[path], seen.mean)
+            else:
+                refit(layer.linears[path], seen, options.ridge)
+
+        if options.propagate == "dense":
+            seen = {path: accumulator(path) for path in pruned}
+            stream.advance(layer, observe={path: watch(seen[path]) for path in seen})
+            for path in seen:
+                correct(path, seen[path])
+            return
+        if (path := model.anatomy.attention_output) in pruned:
+            seen = accumulator(path)
+            with skipped(layer, model.anatomy, "mlp"):
+                stream.look(layer, {path: watch(seen)})
+            correct(path, seen)
+        if (path := model.anatomy.down) in pruned:  # whose input depends on what attention has become
+            seen = accumulator(path)
+            stream.look(layer, {path: watch(seen)})
+            correct(path, seen)
+
+
+def structure_widths(units: list[Units], options: Flap.Options) -> list[Widths]:
+    """How many units of every layer stay, for the adaptive structures a prediction."""
+    ratio, multiple, heads = options.ratio, options.width_multiple, options.remove_heads
+    match options.chosen_structure:
+        case "UL-UM":
+            return floor_widths(units, ratio, multiple)
+        case "UL-MM":
+            if heads is not None and heads % len(units):
+                raise BadInput(
+                    f"{heads} heads cannot be shared equally by {len(units)} layers; UL-MM removes as many "
+                    "from each."
+                )
+            return even_widths(units, ratio, multiple, heads and heads // len(units))
+        case _:
+            return spread_widths(units, ratio, multiple, heads)
+
+
+def choose(scores: list[Scores], units: list[Units], options: Flap.Options) -> list[Kept]:
+    """The units of every layer that stay."""
+    ratio, multiple, heads = options.ratio, options.width_multiple, options.remove_heads
+    match options.chosen_structure:
+        case "AL-AM":
+            return rank(scores, units, ratio, multiple)
+        case "AL-MM":
+            heads = default_removed_groups(units, ratio) if heads is None else heads
+            return rank_apart(scores, units, ratio, heads, multiple)
+        case _:
+            return best(scores, structure_widths(units, options))
+
+
+def add_bias(linear: nn.Module, stay: torch.Tensor, mean: torch.Tensor) -> None:
+    """b <- b + sum over pruned j of mean_j W_:j, and W_:j <- 0."""
+    matrix = weight(linear)
+    gone = torch.ones(matrix.shape[1], dtype=torch.bool, device=matrix.device)
+    gone[stay] = False
+    bias = matrix[:, gone].double() @ mean.to(matrix.device)[gone]
+    if linear.bias is not None:
+        bias += linear.bias
+    set_weight(linear, matrix.masked_fill(gone, 0), bias)
+
+
+def refit(linear: nn.Module, seen: Products, ridge: float) -> None:
+    """W_k <- W_k + W_p S_pk (S_kk + lambda I)^-1; where there is a bias, it keeps the mean; W_p <- 0.
+
+    Raises:
+        BadInput: the system is singular.
+    """
+    matrix, chosen = weight(linear), seen.chosen
+    diagonal = seen.among.diagonal()
+    diagonal += ridge * diagonal.mean()
+    factor, failed = torch.linalg.cholesky_ex(seen.among)
+    if failed:
+        raise BadInput(
+            "Some inputs of a projection are combinations of others on the calibration text, so least "
+            "squares has no single solution; use a larger ridge, or more and other text."
+        )
+    change = torch.cholesky_solve(seen.across @ matrix[:, ~chosen].double().T, factor).T
+    new = matrix.masked_fill(~chosen, 0).double()
+    new[:, chosen] += change
+    bias = linear.bias
+    if bias is not None:
+        bias = bias + (matrix.double() - new) @ seen.mean
+    set_weight(linear, new, bias)
+
+
+def _check_tokens(shape: ModelShape, run: Run) -> None:
+    outputs = (shape.anatomy.attention_output, shape.anatomy.down)
+    most = max(columns for name, (_, columns) in shape.linears().items() if name.endswith(outputs))
+    if (tokens := run.calibration.num_tokens) < most:
+        raise BadInput(
+            f"Least squares needs at least {most:,} calibration tokens for this model, better several times "
+            f"as many; there are {tokens:,}, so use more windows, or compensate: bias."
+        )

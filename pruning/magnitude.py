@@ -1,0 +1,105 @@
+"""Structured magnitude pruning: the baseline without data that every other method is measured against."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import Field, PositiveInt
+
+from compress.anatomy import weight
+from compress.method import Method, MethodOptions, Paper, StepReport
+from compress.plan import ModelShape
+from compress.pruning.allocation import (
+    Scores,
+    best,
+    check_ratio,
+    even_widths,
+    rank,
+    removal,
+    spread_widths,
+    standardised,
+    units_of,
+)
+from compress.pruning.width import channels_of_groups, plan_widths, prune
+
+if TYPE_CHECKING:
+    from compress.run import Run
+    from compress.stream import Layer, StreamedModel
+
+
+class Magnitude(Method):
+    """Prune the heads and MLP neurons with the smallest weights; no calibration.
+
+    The score of a unit (a key-value head with the query heads of its group, or a neuron) is the mean of w^2
+    over all its weights: rows of the query, key and value projections (of gate and up), columns of the output
+    projection. Being a mean, it ranks units of different sizes by what is lost per parameter removed.
+    """
+
+    name = "magnitude"
+    family = "pruning"
+    paper = Paper("Pruning Filters for Efficient ConvNets", "1608.08710")
+    needs_calibration = False
+
+    class Options(MethodOptions):
+        ratio: float = Field(
+            ge=0, lt=1, description="share to remove of the parameters of all attention and MLP projections"
+        )
+        allocation: Literal["per-layer", "global", "standardised"] = Field(
+            "per-layer",
+            description="the same share of every layer; one ranking of all units of all layers; or one of "
+            "scores standardised in each block",
+        )
+        width_multiple: PositiveInt = Field(
+            1, description="the neurons left in a layer are a multiple of this"
+        )
+
+    def plan(self, shape: ModelShape, options: Options) -> ModelShape:
+        units, multiple = units_of(shape), options.width_multiple
+        check_ratio(units, options.ratio, multiple)
+        widths_of = even_widths if options.allocation == "per-layer" else spread_widths
+        return plan_widths(shape, [width.kept for width in widths_of(units, options.ratio, multiple)])
+
+    def apply(self, model: StreamedModel, options: Options, run: Run) -> StepReport:
+        units, multiple = units_of(ModelShape.of(model.checkpoint)), options.width_multiple
+        journal = run.journal("scores")
+        for layer in model.walk(journal, label="scoring weights"):
+            for kind, values in mean_squares(model, layer)._asdict().items():
+                if options.allocation == "standardised":
+                    values = standardised(values)
+                journal.state[f"{layer.index}.{kind}"] = values.cpu()
+        scores = [
+            Scores(*(journal.state[f"{index}.{kind}"] for kind in Scores._fields))
+            for index in range(model.num_layers)
+        ]
+        if options.allocation == "per-layer":
+            kept = best(scores, even_widths(units, options.ratio, multiple))
+        else:
+            kept = rank(scores, units, options.ratio, multiple)
+        prune(model, kept, run)
+        summary, details = removal(kept, units)
+        return StepReport(f"{summary} (magnitude, {options.allocation}).", details)
+
+
+def mean_squares(model: StreamedModel, layer: Layer) -> Scores:
+    """The score of every unit of the layer."""
+    anatomy, config = model.anatomy, model.config
+    rows = anatomy.projection_rows(config, layer.index)
+    squares = {path: weight(linear).double().square() for path, linear in layer.linears.items()}
+
+    def score(output: str, channels: torch.Tensor, *roles: str) -> torch.Tensor:
+        if output not in squares:
+            return torch.zeros(0, dtype=torch.float64)
+        units = len(channels)
+        parts = [squares[output].T[channels.flatten()].reshape(units, -1)]
+        for role in roles:
+            if role in rows:
+                parts.append(squares[getattr(anatomy, role)][rows[role].flatten()].reshape(units, -1))
+        return torch.cat(parts, 1).mean(1)
+
+    neurons = torch.arange(len(rows["up"]))[:, None]
+    groups = channels_of_groups(anatomy, config, layer.index)
+    return Scores(
+        score(anatomy.attention_output, groups, "query", "key", "value"),
+        score(anatomy.down, neurons, "gate", "up"),
+    )

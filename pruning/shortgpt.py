@@ -1,0 +1,75 @@
+"""ShortGPT: the layers that change their input least are removed."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from pydantic import Field, PositiveInt
+
+from compress.errors import BadInput
+from compress.method import Method, MethodOptions, Paper, StepReport
+from compress.pruning.depth import plan_without_layers, remove_layers
+from compress.stream import StreamedModel
+
+if TYPE_CHECKING:
+    from compress.plan import ModelShape
+    from compress.run import Run
+
+
+class ShortGPT(Method):
+    """Remove the n layers of least block influence, all at once, and put nothing in their place.
+
+    With X_i the input of layer i and X_{i+1} its output (section 3), the block influence is
+
+        BI_i = 1 - mean over tokens t of cos(X_{i,t}, X_{i+1,t})
+
+    in float64, over the real tokens. The output of the last layer is taken before the final norm.
+    """
+
+    name = "shortgpt"
+    family = "pruning"
+    paper = Paper(
+        "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", "2403.03853"
+    )
+
+    class Options(MethodOptions):
+        layers: PositiveInt = Field(description="how many layers to remove")
+
+    def plan(self, shape: ModelShape, options: Options) -> ModelShape:
+        if options.layers >= shape.num_layers:
+            raise BadInput(
+                f"ShortGPT can remove at most {shape.num_layers - 1} of the model's {shape.num_layers} "
+                f"layers, not {options.layers}."
+            )
+        # Which ones is not known before; in a plain model all have the same size.
+        return plan_without_layers(shape, range(1, options.layers + 1))
+
+    def apply(self, model: StreamedModel, options: Options, run: Run) -> StepReport:
+        influence = self.block_influence(model, run)
+        order = torch.argsort(influence, stable=True).tolist()
+        removed = sorted(order[: options.layers])
+        remove_layers(run.draft, removed)
+        details = {
+            "block_influence": [round(value, 6) for value in influence.tolist()],
+            "removed": removed,
+            "tokens": run.calibration.num_tokens,
+        }
+        return StepReport(f"removed layers {', '.join(map(str, removed))}.", details)
+
+    def block_influence(self, model: StreamedModel, run: Run) -> torch.Tensor:
+        """BI of every layer: float64 [num_layers]."""
+        stream = model.stream(run.calibration, run.folder / "influence")
+        journal = run.journal("influence")
+        journal.state["similarity"] = torch.zeros(model.num_layers, dtype=torch.float64)
+        for layer in model.walk(journal, stream, label="measuring block influence"):
+            total = journal.state["similarity"][layer.index]
+            stream.advance(layer, observe={"": partial(_add_similarity, total)})
+        return 1 - journal.state["similarity"] / run.calibration.num_tokens
+
+
+def _add_similarity(
+    total: torch.Tensor, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor, _: int
+) -> None:
+    total += torch.cosine_similarity(before[mask].double(), after[mask].double(), dim=-1).sum().cpu()

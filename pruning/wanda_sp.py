@@ -1,0 +1,57 @@
+"""Wanda-sp: Wanda's score summed over heads and neurons, FLAP's baseline."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field, PositiveInt
+
+from compress.method import Method, MethodOptions, Paper, StepReport
+from compress.plan import ModelShape
+from compress.pruning.allocation import best, check_ratio, even_widths, removal, units_of
+from compress.pruning.channels import channel_statistics, channels_of, unit_scores
+from compress.pruning.width import plan_widths, prune
+
+if TYPE_CHECKING:
+    from compress.run import Run
+    from compress.stream import StreamedModel
+
+
+class WandaSp(Method):
+    """Prune in every layer the heads and MLP neurons whose weights times inputs are smallest.
+
+    Wanda's score of a weight is |W_oj| ||X_j||, with X_j the input channel j over all tokens. Its mean over
+    the outputs o of an output projection (of attention or MLP) is that of a channel, and over the channels of
+    a key-value head's query heads that of the head (section 4 of the FLAP paper). Every layer loses the same
+    share of its parameters, and nothing makes up for it.
+    """
+
+    name = "wanda-sp"
+    family = "pruning"
+    paper = Paper("A Simple and Effective Pruning Approach for Large Language Models", "2306.11695")
+
+    class Options(MethodOptions):
+        ratio: float = Field(
+            ge=0, lt=1, description="share to remove of the parameters of all attention and MLP projections"
+        )
+        width_multiple: PositiveInt = Field(
+            1, description="the neurons left in a layer are a multiple of this"
+        )
+
+    def plan(self, shape: ModelShape, options: Options) -> ModelShape:
+        units = units_of(shape)
+        check_ratio(units, options.ratio, options.width_multiple)
+        widths = even_widths(units, options.ratio, options.width_multiple)
+        return plan_widths(shape, [width.kept for width in widths])
+
+    def apply(self, model: StreamedModel, options: Options, run: Run) -> StepReport:
+        units = units_of(ModelShape.of(model.checkpoint))
+        statistics = channel_statistics(model, "WIFN", run)
+        scores = [
+            unit_scores(model, index, *channels_of(model, index, statistics))
+            for index in range(model.num_layers)
+        ]
+        kept = best(scores, even_widths(units, options.ratio, options.width_multiple))
+        prune(model, kept, run)
+        summary, details = removal(kept, units)
+        return StepReport(f"{summary} (Wanda-sp).", details)

@@ -80,9 +80,7 @@ class GPTQ(Method):
     ) -> None:
         """Measure the inputs of some linears, then round them in memory and into the draft."""
         hessians = [Hessian() for _ in groups]
-        stream.observe(
-            layer, {paths[0]: hessian.add for paths, hessian in zip(groups, hessians, strict=True)}
-        )
+        stream.look(layer, {paths[0]: hessian.add for paths, hessian in zip(groups, hessians, strict=True)})
         for paths, hessian in zip(groups, hessians, strict=True):
             stored = {path: model.weights.find(f"{layer.name}.{path}.weight") for path in paths}
             wanted = [path for path in paths if packing.wants(stored[path])]

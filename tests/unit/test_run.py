@@ -344,9 +344,13 @@ def test_occupied_outputs(house: House, commands: Commands, tmp_path: Path):
         command = commands.run("run", house.recipe, "-o", tmp_path / name)
         assert command.code == 2
         assert message in command.complaint
-    inside = commands.run("run", house.recipe, "-o", house.model.parent, "--overwrite")
-    assert inside.code == 2
-    assert "holds the model to compress" in inside.complaint
+    for output, message in (
+        (house.model.parent, "holds other things than a model"),
+        (house.model, "holds the model to compress"),
+    ):
+        inside = commands.run("run", house.recipe, "-o", output, "--overwrite")
+        assert inside.code == 2
+        assert message in inside.complaint
     assert (tmp_path / "used" / "precious.txt").read_text() == "mine"
     assert left_behind(tmp_path / "used") == ["file", "link"]
     assert left_behind(house.model) == ["recipe.yaml", "text.txt"]

@@ -42,7 +42,7 @@ class Anatomy:
 
     # Relative to the full model: projection to the vocabulary, None where the class has none.
     head: str | None
-    head_aliases: tuple[str, ...] = ()  # what checkpoint files may call it instead
+    head_aliases: tuple[str, ...] = ()  # what checkpoint files, or older classes, may call it instead
 
     # Relative to one layer. Paths that are equal are one fused linear.
     attention: str
@@ -324,13 +324,16 @@ def anatomy_of(config: PretrainedConfig) -> Anatomy:
     """
     row = _row(config)
     cls = model_class(config)
-    # A class with a vocabulary head says in this table what the head is tied to when it is tied.
-    head = row.head if f"{row.head}.weight" in (cls._tied_weights_keys or {}) else None
+    # A class with a vocabulary head says in this table what the head is tied to when it is tied. Its name may
+    # depend on the release of transformers (GPT-NeoX).
+    names = (row.head, *row.head_aliases)
+    head = next((name for name in names if f"{name}.weight" in (cls._tied_weights_keys or {})), None)
     return replace(
         row,
         **VARIANTS.get(row.model_type, lambda _: {})(config),
         prefix="" if cls is transformers.MODEL_MAPPING[type(config)] else cls.base_model_prefix,
         head=head,
+        head_aliases=tuple(name for name in names if name != head) if head else row.head_aliases,
         tied=head is not None and config.tie_word_embeddings,
     )
 

@@ -224,15 +224,16 @@ def test_completion(command: Command, monkeypatch):
     assert "complete -o nosort -F" in command().out
     monkeypatch.setenv("_COMPRESS_MODEL_COMPLETE", "bash_complete")
     for typed, offered in [
-        ("qu", "plain,quantize"),
-        ("quantize --me", "plain,--method"),
-        ("quantize m --method ", "plain,rtn"),
-        ("quantize m --method rtn --group", "plain,--group-size"),
-        ("quantize m --method nosuch --dev", "plain,--device"),
+        ("qu", ["quantize"]),
+        ("quantize --me", ["--method"]),
+        ("quantize m --method ", list(METHODS["quantization"])),
+        ("quantize m --method r", ["rtn"]),
+        ("quantize m --method rtn --group", ["--group-size"]),
+        ("quantize m --method nosuch --dev", ["--device"]),
     ]:
         monkeypatch.setenv("COMP_WORDS", f"compress-model {typed}")
         monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) + typed.endswith(" ")))
-        assert command().out.splitlines() == [offered], typed
+        assert command().out.splitlines() == [f"plain,{name}" for name in offered], typed
 
 
 # --- what is printed

@@ -226,25 +226,25 @@ def compare_streams(
     dense_hidden = _cached_dense(streamed, windows)
     same = dense.sha256 == model.sha256
     other = streamed if same else StreamedModel(model, device, progress)
-    hidden = dense_hidden if same else _last_hidden(other, windows, "scoring the model")
+    hidden = dense_hidden if same else last_hidden(other, windows, "scoring the model")
     accumulator = FidelityAccumulator(streamed.config.vocab_size)
     with streamed.head() as dense_head, nullcontext(dense_head) if same else other.head() as head:
         for index in range(len(windows)):
             accumulator.add(
-                _logits(dense_head, dense_hidden[index]),
-                _logits(head, hidden[index]),
+                logits_of(dense_head, dense_hidden[index]),
+                logits_of(head, hidden[index]),
                 windows.tokens[index],
                 windows.mask[index],
             )
     return accumulator
 
 
-def _logits(head: Callable[[torch.Tensor], Any], hidden: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
+def logits_of(head: Callable[[torch.Tensor], Any], hidden: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
     """The logits of some positions when they are asked for: those of a whole window can be gigabytes."""
     return lambda start, stop: head(hidden[None, start:stop]).logits[0].cpu()
 
 
-def _last_hidden(model: StreamedModel, windows: Windows, label: str) -> torch.Tensor:
+def last_hidden(model: StreamedModel, windows: Windows, label: str) -> torch.Tensor:
     stream: Stream = model.stream(windows)
     for layer in model.walk(None, stream, label=label):
         stream.advance(layer)
@@ -260,7 +260,7 @@ def _cached_dense(model: StreamedModel, windows: Windows) -> torch.Tensor:
     file = folder / f"{key[:32]}.safetensors"
     if file.exists():
         return load_file(file)["hidden"]
-    hidden = _last_hidden(model, windows, "scoring the dense model")
+    hidden = last_hidden(model, windows, "scoring the dense model")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("*.safetensors"):

@@ -281,7 +281,7 @@ def affordable(scores: Sequence[Tensor], flops: Sequence[int], budget: int) -> l
     return list(keep.split([len(each) for each in scores]))
 
 
-RIDGES = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+RIDGES = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
 
 class Fit:

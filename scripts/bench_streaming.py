@@ -4,7 +4,7 @@
 Writes a randomly initialised Llama (bfloat16, 4.5 GB by default) shard by shard, puts it through each recipe
 in a fresh process, and prints peak resident memory against the size of the weights.
 
-    python scripts/bench_streaming.py [--layers 26] [--recipes replaceme flap] [--limit-mb 2500]
+    python scripts/bench_streaming.py [--layers 26] [--recipes replaceme flap gptq] [--limit-mb 2500]
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ RECIPES: dict[str, tuple[int, list[dict[str, Any]]]] = {  # name -> (calibration
             {"method": "rtn", "bits": 4, "group_size": 128},
         ],
     ),
+    "flap": (8, [{"method": "flap", "ratio": 0.2}]),
     # As many windows as least squares needs on 6912 neurons.
-    "flap": (28, [{"method": "flap", "ratio": 0.2, "compensate": "least-squares"}]),
+    "flap-least-squares": (28, [{"method": "flap", "ratio": 0.2, "compensate": "least-squares"}]),
+    "gptq": (8, [{"method": "gptq", "bits": 4}]),
 }
 
 
@@ -120,15 +122,15 @@ def main() -> None:
     size = write_model(model, arguments.layers)
     print(f"random Llama: {arguments.layers} layers, {size / 1e6:,.0f} MB of bfloat16 weights", flush=True)
 
-    print(f"{'recipe':<12}{'step':<12}{'peak resident MB':>18}{'seconds':>10}")
+    print(f"{'recipe':<20}{'step':<12}{'peak resident MB':>18}{'seconds':>10}")
     peaks = []
     for name in arguments.recipes:
         peak, seconds, lineage = run_recipe(name, model, arguments.folder)
         peaks.append(peak)
         for step in lineage["steps"]:
             figures = f"{step['peak_memory_bytes'] / 1e6:>18,.0f}{step['seconds']:>10,.0f}"
-            print(f"{name:<12}{step['method']:<12}{figures}")
-        print(f"{name:<12}{'whole run':<12}{peak / 1e6:>18,.0f}{seconds:>10,.0f}", flush=True)
+            print(f"{name:<20}{step['method']:<12}{figures}")
+        print(f"{name:<20}{'whole run':<12}{peak / 1e6:>18,.0f}{seconds:>10,.0f}", flush=True)
         print(f"weights before / after {name} = {size / lineage['result']['bytes']:.2f}")
     print(f"peak resident memory / bytes of weights = {max(peaks) / size:.2f}")
     shutil.rmtree(arguments.folder)

@@ -1,7 +1,9 @@
 #!/usr/bin/env python
-"""Put real output into README.md, between its markers.
+"""Put real output into README.md, between its markers: of every benchmark whose output is there.
 
-scripts/quickstart && python scripts/bench_streaming.py | tee out/bench_streaming.txt
+scripts/quickstart
+python scripts/bench_pruning.py; python scripts/bench_kprune.py; python scripts/bench_quantization.py
+python scripts/bench_streaming.py | tee out/bench_streaming.txt
 python scripts/update_readme.py
 """
 
@@ -11,6 +13,13 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+OUTPUTS = {  # marker -> file below out/
+    "quickstart": "quickstart/comparison.md",
+    "bench_pruning": "bench-pruning/table.md",
+    "bench_kprune": "bench-kprune/table.md",
+    "bench_quantization": "bench-quantization/table.md",
+    "bench_streaming": "bench_streaming.txt",
+}
 
 
 def put(text: str, name: str, content: str) -> str:
@@ -22,16 +31,24 @@ def put(text: str, name: str, content: str) -> str:
     return changed
 
 
+def shown(file: Path) -> str:
+    """What the README shows of an output: Markdown as it is, plain text as a block of code."""
+    text = file.read_text(encoding="utf-8").strip()
+    if file.suffix == ".md":
+        return text
+    lines = [line for line in text.splitlines() if line and not line.startswith(("Error", "$"))]
+    return "\n".join(f"    {line}".rstrip() for line in lines)
+
+
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    table = (ROOT / "out" / "quickstart" / "comparison.md").read_text(encoding="utf-8").strip()
-    text = put(text, "quickstart", table)
-    lines = (ROOT / "out" / "bench_streaming.txt").read_text(encoding="utf-8").splitlines()
-    figures = "\n".join(
-        f"    {line}".rstrip() for line in lines if line and not line.startswith(("Error", "$"))
-    )
-    text = put(text, "bench_streaming", figures)
+    for name, output in OUTPUTS.items():
+        file = ROOT / "out" / output
+        if file.exists():
+            text = put(text, name, shown(file))
+        else:
+            print(f"{name}: left as it is, {file} is not there")
     readme.write_text(text, encoding="utf-8")
 
 

@@ -1,0 +1,355 @@
+#!/usr/bin/env python
+"""Every quantization method at 2, 3 and 4 bits beside what users would pick instead, in one table.
+
+The model is the demo model off its 4-bit grid, in bfloat16. All methods see the same calibration windows
+(Brown), and all results are scored by the same code on the same windows: two texts (Wikipedia articles, and
+documents of Brown that nobody was calibrated on), and two lengths of context. Bytes are those of all
+tensors, with scales, adapters and embeddings; files may hold a tokenizer besides.
+
+    python scripts/bench_quantization.py [--bits 2 3 4] [--methods rtn gptq] [--folder FOLDER]
+
+Peers are run where they are installed, and their rows are left out (aloud) where they are not:
+
+- llama.cpp: ``pip install llama-cpp-python`` in this environment, and ``--llama-cpp FOLDER`` with its sources,
+  for their conversion script;
+- HQQ: ``pip install --no-deps hqq`` in this environment;
+- llm-compressor: ``--llm-compressor PYTHON``, an interpreter that has it (it wants an older transformers).
+
+What is in the folder already is not done again, so an interrupted benchmark goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    import torch
+
+    from compress.calibration.windows import Windows
+    from compress.fidelity import FidelityAccumulator
+
+GROUP_SIZE = 64
+PROTOCOLS = {  # heading -> text, context (tokens), windows
+    "Wikipedia, 512": ("wikipedia", 512, 8),
+    "Brown, 512": ("brown:heldout", 512, 8),
+    "Wikipedia, 2048": ("wikipedia", 2048, 2),
+}
+
+# name -> the step at a width. Asymmetric, and the table of tokens at 8 bits, so that all hold the same bytes.
+Step = Callable[[int], dict[str, Any]]
+COMMON = {"group_size": GROUP_SIZE, "symmetric": False}
+METHODS: dict[str, Step] = {
+    name: lambda bits, name=name: {"method": name, "bits": bits, **COMMON} for name in ("rtn", "gptq")
+}
+
+LLAMA_CPP = {2: ("Q2_K",), 3: ("Q3_K_M",), 4: ("Q4_0", "Q4_K_M")}
+
+LLM_COMPRESSOR = """
+import json, resource, sys, time, torch
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import GPTQModifier
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, windows, bits, group_size, output = sys.argv[1:]
+tokens = load_file(windows)["tokens"]
+rows = Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()})
+weights = {"num_bits": int(bits), "type": "int", "symmetric": False, "strategy": "group",
+           "group_size": int(group_size)}
+groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained(model)
+started = time.perf_counter()
+oneshot(model=loaded, tokenizer=tokenizer, dataset=rows, recipe=GPTQModifier(config_groups=groups, ignore=["lm_head"]),
+        max_seq_length=tokens.shape[1], num_calibration_samples=len(tokens))
+seconds = time.perf_counter() - started
+loaded.save_pretrained(output, save_compressed=True)
+tokenizer.save_pretrained(output)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"seconds": seconds, "peak_memory_bytes": peak}))
+"""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A compressed model: a folder that compress.load reads, or a GGUF file."""
+
+    path: str
+    nbytes: int
+    seconds: float
+    peak_memory_bytes: int | None
+
+
+class Bench:
+    """The dense model, what it says about every window, and a folder where everything lies."""
+
+    def __init__(self, folder: Path, calibration: dict[str, Any]) -> None:
+        from compress.checkpoint import Checkpoint
+
+        self.folder = folder
+        self.calibration = calibration
+        dense = folder / "dense"
+        if not (dense / "compression.json").exists():
+            command("run", "bfloat16", "-o", dense, "--overwrite")
+        self.dense = Checkpoint.open(dense)
+
+    @cached_property
+    def references(self) -> dict[str, tuple[Windows, torch.Tensor]]:
+        """Windows and the dense model's last hidden states, for every protocol."""
+        from compress.calibration.windows import evaluation_windows
+        from compress.evaluate import last_hidden
+        from compress.models import load_tokenizer
+        from compress.stream import StreamedModel
+
+        tokenizer, found = load_tokenizer(self.dense.folder), {}
+        for heading, (text, context, count) in PROTOCOLS.items():
+            windows = evaluation_windows(tokenizer, text, context, count)
+            found[heading] = (windows, last_hidden(StreamedModel(self.dense), windows, "dense"))
+        return found
+
+    def row(self, name: str, make: Callable[[Path], Made]) -> dict[str, Any]:
+        """What is known of one compressed model, made and scored if that has not been done yet."""
+        record = self.folder / f"{name.replace(', ', '-').replace(' ', '-')}.json"
+        if not record.exists():
+            print(f"== {name}", file=sys.stderr, flush=True)
+            made = make(record.with_suffix(""))
+            scores = {heading: self.score(made, heading) for heading in PROTOCOLS}
+            record.write_text(json.dumps({"made": asdict(made), "scores": scores}))
+        return json.loads(record.read_text())
+
+    def score(self, made: Made, heading: str) -> dict[str, Any]:
+        from compress.fidelity import FidelityAccumulator
+        from compress.stream import StreamedModel
+
+        windows, hidden = self.references[heading]
+        streamed = StreamedModel(self.dense)
+        accumulator = FidelityAccumulator(streamed.config.vocab_size)
+        with streamed.head() as head:
+            scorer = self._score_gguf if made.path.endswith(".gguf") else self._score_folder
+            scorer(Path(made.path), windows, head, hidden, accumulator)
+        return accumulator.fidelity().model_dump(mode="json")
+
+    @staticmethod
+    def _score_folder(
+        path: Path, windows: Windows, dense: Any, hidden: torch.Tensor, accumulator: FidelityAccumulator
+    ) -> None:
+        from compress.checkpoint import Checkpoint
+        from compress.evaluate import last_hidden, logits_of
+        from compress.stream import StreamedModel
+
+        model = StreamedModel(Checkpoint.open(path))
+        found = last_hidden(model, windows, "scoring")
+        with model.head() as head:
+            for index, (tokens, mask) in enumerate(zip(windows.tokens, windows.mask, strict=True)):
+                accumulator.add(logits_of(dense, hidden[index]), logits_of(head, found[index]), tokens, mask)
+
+    @staticmethod
+    def _score_gguf(
+        path: Path, windows: Windows, dense: Any, hidden: torch.Tensor, accumulator: FidelityAccumulator
+    ) -> None:
+        import torch
+        from compress.evaluate import logits_of
+        from llama_cpp import Llama
+
+        length = windows.tokens.shape[1]
+        model = Llama(str(path), n_ctx=length, n_batch=length, logits_all=True, verbose=False)
+        for index, (tokens, mask) in enumerate(zip(windows.tokens, windows.mask, strict=True)):
+            model.reset()
+            model.eval(tokens.tolist())
+            accumulator.add(
+                logits_of(dense, hidden[index]), torch.from_numpy(model.scores[:length]), tokens, mask
+            )
+        model.close()
+
+    def ours(self, step: dict[str, Any]) -> Callable[[Path], Made]:
+        """By compress-model, with the step of a recipe."""
+
+        def make(output: Path) -> Made:
+            recipe = output.with_suffix(".yaml")
+            settings = {"model": str(self.dense.folder), "calibration": self.calibration, "steps": [step]}
+            recipe.write_text(yaml.safe_dump(settings))
+            command("run", recipe, "-o", output, "--overwrite")
+            lineage = json.loads((output / "compression.json").read_text())
+            done = lineage["steps"][0]
+            return Made(str(output), lineage["result"]["bytes"], done["seconds"], done["peak_memory_bytes"])
+
+        return make
+
+    def llm_compressor(self, python: str, bits: int) -> Callable[[Path], Made]:
+        """By llm-compressor's GPTQ, on our calibration windows."""
+
+        def make(output: Path) -> Made:
+            from compress.checkpoint import Checkpoint, write_tensors
+
+            windows = self.folder / "calibration.safetensors"
+            write_tensors({"tokens": self.calibration_tokens}, windows)
+            arguments = (self.dense.folder, windows, bits, GROUP_SIZE, output)
+            child = subprocess.run(
+                [python, "-c", LLM_COMPRESSOR, *map(str, arguments)],
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            return Made(
+                str(output), Checkpoint.open(output).nbytes, **json.loads(child.stdout.splitlines()[-1])
+            )
+
+        return make
+
+    @cached_property
+    def calibration_tokens(self) -> torch.Tensor:
+        from compress.calibration.windows import calibration_windows
+        from compress.models import load_tokenizer
+
+        settings = dict(self.calibration)
+        return calibration_windows(
+            load_tokenizer(self.dense.folder), settings.pop("source"), chat_template=False, **settings
+        ).tokens
+
+    def hqq(self, bits: int) -> Callable[[Path], Made]:
+        """By the library of HQQ's authors; its codes are written as float32 weights for scoring only."""
+
+        def make(output: Path) -> Made:
+            from compress.checkpoint import write_tensors
+            from compress.plan import ModelShape
+            from hqq.core.quantize import Quantizer
+
+            started = time.perf_counter()
+            linears = ModelShape.of(self.dense).linears()
+            tensors, nbytes = {}, 0
+            for name in self.dense.tensors:
+                weight = self.dense.read(name)
+                if name.removesuffix(".weight") in linears:
+                    settings = {"nbits": bits, "group_size": GROUP_SIZE, "axis": 1, "device": "cpu"}
+                    codes, meta = Quantizer.quantize(weight.float(), channel_wise=True, **settings)
+                    nbytes += weight.numel() * bits // 8 + 2 * 2 * weight.numel() // GROUP_SIZE
+                    weight = Quantizer.dequantize(codes, meta)
+                else:
+                    nbytes += weight.nbytes
+                tensors[name] = weight.float()
+            seconds = time.perf_counter() - started
+            shutil.copytree(self.dense.folder, output, dirs_exist_ok=True)
+            write_tensors(tensors, output / "model.safetensors")
+            return Made(str(output), nbytes, seconds, None)
+
+        return make
+
+    def llama_cpp(self, sources: Path, kind: str) -> Callable[[Path], Made]:
+        """By llama.cpp's own conversion and quantization (without an importance matrix)."""
+
+        def make(output: Path) -> Made:
+            import llama_cpp
+            from gguf import GGUFReader
+
+            dense = self.folder / "dense.gguf"
+            if not dense.exists():
+                script = sources / "convert_hf_to_gguf.py"
+                arguments = (self.dense.folder, "--outfile", dense, "--outtype", "bf16")
+                subprocess.run(
+                    [sys.executable, script, *map(str, arguments)], check=True, stdout=sys.stderr
+                )
+            file = output.with_suffix(".gguf")
+            parameters = llama_cpp.llama_model_quantize_default_params()
+            parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+            started = time.perf_counter()
+            if llama_cpp.llama_model_quantize(str(dense).encode(), str(file).encode(), parameters):
+                raise RuntimeError(f"llama.cpp cannot make {file}")
+            seconds = time.perf_counter() - started
+            nbytes = sum(int(tensor.n_bytes) for tensor in GGUFReader(file).tensors)
+            return Made(str(file), nbytes, seconds, None)
+
+        return make
+
+
+def command(*arguments: str | Path) -> None:
+    """Run compress-model, its output beside ours."""
+    print("$ compress-model", *arguments, file=sys.stderr, flush=True)
+    subprocess.run([sys.executable, "-m", "compress", *map(str, arguments)], check=True, stdout=sys.stderr)
+
+
+def contenders(
+    bench: Bench, arguments: argparse.Namespace
+) -> Iterator[tuple[str, int, Callable[[Path], Made]]]:
+    """(name, bits, how to make it)."""
+    for bits in arguments.bits:
+        for name in arguments.methods:
+            yield f"{name}, {bits} bits", bits, bench.ours(METHODS[name](bits))
+        if arguments.llm_compressor:
+            yield (
+                f"llm-compressor GPTQ, {bits} bits",
+                bits,
+                bench.llm_compressor(arguments.llm_compressor, bits),
+            )
+        if find_spec("hqq"):
+            yield f"HQQ library, {bits} bits", bits, bench.hqq(bits)
+        if arguments.llama_cpp and find_spec("llama_cpp"):
+            for kind in LLAMA_CPP.get(bits, ()):
+                yield f"llama.cpp {kind}", bits, bench.llama_cpp(arguments.llama_cpp, kind)
+    for peer, there in (
+        ("llm-compressor (--llm-compressor)", arguments.llm_compressor),
+        ("HQQ", find_spec("hqq")),
+        ("llama.cpp (--llama-cpp)", arguments.llama_cpp and find_spec("llama_cpp")),
+    ):
+        if not there:
+            print(f"{peer} is not here, so its rows are left out.", file=sys.stderr)
+
+
+def cells(name: str, record: dict[str, Any]) -> list[str]:
+    from compress.scorecard import Fidelity
+
+    made = record["made"]
+    peak = made["peak_memory_bytes"]
+    row = [name, f"{made['nbytes'] / 1e6:.1f}"]
+    for scores in record["scores"].values():
+        fidelity = Fidelity.model_validate(scores)
+        row += [fidelity.perplexity.text, fidelity.kl_mean.text, fidelity.top1_agreement.text]
+    return [*row, f"{made['seconds']:.0f}", f"{peak / 1e6:,.0f}" if peak else "–"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--nsamples", type=int, default=32, help="calibration windows of 512 tokens")
+    parser.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help="sources of llama.cpp")
+    parser.add_argument("--llm-compressor", metavar="PYTHON", help="an interpreter that has it")
+    parser.add_argument("--folder", type=Path, default=Path("out/bench-quantization"))
+    arguments = parser.parse_args()
+    folder = arguments.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    calibration = {"source": "brown", "nsamples": arguments.nsamples, "seqlen": 512, "seed": 0}
+    bench = Bench(folder, calibration)
+
+    headings = ["method", "MB"]
+    for heading in PROTOCOLS:
+        headings += [f"perplexity ({heading})", "KL (nats/token)", "agreement (%)"]
+    headings += ["seconds", "peak memory (MB)"]
+    lines = [f"| {' | '.join(headings)} |", "| :--- |" + " ---: |" * (len(headings) - 1)]
+    lines += [
+        f"| {' | '.join(cells(name, bench.row(name, make)))} |"
+        for name, _, make in contenders(bench, arguments)
+    ]
+    table = "\n".join(lines) + "\n"
+    (folder / "table.md").write_text(table)
+    print(table)
+    print(f"peak of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:,.0f} MB", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

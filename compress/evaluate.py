@@ -239,7 +239,9 @@ def compare_streams(
     return accumulator
 
 
-def logits_of(head: Callable[[torch.Tensor], Any], hidden: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
+def logits_of(
+    head: Callable[[torch.Tensor], Any], hidden: torch.Tensor
+) -> Callable[[int, int], torch.Tensor]:
     """The logits of some positions when they are asked for: those of a whole window can be gigabytes."""
     return lambda start, stop: head(hidden[None, start:stop]).logits[0].cpu()
 

@@ -10,8 +10,8 @@ tensors, with scales, adapters and embeddings; files may hold a tokenizer beside
 
 Peers are run where they are installed, and their rows are left out (aloud) where they are not:
 
-- llama.cpp: ``pip install llama-cpp-python`` in this environment, and ``--llama-cpp FOLDER`` with its sources,
-  for their conversion script;
+- llama.cpp: ``pip install llama-cpp-python`` in this environment, and ``--llama-cpp FOLDER`` with its
+  sources, for their conversion script;
 - HQQ: ``pip install --no-deps hqq`` in this environment;
 - llm-compressor: ``--llm-compressor PYTHON``, an interpreter that has it (it wants an older transformers).
 
@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -74,7 +73,8 @@ groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
 loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(model)
 started = time.perf_counter()
-oneshot(model=loaded, tokenizer=tokenizer, dataset=rows, recipe=GPTQModifier(config_groups=groups, ignore=["lm_head"]),
+recipe = GPTQModifier(config_groups=groups, ignore=["lm_head"])
+oneshot(model=loaded, tokenizer=tokenizer, dataset=rows, recipe=recipe,
         max_seq_length=tokens.shape[1], num_calibration_samples=len(tokens))
 seconds = time.perf_counter() - started
 loaded.save_pretrained(output, save_compressed=True)
@@ -162,8 +162,9 @@ class Bench:
         path: Path, windows: Windows, dense: Any, hidden: torch.Tensor, accumulator: FidelityAccumulator
     ) -> None:
         import torch
-        from compress.evaluate import logits_of
         from llama_cpp import Llama
+
+        from compress.evaluate import logits_of
 
         length = windows.tokens.shape[1]
         model = Llama(str(path), n_ctx=length, n_batch=length, logits_all=True, verbose=False)
@@ -224,9 +225,10 @@ class Bench:
         """By the library of HQQ's authors; its codes are written as float32 weights for scoring only."""
 
         def make(output: Path) -> Made:
+            from hqq.core.quantize import Quantizer
+
             from compress.checkpoint import write_tensors
             from compress.plan import ModelShape
-            from hqq.core.quantize import Quantizer
 
             started = time.perf_counter()
             linears = ModelShape.of(self.dense).linears()
@@ -259,9 +261,7 @@ class Bench:
             if not dense.exists():
                 script = sources / "convert_hf_to_gguf.py"
                 arguments = (self.dense.folder, "--outfile", dense, "--outtype", "bf16")
-                subprocess.run(
-                    [sys.executable, script, *map(str, arguments)], check=True, stdout=sys.stderr
-                )
+                subprocess.run([sys.executable, script, *map(str, arguments)], check=True, stdout=sys.stderr)
             file = output.with_suffix(".gguf")
             parameters = llama_cpp.llama_model_quantize_default_params()
             parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
@@ -348,7 +348,6 @@ def main() -> None:
     table = "\n".join(lines) + "\n"
     (folder / "table.md").write_text(table)
     print(table)
-    print(f"peak of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:,.0f} MB", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, PretrainedConfig, PreTrainedModel
 
 from compress import pruned as pruned_module
-from compress.anatomy import Anatomy, anatomy_of, model_class, weight
+from compress.anatomy import ROWS, Anatomy, anatomy_of, model_class, weight
 from compress.checkpoint import Checkpoint
 from compress.errors import BadInput, CompressError, unknown
 from compress.kernels.linear import PackedLinear
@@ -64,12 +64,28 @@ def config_of(checkpoint: Checkpoint) -> PretrainedConfig:
     if model_type not in CONFIG_MAPPING:
         raise unknown("model type", model_type, CONFIG_MAPPING.keys())
     try:
-        return CONFIG_MAPPING[model_type].from_dict(values)
+        config = CONFIG_MAPPING[model_type].from_dict(values)
     except Exception as error:  # transformers raises its validators' own types here
         reason = " ".join(str(error).split())
         raise BadInput(
             f"{checkpoint.folder / 'config.json'} is not a valid {model_type} config: {reason}"
         ) from None
+    if _lacks_vocabulary_head(config, checkpoint):
+        config.architectures = [MODEL_MAPPING[type(config)].__name__]
+    return config
+
+
+def _lacks_vocabulary_head(config: PretrainedConfig, checkpoint: Checkpoint) -> bool:
+    """Whether an encoder's config names a vocabulary head that its files do not hold.
+
+    Published sentence encoders keep the class they were pretrained as in their config.
+    """
+    if config.model_type not in ROWS or ROWS[config.model_type].kind != "encoder":
+        return False
+    head = anatomy_of(config).head
+    return head is not None and not any(
+        name.startswith(f"{head.partition('.')[0]}.") for name in checkpoint.tensors
+    )
 
 
 def mark_pruned(

@@ -24,7 +24,9 @@ import yaml
 
 LAYERS = 30
 CALIBRATION = {"source": "brown", "nsamples": 16, "seqlen": 256, "seed": 0}
-FEW_WINDOWS = {**CALIBRATION, "nsamples": 4}  # for methods that go through the model dozens of times
+# For methods that go through the model dozens, and hundreds, of times.
+FEW_WINDOWS = {**CALIBRATION, "nsamples": 4}
+SHORT_WINDOWS = {**FEW_WINDOWS, "seqlen": 128}
 
 
 def layers(ratio: float) -> int:
@@ -48,10 +50,10 @@ METHODS: dict[str, tuple[Callable[[float], dict[str, Any]], dict[str, Any]]] = {
     "kprune": (lambda r: {"method": "kprune", "ratio": r}, FEW_WINDOWS),
     "shortgpt": (lambda r: {"method": "shortgpt", "layers": layers(r)}, CALIBRATION),
     "replaceme": (lambda r: {"method": "replaceme", "layers": layers(r)}, CALIBRATION),
-    "blockpruner": (lambda r: {"method": "blockpruner", "keep_ratio": 1 - r}, FEW_WINDOWS),
+    "blockpruner": (lambda r: {"method": "blockpruner", "keep_ratio": 1 - r}, SHORT_WINDOWS),
     "blockpruner, per parameter": (
         lambda r: {"method": "blockpruner", "keep_ratio": 1 - r, "cost": "parameters"},
-        FEW_WINDOWS,
+        SHORT_WINDOWS,
     ),
 }
 
@@ -198,7 +200,8 @@ def main() -> None:
         "",
         f"- SmolLM2-135M in bfloat16; the share removed is of the {decoder:,} parameters in its layers.",
         f"- Calibration: {CALIBRATION['nsamples']} windows of {CALIBRATION['seqlen']} tokens of Brown; "
-        f"{FEW_WINDOWS['nsamples']} for kprune and blockpruner.",
+        f"{FEW_WINDOWS['nsamples']} for kprune, {SHORT_WINDOWS['nsamples']} of {SHORT_WINDOWS['seqlen']} for "
+        "blockpruner.",
         f"- Evaluation: {arguments.windows} windows of 512 tokens of Wikipedia, stride 512; "
         "± is a 95 % interval.",
         "- Seconds and peak resident memory are those of the pruning step; decode at batch size 1.",

@@ -195,11 +195,13 @@ class Weights:
     def empty(self, module: nn.Module) -> None:
         """Give the memory of all parameters below ``module`` back."""
         meta: dict[int, nn.Parameter] = {}
-        # A tied head is the table of the embedding, and has to be found under its own name, too.
-        for path, child in list(module.named_modules(remove_duplicate=False)):
+        # With duplicates: a tied head is also the table of the embedding, and has to go under its own name.
+        modules = dict(module.named_modules(remove_duplicate=False))
+        for path, child in modules.items():
+            if isinstance(modules.get(path.rpartition(".")[0]), PackedEmbedding):
+                continue
             if isinstance(child, PackedLinear | PackedEmbedding):
-                if not isinstance(self._parent_of(module, path), PackedEmbedding):
-                    self._replace(module, path, child.stands_for)
+                self._replace(module, path, child.stands_for)
                 continue
             for leaf, parameter in child.named_parameters(recurse=False):
                 if id(parameter) not in meta:
@@ -252,12 +254,9 @@ class Weights:
         return new
 
     @staticmethod
-    def _parent_of(module: nn.Module, path: str) -> nn.Module:
-        return module.get_submodule(path.rpartition(".")[0])
-
-    @classmethod
-    def _replace(cls, module: nn.Module, path: str, child: nn.Module) -> None:
-        setattr(cls._parent_of(module, path), path.rpartition(".")[2], child)
+    def _replace(module: nn.Module, path: str, child: nn.Module) -> None:
+        parent, _, leaf = path.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, child)
 
 
 def longest_input(model: PreTrainedModel) -> int:

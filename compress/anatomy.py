@@ -111,7 +111,8 @@ class Anatomy:
         if inside is None:
             raise BadInput(f"The checkpoint has no '{first}', so it is not a whole {self.model_type} model.")
         prefix = f".{inside}".partition(f".{first}.")[0].removeprefix(".")
-        aliases = (alias for alias in self.head_aliases if f"{alias}.weight" in names)
+        modules = {name.rpartition(".")[0] for name in names}  # not of weights only: these may be packed
+        aliases = (alias for alias in self.head_aliases if alias in modules)
         return replace(self, prefix=prefix, head=self.head and next(aliases, self.head))
 
     @property

@@ -292,6 +292,6 @@ def _kernel(checkpoint: Checkpoint, device: str) -> str:
     quantization = checkpoint.config.get("quantization_config")
     if quantization is None:
         return "torch"
-    from compress.quantization.formats import format_of
+    from compress.quantization.formats import Formats
 
-    return kernel_name(device, format_of(quantization).bits)
+    return ", ".join(dict.fromkeys(kernel_name(device, bits) for bits in Formats(quantization).bits))

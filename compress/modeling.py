@@ -16,9 +16,10 @@ from compress import pruned as pruned_module
 from compress.anatomy import ROWS, Anatomy, anatomy_of, model_class, weight
 from compress.checkpoint import Checkpoint
 from compress.errors import BadInput, CompressError, unknown
+from compress.kernels.embedding import PackedEmbedding
 from compress.kernels.linear import PackedLinear
 from compress.pruned import reshape
-from compress.quantization.formats import Format, format_of
+from compress.quantization.formats import Formats
 
 # BERT's first checkpoints call the parameters of a LayerNorm so.
 OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
@@ -140,8 +141,8 @@ def skeleton(config: PretrainedConfig, device: str | torch.device = "cpu") -> Pr
 class Weights:
     """Puts the tensors of a checkpoint into the modules of a skeleton, and takes them out again.
 
-    Linears that the checkpoint stores packed become `PackedLinear` modules, so a quantized model runs
-    through its kernels and never through a dequantized copy.
+    Linears that the checkpoint stores packed become `PackedLinear` modules, and a packed token embedding a
+    `PackedEmbedding`, so a quantized model runs through its kernels and never through a dequantized copy.
     """
 
     def __init__(
@@ -151,7 +152,8 @@ class Weights:
         self.device = torch.device(device)
         self.dtype = dtype
         self.anatomy: Anatomy = anatomy_of(model.config)
-        self.linears = {
+        self.embedding = self.anatomy.in_model(self.anatomy.embeddings[0])
+        self.packable = {self.embedding, self.anatomy.head} | {
             f"{self.anatomy.layer_name(index)}.{path}"
             for index in range(model.config.num_hidden_layers)
             for path in self.anatomy.linear_paths
@@ -159,7 +161,7 @@ class Weights:
         self.tied = model.all_tied_weights_keys | {v: k for k, v in model.all_tied_weights_keys.items()}
         self.base_prefix = f"{model.base_model_prefix}."
         quantization = checkpoint.config.get("quantization_config")
-        self.format: Format | None = format_of(quantization) if quantization else None
+        self.formats: Formats | None = Formats(quantization) if quantization else None
 
     def find(self, name: str) -> str | None:
         """The checkpoint's spelling of a parameter name, or None if it is not there.
@@ -185,12 +187,15 @@ class Weights:
             BadInput: a tensor is missing, has another shape than config.json says, or holds NaN or infinity.
         """
         made: dict[int, nn.Parameter] = {}
+        packed: dict[str, PackedLinear] = {}
         for path, child in list(module.named_modules()):
             full = ".".join(filter(None, (name, path)))
             if child in skip:
                 continue
-            if full in self.linears and self.format is not None and self._packed(full):
-                self._replace(module, path, self._packed_linear(full, child))
+            if full in self.packable and (stored := self._packed(full)) is not None:
+                if stored not in packed:
+                    packed[stored] = self._read_packed(stored, full, child)
+                self._replace(module, path, self._packed_module(packed[stored], full, child))
                 continue
             for leaf, parameter in child.named_parameters(recurse=False):
                 if parameter.device.type == "meta":
@@ -206,8 +211,12 @@ class Weights:
     def empty(self, module: nn.Module) -> None:
         """Give the memory of all parameters below ``module`` back."""
         meta: dict[int, nn.Parameter] = {}
-        for path, child in list(module.named_modules()):
-            if isinstance(child, PackedLinear):
+        # With duplicates: a tied head is also the table of the embedding, and has to go under its own name.
+        modules = dict(module.named_modules(remove_duplicate=False))
+        for path, child in modules.items():
+            if isinstance(modules.get(path.rpartition(".")[0]), PackedEmbedding):
+                continue
+            if isinstance(child, PackedLinear | PackedEmbedding):
                 self._replace(module, path, child.stands_for)
                 continue
             for leaf, parameter in child.named_parameters(recurse=False):
@@ -232,22 +241,33 @@ class Weights:
         return tensor.to(self.device)
 
     def _packed(self, full: str) -> str | None:
-        """The stored spelling of a packed linear's name, or None if it is not stored packed."""
-        marker = self.format.marker
-        stored = self.find(f"{full}.{marker}")
-        return stored and stored.removesuffix(f".{marker}")
+        """The stored spelling of a packed module's name, or of the one it is tied to; None if neither is
+        stored packed."""
+        if self.formats is None:
+            return None
+        tied = self.tied.get(f"{full}.weight", "").removesuffix(".weight")
+        for name in filter(None, (full, tied)):
+            if (stored := self.find(f"{name}.{self.formats.marker}")) is not None:
+                return stored.removesuffix(f".{self.formats.marker}")
+        return None
 
-    def _packed_linear(self, full: str, linear: nn.Module) -> PackedLinear:
-        packed = self.format.read(self._packed(full), self.checkpoint.read)
-        rows, columns = weight(linear).shape
-        if tuple(packed.shape) != (rows, columns):
-            raise BadInput(
-                f"The linear '{full}' is {list(packed.shape)} where config.json asks for {[rows, columns]}."
-            )
-        bias = None if linear.bias is None else self._read(f"{full}.bias", tuple(linear.bias.shape))
-        module = PackedLinear.from_quantized(packed, bias).to(self.device)
-        object.__setattr__(module, "stands_for", linear)
-        return module
+    def _read_packed(self, stored: str, full: str, module: nn.Module) -> PackedLinear:
+        """The packed weight ``stored`` of a linear or an embedding, without a bias."""
+        form = self.formats.of(stored, "Embedding" if isinstance(module, nn.Embedding) else "Linear")
+        packed = form.read(stored, self.checkpoint.read)
+        if (wanted := tuple(weight(module).shape)) != packed.shape:
+            raise BadInput(f"'{full}' is {list(packed.shape)} where config.json asks for {list(wanted)}.")
+        return PackedLinear.from_quantized(packed).to(self.device)
+
+    def _packed_module(self, packed: PackedLinear, full: str, module: nn.Module) -> nn.Module:
+        """What takes the place of ``module``, which has that weight."""
+        new: PackedLinear | PackedEmbedding = packed
+        if isinstance(module, nn.Embedding):
+            new = PackedEmbedding(packed, self.dtype, getattr(module, "embed_scale", None))
+        elif module.bias is not None:
+            packed.bias = self._read(f"{full}.bias", tuple(module.bias.shape))
+        object.__setattr__(new, "stands_for", module)
+        return new
 
     @staticmethod
     def _replace(module: nn.Module, path: str, child: nn.Module) -> None:

@@ -99,10 +99,15 @@ class ModelShape:
     @property
     def loads_with(self) -> str:
         """Who can load a model of this shape."""
-        from compress.quantization.formats import loaders
+        from compress.quantization.formats import Formats, loaders
 
         quantization = self.config.get("quantization_config")
-        who = loaders(quantization, conv1d=self.anatomy.conv1d) if quantization else "transformers"
+        who = "transformers"
+        if quantization:
+            tables = [self.anatomy.in_model(self.anatomy.embeddings[0])]
+            tables += [self.anatomy.head] if self.anatomy.tied else []
+            packed = any(f"{name}.{Formats(quantization).marker}" in self.tensors for name in tables)
+            who = loaders(quantization, conv1d=self.anatomy.conv1d, packed_embedding=packed)
         if self.is_pruned:
             seen = not quantization or quantization.get("quant_method") == "compressed-tensors"
             return (

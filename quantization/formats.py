@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -74,16 +75,46 @@ class Format(ABC):
             BadInput: the tensors do not fit together, or use a feature that is not read here.
         """
 
+    @classmethod
     @abstractmethod
-    def quantization_config(
-        self, quantized: Sequence[str], skipped: Sequence[str] = (), outside: Sequence[str] = ()
+    def describe(
+        cls,
+        linears: Mapping[str, Self],
+        around: Mapping[str, Self],
+        skipped: Sequence[str] = (),
+        outside: Sequence[str] = (),
     ) -> dict[str, Any]:
         """The ``quantization_config`` entry of config.json.
 
         Args:
-            quantized: full names of the linears stored in this format.
+            linears: full name -> format of the packed linears inside the layers.
+            around: the same of the head and the token embedding.
             skipped: linears inside the layers that stay as they are.
-            outside: linears outside the layers (the head, input and output projections), which always do.
+            outside: linears outside the layers (the head, input and output projections) that do.
+
+        Raises:
+            BadInput: this format cannot hold such a mixture.
+        """
+
+    def quantization_config(
+        self, quantized: Sequence[str], skipped: Sequence[str] = (), outside: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """`describe`, where all linears ``quantized`` are stored in this format."""
+        return self.describe(dict.fromkeys(quantized, self), {}, skipped, outside)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and vars(other) == vars(self)
+
+    def __hash__(self) -> int:
+        return hash((type(self), *vars(self).values()))
+
+    @classmethod
+    @abstractmethod
+    def groups_of(cls, config: Mapping[str, Any]) -> list[tuple[list[str], Format]]:
+        """What a ``quantization_config`` of this kind declares: targets (see `Formats.of`) and their format.
+
+        Raises:
+            BadInput: it uses a feature that is not read here.
         """
 
     def check(self, weight: QuantizedWeight) -> None:
@@ -151,9 +182,38 @@ class CompressedTensors(Format):
         codes = unpack(packed, self.bits, width).contiguous()
         return QuantizedWeight(codes, scales, zeros, self.bits, self.group_size, self.symmetric)
 
-    def quantization_config(
-        self, quantized: Sequence[str], skipped: Sequence[str] = (), outside: Sequence[str] = ()
+    @classmethod
+    def describe(
+        cls,
+        linears: Mapping[str, Self],
+        around: Mapping[str, Self],
+        skipped: Sequence[str] = (),
+        outside: Sequence[str] = (),
     ) -> dict[str, Any]:
+        # The most frequent format is everybody's who is not named in another group or ignored.
+        forms = [form for form, _ in Counter(linears.values()).most_common()]
+        targets: dict[Self, list[str]] = {form: [] for form in [*forms, *around.values()]}
+        targets[forms[0]].append("Linear")
+        for name, form in [*linears.items(), *around.items()]:
+            if form != forms[0] or name in around:
+                targets[form].append(name)
+        groups = [form._group(names) for form, names in targets.items()]
+        config = {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
+            "ignore": [*outside, *skipped],
+            "kv_cache_scheme": None,
+        }
+        if len(groups) == 1 and (around or not forms[0].symmetric):
+            # Otherwise transformers 5.24 with compressed-tensors 0.20 expects zero points of the unpacked
+            # shape and refuses these, and trips over packed embeddings. It then decodes everything by the
+            # first group, so this must not be set where there are several.
+            config["dequantize"] = True
+        return config
+
+    def _group(self, targets: list[str]) -> dict[str, Any]:
         channel = self.group_size == CHANNEL
         weights = {
             "num_bits": self.bits,
@@ -163,40 +223,30 @@ class CompressedTensors(Format):
             "group_size": None if channel else self.group_size,
             "dynamic": False,
         }
-        group = {
-            "targets": ["Linear"],
+        return {
+            "targets": targets,
             "weights": weights,
             "input_activations": None,
             "output_activations": None,
         }
-        config = {
-            "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
-            "quantization_status": "compressed",
-            "config_groups": {"group_0": group},
-            "ignore": [*outside, *skipped],
-            "kv_cache_scheme": None,
-        }
-        if not self.symmetric:
-            # Otherwise transformers 5.23 with compressed-tensors 0.20 expects zero points of the unpacked
-            # shape and refuses these; the library itself, and vLLM, read the packed ones.
-            config["dequantize"] = True
-        return config
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> CompressedTensors:
-        """The format that a ``quantization_config`` declares; BadInput if it is beyond what is read here."""
+    def groups_of(cls, config: Mapping[str, Any]) -> list[tuple[list[str], CompressedTensors]]:
         groups = list((config.get("config_groups") or {}).values())
-        if config.get("format") != "pack-quantized" or len(groups) != 1:
+        if config.get("format") != "pack-quantized" or not groups:
             raise BadInput(
-                f"Of compressed-tensors checkpoints only 'pack-quantized' with one group of settings can be "
-                f"read; this one is '{config.get('format')}' with {len(groups)}."
+                f"Of compressed-tensors checkpoints only 'pack-quantized' can be read; this one is "
+                f"'{config.get('format')}'."
             )
-        weights = groups[0].get("weights") or {}
+        return [(list(group.get("targets") or []), cls._from_group(group)) for group in groups]
+
+    @classmethod
+    def _from_group(cls, group: Mapping[str, Any]) -> CompressedTensors:
+        weights = group.get("weights") or {}
         strategy = weights.get("strategy")
         if weights.get("type", "int") != "int" or strategy not in ("group", "channel"):
             raise BadInput(f"Compressed-tensors weights of strategy '{strategy}' cannot be read here.")
-        if groups[0].get("input_activations") or groups[0].get("output_activations"):
+        if group.get("input_activations") or group.get("output_activations"):
             raise BadInput("Compressed-tensors checkpoints with quantized activations cannot be read here.")
         size = CHANNEL if strategy == "channel" else weights["group_size"]
         return cls(weights["num_bits"], size, weights.get("symmetric", True))
@@ -255,37 +305,48 @@ class GPTQ(Format):
             codes, scales.t().contiguous(), zeros, self.bits, self.group_size, self.symmetric
         )
 
-    def quantization_config(
-        self, quantized: Sequence[str], skipped: Sequence[str] = (), outside: Sequence[str] = ()
+    @classmethod
+    def describe(
+        cls,
+        linears: Mapping[str, Self],
+        around: Mapping[str, Self],
+        skipped: Sequence[str] = (),
+        outside: Sequence[str] = (),
     ) -> dict[str, Any]:
+        form, *others = dict.fromkeys(linears.values())
+        if others or around:
+            what = "several bit widths" if others else "a packed head or embedding"
+            raise BadInput(f"The format gptq is not written with {what}; use the format compressed-tensors.")
         config: dict[str, Any] = {
             "quant_method": "gptq",
-            "bits": self.bits,
-            "group_size": self.group_size,
-            "sym": self.symmetric,
+            "bits": form.bits,
+            "group_size": form.group_size,
+            "sym": form.symmetric,
             "desc_act": False,
-            "checkpoint_format": "gptq" if self.version == 1 else "gptq_v2",
+            "checkpoint_format": "gptq" if form.version == 1 else "gptq_v2",
             "pack_dtype": "int32",
             "lm_head": False,
         }
         if skipped:
             # GPTQModel and vLLM read the first, optimum (transformers) the second: names by their ends.
             config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in skipped}
-            config["modules_in_block_to_quantize"] = [list(quantized)]
+            config["modules_in_block_to_quantize"] = [list(linears)]
         return config
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> GPTQ:
-        """The format that a ``quantization_config`` declares; BadInput if it is beyond what is read here."""
+    def groups_of(cls, config: Mapping[str, Any]) -> list[tuple[list[str], GPTQ]]:
         layout = config.get("checkpoint_format", "gptq")
         if layout not in ("gptq", "gptq_v2"):
             raise BadInput(f"GPTQ checkpoints in the layout '{layout}' cannot be read here.")
-        return cls(
+        if any(not pattern.startswith("-:") for pattern in config.get("dynamic") or {}):
+            raise BadInput("GPTQ checkpoints of several bit widths cannot be read here.")
+        form = cls(
             config["bits"],
             config.get("group_size", 128),
             config.get("sym", True),
             version=1 if layout == "gptq" else 2,
         )
+        return [(["Linear"], form)]
 
     def _check_shape(self, name: str, shape: tuple[int, int]) -> None:
         for axis, size in zip(("output", "input"), shape, strict=True):
@@ -307,35 +368,81 @@ FORMATS: dict[str, type[CompressedTensors] | type[GPTQ]] = {
 }
 
 
-def format_of(quantization_config: Mapping[str, Any]) -> Format:
-    """The format that the ``quantization_config`` of a config.json declares.
+class Formats:
+    """The formats of a model's packed modules, as the ``quantization_config`` of its config.json declares.
+
+    Attributes:
+        marker: the tensor that every packed module has: ``{module}.{marker}``.
+        groups: targets and their format, see `of`.
+        bits: the bit widths there are, in ascending order.
 
     Raises:
         BadInput: a quantization that cannot be read here.
     """
-    method = quantization_config.get("quant_method")
-    if method not in FORMATS:
-        raise BadInput(
-            f"This model is quantized with '{method}', which cannot be read here; there are: "
-            f"{', '.join(FORMATS)}."
+
+    def __init__(self, quantization_config: Mapping[str, Any]) -> None:
+        method = quantization_config.get("quant_method")
+        if method not in FORMATS:
+            raise BadInput(
+                f"This model is quantized with '{method}', which cannot be read here; there are: "
+                f"{', '.join(FORMATS)}."
+            )
+        self.groups = FORMATS[method].groups_of(quantization_config)
+        self.marker = FORMATS[method].marker
+        self.bits = sorted({form.bits for _, form in self.groups})
+
+    def of(self, name: str, kind: str = "Linear") -> Format:
+        """The format of one module, by its full name and its class (``Linear`` or ``Embedding``).
+
+        Full names go before regular expressions after ``re:``, and these before classes, as in the
+        compressed-tensors library.
+
+        Raises:
+            BadInput: several formats are declared, and none for this module.
+        """
+        if len(self.groups) == 1:
+            return self.groups[0][1]
+        order = sorted(
+            ((target, form) for targets, form in self.groups for target in targets),
+            key=lambda item: item[0],
         )
-    return FORMATS[method].from_config(quantization_config)
+        rules: tuple[Callable[[str], Any], ...] = (
+            lambda target: target == name,
+            lambda target: target.startswith("re:") and re.match(target[3:], name),
+            lambda target: target == kind,
+        )
+        for rule in rules:
+            for target, form in order:
+                if rule(target):
+                    return form
+        raise BadInput(f"The model's quantization_config does not say how '{name}' is packed.")
 
 
-def loaders(quantization_config: Mapping[str, Any], conv1d: bool = False) -> str:
+def format_of(quantization_config: Mapping[str, Any], name: str = "") -> Format:
+    """The format of the linear ``name``, or of any where all have the same; raises BadInput as `Formats`."""
+    return Formats(quantization_config).of(name)
+
+
+def loaders(
+    quantization_config: Mapping[str, Any], conv1d: bool = False, packed_embedding: bool = False
+) -> str:
     """Who besides compress-model can load a model with this ``quantization_config``, for plans and cards.
 
-    Tried with transformers 5.23, compressed-tensors 0.20, gptqmodel 7.6 and optimum 2.3. Nothing is said
+    Tried with transformers 5.24, compressed-tensors 0.20, gptqmodel 7.6 and optimum 2.3. Nothing is said
     about programs that were not tried.
 
     Args:
         quantization_config: of config.json.
         conv1d: whether the quantized linears are ``Conv1D`` modules in transformers (GPT-2), which neither
             loader of transformers replaces by packed ones.
+        packed_embedding: whether the token embedding is packed.
     """
-    form = format_of(quantization_config)
+    form, *others = (form for _, form in Formats(quantization_config).groups)
     if isinstance(form, CompressedTensors):
-        return "compress-model only" if conv1d else "transformers with compressed-tensors"
+        # Of what is not plain symmetric linears, transformers decodes all by one group's settings.
+        plain = not packed_embedding and all(each.symmetric for each in (form, *others))
+        stock = not conv1d and (plain or not others)
+        return "transformers with compressed-tensors" if stock else "compress-model only"
     if conv1d:
         return "gptqmodel"
     # GPTQModel's 4-bit kernel for CPUs takes groups of 32 to 256 only.

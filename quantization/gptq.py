@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field
@@ -10,6 +10,7 @@ from pydantic import Field
 from compress.anatomy import Anatomy, set_weight, weight
 from compress.errors import BadInput
 from compress.method import Method, Paper, StepReport
+from compress.quantization.formats import Format
 from compress.quantization.quantizer import CHANNEL, QuantizedWeight, choose_grid, nearest_codes
 from compress.quantization.weights import Packing, WeightOptions, plan_packed
 
@@ -83,21 +84,21 @@ class GPTQ(Method):
         stream.look(layer, {paths[0]: hessian.add for paths, hessian in zip(groups, hessians, strict=True)})
         for paths, hessian in zip(groups, hessians, strict=True):
             stored = {path: model.weights.find(f"{layer.name}.{path}.weight") for path in paths}
-            wanted = [path for path in paths if packing.wants(stored[path])]
-            # Linears with the same input go through the columns together.
-            dense = [weight(layer.linears[path]) for path in wanted]
-            if not wanted:
-                continue
-            dtypes = {packing.scale_dtype(stored[path]) for path in wanted}
-            group_size = packing.format.group_size
-            rounded = quantize(
-                torch.cat(dense), hessian.sum, options, group_size, dtypes.pop(), stored[wanted[0]]
-            )
-            for path, before, part in zip(
-                wanted, dense, split(rounded, [len(d) for d in dense]), strict=True
-            ):
-                packing.write(stored[path], before, part)
-                set_weight(layer.linears[path], part.dequantize())
+            # Linears with the same input go through the columns together, if they are rounded alike.
+            alike: dict[Any, list[str]] = {}
+            for path, name in stored.items():
+                if packing.wants(name):
+                    alike.setdefault((packing.format_of(name), packing.scale_dtype(name)), []).append(path)
+            for (form, scale_dtype), wanted in alike.items():
+                dense = [weight(layer.linears[path]) for path in wanted]
+                rounded = quantize(
+                    torch.cat(dense), hessian.sum, options, form, scale_dtype, stored[wanted[0]]
+                )
+                for path, before, part in zip(
+                    wanted, dense, rounded.split([len(rows) for rows in dense]), strict=True
+                ):
+                    packing.write(stored[path], before, part)
+                    set_weight(layer.linears[path], part.dequantize())
 
 
 class Hessian:
@@ -125,7 +126,7 @@ def quantize(
     dense: torch.Tensor,
     hessian: torch.Tensor,
     options: GPTQ.Options,
-    group_size: int,
+    form: Format,
     scale_dtype: torch.dtype,
     name: str,
 ) -> QuantizedWeight:
@@ -135,13 +136,13 @@ def quantize(
         BadInput: NaN or infinite weights, or H is not positive even with damping.
     """
     out, width = dense.shape
-    size = width if group_size == CHANNEL else group_size
+    size = width if form.group_size == CHANNEL else form.group_size
     weights, hessian = dense.double().clone(), hessian.clone()
     diagonal = hessian.diagonal()
     unused = diagonal == 0  # no input ever: nothing to make up for, and nothing changes if they are rounded
     diagonal[unused] = 1
     order = torch.arange(width)
-    grid = (options.bits, options.symmetric, scale_dtype, name)
+    grid = (form.bits, form.symmetric, scale_dtype, name)
     scales, zeros = choose_grid(dense.float().view(out, -1, size), *grid)
     if options.act_order:
         order = diagonal.argsort(descending=True, stable=True)
@@ -169,19 +170,10 @@ def quantize(
                 scale, zero = choose_grid(behind.float().unsqueeze(1), *grid)
                 scales[:, group], zeros[:, group] = scale[:, 0], zero[:, 0]
             scale, zero = scales[:, group].double(), zeros[:, group].double()
-            code = nearest_codes(weights[:, column], scale, zero, options.bits)
+            code = nearest_codes(weights[:, column], scale, zero, form.bits)
             codes[:, order[column]] = code.to(torch.uint8)
             error = (weights[:, column] - (code - zero) * scale) / upper[column, column]
             weights[:, column:stop] -= error[:, None] * upper[column, column:stop]
             errors[:, column - start] = error
         weights[:, stop:] -= errors @ upper[start:stop, stop:]
-    return QuantizedWeight(codes, scales, zeros.to(torch.uint8), options.bits, group_size, options.symmetric)
-
-
-def split(whole: QuantizedWeight, rows: list[int]) -> list[QuantizedWeight]:
-    """The weights of linears that were rounded as one, by their numbers of rows."""
-    parts = zip(whole.codes.split(rows), whole.scales.split(rows), whole.zeros.split(rows), strict=True)
-    return [
-        QuantizedWeight(*(part.contiguous() for part in each), whole.bits, whole.group_size, whole.symmetric)
-        for each in parts
-    ]
+    return QuantizedWeight(codes, scales, zeros.to(torch.uint8), form.bits, form.group_size, form.symmetric)

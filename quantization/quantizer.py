@@ -8,7 +8,7 @@ s and a zero point z, and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -49,6 +49,19 @@ class QuantizedWeight:
         out, groups = self.scales.shape
         levels = self.codes.view(out, groups, -1).float() - self.zeros.float().unsqueeze(-1)
         return (levels * self.scales.float().unsqueeze(-1)).view(self.codes.shape)
+
+    def split(self, rows: list[int]) -> list[QuantizedWeight]:
+        """Blocks of so many rows each."""
+        parts = zip(*(each.split(rows) for each in (self.codes, self.scales, self.zeros)), strict=True)
+        return [replace(self, codes=codes, scales=scales, zeros=zeros) for codes, scales, zeros in parts]
+
+    @classmethod
+    def joined(cls, blocks: list[QuantizedWeight]) -> QuantizedWeight:
+        """The inverse of `split`."""
+        names = ("codes", "scales", "zeros")
+        return replace(
+            blocks[0], **{name: torch.cat([getattr(block, name) for block in blocks]) for name in names}
+        )
 
     def same_as(self, other: QuantizedWeight) -> bool:
         """Whether both hold the same codes, scales (bit for bit) and zero points."""

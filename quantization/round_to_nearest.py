@@ -19,9 +19,9 @@ class RoundToNearest(Method):
     """Round every weight of the layers to the nearest point of a low-bit grid; no calibration.
 
     For each group of consecutive inputs of an output row, s and z follow from the smallest and the largest
-    weight, and q = clamp(round(w / s) + z, 0, 2^b - 1) (see `quantize_weight`). Embeddings, the head, norms
-    and biases are kept. What is written are the packed codes, in a format that other programs load; they are
-    read back and compared at once.
+    weight, and q = clamp(round(w / s) + z, 0, 2^b - 1) (see `quantize_weight`). Norms and biases are kept,
+    and so are the embedding and the head unless they are asked for. What is written are the packed codes, in
+    a format that other programs load; they are read back and compared at once.
     """
 
     name = "rtn"
@@ -40,15 +40,18 @@ class RoundToNearest(Method):
     def apply(self, model: StreamedModel, options: WeightOptions, run: Run) -> StepReport:
         journal = run.journal("rounding")
         packing = Packing(run.draft, options, journal.state)
-        form = packing.format
         for layer in model.walk(journal, label=f"rounding to {options.bits} bits"):
             for path, linear in layer.linears.items():
                 stored = model.weights.find(f"{layer.name}.{path}.weight")
                 if packing.wants(stored):
-                    dense, scale_dtype = weight(linear), packing.scale_dtype(stored)
-                    name = stored.removesuffix(".weight")
+                    dense, form = weight(linear), packing.format_of(stored)
                     rounded = quantize_weight(
-                        dense, options.bits, form.group_size, options.symmetric, scale_dtype, name
+                        dense,
+                        form.bits,
+                        form.group_size,
+                        form.symmetric,
+                        packing.scale_dtype(stored),
+                        stored.removesuffix(".weight"),
                     )
                     packing.write(stored, dense, rounded)
         return packing.finish()

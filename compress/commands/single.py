@@ -55,11 +55,27 @@ def _option(key: str, field: Any) -> click.Option:
         return click.Option([f"{flag}/--no-{flag[2:]}", key], **settings)
     if any(get_origin(kind) is list for kind in kinds):
         return click.Option([flag, key], multiple=True, **(settings | {"default": ()}))
+    if any(get_origin(kind) is dict for kind in kinds):
+        several = {"multiple": True, "metavar": "NAME=VALUE", "callback": _mapping, "default": ()}
+        return click.Option([flag, key], **(settings | several))
     choices = [value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)]
     if len(kinds) == 1 and choices:
         return click.Option([flag, key], type=click.Choice([str(choice) for choice in choices]), **settings)
     metavar = "NUMBER" if any(kind in (int, float) for kind in kinds) else "TEXT"
     return click.Option([flag, key], type=str, metavar=metavar, **settings)
+
+
+def _mapping(ctx: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
+    """NAME=VALUE pairs, split at the last "=": names may be patterns. The last of two of a name counts, and
+    comes last."""
+    found: dict[str, Any] = {}
+    for pair in values:
+        name, equals, value = pair.rpartition("=")
+        if not equals or not name:
+            raise click.BadParameter(f"'{pair}' is not NAME=VALUE.", ctx, option)
+        found.pop(name, None)
+        found[name] = _number(value)
+    return found
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
@@ -122,7 +138,7 @@ def _command(name: str, family: str, text: str) -> click.Command:
 
         find_method(method, family)
         step = {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
-        step = {key: _number(value) for key, value in step.items() if value not in (None, [])}
+        step = {key: _number(value) for key, value in step.items() if value not in (None, [], {})}
         recipe = parse_recipe(
             {
                 "model": model,

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from compress.quantization.formats import CompressedTensors
 from compress.quantization.gptq import GPTQ, quantize
 from compress.quantization.quantizer import quantize_weight
 
 WIDTH, OUT, TOKENS = 160, 12, 400
+FORM = CompressedTensors(4, 32, True)
 
 
 def problem(seed: int) -> tuple[Tensor, Tensor]:
@@ -58,7 +60,8 @@ def restated(weight: Tensor, hessian: Tensor, options: GPTQ.Options, size: int) 
 def test_codes(act_order: bool, bits: int, symmetric: bool, size: int) -> None:
     weight, hessian = problem(seed=bits)
     options = GPTQ.Options(bits=bits, symmetric=symmetric, group_size=size, act_order=act_order)
-    found = quantize(weight, hessian, options, size, torch.float32, "w")
+    form = CompressedTensors(bits, size, symmetric)
+    found = quantize(weight, hessian, options, form, torch.float32, "w")
 
     assert torch.equal(found.codes.long(), restated(weight, hessian, options, size))
 
@@ -67,7 +70,7 @@ def test_codes(act_order: bool, bits: int, symmetric: bool, size: int) -> None:
 def test_uncorrelated_inputs_are_rounded_to_nearest(act_order: bool) -> None:
     weight, _ = problem(seed=0)
     options = GPTQ.Options(group_size=32, act_order=act_order)
-    found = quantize(weight, torch.diag(torch.rand(WIDTH).double() + 1), options, 32, torch.float32, "w")
+    found = quantize(weight, torch.diag(torch.rand(WIDTH).double() + 1), options, FORM, torch.float32, "w")
 
     assert found.same_as(quantize_weight(weight, 4, 32, True, torch.float32))
 
@@ -76,7 +79,7 @@ def test_inputs_that_never_come_do_no_harm() -> None:
     weight, hessian = problem(seed=1)
     hessian[:, 5] = hessian[5] = 0
     options = GPTQ.Options(group_size=32)
-    found = quantize(weight, hessian, options, 32, torch.float32, "w").dequantize()
+    found = quantize(weight, hessian, options, FORM, torch.float32, "w").dequantize()
 
     assert found.isfinite().all()
     off = (found - weight).double()

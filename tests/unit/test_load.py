@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,3 +27,16 @@ def test_a_model_keeps_the_dtype_it_is_stored_in(dtype: torch.dtype, tmp_path: P
 def test_load_stays_a_function_however_it_was_first_reached():
     code = "import compress; compress.load; from compress import load; assert compress.load is load"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("kind", ["Bert", "MPNet", "DistilBert", "Roberta"])
+def test_a_sentence_encoder_loads_without_the_head_that_its_config_still_names(
+    kind: str, tiny_encoder: Callable[..., Path]
+):
+    folder = tiny_encoder(f"{kind}Model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": [f"{kind}ForMaskedLM"]}))
+    tokens = torch.arange(2, 12)[None]
+    with torch.inference_mode():
+        expected = transformers.AutoModel.from_pretrained(folder)(tokens).last_hidden_state
+        assert torch.allclose(compress.load(folder)(tokens).last_hidden_state, expected, atol=1e-6)

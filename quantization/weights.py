@@ -147,15 +147,15 @@ def plan_packed(shape: ModelShape, options: WeightOptions) -> ModelShape:
 
 
 def _packed(shape: ModelShape, layout: Layout) -> ModelShape:
+    config = dict(shape.config)
+    config["quantization_config"] = layout.default.describe(
+        layout.linears, layout.around, layout.kept, layout.outside
+    )
     linears, packed = shape.linears(), {}
     for name, form in (layout.linears | layout.around).items():
         if (info := shape.tensors.get(f"{name}.weight")) is None:
             raise BadInput(f"The model lacks the tensor '{name}.weight'.")
         packed |= form.tensor_infos(name, linears.get(name, info.shape), info.dtype)
-    config = dict(shape.config)
-    config["quantization_config"] = layout.default.describe(
-        layout.linears, layout.around, layout.kept, layout.outside
-    )
     gone = [*layout.linears, *layout.around, *layout.copies]
     return shape.derive(config, remove=[f"{name}.weight" for name in gone], add=packed)
 

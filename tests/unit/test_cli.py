@@ -35,6 +35,7 @@ from compress.registry import METHODS
 from compress.scorecard import Scorecard
 
 RTN = ["--method", "rtn", "--group-size", "32"]
+GPTQ = ["--method", "gptq", "--group-size", "32"]
 FLAP = ["--method", "flap", "--ratio", "0.2"]
 FEW_TOKENS = ["--nsamples", "1", "--seqlen", "32"]
 REPLACEME = ["--method", "replaceme", "--layers", "1", "--nsamples", "4", "--seqlen", "32", "--epochs", "1"]
@@ -339,6 +340,16 @@ def stored_bytes(folder: Path) -> int:
         ],
         [{"method": "wanda-sp", "ratio": 0.2}],
         [{"method": "magnitude", "ratio": 0.2}],
+        [
+            {
+                "method": "rtn",
+                "bits": 3,
+                "group_size": 32,
+                "set": {"*.v_proj": 8},
+                "lm_head_bits": 8,
+                "embedding_bits": 4,
+            }
+        ],
     ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -405,10 +416,26 @@ def truncated(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1000])
 
 
-def with_nan(folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.2.mlp.up_proj.weight"][3, 4] = float("nan")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+def with_weight(name: str, value: float) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        tensors[name][3, 4] = value
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return change
+
+
+UP = "model.layers.2.mlp.up_proj.weight"
+
+
+def adapter(folder: Path) -> None:
+    """What peft writes."""
+    for file in folder.iterdir():
+        file.unlink()
+    save_file(
+        {"base_model.model.q_proj.lora_A.weight": torch.ones(2, 4)}, folder / "adapter_model.safetensors"
+    )
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "tiny"}')
 
 
 def without_tokenizer(folder: Path) -> None:
@@ -437,7 +464,9 @@ def another(model_type: str) -> Callable[[Path], None]:
         (another("mamba"), "The model type 'mamba' is not supported"),
         (truncated, "is damaged or not a safetensors file"),
         (without_weights, "holds no *.safetensors weights"),
-        (with_nan, "'model.layers.2.mlp.up_proj.weight' holds NaN or infinite values"),
+        (with_weight(UP, float("nan")), f"'{UP}' holds NaN or infinite values"),
+        (with_weight(UP, float("-inf")), f"'{UP}' holds NaN or infinite values"),
+        (adapter, "is a LoRA adapter, not a model; merge it into its base model first"),
     ],
 )
 def test_a_broken_model_is_one_sentence(
@@ -448,6 +477,32 @@ def test_a_broken_model_is_one_sentence(
     ended = command(words[0], copy, *words[1:], "-o", copy.parent / "out", "-q")
     assert_one_sentence(ended, 2, sentence)
     assert listing(copy.parent) == before
+
+
+def test_a_broken_head_is_one_sentence_when_it_is_rounded(command: Command, copy: Path):
+    with_weight("lm_head.weight", float("nan"))(copy)
+    before = listing(copy.parent)
+    ended = command("quantize", copy, *RTN, "--lm-head-bits", 8, "-o", copy.parent / "out", "-q")
+    assert_one_sentence(ended, 2, "The weight of 'lm_head' holds NaN or infinity")
+    assert listing(copy.parent) == before
+
+
+def test_bits_of_patterns_on_the_command_line(command: Command, tiny: Path, tmp_path: Path):
+    """Names may hold "=", the last of the same two counts, and its place is where it stands last."""
+    folder, where = tmp_path / "out", "re:(?=.*down_proj)"
+    bits = [f"{where}=8", "*.layers.0.*=3", f"{where}=2", "*.v_proj=8"]
+    words = [word for each in bits for word in ("--set", each)]
+    assert command("quantize", tiny, *RTN, *words, "--embedding-bits", "8", "-o", folder, "-q").code == 0
+    expected = {"*.layers.0.*": 3, where: 2, "*.v_proj": 8}
+    options = yaml.safe_load((folder / "recipe.yaml").read_text())["steps"][0]
+    assert list(options["set"].items()) == list(expected.items())
+    assert options["embedding_bits"] == 8
+    details = read_lineage(folder).steps[0].details
+    assert details["linears_by_bits"] == {"2": 4, "3": 5, "4": 15, "8": 4}
+    assert "compress-model only" in command("inspect", folder).out
+    again = command("run", folder / "recipe.yaml", "-o", tmp_path / "again", "-q")
+    assert again.code == 0
+    assert read_lineage(tmp_path / "again").result.files == read_lineage(folder).result.files
 
 
 def test_a_model_without_tokenizer_can_be_rounded_but_not_calibrated(command: Command, copy: Path):
@@ -472,6 +527,22 @@ def test_a_model_without_tokenizer_can_be_rounded_but_not_calibrated(command: Co
         (["quantize", "TINY", "TINY", *RTN, "-o", "out"], "unexpected extra argument"),
         (["quantize", "TINY", "-o", "out"], "Missing option '--method'"),
         (["quantize", "TINY", *RTN, "--bits", "5", "-o", "out"], "'5' is not one of '2', '3', '4', '8'"),
+        (["quantize", "TINY", *RTN, "--set", "*.v_proj", "-o", "out"], "'*.v_proj' is not NAME=VALUE"),
+        (
+            ["quantize", "TINY", *RTN, "--set", "*=5", "-o", "out"],
+            "set: Input should be 2, 3, 4 or 8 (got 5)",
+        ),
+        (
+            ["quantize", "TINY", *RTN, "--set", "nosuch=8", "-o", "out"],
+            "The pattern 'nosuch' in 'set' matches no linear",
+        ),
+        (["quantize", "TINY", *RTN, "--lm-head-bits", "5", "-o", "out"], "'5' is not one of '2', '3', '4'"),
+        (
+            ["quantize", "TINY", *RTN, "--format", "gptq", "--embedding-bits", "8", "-o", "out"],
+            "use the format compressed-tensors",
+        ),
+        (["quantize", "TINY", *GPTQ, "--calibration", "one.txt", "-o", "out"], "holds less than one window"),
+        (["quantize", "TINY", *GPTQ, "--seqlen", "1", "-o", "out"], "seqlen is 1; it must be 2 or more"),
         (["quantize", "TINY", *RTN, "--group-size", "48", "-o", "out"], "48 does not divide"),
         (["quantize", "TINY", *RTN, "--group-size", "many", "-o", "out"], "or 'channel' (got 'many')"),
         (
@@ -555,6 +626,7 @@ def test_wrong_use_is_one_sentence_and_leaves_nothing(
     (tmp_path / "TINY").symlink_to(tiny, target_is_directory=True)
     (tmp_path / "a file").write_text("x")
     (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "one.txt").write_text("x")
     (tmp_path / "in use").mkdir()
     (tmp_path / "in use" / "kept.txt").write_text("mine")
     monkeypatch.chdir(tmp_path)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from compress.errors import BadInput
+from compress.kernels.embedding import PackedEmbedding
 from compress.kernels.linear import PackedLinear
 from compress.kernels.ops import kernel_name, packed_linear
 from compress.kernels.reference import BLOCK
@@ -119,3 +120,33 @@ def test_a_layer_refuses_what_it_was_not_made_for():
         PackedLinear(96, 40, 4, 32).fill(q, bias)
     with pytest.raises(BadInput, match="does not divide"):
         PackedLinear(96, 40, 4, 64)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+def test_an_embedding_gives_the_dequantized_rows(bits, symmetric, dtype, device):
+    q, _ = make(bits, symmetric, out=41, width=40, group_size=8)
+    embedding = PackedEmbedding(PackedLinear.from_quantized(q), dtype).to(device)
+    for ids in (torch.tensor([[40, 0, 7], [7, 7, 1]]), torch.tensor(5)):
+        expected = F.embedding(ids, q.dequantize().to(dtype))
+        got = embedding(ids.to(device))
+        assert got.device.type == device
+        assert got.dtype == dtype
+        assert torch.equal(got.cpu(), expected)
+
+
+def test_an_embedding_moves_with_the_head_that_is_its_table():
+    q, _ = make(8, bias=False)
+    model = torch.nn.Module()
+    model.head = PackedLinear.from_quantized(q)
+    model.embedding = PackedEmbedding(model.head, embed_scale=torch.tensor(8.0))
+    model.to(torch.bfloat16)
+    assert model.head is model.embedding.table
+    assert model.head.scales.dtype == torch.bfloat16
+    rows = q.dequantize().bfloat16()
+    assert torch.equal(model.embedding(torch.arange(40)), rows * 8)
+    assert (model.embedding.num_embeddings, model.embedding.embedding_dim) == (40, 96)
+    assert model.to("meta").embedding(torch.empty(2, 5, dtype=torch.int64, device="meta")).shape == (2, 5, 96)
+    assert model.state_dict() == {}

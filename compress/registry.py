@@ -23,6 +23,7 @@ METHODS: dict[str, dict[str, str]] = {
         "wanda-sp": "compress.pruning.wanda_sp:WandaSp",
     },
     "quantization": {
+        "awq": "compress.quantization.awq:AWQ",
         "gptq": "compress.quantization.gptq:GPTQ",
         "rtn": "compress.quantization.round_to_nearest:RoundToNearest",
     },

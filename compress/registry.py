@@ -25,6 +25,7 @@ METHODS: dict[str, dict[str, str]] = {
     "quantization": {
         "awq": "compress.quantization.awq:AWQ",
         "gptq": "compress.quantization.gptq:GPTQ",
+        "hqq": "compress.quantization.hqq:HQQ",
         "rtn": "compress.quantization.round_to_nearest:RoundToNearest",
     },
 }

@@ -10,6 +10,7 @@ import torch
 from compress.anatomy import weight
 from compress.method import Method, Paper, StepReport
 from compress.quantization.folding import Fold, fold, fold_of, write_changed
+from compress.quantization.formats import Format
 from compress.quantization.gptq import Hessian, linears_by_input
 from compress.quantization.quantizer import (
     CHANNEL,
@@ -78,9 +79,8 @@ class AWQ(Method):
             inputs = [Inputs() for _ in groups]
             stream.advance(layer, {paths[0]: seen.add for paths, seen in zip(groups, inputs, strict=True)})
             stored = {path: model.weights.find(f"{layer.name}.{path}.weight") for path in layer.linears}
-            size = packing.format.group_size
             grids = {
-                path: Grid(options.bits, size, options.symmetric, packing.scale_dtype(name), name)
+                path: Grid(packing.format_of(name), packing.scale_dtype(name), name)
                 for path, name in stored.items()
                 if packing.wants(name)
             }
@@ -114,9 +114,7 @@ class AWQ(Method):
 class Grid:
     """What the codes of one linear may be."""
 
-    bits: int
-    group_size: int
-    symmetric: bool
+    form: Format
     scale_dtype: torch.dtype
     name: str
 
@@ -175,13 +173,15 @@ def choose_scales(
 
 def rounded(matrix: torch.Tensor, grid: Grid) -> QuantizedWeight:
     """Q."""
-    return quantize_weight(matrix, grid.bits, grid.group_size, grid.symmetric, grid.scale_dtype, grid.name)
+    return quantize_weight(
+        matrix, grid.form.bits, grid.form.group_size, grid.form.symmetric, grid.scale_dtype, grid.name
+    )
 
 
 def clipped(dense: torch.Tensor, gram: torch.Tensor, grid: Grid) -> QuantizedWeight:
     """Step 2 for a weight [out, in]."""
     out, width = dense.shape
-    size = width if grid.group_size == CHANNEL else grid.group_size
+    size = width if grid.form.group_size == CHANNEL else grid.form.group_size
     grouped = dense.float().reshape(out, -1, size).transpose(0, 1)  # [groups, out, size]
     starts = range(0, width, size)
     blocks = torch.stack([gram[at : at + size, at : at + size] for at in starts]).float()
@@ -190,9 +190,9 @@ def clipped(dense: torch.Tensor, gram: torch.Tensor, grid: Grid) -> QuantizedWei
     best = rounded(dense, grid)
     for share in SHARES:
         # The symmetric grid has a side with one level more, which cutting could turn round.
-        cut = grouped * share if grid.symmetric else grouped.clamp(-share * largest, share * largest)
-        scales, zeros = choose_grid(cut, grid.bits, grid.symmetric, grid.scale_dtype, grid.name)
-        codes = nearest_codes(grouped, scales.unsqueeze(-1), zeros.unsqueeze(-1), grid.bits)
+        cut = grouped * share if grid.form.symmetric else grouped.clamp(-share * largest, share * largest)
+        scales, zeros = choose_grid(cut, grid.form.bits, grid.form.symmetric, grid.scale_dtype, grid.name)
+        codes = nearest_codes(grouped, scales.unsqueeze(-1), zeros.unsqueeze(-1), grid.form.bits)
         off = (codes - zeros.unsqueeze(-1)).mul_(scales.float().unsqueeze(-1)).sub_(grouped)
         error = (torch.bmm(off, blocks) * off).sum(-1)
         better = (error < lowest).T

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from compress.quantization.awq import Grid, Inputs, choose_scales, clipped
 from compress.quantization.folding import Fold
+from compress.quantization.formats import CompressedTensors, Format
 from compress.quantization.quantizer import quantize_weight
 
 WIDTH, TOKENS, SIZE = 64, 300, 16
@@ -38,7 +39,7 @@ def seen(inputs: Tensor) -> Inputs:
     return found
 
 
-def restated_scales(weights: dict[str, Tensor], inputs: Tensor, groups: Tensor, grid: Grid) -> Tensor:
+def restated_scales(weights: dict[str, Tensor], inputs: Tensor, groups: Tensor, form: Format) -> Tensor:
     magnitude = inputs.abs().mean(0)
     magnitude = torch.stack([magnitude[groups == unit].mean() for unit in range(int(groups.max()) + 1)])
     magnitude = (magnitude / magnitude.mean()).clamp(min=1e-4)
@@ -49,7 +50,7 @@ def restated_scales(weights: dict[str, Tensor], inputs: Tensor, groups: Tensor, 
         error = 0.0
         for weight in weights.values():
             scaled = (weight * s[groups]).float()
-            rounded = quantize_weight(scaled, grid.bits, grid.group_size, grid.symmetric, grid.scale_dtype)
+            rounded = quantize_weight(scaled, form.bits, form.group_size, form.symmetric, torch.float32)
             error += float((inputs @ (rounded.dequantize() / s[groups] - weight).T).square().sum())
         results.append((error, s))
     return min(results, key=lambda result: result[0])[1]
@@ -59,14 +60,14 @@ def restated_scales(weights: dict[str, Tensor], inputs: Tensor, groups: Tensor, 
 @pytest.mark.parametrize(("bits", "symmetric"), GRIDS)
 def test_scales(bits: int, symmetric: bool, shared: bool) -> None:
     weights, inputs = problem(bits)
-    grid = Grid(bits, SIZE, symmetric, torch.float32, "w")
+    grid = Grid(CompressedTensors(bits, SIZE, symmetric), torch.float32, "w")
     units = torch.arange(WIDTH)
     if shared:  # two value heads of 8 channels, each for four query heads
         units = units.view(2, 4, 8)[:, :1].expand(2, 4, 8).flatten() % 8 + 8 * (units // 32)
     where = Fold("v", torch.arange(int(units.max()) + 1), units)
     found = choose_scales(weights, dict.fromkeys(weights, grid), seen(inputs), where)
 
-    expected = restated_scales(weights, inputs, units, grid)
+    expected = restated_scales(weights, inputs, units, grid.form)
     assert torch.allclose(found, expected, rtol=1e-5)
     assert float(expected.max() / expected.min()) > 1.5  # and it is not that of alpha = 0
 
@@ -76,7 +77,9 @@ def test_scales(bits: int, symmetric: bool, shared: bool) -> None:
 def test_clipping(bits: int, symmetric: bool, size: int) -> None:
     weights, inputs = problem(10 + bits)
     weight, width = weights["a"], WIDTH if size == -1 else size
-    found = clipped(weight, seen(inputs).gram, Grid(bits, size, symmetric, torch.float32, "w"))
+    found = clipped(
+        weight, seen(inputs).gram, Grid(CompressedTensors(bits, size, symmetric), torch.float32, "w")
+    )
 
     shares = set()
     for row in range(len(weight)):

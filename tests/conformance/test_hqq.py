@@ -39,17 +39,15 @@ def restated(weight: torch.Tensor, bits: int, symmetric: bool) -> torch.Tensor:
         for group in range(WIDTH // SIZE):
             w = weight[row, group * SIZE : (group + 1) * SIZE].double()
             found = []
-            for shift in (0,) if symmetric else (0, -1, 1):
-                z = min(max(int(start.zeros[row, group]) + shift, 0), 2**bits - 1)
-                s, beta = start.scales[row, group].double(), 5.0
-                for _ in range(21):
-                    q = ((w / s).round() + z).clamp(0, 2**bits - 1)
-                    x = (w - s * (q - z)) / s
-                    found.append(float(((s * x).abs() ** 0.7).sum()))
-                    e = x.sign() * (x.abs() - x.abs() ** (0.7 - 1) / beta).clamp(min=0)
-                    target = w - s * e
-                    s = (target * (q - z)).sum() / (q - z).square().sum()
-                    beta *= 1.01
+            s, z, beta = start.scales[row, group].double(), int(start.zeros[row, group]), 5.0
+            for _ in range(21):
+                q = ((w / s).round() + z).clamp(0, 2**bits - 1)
+                x = (w - s * (q - z)) / s
+                found.append(float(((s * x).abs() ** 0.7).sum()))
+                e = x.sign() * (x.abs() - x.abs() ** (0.7 - 1) / beta).clamp(min=0)
+                target = w - s * e
+                s = (target * (q - z)).sum() / (q - z).square().sum()
+                beta *= 1.01
             norms[row, group] = min(found)
     return norms
 

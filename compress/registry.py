@@ -24,6 +24,7 @@ METHODS: dict[str, dict[str, str]] = {
     },
     "quantization": {
         "awq": "compress.quantization.awq:AWQ",
+        "float": "compress.quantization.round_to_float:RoundToFloat",
         "gptq": "compress.quantization.gptq:GPTQ",
         "hqq": "compress.quantization.hqq:HQQ",
         "rtn": "compress.quantization.round_to_nearest:RoundToNearest",

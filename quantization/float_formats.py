@@ -45,8 +45,8 @@ TOKENS = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token"
 class FloatFormat(Format):
     """``float-quantized``, ``mxfp4-pack-quantized`` and ``nvfp4-pack-quantized``.
 
-    - ``fp8``: ``weight`` float8_e4m3fn [out, in] and ``weight_scale`` [out, 1] in the dtype of the weight; the
-      inputs of the linear are rounded to FP8, too, when it runs.
+    - ``fp8``: ``weight`` float8_e4m3fn [out, in] and ``weight_scale`` [out, 1] in the dtype of the weight;
+      the inputs of the linear are rounded to FP8, too, when it runs.
     - ``mxfp4``: ``weight_packed`` uint8 [out, in / 2], the first code of two in the low half, and
       ``weight_scale`` uint8 [out, in / 32].
     - ``nvfp4``: the same with ``weight_scale`` float8_e4m3fn [out, in / 16], and ``weight_global_scale``
@@ -93,10 +93,9 @@ class FloatFormat(Format):
 
     def read(self, name: str, get: Get) -> FloatWeight:
         scales, whole = get(f"{name}.weight_scale"), None
-        if self.type == "fp8":
-            codes = get(f"{name}.weight")
-        else:
-            codes = unpack_nibbles(get(f"{name}.weight_packed"))
+        codes = get(f"{name}.{'weight' if self.type == 'fp8' else 'weight_packed'}")
+        if self.type != "fp8":
+            codes = unpack_nibbles(codes)
         if self.type == "nvfp4":
             whole = get(f"{name}.weight_global_scale")
             expect(f"{name}.weight_global_scale", whole, (1,))
@@ -142,6 +141,8 @@ class FloatFormat(Format):
     def groups_of(cls, config: Mapping[str, Any]) -> list[tuple[list[str], Format]]:
         form = cls(NAMES[config["format"]])
         groups = list((config.get("config_groups") or {}).values())
+        if not groups:
+            raise BadInput(f"This '{config['format']}' checkpoint does not say which linears it has packed.")
         for group in groups:
             weights, inputs = group.get("weights") or {}, group.get("input_activations")
             expected = WEIGHTS[form.type] | {"type": "float"}

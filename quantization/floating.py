@@ -59,6 +59,11 @@ class FloatWeight:
         """(out, in)."""
         return self.codes.shape[0], self.codes.shape[1]
 
+    def split(self, rows: list[int]) -> list[FloatWeight]:
+        """Blocks of so many rows."""
+        parts = zip(self.codes.split(rows), self.scales.split(rows), strict=True)
+        return [FloatWeight(self.type, codes, scales, self.global_scale) for codes, scales in parts]
+
     def dequantize(self) -> torch.Tensor:
         """s · q in float32 [out, in]."""
         out, blocks = self.scales.shape
@@ -115,7 +120,7 @@ def quantize_float(
     """
     out, width = weight.shape
     blocks = number_of_groups(width, BLOCK[type], name)
-    grouped = weight.float().reshape(out, blocks, -1)
+    grouped = weight.float().contiguous().view(out, blocks, -1)
     if not bool(torch.isfinite(grouped).all()):
         raise BadInput(f"The weight of '{name}' holds NaN or infinity; this model cannot be quantized.")
     magnitude = grouped.abs().amax(-1)

@@ -61,9 +61,7 @@ class RoundToFloat(Method):
             for paths in linears_by_input(model.anatomy, layer):
                 stored = {path: model.weights.find(f"{layer.name}.{path}.weight") for path in paths}
                 dense = {
-                    name: weight(layer.linears[path])
-                    for path, name in stored.items()
-                    if packing.wants(name)
+                    name: weight(layer.linears[path]) for path, name in stored.items() if packing.wants(name)
                 }
                 largest = max((matrix.abs().max() for matrix in dense.values()), default=None)
                 for name, matrix in dense.items():
@@ -75,7 +73,9 @@ class RoundToFloat(Method):
                             matrix, options.type, scale_dtype, options.scale_rounding, largest, name
                         ),
                     )
-        return packing.finish()
+        report = packing.finish()
+        report.summary = f"{options.type}: {report.summary}"
+        return report
 
 
 def layout_of(shape: ModelShape, options: FloatOptions) -> Layout:
@@ -85,5 +85,6 @@ def layout_of(shape: ModelShape, options: FloatOptions) -> Layout:
         BadInput: as `linears_to_pack`.
     """
     form = FloatFormat(options.type)
-    linears, kept, outside = linears_to_pack(shape, options.ignore)
+    linears, skipped, outside = linears_to_pack(shape, options.ignore)
+    kept = [name for name in skipped if name not in outside]
     return Layout(form, dict.fromkeys(linears, form), {}, kept, outside, [])

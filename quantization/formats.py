@@ -415,14 +415,17 @@ class Formats:
 
 def _kind_of(quantization_config: Mapping[str, Any]) -> type[Format]:
     from compress.quantization.float_formats import NAMES, FloatFormat
+    from compress.quantization.nf4_format import NF4Format
 
     method = quantization_config.get("quant_method")
+    if method == NF4Format.name:
+        return NF4Format
     if method == CompressedTensors.name and quantization_config.get("format") in NAMES:
         return FloatFormat
     if method not in FORMATS:
         raise BadInput(
             f"This model is quantized with '{method}', which cannot be read here; there are: "
-            f"{', '.join(FORMATS)}."
+            f"{', '.join(FORMATS)}, {NF4Format.name}."
         )
     return FORMATS[method]
 
@@ -452,6 +455,8 @@ def loaders(
         plain = not packed_embedding and all(each.symmetric for each in (form, *others))
         stock = not conv1d and (plain or not others)
         return "transformers with compressed-tensors" if stock else "compress-model only"
+    if form.name == "bitsandbytes":
+        return "compress-model only" if conv1d else "transformers with bitsandbytes"
     if conv1d:
         return "gptqmodel"
     # GPTQModel's 4-bit kernel for CPUs takes groups of 32 to 256 only.

@@ -71,6 +71,7 @@ class Anatomy:
     query_norm: str | None = None
     key_norm: str | None = None
     norm_first: bool = True
+    norm_offset: float = 0.0  # norms multiply by this plus their weight
     parallel_residual: bool = False  # attention and MLP both read the layer's input
 
     # Names in the config. Without ``head_dim`` in it, heads can only be as wide as hidden_size / heads. The
@@ -208,7 +209,7 @@ _QWEN3 = replace(
 )
 _PLAIN = {"attention_bias_key": None, "mlp_bias_key": None}
 _GEMMA2 = replace(
-    _LLAMA, model_type="gemma2", mlp_bias_key=None,
+    _LLAMA, model_type="gemma2", mlp_bias_key=None, norm_offset=1.0,
     mlp_norm="pre_feedforward_layernorm",
     post_attention_norm="post_attention_layernorm", post_mlp_norm="post_feedforward_layernorm",
 )

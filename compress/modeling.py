@@ -17,9 +17,15 @@ from compress.anatomy import ROWS, Anatomy, anatomy_of, model_class, weight
 from compress.checkpoint import Checkpoint
 from compress.errors import BadInput, CompressError, unknown
 from compress.kernels.embedding import PackedEmbedding
+from compress.kernels.float_linear import FloatLinear
 from compress.kernels.linear import PackedLinear
+from compress.kernels.nf4_linear import NF4Linear
 from compress.pruned import reshape
 from compress.quantization.formats import Formats
+from compress.quantization.nf4_format import NF4Weight
+from compress.quantization.quantizer import QuantizedWeight
+
+LowBitLinear = PackedLinear | FloatLinear | NF4Linear
 
 # BERT's first checkpoints call the parameters of a LayerNorm so.
 OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
@@ -187,7 +193,7 @@ class Weights:
             BadInput: a tensor is missing, has another shape than config.json says, or holds NaN or infinity.
         """
         made: dict[int, nn.Parameter] = {}
-        packed: dict[str, PackedLinear] = {}
+        packed: dict[str, LowBitLinear] = {}
         for path, child in list(module.named_modules()):
             full = ".".join(filter(None, (name, path)))
             if child in skip:
@@ -216,7 +222,7 @@ class Weights:
         for path, child in modules.items():
             if isinstance(modules.get(path.rpartition(".")[0]), PackedEmbedding):
                 continue
-            if isinstance(child, PackedLinear | PackedEmbedding):
+            if hasattr(child, "stands_for"):
                 self._replace(module, path, child.stands_for)
                 continue
             for leaf, parameter in child.named_parameters(recurse=False):
@@ -251,17 +257,19 @@ class Weights:
                 return stored.removesuffix(f".{self.formats.marker}")
         return None
 
-    def _read_packed(self, stored: str, full: str, module: nn.Module) -> PackedLinear:
+    def _read_packed(self, stored: str, full: str, module: nn.Module) -> LowBitLinear:
         """The packed weight ``stored`` of a linear or an embedding, without a bias."""
         form = self.formats.of(stored, "Embedding" if isinstance(module, nn.Embedding) else "Linear")
         packed = form.read(stored, self.checkpoint.read)
         if (wanted := tuple(weight(module).shape)) != packed.shape:
             raise BadInput(f"'{full}' is {list(packed.shape)} where config.json asks for {list(wanted)}.")
-        return PackedLinear.from_quantized(packed).to(self.device)
+        if isinstance(packed, QuantizedWeight):
+            return PackedLinear.from_quantized(packed).to(self.device)
+        return (NF4Linear if isinstance(packed, NF4Weight) else FloatLinear)(packed).to(self.device)
 
-    def _packed_module(self, packed: PackedLinear, full: str, module: nn.Module) -> nn.Module:
+    def _packed_module(self, packed: LowBitLinear, full: str, module: nn.Module) -> nn.Module:
         """What takes the place of ``module``, which has that weight."""
-        new: PackedLinear | PackedEmbedding = packed
+        new: LowBitLinear | PackedEmbedding = packed
         if isinstance(module, nn.Embedding):
             new = PackedEmbedding(packed, self.dtype, getattr(module, "embed_scale", None))
         elif module.bias is not None:

@@ -23,7 +23,11 @@ METHODS: dict[str, dict[str, str]] = {
         "wanda-sp": "compress.pruning.wanda_sp:WandaSp",
     },
     "quantization": {
+        "awq": "compress.quantization.awq:AWQ",
+        "float": "compress.quantization.round_to_float:RoundToFloat",
         "gptq": "compress.quantization.gptq:GPTQ",
+        "hqq": "compress.quantization.hqq:HQQ",
+        "nf4": "compress.quantization.nf4:NF4",
         "rtn": "compress.quantization.round_to_nearest:RoundToNearest",
     },
 }

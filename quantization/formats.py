@@ -171,13 +171,13 @@ class CompressedTensors(Format):
         out, width = get(f"{name}.weight_shape").tolist()
         packed, scales = get(f"{name}.weight_packed"), get(f"{name}.weight_scale")
         groups = number_of_groups(width, self.group_size, name)
-        _expect(f"{name}.weight_packed", packed, (out, packed_width(width, self.bits)))
-        _expect(f"{name}.weight_scale", scales, (out, groups))
+        expect(f"{name}.weight_packed", packed, (out, packed_width(width, self.bits)))
+        expect(f"{name}.weight_scale", scales, (out, groups))
         if self.symmetric:
             zeros = torch.full((out, groups), 2 ** (self.bits - 1), dtype=torch.uint8)
         else:
             stored = get(f"{name}.weight_zero_point")
-            _expect(f"{name}.weight_zero_point", stored, (packed_width(out, self.bits), groups))
+            expect(f"{name}.weight_zero_point", stored, (packed_width(out, self.bits), groups))
             zeros = unpack(stored.t(), self.bits, out).t().contiguous()
         codes = unpack(packed, self.bits, width).contiguous()
         return QuantizedWeight(codes, scales, zeros, self.bits, self.group_size, self.symmetric)
@@ -295,8 +295,8 @@ class GPTQ(Format):
         qweight, scales, qzeros = get(f"{name}.qweight"), get(f"{name}.scales"), get(f"{name}.qzeros")
         out, width = qweight.shape[1], qweight.shape[0] * 32 // self.bits
         groups = number_of_groups(width, self.group_size, name)
-        _expect(f"{name}.scales", scales, (groups, out))
-        _expect(f"{name}.qzeros", qzeros, (groups, packed_width(out, self.bits)))
+        expect(f"{name}.scales", scales, (groups, out))
+        expect(f"{name}.qzeros", qzeros, (groups, packed_width(out, self.bits)))
         if not torch.equal(get(f"{name}.g_idx").to(torch.int32), self._group_index(width, name)):
             raise BadInput(f"'{name}' is stored in activation order (desc_act), which cannot be read here.")
         codes = unpack(qweight.t(), self.bits, width).contiguous()
@@ -381,14 +381,9 @@ class Formats:
     """
 
     def __init__(self, quantization_config: Mapping[str, Any]) -> None:
-        method = quantization_config.get("quant_method")
-        if method not in FORMATS:
-            raise BadInput(
-                f"This model is quantized with '{method}', which cannot be read here; there are: "
-                f"{', '.join(FORMATS)}."
-            )
-        self.groups = FORMATS[method].groups_of(quantization_config)
-        self.marker = FORMATS[method].marker
+        kind = _kind_of(quantization_config)
+        self.groups = kind.groups_of(quantization_config)
+        self.marker = kind.marker
         self.bits = sorted({form.bits for _, form in self.groups})
 
     def of(self, name: str, kind: str = "Linear") -> Format:
@@ -418,6 +413,23 @@ class Formats:
         raise BadInput(f"The model's quantization_config does not say how '{name}' is packed.")
 
 
+def _kind_of(quantization_config: Mapping[str, Any]) -> type[Format]:
+    from compress.quantization.float_formats import NAMES, FloatFormat
+    from compress.quantization.nf4_format import NF4Format
+
+    method = quantization_config.get("quant_method")
+    if method == NF4Format.name:
+        return NF4Format
+    if method == CompressedTensors.name and quantization_config.get("format") in NAMES:
+        return FloatFormat
+    if method not in FORMATS:
+        raise BadInput(
+            f"This model is quantized with '{method}', which cannot be read here; there are: "
+            f"{', '.join(FORMATS)}, {NF4Format.name}."
+        )
+    return FORMATS[method]
+
+
 def format_of(quantization_config: Mapping[str, Any], name: str = "") -> Format:
     """The format of the linear ``name``, or of any where all have the same; raises BadInput as `Formats`."""
     return Formats(quantization_config).of(name)
@@ -438,11 +450,13 @@ def loaders(
         packed_embedding: whether the token embedding is packed.
     """
     form, *others = (form for _, form in Formats(quantization_config).groups)
-    if isinstance(form, CompressedTensors):
+    if form.name == CompressedTensors.name:
         # Of what is not plain symmetric linears, transformers decodes all by one group's settings.
         plain = not packed_embedding and all(each.symmetric for each in (form, *others))
         stock = not conv1d and (plain or not others)
         return "transformers with compressed-tensors" if stock else "compress-model only"
+    if form.name == "bitsandbytes":
+        return "compress-model only" if conv1d else "transformers with bitsandbytes"
     if conv1d:
         return "gptqmodel"
     # GPTQModel's 4-bit kernel for CPUs takes groups of 32 to 256 only.
@@ -450,6 +464,7 @@ def loaders(
     return f"transformers with optimum and gptqmodel{where}"
 
 
-def _expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+def expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Raises BadInput if a stored tensor has another shape."""
     if tuple(tensor.shape) != shape:
         raise BadInput(f"The tensor '{name}' has shape {tuple(tensor.shape)} where {shape} was expected.")

@@ -154,7 +154,7 @@ def choose_grid(
         low, high = low.clamp(max=0), high.clamp(min=0)
         # Divided first: the range of a group may be more than float32 holds.
         scales = high / top - low / top
-    scales = _storable(scales, scale_dtype, name)
+    scales = storable(scales, scale_dtype, name)
     scales[(low == 0) & (high == 0)] = 1
     step = scales.float()
     zeros = torch.full_like(step, half) if symmetric else (-low / step).round_().clamp_(0, top)
@@ -185,7 +185,7 @@ def _divisors_near(width: int, wanted: int) -> str:
     return ", ".join(map(str, near))
 
 
-def _storable(scales: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+def storable(scales: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     """Scales rounded to ``dtype``, away from 0 and infinity."""
     stored = scales.to(dtype)
     if not bool(torch.isfinite(stored).all()):

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import Field, PositiveInt
@@ -85,14 +85,9 @@ def plan_layout(shape: ModelShape, options: WeightOptions) -> Layout:
         BadInput: the model is quantized already, nothing is left to quantize, a pattern matches nothing, or
             an option does not fit the model.
     """
-    if "quantization_config" in shape.config:
-        method = shape.config["quantization_config"].get("quant_method")
-        raise BadInput(f"This model is already quantized ({method}); start from the model it was made of.")
-    linears, outside = list(shape.linears()), linears_outside(shape)
-    skipped = [name for names in matches([*linears, *outside], options.ignore, "ignore") for name in names]
-    bits = dict.fromkeys((name for name in linears if name not in skipped), options.bits)
-    if not bits:
-        raise BadInput("The option 'ignore' leaves no linear to quantize.")
+    packed, skipped, outside = linears_to_pack(shape, options.ignore)
+    linears = list(shape.linears())
+    bits = dict.fromkeys(packed, options.bits)
     for names, other in zip(matches(linears, options.set, "set"), options.set.values(), strict=True):
         bits |= dict.fromkeys((name for name in names if name in bits), other)
     around, copies = _around(shape, options)
@@ -116,6 +111,23 @@ def plan_layout(shape: ModelShape, options: WeightOptions) -> Layout:
         outside=[name for name in outside if name not in heads],
         copies=copies,
     )
+
+
+def linears_to_pack(shape: ModelShape, ignore: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """The linears inside the layers that are to be packed, those that ``ignore`` keeps, and all outside.
+
+    Raises:
+        BadInput: the model is quantized already, nothing is left to quantize, or a pattern matches nothing.
+    """
+    if "quantization_config" in shape.config:
+        method = shape.config["quantization_config"].get("quant_method")
+        raise BadInput(f"This model is already quantized ({method}); start from the model it was made of.")
+    linears, outside = list(shape.linears()), linears_outside(shape)
+    skipped = [name for names in matches([*linears, *outside], ignore, "ignore") for name in names]
+    packed = [name for name in linears if name not in skipped]
+    if not packed:
+        raise BadInput("The option 'ignore' leaves no linear to quantize.")
+    return packed, skipped, outside
 
 
 def _around(shape: ModelShape, options: WeightOptions) -> tuple[dict[str, Bits], list[str]]:
@@ -143,10 +155,15 @@ def plan_packed(shape: ModelShape, options: WeightOptions) -> ModelShape:
     Raises:
         BadInput: as `plan_layout`, or a linear does not fit its format.
     """
-    return _packed(shape, plan_layout(shape, options))
+    return packed_shape(shape, plan_layout(shape, options))
 
 
-def _packed(shape: ModelShape, layout: Layout) -> ModelShape:
+def packed_shape(shape: ModelShape, layout: Layout) -> ModelShape:
+    """The shape of the model with what ``layout`` names packed.
+
+    Raises:
+        BadInput: a linear does not fit its format.
+    """
     config = dict(shape.config)
     config["quantization_config"] = layout.default.describe(
         layout.linears, layout.around, layout.kept, layout.outside
@@ -170,14 +187,21 @@ class Packing:
         options: of the method.
         errors: name -> squared error and squared norm of the weight (float64 [2]); a journal's state, so that
             a resumed run reports all linears.
+        layout_of: what says what the options ask for.
     """
 
-    def __init__(self, draft: Draft, options: WeightOptions, errors: dict[str, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        draft: Draft,
+        options: Any,
+        errors: dict[str, torch.Tensor],
+        layout_of: Callable[[ModelShape, Any], Layout] = plan_layout,
+    ) -> None:
         self.draft = draft
         self.errors = errors
         self.before = ModelShape.of(draft.parent)
-        self.layout = plan_layout(self.before, options)
-        self.planned = _packed(self.before, self.layout)
+        self.layout = layout_of(self.before, options)
+        self.planned = packed_shape(self.before, self.layout)
         self.format = self.layout.default
 
     def wants(self, stored: str) -> bool:
@@ -203,8 +227,8 @@ class Packing:
         packed = form.tensors(name, rounded)
         if not form.read(name, packed.__getitem__).same_as(rounded):
             raise CompressError(f"The packed tensors of '{name}' do not read back as what was written.")
-        self.draft.write(packed)
         self.draft.drop(stored)
+        self.draft.write(packed)
         sums = torch.zeros(2, dtype=torch.float64)
         blocks = dense.split(_rows(dense))
         for before, after in zip(blocks, rounded.split([len(block) for block in blocks]), strict=True):
@@ -281,7 +305,7 @@ def report(
     worst = max(relative, key=relative.__getitem__)
     mean = sum(relative.values()) / len(relative)
     weights = sum(before.tensors[f"{name}.weight"].numel for name in relative)
-    packed = sum(info.nbytes for name, info in planned.tensors.items() if name not in before.tensors)
+    packed = sum(info.nbytes for name, info in planned.tensors.items() if before.tensors.get(name) != info)
     details = {
         "format": layout.default.name,
         "linears": len(layout.linears),

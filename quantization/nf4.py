@@ -1,0 +1,88 @@
+"""NF4 of QLoRA (2023), made by the bitsandbytes library and stored as transformers does."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+from pydantic import Field
+
+from compress.anatomy import weight
+from compress.checkpoint import DTYPES
+from compress.errors import BadInput
+from compress.method import Method, MethodOptions, Paper, StepReport
+from compress.quantization.nf4_format import BLOCK, NF4Format, NF4Weight, unpack_high_first
+from compress.quantization.weights import Layout, Packing, linears_to_pack, packed_shape
+
+if TYPE_CHECKING:
+    from compress.plan import ModelShape
+    from compress.run import Run
+    from compress.stream import StreamedModel
+
+
+class NF4Options(MethodOptions):
+    """How scales are stored, and which linears are left alone."""
+
+    double_quant: bool = Field(False, description="scales in 8 bits: 4.13 bits a weight instead of 4.5")
+    ignore: list[str] = Field(
+        [], description="linears to keep: full names, globs, or regular expressions after 're:'"
+    )
+
+
+class NF4(Method):
+    """Round every weight of the layers to NormalFloat4 under a scale for 64 weights; no calibration.
+
+    The 16 levels are quantiles of the normal distribution, scaled to [-1, 1], with 0 among them; a block of
+    64 consecutive weights, row after row, has the scale max|w|. With ``double_quant`` the scales, less their
+    mean, are rounded to 8 bits under scales for 256 of them. The library rounds, and the format is its own.
+    """
+
+    name = "nf4"
+    family = "quantization"
+    paper = Paper("QLoRA: Efficient Finetuning of Quantized LLMs", "2305.14314")
+    needs_calibration = False
+
+    Options = NF4Options
+
+    def plan(self, shape: ModelShape, options: NF4Options) -> ModelShape:
+        if find_spec("bitsandbytes") is None:
+            raise BadInput("The method nf4 needs bitsandbytes: pip install 'compress-model[bitsandbytes]'.")
+        return packed_shape(shape, layout_of(shape, options))
+
+    def apply(self, model: StreamedModel, options: NF4Options, run: Run) -> StepReport:
+        journal = run.journal("rounding")
+        packing = Packing(run.draft, options, journal.state, layout_of)
+        for layer in model.walk(journal, label="rounding to NF4"):
+            for path, linear in layer.linears.items():
+                stored = model.weights.find(f"{layer.name}.{path}.weight")
+                if packing.wants(stored):
+                    dense = weight(linear)
+                    dtype = DTYPES[model.checkpoint.tensors[stored].dtype]
+                    packing.write(stored, dense, quantize_nf4(dense, dtype, options.double_quant))
+        return packing.finish()
+
+
+def layout_of(shape: ModelShape, options: NF4Options) -> Layout:
+    """What the options ask for.
+
+    Raises:
+        BadInput: as `linears_to_pack`.
+    """
+    form = NF4Format(options.double_quant, shape.config.get("dtype") or "float32")
+    linears, skipped, outside = linears_to_pack(shape, options.ignore)
+    kept = [name for name in skipped if name not in outside]
+    return Layout(form, dict.fromkeys(linears, form), {}, kept, outside, [])
+
+
+def quantize_nf4(dense: torch.Tensor, dtype: torch.dtype, double_quant: bool) -> NF4Weight:
+    """Round a weight [out, in] with bitsandbytes."""
+    from bitsandbytes.functional import quantize_4bit
+
+    packed, state = quantize_4bit(
+        dense.to(dtype).contiguous(), blocksize=BLOCK, compress_statistics=double_quant, quant_type="nf4"
+    )
+    nested = None
+    if double_quant:
+        nested = (state.state2.absmax, state.state2.code, state.offset.reshape(1).float())
+    return NF4Weight(unpack_high_first(packed, tuple(dense.shape)), state.absmax, state.code, dtype, nested)

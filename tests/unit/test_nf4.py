@@ -1,0 +1,154 @@
+"""NF4 by bitsandbytes: stock transformers load it, and we read it without the library."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+import compress
+from compress.checkpoint import Checkpoint, Draft, write_weights
+from compress.errors import BadInput
+from compress.kernels.nf4_linear import NF4Linear
+from compress.method import StepReport
+from compress.plan import ModelShape
+from compress.quantization.formats import Formats, loaders
+from compress.quantization.nf4_format import NF4Weight, pack_high_first, unpack_high_first
+from compress.run import Run
+from compress.stream import StreamedModel
+
+functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
+
+from compress.quantization.nf4 import NF4, quantize_nf4  # noqa: E402
+
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+CONFIGS = {
+    "llama": hf.LlamaConfig(**SMALL, intermediate_size=72, num_key_value_heads=2, attention_bias=True),
+    "opt": hf.OPTConfig(**SMALL, ffn_dim=96, word_embed_proj_dim=32),
+    "gpt2": hf.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=96, bos_token_id=0, eos_token_id=0),
+}
+METHOD = NF4()
+
+
+def dense(folder: Path, name: str, dtype: torch.dtype = torch.bfloat16) -> Path:
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(CONFIGS[name], dtype=dtype)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(folder)
+    return folder
+
+
+def rounded(folder: Path, work: Path, **options: Any) -> tuple[Path, StepReport]:
+    options = METHOD.Options(**options)
+    checkpoint = Checkpoint.open(folder)
+    planned = METHOD.plan(ModelShape.of(checkpoint), options)
+    run = Run(Draft(checkpoint, work / "draft"), None, 0, work / "draft", "cpu", lambda text, share: None)
+    report = METHOD.apply(StreamedModel(checkpoint), options, run)
+    assert run.draft.tensors == planned.tensors
+    assert run.draft.config == planned.config
+    written = work / "written"
+    written.mkdir()
+    write_weights(run.draft, written)
+    (written / "config.json").write_text(json.dumps(run.draft.config))
+    return written, report
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    tokens = torch.randint(0, 96, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("shape", [(64, 96), (7, 30), (5, 3)])
+def test_we_dequantize_as_the_library_does(shape: tuple[int, int], double_quant: bool) -> None:
+    dense = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.05
+    found = quantize_nf4(dense, torch.float32, double_quant)
+    packed, state = functional.quantize_4bit(dense, quant_type="nf4", compress_statistics=double_quant)
+    assert torch.equal(pack_high_first(found.codes), packed)
+    expected = functional.dequantize_4bit(packed, state)
+    assert torch.allclose(found.dequantize(), expected, rtol=1e-6, atol=1e-9)
+    rows = [2, 1, shape[0] - 3]
+    parts = torch.cat([part.dequantize() for part in found.split(rows)])
+    assert torch.equal(parts, found.dequantize())
+    x = torch.randn(3, shape[1])
+    assert torch.allclose(NF4Linear(found)(x), x @ found.dequantize().T, atol=1e-6)
+    assert torch.equal(NF4Linear(found).quantized(2, 4).dequantize(), found.dequantize()[2:4])
+
+
+def test_nibbles_come_back() -> None:
+    codes = torch.randint(0, 16, (3, 5), dtype=torch.uint8)
+    assert torch.equal(unpack_high_first(pack_high_first(codes), (3, 5)), codes)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_stock_transformers_compute_the_same(name, dtype, double_quant, tmp_path: Path) -> None:
+    folder = dense(tmp_path / "dense", name, dtype)
+    written, report = rounded(folder, tmp_path, double_quant=double_quant)
+    ours = compress.load(written)
+    assert sum(isinstance(part, NF4Linear) for part in ours.modules()) == report.details["linears"]
+    stock = hf.AutoModelForCausalLM.from_pretrained(written)
+    assert any(type(part).__name__ == "Linear4bit" for part in stock.modules())
+    expected, tolerance = logits(stock), 1e-5 if dtype == torch.float32 else 2e-2
+    assert float((logits(ours) - expected).abs().max()) <= tolerance * float(expected.abs().max())
+
+
+def test_ours_is_what_transformers_saves(tmp_path: Path) -> None:
+    folder = dense(tmp_path / "dense", "llama")
+    written, _ = rounded(folder, tmp_path)
+    settings = hf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    hf.AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings).save_pretrained(
+        tmp_path / "theirs"
+    )
+    ours, theirs = Checkpoint.open(written), Checkpoint.open(tmp_path / "theirs")
+    assert ours.tensors == theirs.tensors
+    for name in ours.tensors:
+        assert torch.equal(ours.read(name), theirs.read(name)), name
+    assert torch.equal(logits(compress.load(tmp_path / "theirs")), logits(compress.load(written)))
+
+
+def test_conv1d_is_read_here(tmp_path: Path) -> None:
+    folder = dense(tmp_path / "dense", "gpt2", torch.float32)
+    written, _ = rounded(folder, tmp_path, ignore=["*0.mlp.c_fc"])
+    model = compress.load(written)
+    reference = hf.AutoModelForCausalLM.from_pretrained(folder)
+    for path, part in model.named_modules():
+        if isinstance(part, NF4Linear):
+            reference.get_submodule(path).weight.data = part.quantized().dequantize().T.contiguous()
+    assert torch.allclose(logits(model), logits(reference), atol=1e-5)
+    config = json.loads((written / "config.json").read_text())["quantization_config"]
+    assert config["llm_int8_skip_modules"] == ["lm_head", "transformer.h.0.mlp.c_fc"]
+    assert loaders(config) == "transformers with bitsandbytes"
+    assert loaders(config, conv1d=True) == "compress-model only"
+
+
+def test_what_cannot_be_done_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written, _ = rounded(dense(tmp_path / "dense", "llama"), tmp_path)
+    config = json.loads((written / "config.json").read_text())["quantization_config"]
+    for change in (
+        {"load_in_4bit": False},
+        {"bnb_4bit_quant_type": "fp4"},
+        {"bnb_4bit_quant_storage": "bfloat16"},
+    ):
+        with pytest.raises(BadInput, match="can be read"):
+            Formats({**config, **change})
+    form = Formats(config).of("x")
+    checkpoint = Checkpoint.open(written)
+    name = "model.layers.0.mlp.up_proj"
+    tensors = {key: checkpoint.read(key) for key in checkpoint.tensors if key.startswith(name)}
+    assert isinstance(form.read(name, tensors.__getitem__), NF4Weight)
+    tensors[f"{name}.weight"] = tensors[f"{name}.weight"][:-1]
+    with pytest.raises(BadInput, match="shape"):
+        form.read(name, tensors.__getitem__)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setattr("compress.quantization.nf4.find_spec", lambda _: None)
+    with pytest.raises(BadInput, match="needs bitsandbytes"):
+        METHOD.plan(ModelShape.of(Checkpoint.open(tmp_path / "dense")), METHOD.Options())

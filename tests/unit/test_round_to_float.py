@@ -1,0 +1,142 @@
+"""FP8, MXFP4 and NVFP4 through the engine: what is planned is written, and stock transformers load it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+import compress
+from compress.checkpoint import Checkpoint, Draft, write_weights
+from compress.errors import BadInput
+from compress.method import StepReport
+from compress.plan import ModelShape
+from compress.quantization.formats import Formats, loaders
+from compress.quantization.round_to_float import RoundToFloat
+from compress.run import Run
+from compress.stream import StreamedModel
+
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+CONFIGS = {
+    "llama": hf.LlamaConfig(**SMALL, intermediate_size=96, num_key_value_heads=2, attention_bias=True),
+    "phi3": hf.Phi3Config(**SMALL, intermediate_size=96, num_key_value_heads=2, pad_token_id=0),
+    "opt": hf.OPTConfig(**SMALL, ffn_dim=96, word_embed_proj_dim=64),
+    "gpt2": hf.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=96, bos_token_id=0, eos_token_id=0),
+}
+TYPES = ["fp8", "mxfp4", "nvfp4"]
+METHOD = RoundToFloat()
+
+
+def dense(folder: Path, name: str, dtype: torch.dtype = torch.bfloat16) -> Path:
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(CONFIGS[name], dtype=dtype)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(folder)
+    return folder
+
+
+def rounded(folder: Path, work: Path, **options: Any) -> tuple[Path, StepReport]:
+    options = METHOD.Options(**options)
+    checkpoint = Checkpoint.open(folder)
+    planned = METHOD.plan(ModelShape.of(checkpoint), options)
+    run = Run(Draft(checkpoint, work / "draft"), None, 0, work / "draft", "cpu", lambda text, share: None)
+    report = METHOD.apply(StreamedModel(checkpoint), options, run)
+    assert run.draft.tensors == planned.tensors
+    assert run.draft.config == planned.config
+    written = work / "written"
+    written.mkdir()
+    write_weights(run.draft, written)
+    (written / "config.json").write_text(json.dumps(run.draft.config))
+    return written, report
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    tokens = torch.randint(0, 96, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("type", TYPES)
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_stock_transformers_compute_the_same(
+    name: str, type: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    folder = dense(tmp_path / "dense", name, dtype)
+    written, _ = rounded(folder, tmp_path, type=type)
+    ours, stock = logits(compress.load(written)), logits(hf.AutoModelForCausalLM.from_pretrained(written))
+    # compressed-tensors makes bfloat16 of NVFP4 whatever the dtype of the model.
+    exact = dtype == torch.bfloat16 or type != "nvfp4"
+    tolerance = 1e-5 if exact and dtype == torch.float32 else 1e-2
+    assert float((ours - stock).abs().max()) <= tolerance * float(stock.abs().max())
+    without = logits(hf.AutoModelForCausalLM.from_pretrained(folder))
+    assert float((stock - without).abs().max()) > 2e-2 * float(stock.abs().max())
+
+
+@pytest.mark.parametrize("type", TYPES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_we_load_it_packed(name: str, type: str, tmp_path: Path) -> None:
+    folder = dense(tmp_path / "dense", name, torch.float32)
+    written, report = rounded(folder, tmp_path, type=type)
+    model = compress.load(written)
+    linears = {n: part for n, part in model.named_modules() if part.__class__.__name__ == "FloatLinear"}
+    assert len(linears) == report.details["linears"] > 0
+    assert sum(part.weight_bytes for part in linears.values()) * 8 == pytest.approx(
+        report.details["bits_per_weight"] * sum(p.out_features * p.in_features for p in linears.values()),
+        rel=1e-3,
+    )
+    reference = hf.AutoModelForCausalLM.from_pretrained(folder)
+    for path, part in linears.items():
+        linear = reference.get_submodule(path)
+        value = part.quantized().dequantize()
+        linear.weight.data = value.T.contiguous() if name == "gpt2" else value
+        if type == "fp8":  # of the inputs, too
+            linear.register_forward_pre_hook(lambda _, inputs: in_fp8(*inputs))
+    expected = logits(reference)
+    assert float((logits(model) - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+    part = next(iter(linears.values()))
+    before = part.quantized()
+    assert part.to(torch.bfloat16).quantized().same_as(before)  # which no cast may change
+
+
+def in_fp8(x: torch.Tensor) -> torch.Tensor:
+    scale = x.abs().amax(-1, keepdim=True) / 448
+    return (x / scale).to(torch.float8_e4m3fn).to(x.dtype) * scale
+
+
+def test_fused_linears_share_the_global_scale(tmp_path: Path) -> None:
+    written, _ = rounded(dense(tmp_path / "dense", "llama"), tmp_path, type="nvfp4")
+    checkpoint = Checkpoint.open(written)
+
+    def whole(path: str) -> float:
+        return checkpoint.read(f"model.layers.1.{path}.weight_global_scale").item()
+
+    assert whole("self_attn.q_proj") == whole("self_attn.k_proj") == whole("self_attn.v_proj")
+    assert whole("mlp.gate_proj") == whole("mlp.up_proj") != whole("mlp.down_proj")
+
+
+def test_parts_can_be_kept_and_bad_input_is_refused(tmp_path: Path) -> None:
+    folder = dense(tmp_path / "dense", "llama")
+    written, report = rounded(folder, tmp_path, type="mxfp4", ignore=["*.down_proj"])
+    assert report.details["kept"] == ["lm_head", *(f"model.layers.{i}.mlp.down_proj" for i in (0, 1))]
+    logits(hf.AutoModelForCausalLM.from_pretrained(written))
+    with pytest.raises(BadInput, match="already quantized"):
+        METHOD.plan(ModelShape.of(Checkpoint.open(written)), METHOD.Options())
+
+
+def test_what_is_declared_is_read_and_other_schemes_are_refused(tmp_path: Path) -> None:
+    written, _ = rounded(dense(tmp_path / "dense", "llama"), tmp_path, type="fp8")
+    config = json.loads((written / "config.json").read_text())["quantization_config"]
+    assert Formats(config).bits == [8]
+    assert loaders(config) == "transformers with compressed-tensors"
+    assert loaders(config, conv1d=True) == "compress-model only"
+    group = config["config_groups"]["group_0"]
+    weights = {**group["weights"], "strategy": "block"}
+    for changed in ({**group, "weights": weights}, {**group, "input_activations": None}):
+        with pytest.raises(BadInput, match="can be read"):
+            Formats({**config, "config_groups": {"group_0": changed}})

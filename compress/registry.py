@@ -24,6 +24,7 @@ METHODS: dict[str, dict[str, str]] = {
     },
     "quantization": {
         "gptq": "compress.quantization.gptq:GPTQ",
+        "llm-qat": "compress.quantization.llm_qat:LLMQAT",
         "rtn": "compress.quantization.round_to_nearest:RoundToNearest",
     },
 }

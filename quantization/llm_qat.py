@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from compress.checkpoint import DTYPES
-from compress.errors import CompressError
+from compress.errors import BadInput, CompressError
 from compress.loading import assemble
 from compress.method import Method, MethodOptions, Paper, StepReport
 from compress.quantization.formats import DYNAMIC_TOKENS
@@ -104,6 +104,10 @@ class LLMQAT(Method):
         )
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
+        if shape.anatomy.kind != "decoder" or shape.anatomy.head is None:
+            raise BadInput(
+                "LLM-QAT distils next-token predictions, and this model makes none; use rtn or gptq for it."
+            )
         planned = plan_packed(shape, weight_options(options))
         return planned.derive(declare(planned.config, options))
 
@@ -126,7 +130,8 @@ class LLMQAT(Method):
         bits = f"W{options.weight_bits}A{options.activation_bits}KV{options.kv_bits}"
         how = "rounded to nearest without training"
         if steps:
-            how = f"{steps} steps, loss {training['first_loss']:.4f} to {training['last_loss']:.4f} nats a token"
+            first, last = training["first_loss"], training["last_loss"]
+            how = f"{steps} steps, loss {first:.4f} to {last:.4f} nats a token"
         report.summary = f"{bits}, {how}: {report.summary}"
         return report
 
@@ -146,9 +151,10 @@ def declare(config: dict[str, Any], options: LLMQAT.Options) -> dict[str, Any]:
     """config.json of a packed model with what else is quantized in it."""
     quantization = dict(config["quantization_config"])
     if options.activation_bits != OFF:
+        # The format once more in each group: unless told, the library packs nothing with quantized inputs.
         inputs = {"num_bits": options.activation_bits, **DYNAMIC_TOKENS}
         quantization["config_groups"] = {
-            name: {**group, "input_activations": inputs}
+            name: {**group, "input_activations": inputs, "format": quantization["format"]}
             for name, group in quantization["config_groups"].items()
         }
     config = {**config, "quantization_config": quantization}

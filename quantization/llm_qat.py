@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +17,7 @@ from compress.checkpoint import DTYPES
 from compress.errors import BadInput, CompressError
 from compress.loading import assemble
 from compress.method import Method, MethodOptions, Paper, StepReport
+from compress.quantization.distillation import Teacher, distil, last_hidden
 from compress.quantization.formats import DYNAMIC_TOKENS
 from compress.quantization.key_values import KEY, KeyValueSettings, quantize_key_values
 from compress.quantization.minmax import CUT, fake_quantize, quantize_channels
@@ -28,13 +25,10 @@ from compress.quantization.weights import Packing, WeightOptions, plan_packed
 from compress.reload import streamed_logits
 
 if TYPE_CHECKING:
-    from compress.activations import Activations
     from compress.calibration.windows import Windows
     from compress.plan import ModelShape
     from compress.run import Run
-    from compress.stream import Head, StreamedModel
-
-log = logging.getLogger(__name__)
+    from compress.stream import StreamedModel
 
 OFF = 16
 """Bits that mean: not quantized."""
@@ -122,7 +116,7 @@ class LLMQAT(Method):
         if steps:
             with model.head() as head:
                 teacher = Teacher(head, reference)
-                training = train(student, teacher, windows, steps, options, run)
+                training = distil(student, teacher, windows, steps, options, run)
         student.write(packing, run)
         report = packing.finish()
         run.draft.config = declare(run.draft.config, options)
@@ -165,27 +159,6 @@ def declare(config: dict[str, Any], options: LLMQAT.Options) -> dict[str, Any]:
 
 def key_value_settings(options: LLMQAT.Options) -> KeyValueSettings:
     return KeyValueSettings(options.kv_bits, options.kv_scale, options.kv_position)
-
-
-def last_hidden(model: StreamedModel, run: Run) -> Activations:
-    """The teacher's hidden states behind the last layer, one layer in memory at a time."""
-    stream = model.stream(run.calibration, run.folder / "teacher")
-    for layer in model.walk(run.journal("teacher"), stream, label="asking the teacher"):
-        stream.advance(layer)
-    return stream.hidden
-
-
-@dataclass
-class Teacher:
-    """What the model said before: exact logits from its last hidden states and its own head."""
-
-    head: Head
-    hidden: Activations
-
-    @torch.no_grad()
-    def log_probabilities(self, window: int) -> torch.Tensor:
-        """[S, V] in float32."""
-        return self.head(self.hidden.read(window, window + 1)).logits[0].float().log_softmax(-1)
 
 
 class LatentWeight(nn.Module):
@@ -297,75 +270,6 @@ def _quantize_input(
     bits: int, cut: float | None, linear: nn.Module, inputs: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, ...]:
     return (fake_quantize(inputs[0], bits, cut=cut), *inputs[1:])
-
-
-def train(
-    student: Student, teacher: Teacher, windows: Windows, steps: int, options: LLMQAT.Options, run: Run
-) -> dict[str, Any]:
-    """Distil the teacher into the student; what is to be known of it.
-
-    Raises:
-        CompressError: the loss became NaN or infinite.
-    """
-    from transformers import get_scheduler
-
-    parameters = student.trained()
-    optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0, fused=True)
-    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=0, num_training_steps=steps)
-    losses: list[float] = []
-    tokens = 0
-    started = time.perf_counter()
-    for step, rows in enumerate(batches(len(windows), options.batch_size, steps, run.generator())):
-        loss = divergence(student, teacher, windows, rows)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise CompressError(
-                f"The loss is {losses[-1]} at step {step + 1}; lower the learning_rate or max_gradient_norm."
-            )
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, options.max_gradient_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        tokens += int(windows.mask[rows].sum())
-        run.progress("training", (step + 1) / steps)
-        if (step + 1) % max(1, steps // 10) == 0:
-            recent = losses[-max(1, steps // 10) :]
-            log.info("step %d of %d: loss %.4f nats a token", step + 1, steps, sum(recent) / len(recent))
-    seconds = time.perf_counter() - started
-    tenth = max(1, steps // 10)
-    return {
-        "steps": steps,
-        "tokens": tokens,
-        "trained_parameters": sum(parameter.numel() for parameter in parameters),
-        "first_loss": sum(losses[:tenth]) / tenth,
-        "last_loss": sum(losses[-tenth:]) / tenth,
-        "losses": [round(value, 6) for value in losses],
-        "seconds": round(seconds, 1),
-        "tokens_per_second": round(tokens / seconds, 1),
-    }
-
-
-def batches(count: int, size: int, steps: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Indices of the windows of each step: all windows in a random order, then in another one."""
-    done = 0
-    while True:
-        for rows in torch.randperm(count, generator=generator).split(size):
-            if done == steps:
-                return
-            yield rows
-            done += 1
-
-
-def divergence(student: Student, teacher: Teacher, windows: Windows, rows: torch.Tensor) -> torch.Tensor:
-    """KL(teacher ‖ student) in nats: the mean over the real tokens of the windows ``rows``."""
-    total = torch.zeros((), device=student.model.device)
-    for window, logits in zip(rows.tolist(), student.logits(windows, rows), strict=True):
-        mask = windows.mask[window].to(logits.device)
-        expected = teacher.log_probabilities(window)[mask]
-        given = logits[mask].log_softmax(-1)
-        total = total + nn.functional.kl_div(given, expected, reduction="sum", log_target=True)
-    return total / windows.mask[rows].sum()
 
 
 @torch.no_grad()

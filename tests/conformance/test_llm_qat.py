@@ -17,8 +17,8 @@ from torch import Tensor
 import compress
 from compress.calibration.windows import Windows
 from compress.checkpoint import Checkpoint, Draft
-from compress.quantization import llm_qat
-from compress.quantization.llm_qat import LLMQAT, Student, Teacher, last_hidden, train, weight_options
+from compress.quantization.distillation import Teacher, distil, divergence, last_hidden
+from compress.quantization.llm_qat import LLMQAT, Student, weight_options
 from compress.quantization.minmax import fake_quantize, quantize, quantize_channels
 from compress.quantization.weights import Packing
 from compress.recipe import parse_recipe
@@ -210,8 +210,8 @@ def test_loss_is_a_mean_over_real_tokens(tiny_decoder: Callable[..., Path], tmp_
     hidden = last_hidden(model, run)
     with model.head() as head:
         teacher = Teacher(head, hidden)
-        loss = llm_qat.divergence(student, teacher, windows, torch.tensor([0, 1]))
-        alone = [llm_qat.divergence(student, teacher, windows, torch.tensor([row])) for row in (0, 1)]
+        loss = divergence(student, teacher, windows, torch.tensor([0, 1]))
+        alone = [divergence(student, teacher, windows, torch.tensor([row])) for row in (0, 1)]
 
     assert loss.item() == pytest.approx(restated_loss(student, dense, windows), rel=1e-4)
     assert loss.item() == pytest.approx(float(12 * alone[0] + 5 * alone[1]) / 17, rel=1e-5)
@@ -233,7 +233,7 @@ def test_a_step_is_adamw_on_the_clipped_gradient(tiny_decoder: Callable[..., Pat
         teacher = Teacher(head, hidden)
         for step in (0, 1):
             rows = torch.tensor([0, 1])
-            llm_qat.divergence(other, teacher, windows, rows).backward()
+            divergence(other, teacher, windows, rows).backward()
             gradients = {name: value.grad.double() for name, value in other.model.named_parameters()}
             norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
             assert norm > options.max_gradient_norm
@@ -246,7 +246,7 @@ def test_a_step_is_adamw_on_the_clipped_gradient(tiny_decoder: Callable[..., Pat
                 square = second[name] / (1 - 0.999 ** (step + 1))
                 weights[name] -= rate * mean / (square.sqrt() + 1e-8)
                 value.data, value.grad = weights[name].float(), None
-        train(student, teacher, windows, 2, options, run)
+        distil(student, teacher, windows, 2, options, run)
 
     before = compress.load(dense).get_submodule("model.layers.0.mlp.up_proj").weight
     moved = 0

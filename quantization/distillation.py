@@ -61,7 +61,7 @@ class Teacher:
 
 
 def last_hidden(model: StreamedModel, run: Run) -> Activations:
-    """The teacher's hidden states behind the last layer, float32 [N, S, D]; one layer is in memory at a time."""
+    """The teacher's hidden states behind the last layer, float32 [N, S, D]; one layer is in memory."""
     stream = model.stream(run.calibration, run.folder / "teacher")
     for layer in model.walk(run.journal("teacher"), stream, label="asking the teacher"):
         stream.advance(layer)

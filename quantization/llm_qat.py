@@ -18,10 +18,9 @@ from compress.errors import BadInput, CompressError
 from compress.loading import assemble
 from compress.method import Method, MethodOptions, Paper, StepReport
 from compress.quantization.distillation import Teacher, distil, last_hidden
-from compress.quantization.formats import DYNAMIC_TOKENS
 from compress.quantization.key_values import KEY, KeyValueSettings, quantize_key_values
 from compress.quantization.minmax import CUT, fake_quantize, quantize_channels
-from compress.quantization.weights import Packing, WeightOptions, plan_packed
+from compress.quantization.weights import Bits, Packing, WeightOptions, plan_packed
 from compress.reload import streamed_logits
 
 if TYPE_CHECKING:
@@ -29,6 +28,9 @@ if TYPE_CHECKING:
     from compress.plan import ModelShape
     from compress.run import Run
     from compress.stream import StreamedModel
+
+WeightBits = Literal[3, 4, 8]
+"""Of MinMax weights; for 2 and 1 the paper has other quantizers."""
 
 OFF = 16
 """Bits that mean: not quantized."""
@@ -67,7 +69,7 @@ class LLMQAT(Method):
     paper = Paper("LLM-QAT: Data-Free Quantization Aware Training for Large Language Models", "2305.17888")
 
     class Options(MethodOptions):
-        weight_bits: Literal[3, 4, 8] = Field(4, description="bits of a weight")
+        weight_bits: WeightBits = Field(4, description="bits of a weight")
         activation_bits: Literal[4, 6, 8, 16] = Field(8, description="bits of a linear's input; 16: as it is")
         kv_bits: Literal[4, 8, 16] = Field(4, description="bits of keys and values; 16: as they are")
         kv_scale: Literal["token", "head"] = Field(
@@ -96,20 +98,29 @@ class LLMQAT(Method):
         ignore: list[str] = Field(
             [], description="linears to keep: full names, globs, or regular expressions after 're:'"
         )
+        set: dict[str, WeightBits] = Field(
+            {},
+            description="other bits for the weights that a pattern matches (as in ignore); the last match "
+            "counts",
+        )
+        lm_head_bits: Bits | None = Field(
+            None, description="round the head, a row a scale, after the training; kept if not given"
+        )
+        embedding_bits: Bits | None = Field(None, description="the same for the token embedding")
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
         if shape.anatomy.kind != "decoder" or shape.anatomy.head is None:
             raise BadInput(
                 "LLM-QAT distils next-token predictions, and this model makes none; use rtn or gptq for it."
             )
-        planned = plan_packed(shape, weight_options(options))
+        planned = plan_packed(shape, weight_options(options), activation_bits(options))
         return planned.derive(declare(planned.config, options))
 
     def apply(self, model: StreamedModel, options: Options, run: Run) -> StepReport:
         windows = run.calibration
         batches = math.ceil(len(windows) / options.batch_size)
         steps = options.epochs * batches if options.steps is None else options.steps
-        packing = Packing(run.draft, weight_options(options), {})
+        packing = Packing(run.draft, weight_options(options), {}, activation_bits(options))
         reference = last_hidden(model, run) if steps else None
         student = Student(model, packing, options, run)
         training: dict[str, Any] = {"steps": 0}
@@ -119,6 +130,7 @@ class LLMQAT(Method):
                 training = distil(student, teacher, windows, steps, options, run)
         student.write(packing, run)
         report = packing.finish()
+        student.take_tables(packing)
         run.draft.config = declare(run.draft.config, options)
         report.details |= {"training": training, "written_kl": check_written(student, run)}
         bits = f"W{options.weight_bits}A{options.activation_bits}KV{options.kv_bits}"
@@ -138,23 +150,19 @@ def weight_options(options: LLMQAT.Options) -> WeightOptions:
         symmetric=True,
         format="compressed-tensors",
         ignore=options.ignore,
+        set=options.set,
+        lm_head_bits=options.lm_head_bits,
+        embedding_bits=options.embedding_bits,
     )
 
 
+def activation_bits(options: LLMQAT.Options) -> int | None:
+    return None if options.activation_bits == OFF else options.activation_bits
+
+
 def declare(config: dict[str, Any], options: LLMQAT.Options) -> dict[str, Any]:
-    """config.json of a packed model with what else is quantized in it."""
-    quantization = dict(config["quantization_config"])
-    if options.activation_bits != OFF:
-        # The format once more in each group: unless told, the library packs nothing with quantized inputs.
-        inputs = {"num_bits": options.activation_bits, **DYNAMIC_TOKENS}
-        quantization["config_groups"] = {
-            name: {**group, "input_activations": inputs, "format": quantization["format"]}
-            for name, group in quantization["config_groups"].items()
-        }
-    config = {**config, "quantization_config": quantization}
-    if options.kv_bits != OFF:
-        config[KEY] = key_value_settings(options).section()
-    return config
+    """config.json with how keys and values are quantized."""
+    return config if options.kv_bits == OFF else {**config, KEY: key_value_settings(options).section()}
 
 
 def key_value_settings(options: LLMQAT.Options) -> KeyValueSettings:
@@ -216,7 +224,7 @@ class Student:
         self.model.requires_grad_(not lora)
         generator = run.generator()
         self.linears: dict[str, nn.Module] = {}
-        for full in sorted(self.names.linears):
+        for full in sorted(self.names.packable):
             stored = self.names.find(f"{full}.weight")
             if stored is None or not packing.wants(stored):  # the block is pruned away, or the linear kept
                 continue
@@ -224,7 +232,7 @@ class Student:
             latent = LatentWeight(
                 linear.weight,
                 isinstance(linear, Conv1D),
-                options.weight_bits,
+                packing.format_of(stored).bits,
                 packing.scale_dtype(stored),
                 cut,
                 options.lora_rank if lora else None,
@@ -264,6 +272,15 @@ class Student:
             value = parameter.to(DTYPES[run.draft.tensors[stored].dtype])
             run.draft.write({stored: value})
             parameter.copy_(value)  # so that the student is what was written
+
+    @torch.no_grad()
+    def take_tables(self, packing: Packing) -> None:
+        """Take over a head and an embedding that were rounded in the end."""
+        for name, form in packing.layout.around.items():
+            rounded = form.read(name, packing.draft.read).dequantize()
+            for own, parameter in self.model.named_parameters():
+                if self.names.find(own) == f"{name}.weight":
+                    parameter.copy_(rounded)
 
 
 def _quantize_input(

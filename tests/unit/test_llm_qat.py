@@ -17,8 +17,8 @@ from compress.calibration.windows import Windows
 from compress.checkpoint import Checkpoint
 from compress.errors import BadInput, CompressError
 from compress.kernels.linear import PackedLinear, TokenQuantizedLinear
-from compress.quantization import llm_qat
-from compress.quantization.formats import activation_bits
+from compress.quantization import distillation, llm_qat
+from compress.quantization.formats import format_of
 from compress.quantization.key_values import KEY
 from compress.recipe import parse_recipe
 from compress.reload import streamed_logits
@@ -206,21 +206,68 @@ def test_evaluation_sees_activations_and_keys_and_values(
 
 def test_other_programs_checkpoints() -> None:
     inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    weights = {"num_bits": 4, "strategy": "channel"}
 
-    def bits(*groups: dict[str, Any]) -> int | None:
-        return activation_bits({"config_groups": {str(i): group for i, group in enumerate(groups)}})
+    def bits(**group: Any) -> int | None:
+        groups = {"group_0": {"targets": ["Linear"], "weights": weights, **group}}
+        config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+        return format_of(config).activation_bits
 
-    assert bits({"input_activations": inputs}) == 8
-    assert bits({"input_activations": inputs}, {"input_activations": inputs}) == 8
-    assert bits({"input_activations": None}) is None
-    assert activation_bits({"quant_method": "gptq", "bits": 4}) is None
+    assert bits(input_activations=inputs) == 8
+    assert bits(input_activations=None) is None
     for wrong in ({"dynamic": False}, {"strategy": "tensor"}, {"type": "float"}, {"num_bits": 16}):
         with pytest.raises(BadInput, match="dynamic, per token"):
-            bits({"input_activations": inputs | wrong})
-    with pytest.raises(BadInput, match="alike"):
-        bits({"input_activations": inputs}, {"input_activations": None})
+            bits(input_activations=inputs | wrong)
     with pytest.raises(BadInput, match="dynamic, per token"):
-        bits({"input_activations": inputs, "output_activations": inputs})
+        bits(input_activations=inputs, output_activations=inputs)
+
+
+def test_bits_by_pattern_and_packed_tables(
+    tiny_decoder: Callable[..., Path], tmp_path: Path, trained: list
+) -> None:
+    for tied in (False, True):
+        dense = tiny_decoder(name=f"tied-{tied}", tie_word_embeddings=tied)
+        options = {"set": {"re:.*down_proj": 8}, "embedding_bits": 8} | ({} if tied else {"lm_head_bits": 8})
+        out = tmp_path / f"out-{tied}"
+        lineage = quantized(dense, out, steps=3, weight_bits=4, **options)
+        tokens = tokens_of(dense)
+        with torch.no_grad():
+            model = compress.load(out)
+            loaded = model(tokens).logits
+            expected = trained[-1].model(tokens, use_cache=False).logits
+
+        assert (loaded - expected).abs().max() < 1e-4
+        assert lineage.steps[0].details["linears_by_bits"] == {4: 12, 8: 2}
+        assert lineage.result.bytes == lineage.result.predicted_bytes
+        assert type(model.model.layers[0].mlp.down_proj) is TokenQuantizedLinear
+        assert model.model.layers[0].mlp.down_proj.bits == 8
+        assert type(model.lm_head) is PackedLinear  # whose input is not quantized
+
+
+def test_a_killed_training_goes_on(
+    tiny_decoder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = tiny_decoder()
+    whole = quantized(dense, tmp_path / "whole", steps=6)
+    monkeypatch.setattr(distillation, "SAVE_SECONDS", 0.0)
+    divergence, calls = distillation.divergence, []
+
+    def killed(*arguments: Any) -> torch.Tensor:
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return divergence(*arguments)
+
+    monkeypatch.setattr(distillation, "divergence", killed)
+    with pytest.raises(KeyboardInterrupt):
+        quantized(dense, tmp_path / "out", steps=6)
+    found = quantized(dense, tmp_path / "out", steps=6)
+
+    assert len(calls) == 4 + 3
+    assert found.steps[0].resumed
+    assert found.result.files == whole.result.files
+    losses = [lineage.steps[0].details["training"]["losses"] for lineage in (whole, found)]
+    assert losses[0] == losses[1]
 
 
 def test_what_is_refused(

@@ -97,18 +97,18 @@ def generated_windows(
     key = json.dumps([checkpoint.sha256, room, first, settings], sort_keys=True)
     folder = cache_folder() / "generated" / hashlib.sha256(key.encode()).hexdigest()[:32]
     writer = _Writer(checkpoint, tokenizer, first, room, seed, device, batch_size)
-    rows: list[list[int]] = []
-    packed: list[int] = []
+    before = torch.tensor(first, dtype=torch.int32)
+    rows: list[torch.Tensor] = []
+    packed = torch.tensor([], dtype=torch.int32)
     sequences = 0
     for sequence in _sequences(folder, starts, writer):
         sequences += 1
-        if len(sequence) == room:
-            rows.append(first + sequence)
-        else:
-            packed += sequence
-            if len(packed) >= room:
-                rows.append(first + packed[:room])
-                del packed[:room]
+        if len(sequence) < room:
+            packed = torch.cat([packed, sequence])
+            if len(packed) < room:
+                continue
+            sequence, packed = packed[:room], packed[room:]
+        rows.append(torch.cat([before, sequence]))
         progress("generating calibration text", min(1.0, len(rows) / nsamples))
         if len(rows) == nsamples:
             break
@@ -121,7 +121,7 @@ def generated_windows(
             "All %d sequences fill only %d of the %d windows asked for; calibrating on those.",
             *(sequences, len(rows), nsamples),
         )
-    tokens = torch.tensor(rows)
+    tokens = torch.stack(rows).long()
     about = {"nsamples": nsamples, **settings, "sequences": sequences}
     return Windows(tokens, torch.ones_like(tokens, dtype=torch.bool), SOURCE, settings=about)
 
@@ -140,7 +140,7 @@ def _starts(tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Start]:
     return [pairs[i] for i in torch.randperm(len(pairs), generator=generator).tolist()]
 
 
-def _sequences(folder: Path, starts: list[Start], writer: _Writer) -> Iterator[list[int]]:
+def _sequences(folder: Path, starts: list[Start], writer: _Writer) -> Iterator[torch.Tensor]:
     """The sequences of ``starts`` in order: from the files of ``folder`` where there are any, else new ones,
     which become files."""
     for number, begin in enumerate(range(0, len(starts), FILE)):
@@ -160,8 +160,7 @@ def _sequences(folder: Path, starts: list[Start], writer: _Writer) -> Iterator[l
                     f"Generated text could not be kept in {folder} ({error.strerror or error}); make room, "
                     f"or set {CACHE_VARIABLE} to another folder."
                 ) from error
-        for part in held["tokens"].split(held["lengths"].tolist()):
-            yield part.tolist()
+        yield from held["tokens"].split(held["lengths"].tolist())
 
 
 class _Writer:

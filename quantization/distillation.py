@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+PASS_TOKENS = 2048
+"""Tokens of a step that go through the model at once. Logits of more would take gigabytes, and what is done
+to the weights in every pass costs little beside so many tokens."""
+
 SAVE_SECONDS = 300.0
 """Between two states of the training that a killed run goes on from."""
 
@@ -116,13 +120,11 @@ def distil(
     for step, rows in enumerate(batches(len(windows), options.batch_size, steps, run.generator())):
         if step < begun:
             continue
-        loss = divergence(student, teacher, windows, rows)
-        losses.append(loss.item())
+        losses.append(_accumulate(student, teacher, windows, rows))
         if not math.isfinite(losses[-1]):
             raise CompressError(
                 f"The loss is {losses[-1]} at step {step + 1}; lower the learning_rate or max_gradient_norm."
             )
-        loss.backward()
         nn.utils.clip_grad_norm_(parameters, options.max_gradient_norm)
         optimizer.step()
         schedule.step()
@@ -144,6 +146,18 @@ def distil(
         "tokens": tokens,  # these two are of the run that finished it
         "seconds": round(seconds, 1),
     }
+
+
+def _accumulate(student: Student, teacher: Teacher, windows: Windows, rows: torch.Tensor) -> float:
+    """The divergence of the windows ``rows``, whose gradient is added up in the parameters."""
+    size = max(1, PASS_TOKENS // windows.tokens.shape[1])
+    total = 0.0
+    for part in rows.split(size):
+        share = windows.mask[part].sum() / windows.mask[rows].sum()
+        loss = divergence(student, teacher, windows, part) * share.item()
+        loss.backward()
+        total += loss.item()
+    return total
 
 
 def batches(count: int, size: int, steps: int, generator: torch.Generator) -> Iterator[torch.Tensor]:

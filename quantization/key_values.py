@@ -111,6 +111,11 @@ class AttentionBlock:
         key_norm: its norm between the projection and the rotary embedding, where it has one.
         head_dim: width of a head.
         cut: of the straight-through gradient.
+
+    Attributes:
+        cached: whether the pass that is running has a cache.
+        codes: role -> codes and scales of the tokens in it, where keys are quantized before they are rotated.
+        rotation: cosines and sines of these tokens, [B or 1, T, width] each.
     """
 
     def __init__(
@@ -327,7 +332,7 @@ def _hold_codes(cache: Any, blocks: list[AttentionBlock]) -> None:
     """Give an empty ``DynamicCache`` the layers that store codes, unless it has them."""
     if any(isinstance(layer, QuantizedLayer) for layer in getattr(cache, "layers", ())):
         return
-    if type(cache) is not DynamicCache or cache.get_seq_length():
+    if type(cache) is not DynamicCache or cache.offloading or cache.get_seq_length():
         raise CompressError(
             "This model stores keys and values as low-bit codes; give it an empty DynamicCache, or none."
         )

@@ -27,11 +27,9 @@ from compress.run import execute
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 40
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {},
-    "Qwen3ForCausalLM": {"head_dim": 16},
     "Phi3ForCausalLM": {},
     "GPTNeoXForCausalLM": {},
     "Gemma2ForCausalLM": {"head_dim": 16},  # caps its logits
-    "OPTForCausalLM": {},
     "GPT2LMHeadModel": {},
 }
 

@@ -133,7 +133,11 @@ class PackedLinear(nn.Module):
 
 class TokenQuantizedLinear(PackedLinear):
     """A packed linear whose input is quantized, too: ``activation_bits`` bits, one scale a token, made anew
-    at every call (see `compress.quantization.minmax`)."""
+    at every call (see `compress.quantization.minmax`).
+
+    For 8 bits, compressed-tensors 0.20 takes max|x| / 127.5 as the scale where this takes max|x| / 127, as in
+    LLM-QAT's training; so logits in stock transformers differ, by about what 8 bits lose.
+    """
 
     activation_bits: int
 

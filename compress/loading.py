@@ -29,15 +29,23 @@ def load(path: str | Path, device: str = "cpu", dtype: str | torch.dtype | None 
         BadInput: not a model folder, damaged files, or an architecture the anatomy table does not know.
     """
     checkpoint = Checkpoint.open(path)
+    model = assemble(checkpoint, device, dtype)
+    model.config._name_or_path = model.name_or_path = str(path)
+    if (Path(path) / "generation_config.json").exists() and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model
+
+
+def assemble(
+    checkpoint: Checkpoint, device: str = "cpu", dtype: str | torch.dtype | None = None
+) -> PreTrainedModel:
+    """The whole model of an open checkpoint in memory; arguments, result and errors as `load`."""
     config = config_of(checkpoint)
     dtype = _dtype(dtype or config.dtype or torch.float32)  # before the skeleton, which sets its own
     model = skeleton(config, device)
     weights = Weights(checkpoint, model, device, dtype)
     weights.fill(model, "")
     model.config.dtype = weights.dtype
-    model.config._name_or_path = model.name_or_path = str(path)
-    if (Path(path) / "generation_config.json").exists() and model.can_generate():
-        model.generation_config = GenerationConfig.from_pretrained(path)
     return model
 
 

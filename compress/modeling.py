@@ -18,10 +18,11 @@ from compress.checkpoint import Checkpoint
 from compress.errors import BadInput, CompressError, unknown
 from compress.kernels.embedding import PackedEmbedding
 from compress.kernels.float_linear import FloatLinear
-from compress.kernels.linear import PackedLinear
+from compress.kernels.linear import PackedLinear, TokenQuantizedLinear
 from compress.kernels.nf4_linear import NF4Linear
 from compress.pruned import reshape
 from compress.quantization.formats import Formats
+from compress.quantization.key_values import KeyValueSettings, quantize_key_values
 from compress.quantization.nf4_format import NF4Weight
 from compress.quantization.quantizer import QuantizedWeight
 
@@ -140,6 +141,8 @@ def skeleton(config: PretrainedConfig, device: str | torch.device = "cpu") -> Pr
                 model._init_weights(module)
     if (pruned := getattr(config, "pruned", None)) is not None:
         reshape(model, pruned)
+    if (settings := KeyValueSettings.of(config)) is not None:
+        quantize_key_values(model, settings)
     model.requires_grad_(False)
     return model.eval()
 
@@ -263,9 +266,13 @@ class Weights:
         packed = form.read(stored, self.checkpoint.read)
         if (wanted := tuple(weight(module).shape)) != packed.shape:
             raise BadInput(f"'{full}' is {list(packed.shape)} where config.json asks for {list(wanted)}.")
-        if isinstance(packed, QuantizedWeight):
+        if not isinstance(packed, QuantizedWeight):
+            return (NF4Linear if isinstance(packed, NF4Weight) else FloatLinear)(packed).to(self.device)
+        if form.activation_bits is None or isinstance(module, nn.Embedding):
             return PackedLinear.from_quantized(packed).to(self.device)
-        return (NF4Linear if isinstance(packed, NF4Weight) else FloatLinear)(packed).to(self.device)
+        linear = TokenQuantizedLinear.from_quantized(packed).to(self.device)
+        linear.activation_bits = form.activation_bits
+        return linear
 
     def _packed_module(self, packed: LowBitLinear, full: str, module: nn.Module) -> nn.Module:
         """What takes the place of ``module``, which has that weight."""
@@ -274,6 +281,7 @@ class Weights:
             new = PackedEmbedding(packed, self.dtype, getattr(module, "embed_scale", None))
         elif module.bias is not None:
             packed.bias = self._read(f"{full}.bias", tuple(module.bias.shape))
+        new._forward_hooks.update(module._forward_hooks)  # such as those that quantize keys and values
         object.__setattr__(new, "stands_for", module)
         return new
 

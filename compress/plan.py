@@ -99,6 +99,15 @@ class ModelShape:
     @property
     def loads_with(self) -> str:
         """Who can load a model of this shape."""
+        from compress.quantization.key_values import KEY
+
+        who = self._loads_with
+        if KEY in self.config and who != "compress-model only":
+            who += f" ({self.config[KEY]['bits']}-bit keys and values with compress-model only)"
+        return who
+
+    @property
+    def _loads_with(self) -> str:
         from compress.quantization.formats import Formats, loaders
 
         quantization = self.config.get("quantization_config")

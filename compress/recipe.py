@@ -37,7 +37,9 @@ class Calibration(_Section):
     """The text that methods look at while they compress."""
 
     source: str = Field(
-        "bundled", description="bundled, wikipedia, brown, a file, or hub:DATASET[:CONFIG[:SPLIT[:FIELD]]]"
+        "bundled",
+        description="bundled, wikipedia, brown, a file, hub:DATASET[:CONFIG[:SPLIT[:FIELD]]], or generate: "
+        "written by the model itself",
     )
     nsamples: PositiveInt = Field(128, description="number of windows")
     seqlen: PositiveInt = Field(2048, description="tokens in a window")

@@ -27,6 +27,7 @@ METHODS: dict[str, dict[str, str]] = {
         "float": "compress.quantization.round_to_float:RoundToFloat",
         "gptq": "compress.quantization.gptq:GPTQ",
         "hqq": "compress.quantization.hqq:HQQ",
+        "llm-qat": "compress.quantization.llm_qat:LLMQAT",
         "nf4": "compress.quantization.nf4:NF4",
         "rtn": "compress.quantization.round_to_nearest:RoundToNearest",
     },

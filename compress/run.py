@@ -32,6 +32,7 @@ from compress.artefact import (
     write_lineage,
     write_model,
 )
+from compress.calibration.generate import SOURCE, generated_windows
 from compress.calibration.windows import Windows, calibration_windows
 from compress.checkpoint import DTYPE_NAMES, Checkpoint, Draft
 from compress.device import check_device
@@ -142,7 +143,7 @@ def _execute(
     device: str,
     progress: Progress,
 ) -> Lineage:
-    windows = _calibration(recipe, checkpoint) if recipe.needs_calibration else None
+    windows = _calibration(recipe, checkpoint, device, progress) if recipe.needs_calibration else None
     workspace.enter(_fingerprint(recipe, checkpoint, windows))
     try:
         current, records = checkpoint, []
@@ -195,11 +196,18 @@ def _execute(
     return lineage
 
 
-def _calibration(recipe: Recipe, checkpoint: Checkpoint) -> Windows:
+def _calibration(recipe: Recipe, checkpoint: Checkpoint, device: str, progress: Progress) -> Windows:
     wanted = recipe.calibration
     seed = recipe.seed if wanted.seed is None else wanted.seed
-    if anatomy_of(config_of(checkpoint)).kind == "encoder":
+    encoder = anatomy_of(config_of(checkpoint)).kind == "encoder"
+    if encoder and wanted.source == SOURCE:
+        raise BadInput("An encoder cannot generate calibration text; name a text or a file.")
+    if encoder:
         return calibration_inputs(checkpoint, wanted, seed)
+    if wanted.source == SOURCE:
+        if wanted.chat_template:
+            raise BadInput("Generated calibration text has no conversations; leave the chat template out.")
+        return generated_windows(checkpoint, wanted.nsamples, wanted.seqlen, seed, device, progress)
     return calibration_windows(
         load_tokenizer(checkpoint.folder),
         wanted.source,

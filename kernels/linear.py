@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from compress.kernels.ops import kernel_name, packed_linear
+from compress.quantization.minmax import fake_quantize
 from compress.quantization.packing import pack, packed_width, unpack
 from compress.quantization.quantizer import CHANNEL, QuantizedWeight, number_of_groups
 
@@ -128,3 +129,20 @@ class PackedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
             f"group_size={group}, symmetric={self.symmetric}, bias={self.bias is not None}"
         )
+
+
+class TokenQuantizedLinear(PackedLinear):
+    """A packed linear whose input is quantized, too: ``activation_bits`` bits, one scale a token, made anew
+    at every call (see `compress.quantization.minmax`).
+
+    For 8 bits, compressed-tensors 0.20 takes max|x| / 127.5 as the scale where this takes max|x| / 127, as in
+    LLM-QAT's training; so logits in stock transformers differ, by about what 8 bits lose.
+    """
+
+    activation_bits: int
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(fake_quantize(input, self.activation_bits))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation_bits={self.activation_bits}"

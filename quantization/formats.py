@@ -28,6 +28,9 @@ from compress.quantization.quantizer import CHANNEL, QuantizedWeight, number_of_
 
 Get = Callable[[str], torch.Tensor]
 
+DYNAMIC_TOKENS = {"type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+"""What compressed-tensors calls inputs that are quantized with one scale a token, made anew at every call."""
+
 
 class Format(ABC):
     """How quantized linears of one bit width, group size and symmetry are stored.
@@ -37,6 +40,9 @@ class Format(ABC):
         group_size: values in a group along the input axis; −1: a whole row.
         symmetric: zero points are 2^(bits−1) and need not be stored.
     """
+
+    activation_bits: int | None = None
+    """Of the inputs of linears, which are then quantized per token; None leaves them as they are."""
 
     name: ClassVar[str]
     marker: ClassVar[str]
@@ -137,6 +143,12 @@ class CompressedTensors(Format):
     name = "compressed-tensors"
     marker = "weight_packed"
 
+    def __init__(
+        self, bits: int, group_size: int, symmetric: bool, activation_bits: int | None = None
+    ) -> None:
+        super().__init__(bits, group_size, symmetric)
+        self.activation_bits = activation_bits
+
     def scale_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
         # Loaders keep scales in the dtype of the model, so any other would be rounded on loading.
         return weight_dtype if weight_dtype in (torch.float16, torch.bfloat16) else torch.float32
@@ -223,12 +235,17 @@ class CompressedTensors(Format):
             "group_size": None if channel else self.group_size,
             "dynamic": False,
         }
-        return {
+        group = {
             "targets": targets,
             "weights": weights,
             "input_activations": None,
             "output_activations": None,
         }
+        if self.activation_bits is not None:
+            group["input_activations"] = {"num_bits": self.activation_bits, **DYNAMIC_TOKENS}
+            # Once more here: unless told, the library packs no weight whose inputs are quantized.
+            group["format"] = "pack-quantized"
+        return group
 
     @classmethod
     def groups_of(cls, config: Mapping[str, Any]) -> list[tuple[list[str], CompressedTensors]]:
@@ -246,10 +263,19 @@ class CompressedTensors(Format):
         strategy = weights.get("strategy")
         if weights.get("type", "int") != "int" or strategy not in ("group", "channel"):
             raise BadInput(f"Compressed-tensors weights of strategy '{strategy}' cannot be read here.")
-        if group.get("input_activations") or group.get("output_activations"):
-            raise BadInput("Compressed-tensors checkpoints with quantized activations cannot be read here.")
+        inputs = group.get("input_activations")
+        dynamic = not inputs or (
+            all(inputs.get(key) == value for key, value in DYNAMIC_TOKENS.items())
+            and inputs.get("num_bits") in range(2, 9)
+        )
+        if not dynamic or group.get("output_activations"):
+            raise BadInput(
+                "Of compressed-tensors checkpoints with quantized activations only those can be read here "
+                "whose inputs are whole numbers of 2 to 8 bits, symmetric, dynamic, per token."
+            )
         size = CHANNEL if strategy == "channel" else weights["group_size"]
-        return cls(weights["num_bits"], size, weights.get("symmetric", True))
+        symmetric = weights.get("symmetric", True)
+        return cls(weights["num_bits"], size, symmetric, inputs["num_bits"] if inputs else None)
 
 
 class GPTQ(Format):

@@ -21,7 +21,7 @@ from compress.checkpoint import DTYPES, Draft
 from compress.errors import BadInput, CompressError
 from compress.method import MethodOptions, StepReport
 from compress.plan import ModelShape
-from compress.quantization.formats import FORMATS, Format
+from compress.quantization.formats import FORMATS, CompressedTensors, Format
 from compress.quantization.quantizer import CHANNEL, QuantizedWeight, quantize_weight
 
 Bits = Literal[2, 3, 4, 8]
@@ -78,8 +78,13 @@ class Layout:
     copies: list[str]
 
 
-def plan_layout(shape: ModelShape, options: WeightOptions) -> Layout:
+def plan_layout(shape: ModelShape, options: WeightOptions, activation_bits: int | None = None) -> Layout:
     """What the options ask for.
+
+    Args:
+        shape: of the model.
+        options: of the weights.
+        activation_bits: of the inputs of the linears inside the layers, where these are quantized, too.
 
     Raises:
         BadInput: the model is quantized already, nothing is left to quantize, a pattern matches nothing, or
@@ -98,6 +103,11 @@ def plan_layout(shape: ModelShape, options: WeightOptions) -> Layout:
         name = "gptq" if low else "compressed-tensors"
     size = CHANNEL if options.group_size == "channel" else options.group_size
     formats = {width: FORMATS[name](width, size, options.symmetric) for width in get_args(Bits)}
+    inside = formats
+    if activation_bits is not None:
+        inside = {
+            width: CompressedTensors(width, size, options.symmetric, activation_bits) for width in formats
+        }
     anatomy = shape.anatomy
     packs_head = anatomy.head in around or (anatomy.tied and around)
     heads = {anatomy.head, *anatomy.head_aliases} if packs_head else set()
@@ -105,7 +115,7 @@ def plan_layout(shape: ModelShape, options: WeightOptions) -> Layout:
         raise BadInput(f"The option 'ignore' keeps '{kept[0]}', and another gives it bits; drop one of them.")
     return Layout(
         default=formats[options.bits],
-        linears={name: formats[width] for name, width in bits.items()},
+        linears={name: inside[width] for name, width in bits.items()},
         around={name: formats[width] for name, width in around.items()},
         kept=[name for name in linears if name not in bits],
         outside=[name for name in outside if name not in heads],

@@ -61,3 +61,39 @@ def tiny_encoder(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return make
+
+
+@pytest.fixture
+def tiny_decoder(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a causal language model with random weights that matter, and a tokenizer of bytes.
+
+    It is called with the name of a transformers class, and settings of its config.
+    """
+    import torch
+    import transformers as hf
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    def make(architecture: str = "LlamaForCausalLM", name: str = "dense", **settings: Any) -> Path:
+        cls = getattr(hf, architecture)
+        sizes = {"vocab_size": 257, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        special = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
+        if cls is hf.OPTForCausalLM:
+            sizes |= {"ffn_dim": 96, "word_embed_proj_dim": 64, "max_position_embeddings": 128}
+        elif cls is not hf.GPT2LMHeadModel:
+            sizes |= {"intermediate_size": 96}
+        if hasattr(cls.config_class(), "num_key_value_heads"):
+            sizes |= {"num_key_value_heads": 2}
+        torch.manual_seed(0)
+        model = cls(cls.config_class(**sizes | special | settings))
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+        folder = tmp_path / name
+        model.save_pretrained(folder)
+        symbols = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+        core = Tokenizer(models.BPE({symbol: number for number, symbol in enumerate(symbols)}, []))
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = decoders.ByteLevel()
+        hf.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>").save_pretrained(folder)
+        return folder
+
+    return make

@@ -12,10 +12,12 @@ import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, PretrainedConfig, PreTrainedModel
 
+from compress import adapter
 from compress import pruned as pruned_module
 from compress.anatomy import ROWS, Anatomy, anatomy_of, model_class, weight
 from compress.checkpoint import Checkpoint
 from compress.errors import BadInput, CompressError, unknown
+from compress.kernels.adapted import AdaptedLinear
 from compress.kernels.embedding import PackedEmbedding
 from compress.kernels.linear import PackedLinear
 from compress.pruned import reshape
@@ -23,6 +25,9 @@ from compress.quantization.formats import Formats
 
 # BERT's first checkpoints call the parameters of a LayerNorm so.
 OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+
+NOT_THE_ARCHITECTURE = ("quantization_config", "auto_map", adapter.KEY)
+"""Sections of config.json about how weights are stored."""
 
 PRUNED_TYPE = "pruned_"
 PRUNED_CLASS = "Pruned"
@@ -54,7 +59,7 @@ def config_of(checkpoint: Checkpoint) -> PretrainedConfig:
     Raises:
         BadInput: the model type is missing, unknown to transformers, or its values do not validate.
     """
-    values = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "auto_map")}
+    values = {k: v for k, v in checkpoint.config.items() if k not in NOT_THE_ARCHITECTURE}
     model_type = values.pop("model_type", None)
     if "pruned" in values and isinstance(model_type, str):
         model_type = model_type.removeprefix(PRUNED_TYPE)
@@ -162,6 +167,7 @@ class Weights:
         self.base_prefix = f"{model.base_model_prefix}."
         quantization = checkpoint.config.get("quantization_config")
         self.formats: Formats | None = Formats(quantization) if quantization else None
+        self._check_adapter()
 
     def find(self, name: str) -> str | None:
         """The checkpoint's spelling of a parameter name, or None if it is not there.
@@ -257,7 +263,26 @@ class Weights:
         packed = form.read(stored, self.checkpoint.read)
         if (wanted := tuple(weight(module).shape)) != packed.shape:
             raise BadInput(f"'{full}' is {list(packed.shape)} where config.json asks for {list(wanted)}.")
-        return PackedLinear.from_quantized(packed).to(self.device)
+        if f"{full}{adapter.A}" not in self.checkpoint:
+            return PackedLinear.from_quantized(packed).to(self.device)
+        settings, (rows, columns) = self.checkpoint.config[adapter.KEY], packed.shape
+        adapted = AdaptedLinear.from_quantized(packed)
+        adapted.adapt(
+            self._read(f"{full}{adapter.A}", (settings["r"], columns)),
+            self._read(f"{full}{adapter.B}", (rows, settings["r"])),
+            adapter.scaling(settings),
+        )
+        return adapted.to(self.device)
+
+    def _check_adapter(self) -> None:
+        """Raises BadInput for an adapter of anything but packed linears of the layers."""
+        inside = self.packable - {self.embedding, self.anatomy.head}
+        for name in filter(adapter.is_adapter, self.checkpoint.tensors):
+            linear = adapter.linear_of(name)
+            if linear not in inside or self._packed(linear) is None:
+                raise BadInput(
+                    f"The adapter has weights for '{linear}', which is no packed linear of the layers."
+                )
 
     def _packed_module(self, packed: PackedLinear, full: str, module: nn.Module) -> nn.Module:
         """What takes the place of ``module``, which has that weight."""

@@ -23,6 +23,7 @@ METHODS: dict[str, dict[str, str]] = {
         "wanda-sp": "compress.pruning.wanda_sp:WandaSp",
     },
     "quantization": {
+        "apiq": "compress.quantization.apiq:ApiQ",
         "gptq": "compress.quantization.gptq:GPTQ",
         "rtn": "compress.quantization.round_to_nearest:RoundToNearest",
     },

@@ -285,7 +285,7 @@ class Learning:
         linear.load(begin)
         lowest, best = float("inf"), begin
         step = self._descent([linear], self.options.steps)
-        for _ in range(self.options.steps):
+        for number in range(self.options.steps + 1):
             rounded = linear.quantized()
             whole = linear.adapted(rounded)
             value, gradient = loss.gradient(whole.detach())
@@ -293,6 +293,8 @@ class Learning:
             value += float(term.detach())
             if value < lowest:
                 lowest, best = value, linear.state()
+            if number == self.options.steps:
+                break
             roots = [(whole, gradient / before)] + ([(term / before, None)] if term.requires_grad else [])
             torch.autograd.backward(*zip(*roots, strict=True))
             step()

@@ -127,9 +127,9 @@ class ApiQ(Method):
                     weight(layer.linears[path]),
                     options.rank,
                     options.alpha,
-                    bits=options.bits,
-                    group_size=packing.format.group_size,
-                    symmetric=options.symmetric,
+                    bits=packing.format_of(name).bits,
+                    group_size=packing.format_of(name).group_size,
+                    symmetric=packing.format_of(name).symmetric,
                     scale_dtype=packing.scale_dtype(name),
                     adapter_dtype=DTYPES[adapter_dtype(packing.before.tensors[name].dtype)],
                     generator=generator,
@@ -153,9 +153,8 @@ class ApiQ(Method):
     def _finish(packing: Packing, model: StreamedModel, run: Run, options: Options) -> StepReport:
         """The report of the packed weights, with the adapters counted, and with the losses."""
         losses = [packing.errors.pop(f"{LOSS}{index}").tolist() for index in range(model.num_layers)]
-        names = list(packing.errors)
-        weights = sum(packing.before.tensors[f"{name}.weight"].numel for name in names)
         report = packing.finish()
+        weights = sum(packing.before.tensors[f"{name}.weight"].numel for name in packing.errors)
         planned = ApiQ().plan(packing.before, options)
         run.draft.config[adapter.KEY] = planned.config[adapter.KEY]
         nbytes = sum(info.nbytes for name, info in planned.tensors.items() if adapter.is_adapter(name))
@@ -280,8 +279,8 @@ class Learning:
             return loss.exact(whole) + float(self.saliency(path, linear.weight, rounded, whole))
 
         begin, plain = linear.state(), linear.plain()
-        if (before := of(plain)) <= 0:  # the grid holds the weights, and the inputs are the dense ones
-            return before, before
+        if (before := of(plain)) <= loss.resolution:  # the grid holds the weights, the inputs are the same
+            return max(before, 0.0), max(before, 0.0)
         linear.load(begin)
         lowest, best = float("inf"), begin
         step = self._descent([linear], self.options.steps)
@@ -432,11 +431,14 @@ class LinearLoss:
         dense: W, float32 [out, in].
         grams: G and D.
         energy: |X W^T|^2.
+
+    Attributes:
+        resolution: losses below it are lost in the rounding of float32 products.
     """
 
     def __init__(self, dense: torch.Tensor, grams: Grams, energy: float) -> None:
         count = grams.tokens * len(dense)
-        self.dense = dense
+        self.dense, self.resolution = dense, 1e-6 * energy / count
         self.G, self.WD = grams.G / count, dense.double() @ (grams.D / count)
         self.constant = energy / count - float(((2 * self.WD + dense.double() @ self.G) * dense).sum())
         self.G32, self.WD32 = self.G.float(), self.WD.float()

@@ -20,7 +20,7 @@ from compress.checkpoint import Checkpoint, Draft
 from compress.quantization import apiq
 from compress.quantization.apiq import LORA_DECAY, ApiQ, Grams, Learning, LinearLoss, Saliency
 from compress.quantization.clipped import ClippedLinear
-from compress.quantization.formats import format_of
+from compress.quantization.formats import Formats
 from compress.quantization.quantizer import quantize_weight
 from compress.run import Run
 from compress.stream import StreamedModel
@@ -366,12 +366,12 @@ def test_the_loss_of_blocks(model, aug_loss: bool, tmp_path) -> None:
         n: quantize_weight(dense.state_dict()[n], 2, SIZE, False, torch.float16).dequantize() for n in names
     }
     draft = run.draft
-    reader = format_of(draft.config["quantization_config"])
+    formats = Formats(draft.config["quantization_config"])
     learned = {}
     for n in names:
         name = n.removesuffix(".weight")
         A, B = draft.read(f"{name}.lora_A.weight"), draft.read(f"{name}.lora_B.weight")
-        learned[n] = reader.read(name, draft.read).dequantize() + 4.0 * B @ A
+        learned[n] = formats.of(name).read(name, draft.read).dequantize() + 4.0 * B @ A
     before = None
     for index in (0, 1):
         here = {n: w for n, w in plain.items() if f"layers.{index}." in n}

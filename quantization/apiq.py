@@ -52,6 +52,7 @@ class ApiQ(Method):
 
     Both are minimised by AdamW with learning rates that fall linearly to 0. What is kept is the best state
     seen on the calibration text; plain rounding without an adapter is one of them, so nothing gets worse.
+    The default rates are for 100 steps; the paper makes 2560, with constant rates of 5e-3 and 5e-4.
 
     With ``saliency`` (Saliency-aware partial retraining, arXiv 2504.13932) lambda * sum F_ij (Ŵ_ij - W_ij)^2
     joins the mean squared error, where F is the diagonal Fisher information by squared gradients of windows,
@@ -72,9 +73,9 @@ class ApiQ(Method):
         )
         rank: PositiveInt = Field(64, description="rank r of the adapters")
         alpha: PositiveFloat = Field(16, description="adapters are multiplied by alpha / rank")
-        clip_lr: PositiveFloat = Field(5e-3, description="learning rate of the clipping")
-        lora_lr: PositiveFloat = Field(5e-4, description="learning rate of the adapters")
-        steps: PositiveInt = Field(200, description="layer-wise: steps for a linear, each on all the text")
+        clip_lr: PositiveFloat = Field(0.2, description="learning rate of the clipping")
+        lora_lr: PositiveFloat = Field(0.02, description="learning rate of the adapters")
+        steps: PositiveInt = Field(100, description="layer-wise: steps for a linear, each on all the text")
         epochs: PositiveInt = Field(4, description="block-wise: passes over the text for a layer")
         batch: PositiveInt = Field(1, description="block-wise: windows in a step")
         aug_loss: bool = Field(

@@ -15,6 +15,7 @@ import yaml
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 import compress
+from compress.adapter import write_config
 from compress.checkpoint import Checkpoint, write_weights
 from compress.errors import BadInput, CompressError
 from compress.files import fsync, write_atomically
@@ -161,14 +162,14 @@ def write_model(checkpoint: Checkpoint, source: Path, folder: Path, recipe: dict
     for file in sorted(source.iterdir()):
         if _is_companion(file):
             shutil.copyfile(file, folder / file.name)
-    (folder / "config.json").write_text(json.dumps(checkpoint.config, indent=2, sort_keys=True) + "\n")
+    write_config(checkpoint.config, folder)
     if "pruned" in checkpoint.config:
         (folder / PRUNED_FILE).write_text(modeling_source(config_of(checkpoint)), encoding="utf-8")
     (folder / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False))
     hashes = {
-        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(folder.iterdir())
-        if file.name != RECIPE
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != RECIPE
     }
     return hashes | write_weights(checkpoint, folder)
 

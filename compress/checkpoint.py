@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from compress import adapter
 from compress.errors import BadInput
 from compress.files import atomic, file_sha256, write_atomically
 
@@ -107,25 +108,41 @@ class Checkpoint:
         tensors: dict[str, TensorInfo] = {}
         sources: dict[str, TensorSource] = {}
         for file, wanted in _weight_files(folder).items():
-            with _open(file) as handle:
-                keys = list(handle.keys())
-                missing = wanted - set(keys) if wanted is not None else set()
-                if missing:
-                    raise BadInput(f"{file} lacks the tensor '{min(missing)}' that the index lists in it.")
-                for key in keys:
-                    view = handle.get_slice(key)
-                    stored = view.get_dtype()
-                    if stored not in DTYPES:
-                        raise BadInput(f"{file} stores '{key}' as {stored}, which cannot be read here.")
-                    read_as = dtype if dtype and stored in CASTABLE else stored
-                    tensors[key] = TensorInfo(read_as, tuple(view.get_shape()))
-                    sources[key] = TensorSource(str(file.absolute()), key, stored)
+            cls._list(file, wanted, dtype, tensors, sources)
         if not tensors:
             raise BadInput(f"The model folder '{folder}' holds no weights.")
+        if adapter.KEY in config:
+            cls._list(
+                folder / adapter.KEY / adapter.WEIGHTS, None, dtype, tensors, sources, adapter.stored_name
+            )
         if dtype:
             config = {**config, "dtype": str(DTYPES[dtype]).removeprefix("torch.")}
             config.pop("torch_dtype", None)
         return cls(folder, config, tensors, sources)
+
+    @staticmethod
+    def _list(
+        file: Path,
+        wanted: set[str] | None,
+        dtype: str | None,
+        tensors: dict[str, TensorInfo],
+        sources: dict[str, TensorSource],
+        name_of: Callable[[str], str] = str,
+    ) -> None:
+        """Add the tensors of a file to the tables, under the names that ``name_of`` gives to its keys."""
+        with _open(file) as handle:
+            keys = list(handle.keys())
+            missing = wanted - set(keys) if wanted is not None else set()
+            if missing:
+                raise BadInput(f"{file} lacks the tensor '{min(missing)}' that the index lists in it.")
+            for key in keys:
+                view = handle.get_slice(key)
+                stored = view.get_dtype()
+                if stored not in DTYPES:
+                    raise BadInput(f"{file} stores '{key}' as {stored}, which cannot be read here.")
+                read_as = dtype if dtype and stored in CASTABLE else stored
+                tensors[name_of(key)] = TensorInfo(read_as, tuple(view.get_shape()))
+                sources[name_of(key)] = TensorSource(str(file.absolute()), key, stored)
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -257,6 +274,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise BadInput(f"{path} is not JSON ({error}).") from None
     if not isinstance(config, dict):
         raise BadInput(f"{path} is not a JSON object.")
+    if adapter.KEY in config:
+        config[adapter.KEY] = adapter.read_settings(folder)
     return config
 
 
@@ -298,6 +317,8 @@ def _open(file: Path) -> Any:
 def write_weights(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 10**9) -> dict[str, str]:
     """Write every tensor into Hugging Face shards, one tensor in memory at a time.
 
+    Those of an adapter go into a folder of their own.
+
     Args:
         checkpoint: what to write.
         folder: an existing folder; gets model.safetensors, or numbered shards and their index.
@@ -306,27 +327,35 @@ def write_weights(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5
     Returns:
         File name -> sha256.
     """
+    hashes: dict[str, str] = {}
+    if adapted := {n: i for n, i in checkpoint.tensors.items() if adapter.is_adapter(n)}:
+        keys = {f"{adapter.PREFIX}{name}": info for name, info in adapted.items()}
+        (folder / adapter.KEY).mkdir(exist_ok=True)
+        hashes[f"{adapter.KEY}/{adapter.WEIGHTS}"] = _write_file(
+            keys,
+            lambda key: checkpoint.read(key.removeprefix(adapter.PREFIX)),
+            folder / adapter.KEY / adapter.WEIGHTS,
+        )
+    base = {name: info for name, info in checkpoint.tensors.items() if name not in adapted}
     shards: list[list[str]] = [[]]
     size = 0
-    for name, info in checkpoint.tensors.items():
+    for name, info in base.items():
         if shards[-1] and size + info.nbytes > max_shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(name)
         size += info.nbytes
     if len(shards) == 1:
-        return {
-            "model.safetensors": _write_file(
-                checkpoint.tensors, checkpoint.read, folder / "model.safetensors"
-            )
-        }
-    hashes, weight_map = {}, {}
+        file = "model.safetensors"
+        return {file: _write_file(base, checkpoint.read, folder / file), **hashes}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         infos = {name: checkpoint.tensors[name] for name in names}
         hashes[file] = _write_file(infos, checkpoint.read, folder / file)
         weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": checkpoint.nbytes}, "weight_map": weight_map}
+    total = sum(info.nbytes for info in base.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
     return hashes
 

@@ -12,10 +12,12 @@ import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, PretrainedConfig, PreTrainedModel
 
+from compress import adapter
 from compress import pruned as pruned_module
 from compress.anatomy import ROWS, Anatomy, anatomy_of, model_class, weight
 from compress.checkpoint import Checkpoint
 from compress.errors import BadInput, CompressError, unknown
+from compress.kernels.adapted import AdaptedLinear
 from compress.kernels.embedding import PackedEmbedding
 from compress.kernels.float_linear import FloatLinear
 from compress.kernels.linear import PackedLinear, TokenQuantizedLinear
@@ -30,6 +32,9 @@ LowBitLinear = PackedLinear | FloatLinear | NF4Linear
 
 # BERT's first checkpoints call the parameters of a LayerNorm so.
 OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+
+NOT_THE_ARCHITECTURE = ("quantization_config", "auto_map", adapter.KEY)
+"""Sections of config.json about how weights are stored."""
 
 PRUNED_TYPE = "pruned_"
 PRUNED_CLASS = "Pruned"
@@ -61,7 +66,7 @@ def config_of(checkpoint: Checkpoint) -> PretrainedConfig:
     Raises:
         BadInput: the model type is missing, unknown to transformers, or its values do not validate.
     """
-    values = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "auto_map")}
+    values = {k: v for k, v in checkpoint.config.items() if k not in NOT_THE_ARCHITECTURE}
     model_type = values.pop("model_type", None)
     if "pruned" in values and isinstance(model_type, str):
         model_type = model_type.removeprefix(PRUNED_TYPE)
@@ -171,6 +176,7 @@ class Weights:
         self.base_prefix = f"{model.base_model_prefix}."
         quantization = checkpoint.config.get("quantization_config")
         self.formats: Formats | None = Formats(quantization) if quantization else None
+        self._check_adapter()
 
     def find(self, name: str) -> str | None:
         """The checkpoint's spelling of a parameter name, or None if it is not there.
@@ -268,11 +274,34 @@ class Weights:
             raise BadInput(f"'{full}' is {list(packed.shape)} where config.json asks for {list(wanted)}.")
         if not isinstance(packed, QuantizedWeight):
             return (NF4Linear if isinstance(packed, NF4Weight) else FloatLinear)(packed).to(self.device)
+        if f"{full}{adapter.A}" in self.checkpoint:
+            return self._adapted(packed, full).to(self.device)
         if form.activation_bits is None or isinstance(module, nn.Embedding):
             return PackedLinear.from_quantized(packed).to(self.device)
         linear = TokenQuantizedLinear.from_quantized(packed).to(self.device)
         linear.activation_bits = form.activation_bits
         return linear
+
+    def _adapted(self, packed: QuantizedWeight, full: str) -> AdaptedLinear:
+        """A packed linear with its adapter."""
+        settings, (rows, columns) = self.checkpoint.config[adapter.KEY], packed.shape
+        adapted = AdaptedLinear.from_quantized(packed)
+        adapted.adapt(
+            self._read(f"{full}{adapter.A}", (settings["r"], columns)),
+            self._read(f"{full}{adapter.B}", (rows, settings["r"])),
+            adapter.scaling(settings),
+        )
+        return adapted
+
+    def _check_adapter(self) -> None:
+        """Raises BadInput for an adapter of anything but packed linears of the layers."""
+        inside = self.packable - {self.embedding, self.anatomy.head}
+        for name in filter(adapter.is_adapter, self.checkpoint.tensors):
+            linear = adapter.linear_of(name)
+            if linear not in inside or self._packed(linear) is None:
+                raise BadInput(
+                    f"The adapter has weights for '{linear}', which is no packed linear of the layers."
+                )
 
     def _packed_module(self, packed: LowBitLinear, full: str, module: nn.Module) -> nn.Module:
         """What takes the place of ``module``, which has that weight."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from compress import adapter
 from compress.anatomy import Anatomy, Sizes, anatomy_of, sizes_of, weight
 from compress.checkpoint import Checkpoint, TensorInfo
 from compress.method import Method, MethodOptions
@@ -117,12 +118,13 @@ class ModelShape:
             tables += [self.anatomy.head] if self.anatomy.tied else []
             packed = any(f"{name}.{Formats(quantization).marker}" in self.tensors for name in tables)
             who = loaders(quantization, conv1d=self.anatomy.conv1d, packed_embedding=packed)
+        adapted = ", and peft for the adapter" if adapter.KEY in self.config else ""
         if self.is_pruned:
             seen = not quantization or quantization.get("quant_method") == "compressed-tensors"
-            return (
-                f"{who} (trust_remote_code=True)" if seen and "transformers" in who else "compress-model only"
-            )
-        return who
+            if not seen or "transformers" not in who:
+                return "compress-model only"
+            return f"{who} (trust_remote_code=True){adapted}"
+        return f"{who}{adapted}" if who != "compress-model only" else who
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ METHODS: dict[str, dict[str, str]] = {
         "wanda-sp": "compress.pruning.wanda_sp:WandaSp",
     },
     "quantization": {
+        "apiq": "compress.quantization.apiq:ApiQ",
         "awq": "compress.quantization.awq:AWQ",
         "float": "compress.quantization.round_to_float:RoundToFloat",
         "gptq": "compress.quantization.gptq:GPTQ",

@@ -12,9 +12,10 @@ journal makes them durable, so that a killed walk goes on where it was.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,11 @@ class Stream:
         self.batch_size = batch_size
         self.calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
 
-    def batches(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """(first window, hidden states [B, S, D], mask [B, S]) of each batch."""
-        for start in self.starts:
+    def batches(
+        self, starts: Iterable[int] | None = None
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """(first window, hidden states [B, S, D], mask [B, S]) of each batch, in the order of ``starts``."""
+        for start in self.starts if starts is None else starts:
             stop = min(start + self.batch_size, len(self.windows.tokens))
             yield start, self.hidden.read(start, stop), self.windows.mask[start:stop]
 
@@ -104,10 +107,26 @@ class Stream:
 
     @torch.no_grad()
     def look(self, layer: Layer, observe: Mapping[str, Observer]) -> None:
-        """Show what `advance` would, and leave ``hidden`` as it is."""
+        """Show what `advance` would, and leave ``hidden`` as it is.
+
+        What the layer does behind the last of the observed submodules is not computed.
+        """
         for start, hidden, mask in self.batches():
-            with _hooks(layer, observe, mask.to(self.device), start):
+            waiting = set(observe)
+
+            def show(path: str, waiting: set[str], *seen: Any) -> None:
+                observe[path](*seen)
+                waiting.discard(path)
+                if not waiting:
+                    raise _SeenAll
+
+            observers = {path: partial(show, path, waiting) for path in observe}
+            with suppress(_SeenAll), _hooks(layer, observers, mask.to(self.device), start):
                 self.call(layer, start, hidden)
+
+
+class _SeenAll(Exception):
+    """Leaves a layer's forward pass."""
 
 
 @contextmanager

@@ -146,7 +146,16 @@ def choose_grid(
     """
     if not bool(torch.isfinite(grouped).all()):
         raise BadInput(f"The weight of '{name}' holds NaN or infinity; this model cannot be quantized.")
-    low, high = grouped.amin(-1), grouped.amax(-1)
+    return grid_between(grouped.amin(-1), grouped.amax(-1), bits, symmetric, scale_dtype, name)
+
+
+def grid_between(
+    low: torch.Tensor, high: torch.Tensor, bits: int, symmetric: bool, scale_dtype: torch.dtype, name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zero points of groups of which the extremes ``low`` and ``high`` are given: [out, groups].
+
+    Returns, and raises, what `choose_grid` does.
+    """
     half, top = 2 ** (bits - 1), 2**bits - 1
     if symmetric:
         scales = torch.where(high > -low, -high, -low) / half

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from statistics import fmean
 from typing import Any, Literal, get_args
 
 import torch
@@ -313,7 +314,7 @@ def report(
     """Sum up the relative errors ||Ŵ − W|| / ||W|| of what is packed, and the bits a weight takes."""
     relative = {name: float((error / norm).sqrt()) if norm else 0.0 for name, (error, norm) in errors.items()}
     worst = max(relative, key=relative.__getitem__)
-    mean = sum(relative.values()) / len(relative)
+    mean = fmean(relative.values())  # whatever their order, which a resumed run changes
     weights = sum(before.tensors[f"{name}.weight"].numel for name in relative)
     packed = sum(info.nbytes for name, info in planned.tensors.items() if before.tensors.get(name) != info)
     details = {

@@ -87,6 +87,8 @@ def spread(layers: list[dict[str, int]]) -> str:
 
 def bytes_per_part(shape: Any) -> dict[str, int]:
     """Bytes of embeddings, attention, MLP, norms and the rest, packed tensors counted where they belong."""
+    from compress.adapter import is_adapter
+
     anatomy = shape.anatomy
     head = f"{anatomy.head}." if anatomy.head else None
     roles = {
@@ -94,10 +96,12 @@ def bytes_per_part(shape: Any) -> dict[str, int]:
         "mlp": {anatomy.up, anatomy.down} | ({anatomy.gate} if anatomy.gate else set()),
         "norms": set(anatomy.norm_paths),
     }
-    parts = dict.fromkeys(("embeddings", "attention", "mlp", "norms", "head", "other"), 0)
+    parts = dict.fromkeys(("embeddings", "attention", "mlp", "norms", "head", "adapter", "other"), 0)
     layers = anatomy.in_model(anatomy.layers) + "."
     for name, info in shape.tensors.items():
-        if name.startswith(layers):
+        if is_adapter(name):
+            part = "adapter"
+        elif name.startswith(layers):
             path = name.removeprefix(layers).partition(".")[2].rpartition(".")[0]
             part = next((role for role, paths in roles.items() if path in paths), "other")
         elif head and name.startswith(head):

@@ -1,0 +1,457 @@
+"""ApiQ (EMNLP 2024): the clipping of low-bit grids and a low-rank adapter are learned together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch.func import functional_call
+from torch.nn.utils import clip_grad_norm_
+
+from compress import activations, adapter
+from compress.activations import Activations
+from compress.anatomy import Anatomy, anatomy_of, set_weight, weight
+from compress.calibration.fisher import Fisher
+from compress.checkpoint import DTYPES, TensorInfo
+from compress.errors import BadInput
+from compress.method import Method, Paper, StepReport
+from compress.quantization.clipped import ClippedLinear
+from compress.quantization.gptq import linears_by_input
+from compress.quantization.weights import Packing, WeightOptions, plan_packed
+
+if TYPE_CHECKING:
+    from compress.plan import ModelShape
+    from compress.run import Run
+    from compress.stream import Layer, Observer, Stream, StreamedModel
+
+GRADIENT_NORM = 1.0
+"""Gradients are cut to this norm; they are those of losses relative to plain rounding's."""
+LORA_DECAY = 0.1
+"""Weight decay of A and B, as published; the clipping has none, which would pull it to one half."""
+LOSS = "loss of layer "
+"""Before the names of losses in a journal's state."""
+
+
+class ApiQ(Method):
+    """Learn how to clip the groups of weights before rounding, and a low-rank adapter that makes up for it.
+
+    A linear W [out, in] becomes Q = Ŵ + (alpha / r) B A, with A [r, in], B [out, r] and Ŵ on a low-bit grid
+    between sigma(l) min(W_g) and sigma(u) max(W_g) in every group g (`ClippedLinear`). A, B, u and l are
+    learned on two streams of calibration text: X has gone through the dense layers before, X_q through the
+    quantized ones with their adapters.
+
+    - layer-wise (ApiQ-lw): for one linear after another in the order of the data flow, the mean of
+      (X W^T - X_q Q^T)^2, where X_q has passed the linears before, quantized already (`LinearLoss`). No step
+      touches a token, since two Gram matrices hold all that matters, and each step sees all of them.
+    - block-wise (ApiQ-bw): for all linears of a layer f at once, the mean of (f(X) - f_q(X_q))^2 and, with
+      ``aug_loss``, that of (f(X_q) - f_q(X_q))^2, in minibatches.
+
+    Both are minimised by AdamW with learning rates that fall linearly to 0. What is kept is the best state
+    seen on the calibration text; plain rounding without an adapter is one of them, so nothing gets worse.
+    The default rates are for 100 steps; the paper makes 2560, with constant rates of 5e-3 and 5e-4.
+
+    With ``saliency`` (Saliency-aware partial retraining, arXiv 2504.13932) lambda * sum F_ij (Ŵ_ij - W_ij)^2
+    joins the mean squared error, where F is the diagonal Fisher information by squared gradients of windows,
+    not of tokens (`Fisher`). ``before_lora`` trains u and l only; ``after_lora`` has Q in the place of Ŵ.
+
+    Adapters are stored in the dtype of the linear's weight if that has 16 bits, otherwise in float32, and
+    once, as peft reads them (`compress.adapter`).
+    """
+
+    name = "apiq"
+    family = "quantization"
+    paper = Paper("ApiQ: Finetuning of 2-Bit Quantized Large Language Model", "2402.05147")
+
+    class Options(WeightOptions):
+        symmetric: bool = Field(False, description="fixed zero points; otherwise each group stores its own")
+        mode: Literal["layer", "block"] = Field(
+            "layer", description="what is held against the dense model: the outputs of linears, or of layers"
+        )
+        rank: PositiveInt = Field(64, description="rank r of the adapters")
+        alpha: PositiveFloat = Field(16, description="adapters are multiplied by alpha / rank")
+        clip_lr: PositiveFloat = Field(0.2, description="learning rate of the clipping")
+        lora_lr: PositiveFloat = Field(0.02, description="learning rate of the adapters")
+        steps: PositiveInt = Field(100, description="layer-wise: steps for a linear, each on all the text")
+        epochs: PositiveInt = Field(4, description="block-wise: passes over the text for a layer")
+        batch: PositiveInt = Field(1, description="block-wise: windows in a step")
+        aug_loss: bool = Field(
+            True, description="block-wise: hold layers against the dense ones on the same inputs, too"
+        )
+        saliency: Literal["none", "before_lora", "after_lora"] = Field(
+            "none",
+            description="weigh errors of weights, without or with adapters, by their Fisher information",
+        )
+        saliency_weight: PositiveFloat = Field(1e-3, description="lambda of the saliency term")
+
+    def plan(self, shape: ModelShape, options: Options) -> ModelShape:
+        anatomy, own = shape.anatomy, anatomy_of(shape.pretrained_config)
+        causal = own.kind == "decoder" and own.head is not None
+        if options.saliency != "none" and not causal:
+            raise BadInput("Saliency is measured with the loss of a language model, and this model is none.")
+        packed = plan_packed(shape, options)
+        infos: dict[str, TensorInfo] = {}
+        prefix = f"{anatomy.prefix}." if anatomy.prefix else ""
+        for stored, (out, width) in shape.linears().items():
+            if f"{stored}.weight" not in packed.tensors:
+                # peft looks for modules, whose names may differ from those in the files.
+                name = own.in_model(stored.removeprefix(prefix))
+                dtype = adapter_dtype(shape.tensors[f"{stored}.weight"].dtype)
+                infos[f"{name}{adapter.A}"] = TensorInfo(dtype, (options.rank, width))
+                infos[f"{name}{adapter.B}"] = TensorInfo(dtype, (out, options.rank))
+        names = dict.fromkeys(adapter.linear_of(name) for name in infos)
+        others = [name for name, _ in shape.skeleton.named_modules() if name not in names]
+        settings = adapter.adapter_config(
+            options.rank, options.alpha, names, others, conv1d=own.conv1d, causal=causal
+        )
+        return packed.derive({**packed.config, adapter.KEY: settings}, add=infos)
+
+    def apply(self, model: StreamedModel, options: Options, run: Run) -> StepReport:
+        length = run.calibration.tokens.shape[1]
+        size = {"batch_tokens": options.batch * length} if options.mode == "block" else {}
+        dense = model.stream(run.calibration, run.folder / "dense", **size)
+        quantized = model.stream(run.calibration, run.folder / "quantized", **size)
+        fisher = None
+        if options.saliency != "none":
+            fisher = Fisher(model, run.calibration, run.folder / "fisher")
+        journal = run.journal("learning")
+        packing = Packing(run.draft, options, journal.state)
+        for layer in model.walk(journal, dense, quantized, label=f"ApiQ to {options.bits} bits"):
+            generator = torch.Generator().manual_seed(run.seed * model.num_layers + layer.index)
+            stored = {path: model.weights.find(f"{layer.name}.{path}.weight") for path in layer.linears}
+            stored = {path: name for path, name in stored.items() if packing.wants(name)}
+            linears = {
+                path: ClippedLinear(
+                    weight(layer.linears[path]),
+                    options.rank,
+                    options.alpha,
+                    bits=packing.format_of(name).bits,
+                    group_size=packing.format_of(name).group_size,
+                    symmetric=packing.format_of(name).symmetric,
+                    scale_dtype=packing.scale_dtype(name),
+                    adapter_dtype=DTYPES[adapter_dtype(packing.before.tensors[name].dtype)],
+                    generator=generator,
+                    name=name.removesuffix(".weight"),
+                )
+                for path, name in stored.items()
+            }
+            saliency = Saliency(options, fisher.read(layer) if fisher is not None else {})
+            learning = Learning(
+                model.anatomy, layer, linears, dense, quantized, saliency, options, run.folder / "targets"
+            )
+            losses = learning.layer_wise() if options.mode == "layer" else learning.block_wise(generator)
+            journal.state[f"{LOSS}{layer.index}"] = torch.tensor(losses, dtype=torch.float64)
+            for path, linear in linears.items():
+                packing.write(stored[path], linear.weight, linear.rounded())
+                names = (f"{layer.name}.{path}{part}" for part in (adapter.A, adapter.B))
+                run.draft.write(dict(zip(names, linear.adapter(), strict=True)))
+        return self._finish(packing, model, run, options)
+
+    @staticmethod
+    def _finish(packing: Packing, model: StreamedModel, run: Run, options: Options) -> StepReport:
+        """The report of the packed weights, with the adapters counted, and with the losses."""
+        losses = [packing.errors.pop(f"{LOSS}{index}").tolist() for index in range(model.num_layers)]
+        report = packing.finish()
+        weights = sum(packing.before.tensors[f"{name}.weight"].numel for name in packing.errors)
+        planned = ApiQ().plan(packing.before, options)
+        run.draft.config[adapter.KEY] = planned.config[adapter.KEY]
+        nbytes = sum(info.nbytes for name, info in planned.tensors.items() if adapter.is_adapter(name))
+        bits = report.details["bits_per_weight"] + 8 * nbytes / weights
+        left = [after / before if before else 1.0 for before, after in losses]
+        report.details |= {
+            "adapter_bytes": nbytes,
+            "bits_per_weight_with_adapter": round(bits, 4),
+            "loss": {"plain_rounding": [loss[0] for loss in losses], "learned": [loss[1] for loss in losses]},
+        }
+        report.summary += (
+            f"; {bits:.2f} bits a weight with adapters of rank {options.rank}, and "
+            f"{sum(left) / len(left):.1%} of plain rounding's loss on the calibration text"
+        )
+        return report
+
+
+def adapter_dtype(stored: str) -> str:
+    """The dtype of the adapter of a weight stored as ``stored`` (safetensors spellings)."""
+    return stored if stored in ("F16", "BF16") else "F32"
+
+
+class Saliency:
+    """lambda * sum F_ij (M_ij - W_ij)^2 of a linear, where M is Ŵ or Q; 0 without F.
+
+    Args:
+        options: lambda, and what M is.
+        fisher: path of a linear -> F [out, in].
+    """
+
+    def __init__(self, options: ApiQ.Options, fisher: Mapping[str, torch.Tensor]) -> None:
+        self.factor, self.fisher = options.saliency_weight, fisher
+        self.of_whole = options.saliency == "after_lora"
+
+    def __call__(
+        self, path: str, dense: torch.Tensor, rounded: torch.Tensor, whole: torch.Tensor
+    ) -> torch.Tensor:
+        """The term of W, Ŵ and Q."""
+        if path not in self.fisher:
+            return dense.new_zeros(())
+        off = (whole if self.of_whole else rounded) - dense
+        return self.factor * (self.fisher[path].to(off) * off.square()).sum()
+
+
+class Learning:
+    """What is learned of one layer, which holds the dense weights at first and what is stored at last.
+
+    Args:
+        anatomy: of the model.
+        layer: in memory.
+        linears: path -> what becomes of it.
+        dense: stands before the layer with X.
+        quantized: stands there with X_q.
+        saliency: the term that joins the losses.
+        options: of the method.
+        folder: for targets above the memory limit.
+    """
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        layer: Layer,
+        linears: dict[str, ClippedLinear],
+        dense: Stream,
+        quantized: Stream,
+        saliency: Saliency,
+        options: ApiQ.Options,
+        folder: Path,
+    ) -> None:
+        self.anatomy, self.layer, self.linears = anatomy, layer, linears
+        self.dense, self.quantized = dense, quantized
+        self.saliency, self.options, self.folder = saliency, options, folder
+
+    def layer_wise(self) -> tuple[float, float]:
+        """Learn the linears one after another, and take both streams through the layer.
+
+        Returns:
+            The sums over the linears of the losses, with plain rounding and as learned.
+        """
+        groups = [
+            wanted
+            for paths in linears_by_input(self.anatomy, self.layer)
+            if (wanted := [path for path in paths if path in self.linears])
+        ]
+        limit = activations.MEMORY_LIMIT // max(1, len(groups))
+        inputs = {}
+        for paths in groups:
+            shape = (*self.dense.windows.tokens.shape, self.linears[paths[0]].weight.shape[1])
+            inputs[paths[0]] = Activations(shape, self.folder / paths[0], limit)
+        energies = dict.fromkeys(self.linears, 0.0)
+
+        def observer(path: str) -> Observer:
+            bias = self.layer.linears[path].bias
+
+            def observe(given: torch.Tensor, output: torch.Tensor, mask: torch.Tensor, start: int) -> None:
+                if path in inputs:
+                    inputs[path].write(start, given)
+                product = output if bias is None else output - bias
+                energies[path] += float(product[mask].square().sum(dtype=torch.float64))
+
+            return observe
+
+        self.dense.advance(self.layer, {path: observer(path) for path in self.linears})
+        losses = []
+        for paths in groups:
+            inputs[paths[0]].flip()
+            grams = Grams(inputs[paths[0]])
+            self.quantized.look(self.layer, {paths[0]: grams.add})
+            for path in paths:
+                losses.append(self._learn(path, LinearLoss(self.linears[path].weight, grams, energies[path])))
+                set_weight(self.layer.linears[path], self.linears[path].stored())
+        self.quantized.advance(self.layer)
+        return sum(before for before, _ in losses), sum(after for _, after in losses)
+
+    def _learn(self, path: str, loss: LinearLoss) -> tuple[float, float]:
+        """Bring one linear to its best state; the loss of plain rounding, and the loss of that state."""
+        linear = self.linears[path]
+
+        def of(state: dict[str, torch.Tensor]) -> float:
+            linear.load(state)
+            whole, rounded = linear.stored(), linear.rounded().dequantize().to(linear.weight)
+            return loss.exact(whole) + float(self.saliency(path, linear.weight, rounded, whole))
+
+        begin, plain = linear.state(), linear.plain()
+        if (before := of(plain)) <= loss.resolution:  # the grid holds the weights, the inputs are the same
+            return max(before, 0.0), max(before, 0.0)
+        linear.load(begin)
+        lowest, best = float("inf"), begin
+        step = self._descent([linear], self.options.steps)
+        for number in range(self.options.steps + 1):
+            rounded = linear.quantized()
+            whole = linear.adapted(rounded)
+            value, gradient = loss.gradient(whole.detach())
+            term = self.saliency(path, linear.weight, rounded, whole)
+            value += float(term.detach())
+            if value < lowest:
+                lowest, best = value, linear.state()
+            if number == self.options.steps:
+                break
+            roots = [(whole, gradient / before)] + ([(term / before, None)] if term.requires_grad else [])
+            torch.autograd.backward(*zip(*roots, strict=True))
+            step()
+        after = of(best)
+        return before, after if after < before else of(plain)
+
+    def block_wise(self, generator: torch.Generator) -> tuple[float, float]:
+        """Learn all linears at once, and take both streams through the layer.
+
+        Args:
+            generator: for the order of the minibatches.
+
+        Returns:
+            The losses with plain rounding and as learned.
+        """
+        layer, stream, linears = self.layer, self.quantized, self.linears
+        targets = [self.dense.hidden]
+        if self.options.aug_loss:
+            targets.append(Activations(stream.hidden.shape, self.folder / "outputs"))
+            stream.advance(layer, into=targets[1])
+        self.dense.advance(layer)
+        begin = {path: linear.state() for path, linear in linears.items()}
+        plain = {path: linear.plain() for path, linear in linears.items()}
+        if not linears or (before := self._block_loss(plain, targets)) <= 0:
+            stream.advance(layer)
+            return 0.0, 0.0
+        for path, state in begin.items():
+            linears[path].load(state)
+        lowest, best = before, plain
+        step = self._descent(list(linears.values()), self.options.epochs * len(stream.starts))
+        for _ in range(self.options.epochs):
+            order = torch.randperm(len(stream.starts), generator=generator).tolist()
+            for start, hidden, mask in stream.batches(stream.starts[index] for index in order):
+                weights, terms = {}, []
+                for path, linear in linears.items():
+                    rounded = linear.quantized()
+                    weights[path] = linear.adapted(rounded)
+                    terms.append(self.saliency(path, linear.weight, rounded, weights[path]))
+                output = stream.call(self._computing_with(weights), start, hidden)
+                loss = sum(terms) + sum(
+                    (output - target.read(start, start + len(hidden)).to(output))[mask].square().mean()
+                    for target in targets
+                )
+                (loss / before).backward()
+                step()
+            now = {path: linear.state() for path, linear in linears.items()}
+            if (value := self._block_loss(now, targets)) < lowest:
+                lowest, best = value, now
+        self._put(best)
+        stream.advance(layer)
+        return before, lowest
+
+    def _computing_with(self, weights: Mapping[str, torch.Tensor]) -> Layer:
+        """The layer with other weights [out, in] of its linears, by which outputs can be differentiated."""
+        given = {f"{path}.weight": w.T if self.anatomy.conv1d else w for path, w in weights.items()}
+        module = self.layer.module
+        return replace(
+            self.layer, module=lambda *args, **kwargs: functional_call(module, given, args, kwargs)
+        )
+
+    def _block_loss(self, states: Mapping[str, dict[str, torch.Tensor]], targets: list[Activations]) -> float:
+        """The loss on all the text with the linears in these states, as they would be stored."""
+        self._put(states)
+        total = 0.0
+
+        def compare(_: torch.Tensor, output: torch.Tensor, mask: torch.Tensor, start: int) -> None:
+            nonlocal total
+            for target in targets:
+                off = output - target.read(start, start + len(output)).to(output)
+                total += float(off[mask].square().sum(dtype=torch.float64))
+
+        self.quantized.look(self.layer, {"": compare})
+        loss = total / (int(self.quantized.windows.mask.sum()) * self.quantized.hidden.shape[-1])
+        for path, linear in self.linears.items():
+            rounded = linear.rounded().dequantize().to(linear.weight)
+            loss += float(self.saliency(path, linear.weight, rounded, linear.stored()))
+        return loss
+
+    def _put(self, states: Mapping[str, dict[str, torch.Tensor]]) -> None:
+        """Bring the linears into these states, and what is stored of them into the layer."""
+        for path, state in states.items():
+            self.linears[path].load(state)
+            set_weight(self.layer.linears[path], self.linears[path].stored())
+
+    def _descent(self, linears: list[ClippedLinear], steps: int) -> Callable[[], None]:
+        """AdamW: a function that makes a step by the gradients there are, and clears them."""
+        clipping = [values for linear in linears for values in (linear.u, linear.l)]
+        adapters = [values for linear in linears for values in (linear.A, linear.B)]
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": clipping, "lr": self.options.clip_lr, "weight_decay": 0.0},
+                {"params": adapters, "lr": self.options.lora_lr, "weight_decay": LORA_DECAY},
+            ]
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+
+        def step() -> None:
+            clip_grad_norm_([*clipping, *adapters], GRADIENT_NORM)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+
+        return step
+
+
+class Grams:
+    """G = X_q^T X_q and D = (X - X_q)^T X_q over the real tokens: float64 [in, in].
+
+    Args:
+        dense: X, the inputs [N, S, in] of the same linear in the dense model.
+    """
+
+    def __init__(self, dense: Activations) -> None:
+        self.dense = dense
+        self.G: torch.Tensor | float = 0.0
+        self.D: torch.Tensor | float = 0.0
+        self.tokens = 0
+
+    def add(self, inputs: torch.Tensor, _: torch.Tensor, mask: torch.Tensor, start: int) -> None:
+        """Products in float32, summed up in float64."""
+        rows = inputs[mask]
+        dense = self.dense.read(start, start + len(inputs)).to(rows.device)[mask]
+        self.G = self.G + (rows.T @ rows).double()
+        self.D = self.D + ((dense - rows).T @ rows).double()
+        self.tokens += len(rows)
+
+
+class LinearLoss:
+    """The mean over tokens and outputs of (X W^T - X_q Q^T)^2.
+
+    With E = Q - W its sum is <E G, E> - 2 <W D, E> + constant, where the constant is |X W^T|^2 - 2 <W D, W> -
+    <W G, W>, and its gradient by Q is 2 (E G - W D).
+
+    Args:
+        dense: W, float32 [out, in].
+        grams: G and D.
+        energy: |X W^T|^2.
+
+    Attributes:
+        resolution: losses below it are lost in the rounding of float32 products.
+    """
+
+    def __init__(self, dense: torch.Tensor, grams: Grams, energy: float) -> None:
+        count = grams.tokens * len(dense)
+        self.dense, self.resolution = dense, 1e-6 * energy / count
+        self.G, self.WD = grams.G / count, dense.double() @ (grams.D / count)
+        self.constant = energy / count - float(((2 * self.WD + dense.double() @ self.G) * dense).sum())
+        self.G32, self.WD32 = self.G.float(), self.WD.float()
+
+    def exact(self, whole: torch.Tensor) -> float:
+        """The loss of Q, in float64."""
+        off = whole.double() - self.dense.double()
+        return self.constant + float(((off @ self.G - 2 * self.WD) * off).sum())
+
+    def gradient(self, whole: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """The loss of Q and its gradient, in float32, by one product of matrices."""
+        off = whole - self.dense
+        product = off @ self.G32
+        loss = self.constant + float(((product - 2 * self.WD32) * off).sum(dtype=torch.float64))
+        return loss, 2 * (product - self.WD32)

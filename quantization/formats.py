@@ -25,6 +25,7 @@ from compress.quantization.packing import (
     unpack_gptq_zeros,
 )
 from compress.quantization.quantizer import CHANNEL, QuantizedWeight, number_of_groups
+from compress.quantization.stacks import STACKS
 
 Get = Callable[[str], torch.Tensor]
 
@@ -194,7 +195,7 @@ class CompressedTensors(Format):
         forms = [form for form, _ in Counter(linears.values()).most_common()]
         targets: dict[Self, list[str]] = {form: [] for form in [*forms, *around.values()]}
         targets[forms[0]].append("Linear")
-        for name, form in [*linears.items(), *around.items()]:
+        for name, form in {**linears, **around}.items():
             if form != forms[0] or name in around:
                 targets[form].append(name)
         groups = [form._group(names) for form, names in targets.items()]
@@ -385,7 +386,7 @@ class Formats:
         if method not in FORMATS:
             raise BadInput(
                 f"This model is quantized with '{method}', which cannot be read here; there are: "
-                f"{', '.join(FORMATS)}."
+                f"{', '.join([*FORMATS, *STACKS])}."
             )
         self.groups = FORMATS[method].groups_of(quantization_config)
         self.marker = FORMATS[method].marker

@@ -23,7 +23,9 @@ METHODS: dict[str, dict[str, str]] = {
         "wanda-sp": "compress.pruning.wanda_sp:WandaSp",
     },
     "quantization": {
+        "bitstack": "compress.quantization.bitstack:BitStack",
         "gptq": "compress.quantization.gptq:GPTQ",
+        "nested": "compress.quantization.nested:Nested",
         "rtn": "compress.quantization.round_to_nearest:RoundToNearest",
     },
 }

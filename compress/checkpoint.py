@@ -379,8 +379,9 @@ def _own(tensor: torch.Tensor) -> torch.Tensor:
 
 def _write_file(infos: Mapping[str, TensorInfo], read: Callable[[str], torch.Tensor], path: Path) -> str:
     """The safetensors format, streamed: the library's own writer wants all tensors in memory at once."""
-    # Wide dtypes first, as the library orders them, so that every tensor is aligned to its item size.
-    names = sorted(infos, key=lambda name: (-DTYPES[infos[name].dtype].itemsize, name))
+    # Wide dtypes first, as the library orders them, so that every tensor is aligned to its item size; those
+    # of one width in the order they are given, which is that in which a model in blocks is read.
+    names = sorted(infos, key=lambda name: -DTYPES[infos[name].dtype].itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in names:

@@ -21,9 +21,12 @@ from compress.device import check_device
 from compress.errors import BadInput
 from compress.fidelity import FidelityAccumulator
 from compress.kernels.ops import kernel_name
+from compress.kernels.stacked import StackedLinear
 from compress.measure import measure
+from compress.memory import parse_memory
 from compress.models import ModelSource, find_model, load_tokenizer
 from compress.plan import ModelShape
+from compress.quantization.stacks import STACKS, prefix, steps_within
 from compress.scorecard import Cost, ModelIdentity, Protocol, Scorecard
 from compress.stream import Stream, StreamedModel
 from compress.task import TaskEvaluation
@@ -48,6 +51,7 @@ def evaluate_folder(
     context: int = 512,
     limit: int | None = 32,
     device: str = "cpu",
+    memory: str | int | None = None,
     progress: Progress = lambda text, share: None,
 ) -> list[Scorecard]:
     """Evaluate a model and, if compress-model wrote it, add the result to its compression.json (a warning
@@ -66,30 +70,37 @@ def evaluate_folder(
         context: tokens in a window; windows do not overlap, and the first token of each is not scored.
         limit: number of windows at most.
         device: where to compute and to measure.
+        memory: such as "90MB": evaluate the largest size of a model stored in blocks that fits.
         progress: told a text and the share done.
 
     Raises:
         BadInput: not a causal language model (with ``task_file``: no encoder with a task head), vocabularies
-            or labels differ, the file is no good, or the model was calibrated on this text.
+            or labels differ, the file is no good, the model was calibrated on this text, or it has no size
+            that fits ``memory``.
         CompressError: text or model cannot be fetched, or the model puts out NaN.
     """
     check_device(device)
     source = find_model(model)
     dense_source = find_model(baseline, baseline_revision) if baseline else source
     checkpoint, dense = Checkpoint.open(source.folder), Checkpoint.open(dense_source.folder)
+    if memory is not None:
+        checkpoint = prefix(checkpoint, steps_within(checkpoint, parse_memory(memory)))
     if task_file is None:
         found = _score_text(source, checkpoint, dense_source, dense, text, context, limit, device, progress)
     else:
         found = _score_task(source, checkpoint, dense, task_file, device, progress)
     dense_identity = ModelIdentity(name=_name(dense_source), sha256=dense.sha256)
 
-    def scorecard(of: ModelSource, opened: Checkpoint, scores: dict[str, Any]) -> Scorecard:
+    def scorecard(
+        of: ModelSource, opened: Checkpoint, scores: dict[str, Any], size: str | int | None = None
+    ) -> Scorecard:
+        name = _name(of) if size is None else f"{_name(of)} in {size}"
         return Scorecard(
-            model=ModelIdentity(name=_name(of), sha256=opened.sha256),
+            model=ModelIdentity(name=name, sha256=opened.sha256),
             baseline=dense_identity,
             loads_with=ModelShape.of(opened).loads_with,
             **scores,
-            cost=_cost(of, opened, device, progress, found.timed),
+            cost=_cost(of, opened, device, progress, found.timed, size),
             when=now(),
             versions=versions(),
         )
@@ -98,7 +109,7 @@ def evaluate_folder(
     known = None if same else _known(dense_source, dense_identity, found.dense)
     cards = [known or scorecard(dense_source, dense, found.dense)]
     if not same:
-        cards.append(scorecard(source, checkpoint, found.model))
+        cards.append(scorecard(source, checkpoint, found.model, memory))
     if read_lineage(source.folder) is not None:
         try:
             add_evaluations(source.folder, [card.model_dump(mode="json") for card in cards])
@@ -190,16 +201,24 @@ def _known(source: ModelSource, identity: ModelIdentity, scores: dict[str, Any])
 
 
 def _cost(
-    source: ModelSource, checkpoint: Checkpoint, device: str, progress: Progress, timed: dict[str, int]
+    source: ModelSource,
+    checkpoint: Checkpoint,
+    device: str,
+    progress: Progress,
+    timed: dict[str, int],
+    memory: str | int | None,
 ) -> Cost:
     label = f"measuring memory and speed of {_name(source)}"
     progress(label, 0.0)
+    files = {item.file for item in checkpoint.sources.values()}
+    wanted = None if memory is None else parse_memory(memory)
     cost = Cost(
-        weight_bytes=sum(
-            Path(file).stat().st_size for file in {item.file for item in checkpoint.sources.values()}
-        ),
+        # Of a prefix the tensors, since its files hold more.
+        weight_bytes=checkpoint.nbytes
+        if memory is not None
+        else sum(Path(file).stat().st_size for file in files),
         parameters=ModelShape.of(checkpoint).parameters,
-        measured=measure(source.folder, device=device, **timed),
+        measured=measure(source.folder, device=device, memory=wanted, **timed),
     )
     progress(label, 1.0)
     return cost
@@ -292,6 +311,8 @@ def _kernel(checkpoint: Checkpoint, device: str) -> str:
     quantization = checkpoint.config.get("quantization_config")
     if quantization is None:
         return "torch"
+    if quantization.get("quant_method") in STACKS:
+        return StackedLinear.kernel
     from compress.quantization.formats import Formats
 
     return ", ".join(dict.fromkeys(kernel_name(device, bits) for bits in Formats(quantization).bits))

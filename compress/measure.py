@@ -48,6 +48,7 @@ def measure(
     decode_tokens: int = 128,
     repetitions: int = 5,
     threads: int | None = None,
+    memory: int | None = None,
 ) -> Measurement:
     """Measure a model folder in a child process.
 
@@ -57,6 +58,7 @@ def measure(
         prefill_tokens, decode_tokens: wanted lengths in tokens; the result states those really timed.
         repetitions: timed runs of each, after an untimed one.
         threads: of torch in the child; by default torch decides.
+        memory: bytes that a model stored in blocks is loaded in.
 
     Raises:
         BadInput: the child refused its input (it exited with code 2).
@@ -69,6 +71,7 @@ def measure(
     command += [f"--prefill-tokens={prefill_tokens}", f"--decode-tokens={decode_tokens}"]
     command += [f"--repetitions={repetitions}"]
     command += [f"--threads={threads}"] if threads else []
+    command += [f"--memory={memory}"] if memory is not None else []
     child = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if child.returncode == 0:
         return Measurement.model_validate_json(child.stdout)
@@ -249,6 +252,7 @@ def main() -> int:
     parser.add_argument("--decode-tokens", type=int, default=128)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--memory", help="load no more blocks of a model than fit, such as 90MB")
     arguments = parser.parse_args()
 
     try:
@@ -261,7 +265,7 @@ def main() -> int:
                 torch.set_num_threads(arguments.threads)
             load = compress.load  # its imports belong to the baseline
             found = measure_model(
-                lambda: load(arguments.folder, device=arguments.device),
+                lambda: load(arguments.folder, device=arguments.device, memory=arguments.memory),
                 arguments.device,
                 arguments.prefill_tokens,
                 arguments.decode_tokens,

@@ -1,13 +1,34 @@
-"""Resident memory of this process, in bytes."""
+"""Amounts of memory, in bytes: what a user asks for, and what this process takes."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 import resource
 import sys
 from pathlib import Path
 
 import psutil
+
+from compress.errors import BadInput
+
+UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{ending}": base**power
+    for power, prefix in enumerate("KMGT", 1)
+    for ending, base in (("", 1000), ("B", 1000), ("IB", 1024))
+}
+
+
+def parse_memory(text: str | int) -> int:
+    """Bytes: 90000000 of ``90MB`` (powers of 1000), 94371840 of ``90MiB`` (powers of 1024).
+
+    Raises:
+        BadInput: it is no amount of memory.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", str(text))
+    if found is None or found[2].upper() not in UNITS:
+        raise BadInput(f"'{text}' is not an amount of memory; write it like 90MB or 1.5GB.")
+    return int(float(found[1]) * UNITS[found[2].upper()])
 
 
 def reset_peak_memory() -> None:

@@ -22,11 +22,13 @@ from compress.kernels.embedding import PackedEmbedding
 from compress.kernels.float_linear import FloatLinear
 from compress.kernels.linear import PackedLinear, TokenQuantizedLinear
 from compress.kernels.nf4_linear import NF4Linear
+from compress.kernels.stacked import StackedLinear
 from compress.pruned import reshape
 from compress.quantization.formats import Formats
 from compress.quantization.key_values import KeyValueSettings, quantize_key_values
 from compress.quantization.nf4_format import NF4Weight
 from compress.quantization.quantizer import QuantizedWeight
+from compress.quantization.stacks import StackFormat
 
 LowBitLinear = PackedLinear | FloatLinear | NF4Linear
 
@@ -155,8 +157,9 @@ def skeleton(config: PretrainedConfig, device: str | torch.device = "cpu") -> Pr
 class Weights:
     """Puts the tensors of a checkpoint into the modules of a skeleton, and takes them out again.
 
-    Linears that the checkpoint stores packed become `PackedLinear` modules, and a packed token embedding a
-    `PackedEmbedding`, so a quantized model runs through its kernels and never through a dequantized copy.
+    Linears that the checkpoint stores packed become `PackedLinear` modules, those it stores in blocks
+    `StackedLinear` ones, and a packed token embedding a `PackedEmbedding`, so a quantized model runs through
+    its kernels and never through a dequantized copy.
     """
 
     def __init__(
@@ -175,7 +178,9 @@ class Weights:
         self.tied = model.all_tied_weights_keys | {v: k for k, v in model.all_tied_weights_keys.items()}
         self.base_prefix = f"{model.base_model_prefix}."
         quantization = checkpoint.config.get("quantization_config")
-        self.formats: Formats | None = Formats(quantization) if quantization else None
+        self.stacks = StackFormat.find(quantization)
+        packed = quantization if self.stacks is None else quantization.get("outside")
+        self.formats: Formats | None = Formats(packed) if packed else None
         self._check_adapter()
 
     def find(self, name: str) -> str | None:
@@ -211,6 +216,9 @@ class Weights:
                 if stored not in packed:
                     packed[stored] = self._read_packed(stored, full, child)
                 self._replace(module, path, self._packed_module(packed[stored], full, child))
+                continue
+            if full in self.packable and (stored := self._stacked(full)) is not None:
+                self._replace(module, path, self._stacked_linear(stored, full, child))
                 continue
             for leaf, parameter in child.named_parameters(recurse=False):
                 if parameter.device.type == "meta":
@@ -312,6 +320,17 @@ class Weights:
             packed.bias = self._read(f"{full}.bias", tuple(module.bias.shape))
         new._forward_hooks.update(module._forward_hooks)  # such as those that quantize keys and values
         object.__setattr__(new, "stands_for", module)
+        return new
+
+    def _stacked(self, full: str) -> str | None:
+        """The stored spelling of the name of a linear in blocks, or None if it is not stored so."""
+        stored = self.stacks and self.find(f"{full}.{self.stacks.marker}")
+        return stored and stored.removesuffix(f".{self.stacks.marker}")
+
+    def _stacked_linear(self, stored: str, full: str, linear: nn.Module) -> StackedLinear:
+        bias = None if linear.bias is None else self._read(f"{full}.bias", tuple(linear.bias.shape))
+        new = self.stacks.module(stored, tuple(weight(linear).shape), self.checkpoint, bias).to(self.device)
+        object.__setattr__(new, "stands_for", linear)
         return new
 
     @staticmethod

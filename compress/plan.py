@@ -110,8 +110,11 @@ class ModelShape:
     @property
     def _loads_with(self) -> str:
         from compress.quantization.formats import Formats, loaders
+        from compress.quantization.stacks import STACKS
 
         quantization = self.config.get("quantization_config")
+        if quantization and quantization.get("quant_method") in STACKS:
+            return "compress-model only"
         who = "transformers"
         if quantization:
             tables = [self.anatomy.in_model(self.anatomy.embeddings[0])]

@@ -25,10 +25,12 @@ METHODS: dict[str, dict[str, str]] = {
     "quantization": {
         "apiq": "compress.quantization.apiq:ApiQ",
         "awq": "compress.quantization.awq:AWQ",
+        "bitstack": "compress.quantization.bitstack:BitStack",
         "float": "compress.quantization.round_to_float:RoundToFloat",
         "gptq": "compress.quantization.gptq:GPTQ",
         "hqq": "compress.quantization.hqq:HQQ",
         "llm-qat": "compress.quantization.llm_qat:LLMQAT",
+        "nested": "compress.quantization.nested:Nested",
         "nf4": "compress.quantization.nf4:NF4",
         "rtn": "compress.quantization.round_to_nearest:RoundToNearest",
     },

@@ -25,6 +25,7 @@ from compress.quantization.packing import (
     unpack_gptq_zeros,
 )
 from compress.quantization.quantizer import CHANNEL, QuantizedWeight, number_of_groups
+from compress.quantization.stacks import STACKS
 
 Get = Callable[[str], torch.Tensor]
 
@@ -206,7 +207,7 @@ class CompressedTensors(Format):
         forms = [form for form, _ in Counter(linears.values()).most_common()]
         targets: dict[Self, list[str]] = {form: [] for form in [*forms, *around.values()]}
         targets[forms[0]].append("Linear")
-        for name, form in [*linears.items(), *around.items()]:
+        for name, form in {**linears, **around}.items():
             if form != forms[0] or name in around:
                 targets[form].append(name)
         groups = [form._group(names) for form, names in targets.items()]
@@ -451,7 +452,7 @@ def _kind_of(quantization_config: Mapping[str, Any]) -> type[Format]:
     if method not in FORMATS:
         raise BadInput(
             f"This model is quantized with '{method}', which cannot be read here; there are: "
-            f"{', '.join(FORMATS)}, {NF4Format.name}."
+            f"{', '.join([*FORMATS, NF4Format.name, *STACKS])}."
         )
     return FORMATS[method]
 

@@ -15,6 +15,8 @@ together. Hosts are taken to be little-endian.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 
@@ -123,3 +125,40 @@ def unpack_gptq_zeros(qzeros: torch.Tensor, bits: int, count: int, version: int)
     if version == 1 and bits == 3:
         zeros = (zeros + 1) & 7
     return zeros.t().contiguous()
+
+
+def pack_signs(signs: torch.Tensor) -> torch.Tensor:
+    """One bit a sign along the last axis, the most significant bit first.
+
+    Args:
+        signs: bool [..., count], True for +1.
+
+    Returns:
+        uint8 [..., ceil(count/8)]; the bits after the last sign are 0.
+    """
+    stream = F.pad(signs.to(torch.uint8), (0, -signs.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    places = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=signs.device)
+    return (stream * places).sum(-1, dtype=torch.uint8)
+
+
+def unpack_signs(packed: torch.Tensor, count: int) -> torch.Tensor:
+    """The inverse of `pack_signs`.
+
+    Args:
+        packed: uint8 [..., ceil(count/8)].
+        count: signs in a row.
+
+    Returns:
+        float32 [..., count], +1 or −1.
+    """
+    # A table of all bytes: one look-up for eight signs.
+    table = _signs_of_bytes(packed.device).index_select(0, packed.reshape(-1).int())
+    return table.view(*packed.shape[:-1], -1)[..., :count]
+
+
+@cache
+def _signs_of_bytes(device: torch.device) -> torch.Tensor:
+    """float32 [256, 8]: the signs in every byte."""
+    numbers = torch.arange(256, device=device)[:, None]
+    places = torch.arange(7, -1, -1, device=device)
+    return ((numbers >> places) & 1).float() * 2 - 1

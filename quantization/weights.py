@@ -96,7 +96,7 @@ def plan_layout(shape: ModelShape, options: WeightOptions, activation_bits: int 
     bits = dict.fromkeys(packed, options.bits)
     for names, other in zip(matches(linears, options.set, "set"), options.set.values(), strict=True):
         bits |= dict.fromkeys((name for name in names if name in bits), other)
-    around, copies = _around(shape, options)
+    around, copies = around_bits(shape, options.lm_head_bits, options.embedding_bits)
 
     name = options.format
     if name == "auto":
@@ -141,13 +141,15 @@ def linears_to_pack(shape: ModelShape, ignore: list[str]) -> tuple[list[str], li
     return packed, skipped, outside
 
 
-def _around(shape: ModelShape, options: WeightOptions) -> tuple[dict[str, Bits], list[str]]:
+def around_bits(
+    shape: ModelShape, lm_head_bits: Bits | None, embedding_bits: Bits | None
+) -> tuple[dict[str, Bits], list[str]]:
     """Bits of the head and the token embedding if they are to be packed, and copies of a shared table."""
     anatomy = shape.anatomy
     head, table = anatomy.head, anatomy.in_model(anatomy.embeddings[0])
-    if options.lm_head_bits is not None and head is None:
+    if lm_head_bits is not None and head is None:
         raise BadInput("This model has no projection to the vocabulary, so lm_head_bits cannot be given.")
-    wanted = {head: options.lm_head_bits, table: options.embedding_bits}
+    wanted = {head: lm_head_bits, table: embedding_bits}
     wanted = {name: bits for name, bits in wanted.items() if bits is not None}
     if not anatomy.tied or not wanted:
         return wanted, []
@@ -254,17 +256,27 @@ class Packing:
             BadInput: they hold NaN or infinite weights.
         """
         for name, form in self.layout.around.items():
-            stored = f"{name}.weight"
-            dense, scale_dtype = self.draft.read(stored), self.scale_dtype(stored)
-            blocks = [
-                quantize_weight(block, form.bits, form.group_size, form.symmetric, scale_dtype, name)
-                for block in dense.split(_rows(dense))
-            ]
-            self.write(stored, dense, QuantizedWeight.joined(blocks))
+            dense = self.draft.read(f"{name}.weight")
+            self.write(f"{name}.weight", dense, round_by_rows(dense, form, name))
         for name in self.layout.copies:
             self.draft.drop(f"{name}.weight")
         self.draft.config["quantization_config"] = self.planned.config["quantization_config"]
         return report(self.errors, self.layout, self.before, self.planned)
+
+
+def round_by_rows(dense: torch.Tensor, form: Format, name: str) -> QuantizedWeight:
+    """A head or an embedding [out, in], in the dtype it is stored with, rounded to the nearest some rows at a
+    time.
+
+    Raises:
+        BadInput: it holds NaN or infinite weights.
+    """
+    scale_dtype = form.scale_dtype(dense.dtype)
+    blocks = [
+        quantize_weight(block, form.bits, form.group_size, form.symmetric, scale_dtype, name)
+        for block in dense.split(_rows(dense))
+    ]
+    return QuantizedWeight.joined(blocks)
 
 
 def _rows(weight: torch.Tensor) -> int:

@@ -42,6 +42,11 @@ from compress.commands.common import (
     "--windows", type=click.IntRange(1), default=32, show_default=True, help="Number of windows at most."
 )
 @click.option(
+    "--memory",
+    metavar="SIZE",
+    help="Of a model stored in blocks (bitstack, nested), measure the largest size that fits, such as 90MB.",
+)
+@click.option(
     "--json",
     "json_file",
     is_flag=False,
@@ -59,6 +64,7 @@ def evaluate(
     text: str,
     context: int,
     windows: int,
+    memory: str | None,
     json_file: str | None,
     device: str,
 ) -> None:
@@ -95,6 +101,7 @@ def evaluate(
             text=text,
             context=context,
             limit=windows,
+            memory=memory,
             device=device,
             progress=progress,
         )

@@ -19,12 +19,15 @@ def inspect(model: str, as_json: bool) -> None:
     from compress.checkpoint import Checkpoint
     from compress.models import find_model
     from compress.plan import ModelShape
+    from compress.quantization.stacks import STACKS, sizes
 
     source = find_model(model)
     checkpoint = Checkpoint.open(source.folder)
     shape = ModelShape.of(checkpoint)
     lineage = read_lineage(source.folder)
     parts = bytes_per_part(shape)
+    method = shape.config.get("quantization_config", {}).get("quant_method")
+    steps = sizes(checkpoint) if method in STACKS else []
     document = {
         "model": source.id,
         "folder": str(source.folder),
@@ -37,6 +40,7 @@ def inspect(model: str, as_json: bool) -> None:
         "sizes": vars(shape.sizes),
         "layers": [vars(layer) for layer in layer_shapes(shape.pretrained_config)],
         "bytes_per_part": parts,
+        "loads_in": {"smallest": steps[0], "largest": steps[-1], "sizes": len(steps)} if steps else None,
         "dtypes": dtypes(shape),
         "lineage": lineage.model_dump(mode="json") if lineage else None,
     }
@@ -58,6 +62,11 @@ def inspect(model: str, as_json: bool) -> None:
         "stored as "
         + ", ".join(f"{name} {nbytes / 1e6:,.1f} MB" for name, nbytes in document["dtypes"].items())
     )
+    if steps:
+        click.echo(
+            f"loads in any memory from {steps[0] / 1e6:,.1f} MB to {steps[-1] / 1e6:,.1f} MB "
+            f"({len(steps):,} sizes)"
+        )
     if lineage is None:
         click.echo("No lineage: compress-model did not write this folder.")
         return

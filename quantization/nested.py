@@ -1,0 +1,260 @@
+"""Nested codes: every width from 2 to 8 bits in one file, each the beginning of the wider ones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PositiveInt
+
+from compress.anatomy import weight
+from compress.errors import BadInput
+from compress.kernels.stacked import spread
+from compress.method import Method, Paper, StepReport
+from compress.quantization.gptq import Hessian, linears_by_input
+from compress.quantization.order import find_order
+from compress.quantization.packing import pack_signs
+from compress.quantization.quantizer import CHANNEL
+from compress.quantization.stacking import Stacking, StackOptions, plan_stacked
+from compress.quantization.stacks import NestedFormat
+
+if TYPE_CHECKING:
+    from compress.plan import ModelShape
+    from compress.run import Run
+    from compress.stream import StreamedModel
+
+COLUMNS = 32
+"""Columns between two updates of all columns behind them; only the speed depends on it."""
+
+ELEMENTS = 2**26
+"""Of all widths of a weight worked on at a time: 256 MiB in float32. Rows do not depend on each other."""
+
+JOINT = 3
+"""Leading bits that are chosen with all widths in view; the others are chosen one after another."""
+
+FRACTIONS = torch.linspace(0.3, 1.0, 15)
+"""Of the largest magnitude in a group, tried for the outermost value at 2 bits."""
+
+
+class Nested(Method):
+    """One integer code for all widths: its b leading bits are the code of b bits.
+
+    With signs S_0, S_1, ... = ±1 for the bits of the code of a weight W [out, in], the most significant one
+    first, and scales s of groups that all widths share,
+
+        Ŵ_b = s ⊙ sum_{j < b} 2^-j S_j,
+
+    so that a narrower code stands in the middle of all wider ones that begin with it. Any-Precision LLM grows
+    such codes bit by bit from a narrow one, MatGPTQ chooses them for several widths at once by GPTQ.
+
+    Here each width b runs its own GPTQ over the columns, with H = X^T X of the dense model's inputs: its
+    weights V_b make up for the errors of its own code so far. In every column the first three bits are chosen
+    for all widths together, to the least
+
+        λ_2 (V_2 - Ŵ_2)^2 + λ_3 (V_3 - Ŵ_3)^2 + sum_{b > 3} λ_b max(0, |V_b - Ŵ_3| - s / 4)^2
+
+    where the last term is what bits to come cannot reach; these take the nearer half, each for its width.
+    λ_b = b - 1 lies between the extremes, which both fail: cutting GPTQ's 8-bit code (wide codes only) gives
+    plain rounding at 2 and 3 bits, and growing GPTQ's 2-bit code (the narrow one first) leaves errors of the
+    size of its steps that no later bit reaches.
+    """
+
+    name = "nested"
+    family = "quantization"
+    paper = Paper("Any-Precision LLM: Low-Cost Deployment of Multiple, Different-Sized LLMs", "2402.10517")
+
+    class Options(StackOptions):
+        bits: Literal[2, 3, 4, 5, 6, 7, 8] = Field(8, description="bits of the widest code")
+        group_size: PositiveInt | Literal["channel"] = Field(
+            64,
+            description="inputs that share a scale, at most; channel: a whole row",
+        )
+        damping: float = Field(
+            0.01, gt=0, le=1, description="share of the mean of H's diagonal that is added to it"
+        )
+
+    def plan(self, shape: ModelShape, options: Options) -> ModelShape:
+        return plan_stacked(shape, options, self._format(options))
+
+    def apply(self, model: StreamedModel, options: Options, run: Run) -> StepReport:
+        stream = model.stream(run.calibration, run.folder / "stream")
+        journal = run.journal("rounding")
+        form = self._format(options)
+        stacking = Stacking(run.draft, options, form, journal.state)
+        for layer in model.walk(journal, stream, label="rounding plane by plane"):
+            groups = linears_by_input(model.anatomy, layer)
+            hessians = [Hessian() for _ in groups]
+            stream.advance(
+                layer, {paths[0]: hessian.add for paths, hessian in zip(groups, hessians, strict=True)}
+            )
+            for paths, hessian in zip(groups, hessians, strict=True):
+                stored = {path: model.weights.find(f"{layer.name}.{path}.weight") for path in paths}
+                wanted = [path for path in paths if stacking.wants(stored[path])]
+                if not wanted:
+                    continue
+                # Linears with the same input go through the columns together.
+                dense = [weight(layer.linears[path]) for path in wanted]
+                codes, scales = nested_codes(
+                    torch.cat(dense),
+                    hessian.sum,
+                    options.bits,
+                    form.infos(0, dense[0].shape)["scales"].shape[1],
+                    options.damping,
+                    stored[wanted[0]],
+                )
+                rows = [len(each) for each in dense]
+                parts = zip(wanted, dense, codes.split(rows), scales.split(rows), strict=True)
+                for path, whole, own, steps in parts:
+                    stacking.write(stored[path], whole, planes(own, steps, options.bits))
+        return stacking.finish(find_order(model, stacking, options, run))
+
+    @staticmethod
+    def _format(options: Options) -> NestedFormat:
+        return NestedFormat(options.bits, CHANNEL if options.group_size == "channel" else options.group_size)
+
+
+def nested_codes(
+    dense: torch.Tensor, hessian: torch.Tensor, bits: int, groups: int, damping: float, name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The code of a weight and its scales.
+
+    Args:
+        dense: W, float32 [out, in].
+        hessian: X^T X, float64 [in, in].
+        bits: of the widest code.
+        groups: of a row, that share a scale.
+        damping: share of the mean of H's diagonal that is added to it.
+        name: for errors.
+
+    Returns:
+        Codes, uint8 [out, in] below 2^bits, and s, float16 [out, groups].
+
+    Raises:
+        BadInput: H is not positive even with damping.
+    """
+    width = dense.shape[1]
+    missing = -(-width // groups) * groups - width  # in the last group
+    hessian = hessian.clone()
+    diagonal = hessian.diagonal()
+    diagonal[diagonal == 0] = 1  # no input ever: nothing changes if these columns are rounded
+    order = diagonal.argsort(descending=True, stable=True)
+    importance = F.pad((diagonal / diagonal.mean()).float(), (0, missing)).view(groups, -1)
+    diagonal.add_(damping * diagonal.mean())
+    factor, failed = torch.linalg.cholesky_ex(hessian[order][:, order])
+    if failed:
+        raise BadInput(
+            f"The inputs of '{name}' are too alike for nested codes; use more calibration text or damping."
+        )
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+    found = []
+    for part in dense.split(max(1, ELEMENTS // ((bits - 1) * width))):
+        grouped = F.pad(part, (0, missing)).view(len(part), groups, -1)
+        scales = choose_scales(grouped, importance, bits).half()
+        unit = spread(scales.float(), width)
+        codes = torch.empty(part.shape, dtype=torch.uint8, device=dense.device)
+        codes[:, order] = _sweep(part[:, order], unit[:, order], upper, bits).T
+        found.append((codes, scales))
+    return torch.cat([codes for codes, _ in found]), torch.cat([scales for _, scales in found])
+
+
+def value(code: torch.Tensor, bits: int) -> torch.Tensor:
+    """sum_j 2^-j S_j of codes of some width: float32, from -2 to 2."""
+    return (code.float() + 0.5) * 2.0 ** (2 - bits) - 2
+
+
+def choose_scales(grouped: torch.Tensor, importance: torch.Tensor, bits: int) -> torch.Tensor:
+    """s of each group with the least sum over widths of λ_b times the error of rounding to nearest.
+
+    Beyond 4 bits only what lies outside of all codes counts.
+
+    Args:
+        grouped: float32 [out, groups, group_size].
+        importance: of the squared error of each input, float32 [groups, group_size].
+        bits: of the widest code.
+
+    Returns:
+        float32 [out, groups]; 0 where a group is all zeros.
+    """
+    size = grouped.abs()
+    largest = size.amax(-1)
+    best, least = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
+    for fraction in FRACTIONS.tolist():
+        scale = largest * (fraction / 1.5)
+        loss = torch.zeros_like(largest)
+        for width in range(2, min(bits, 4) + 1):
+            step = (scale * 2.0 ** (2 - width)).unsqueeze(-1)
+            # The nearest odd multiple of half a step, at most the outermost.
+            nearest = ((size / step).floor().clamp_(max=2 ** (width - 1) - 1) + 0.5) * step
+            loss += (width - 1) * ((size - nearest).square_() * importance).sum(-1)
+        beyond = (size - 2 * scale.unsqueeze(-1)).clamp_(min=0)
+        loss += sum(range(4, bits)) * (beyond.square_() * importance).sum(-1)
+        better = loss < least
+        best, least = torch.where(better, scale, best), torch.where(better, loss, least)
+    return best
+
+
+def _sweep(weights: torch.Tensor, unit: torch.Tensor, upper: torch.Tensor, bits: int) -> torch.Tensor:
+    """GPTQ's pass over the columns for all widths at once.
+
+    Args:
+        weights: float32 [out, in], columns in the order of the pass.
+        unit: the scale of each weight, float32 [out, in].
+        upper: Cholesky factor of the inverse of H, float64 [in, in].
+        bits: of the widest code.
+
+    Returns:
+        Codes, uint8 [in, out].
+    """
+    out, width = weights.shape
+    unit, upper = unit.T.contiguous(), upper.float()
+    left = weights.T.unsqueeze(1).repeat(1, bits - 1, 1)  # V_b: [in, widths, out]
+    codes = torch.empty(width, out, dtype=torch.uint8, device=weights.device)
+    joint = min(JOINT, bits)
+    first = torch.arange(2**joint, device=weights.device)
+    stands = torch.stack([value(first >> max(0, joint - b), min(b, joint)) for b in range(2, bits + 1)])
+    for start in range(0, width, COLUMNS):
+        stop = min(start + COLUMNS, width)
+        errors = left.new_zeros(stop - start, bits - 1, out)
+        for column in range(start, stop):
+            scale = unit[column]
+            codes[column], values = _choose(left[column] / torch.where(scale == 0, 1, scale), stands)
+            error = (left[column] - values * scale) / upper[column, column]
+            left[column:stop].flatten(1).addr_(upper[column, column:stop], error.flatten(), alpha=-1)
+            errors[column - start] = error
+        left[stop:].flatten(1).addmm_(upper[start:stop, stop:].T, errors.flatten(1), alpha=-1)
+    return codes
+
+
+def _choose(wanted: torch.Tensor, stands: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The codes for what each width wants.
+
+    Args:
+        wanted: V_b / s, float32 [widths, out].
+        stands: the values of the leading bits, as far as each width has them, of all codes of the first bits,
+            float32 [widths, 2^min(bits, JOINT)].
+
+    Returns:
+        Codes, int64 [out], and the values of their first 2, 3, ... bits, float32 [widths, out].
+    """
+    widths = len(wanted)
+    joint = stands.shape[1].bit_length() - 1
+    reach = 2.0 ** (1 - joint)
+    off = wanted.unsqueeze(1) - stands.unsqueeze(2)
+    off[joint - 1 :].abs_().sub_(reach).clamp_(min=0)
+    weights = torch.arange(1, widths + 1, device=wanted.device).view(-1, 1, 1)
+    code = (off.square_() * weights).sum(0).argmin(0)
+    values = stands[:, code]
+    for index in range(joint - 1, widths):
+        reach /= 2
+        upper = wanted[index] >= values[index - 1]
+        values[index] = values[index - 1] + torch.where(upper, reach, -reach)
+        code = 2 * code + upper
+    return code, values
+
+
+def planes(codes: torch.Tensor, scales: torch.Tensor, bits: int) -> list[dict[str, torch.Tensor]]:
+    """The blocks of a code, uint8 [out, in]: its two leading bits with the scales, then each other bit."""
+    signs = [(codes >> (bits - 1 - plane)) & 1 > 0 for plane in range(bits)]
+    first = {"signs": pack_signs(torch.stack(signs[:2])), "scales": scales}
+    return [first, *({"signs": pack_signs(plane)} for plane in signs[2:])]

@@ -152,9 +152,8 @@ def choose_scales(
 ) -> torch.Tensor:
     """Step 1 for weights [out, in] by path: the scales of the units, float64 [units]."""
     magnitude = torch.zeros(len(where.rows), dtype=torch.float64, device=seen.magnitude.device)
-    magnitude.index_add_(
-        0, where.units.to(magnitude.device), seen.magnitude
-    )  # units have equally many channels
+    # Sums stand for means here: all units have equally many channels, and all channels equally many tokens.
+    magnitude.index_add_(0, where.units.to(magnitude.device), seen.magnitude)
     magnitude = (magnitude / magnitude.mean().clamp(min=torch.finfo(torch.float64).tiny)).clamp(min=1e-4)
     gram = seen.gram.float()
     best, lowest = torch.ones_like(magnitude), float("inf")
@@ -172,7 +171,7 @@ def choose_scales(
 
 
 def rounded(matrix: torch.Tensor, grid: Grid) -> QuantizedWeight:
-    """Q."""
+    """Q(matrix): round to nearest."""
     return quantize_weight(
         matrix, grid.form.bits, grid.form.group_size, grid.form.symmetric, grid.scale_dtype, grid.name
     )

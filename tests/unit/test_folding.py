@@ -1,4 +1,4 @@
-"""Folded scales leave the function of every decoder as it is."""
+"""Folded scales leave the function of every architecture as it is."""
 
 from __future__ import annotations
 
@@ -40,12 +40,15 @@ CASES: dict[str, tuple[Any, int]] = {
         hf.GPTNeoXConfig(**SIZE, intermediate_size=48, use_parallel_residual=False),
         NO_MLP,
     ),
+    "bert": (hf.BertConfig(**SIZE, intermediate_size=48), ATTENTION),
+    "mpnet": (hf.MPNetConfig(**SIZE, intermediate_size=48), ATTENTION),
 }
 
 
 def saved(folder: Path, config: Any, dtype: torch.dtype = torch.float32) -> Checkpoint:
     torch.manual_seed(0)
-    model = hf.AutoModelForCausalLM.from_config(config)
+    auto = hf.AutoModelForMaskedLM if config.model_type in ("bert", "mpnet") else hf.AutoModelForCausalLM
+    model = auto.from_config(config)
     for parameter in model.parameters():  # norms away from 1, biases from 0
         parameter.data += 0.1 * torch.randn(parameter.shape)
     model.to(dtype).save_pretrained(folder)

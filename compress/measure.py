@@ -212,7 +212,7 @@ def token_ids(model: PreTrainedModel, length: int, device: torch.device) -> Tens
     """[1, length]: drawn once for all, since what the tokens say does not change what they cost."""
     import torch
 
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocabulary, (1, length), generator=generator).to(device)
 

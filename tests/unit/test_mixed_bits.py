@@ -18,6 +18,7 @@ from compress.commands.inspect import bytes_per_part
 from compress.errors import BadInput
 from compress.kernels.embedding import PackedEmbedding
 from compress.kernels.linear import PackedLinear
+from compress.measure import token_ids
 from compress.plan import ModelShape
 from compress.quantization.formats import Formats
 from compress.quantization.gptq import GPTQ
@@ -132,6 +133,7 @@ def test_a_table_that_serves_embedding_and_head_is_stored_and_held_once(tmp_path
 
     model = compress.load(packed)
     assert model.lm_head is model.model.embed_tokens.table
+    assert int(token_ids(model, 500, torch.device("cpu")).max()) == 95  # what `evaluate` times it with
     reference = logits(model.to(torch.float64).to(torch.float32))
     assert model.lm_head is model.model.embed_tokens.table
     assert model.model.embed_tokens.table.scales.dtype == torch.bfloat16

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import compress
 from compress.adapter import scaling
-from compress.anatomy import set_weight
+from compress.anatomy import set_weight, weight
 from compress.artefact import read_lineage
 from compress.calibration.windows import Windows
 from compress.checkpoint import Checkpoint, Draft
@@ -25,6 +25,7 @@ from compress.kernels.adapted import AdaptedLinear
 from compress.plan import ModelShape
 from compress.quantization.apiq import ApiQ, Learning
 from compress.quantization.formats import Formats
+from compress.quantization.quantizer import quantize_weight
 from compress.recipe import parse_recipe
 from compress.run import Run, execute
 from compress.stream import Stream, StreamedModel
@@ -39,7 +40,7 @@ CASES: dict[str, tuple[type, Callable[[], hf.PreTrainedConfig]]] = {
     "gpt2": (hf.GPT2LMHeadModel, lambda: hf.GPT2Config(**SIZE)),
     "gpt_neox": (hf.GPTNeoXForCausalLM, lambda: hf.GPTNeoXConfig(**SIZE, intermediate_size=64)),
 }
-FAST = {"bits": 2, "group_size": 16, "rank": 4, "steps": 40, "epochs": 4, "batch": 2, "lora_lr": 5e-3}
+FAST = {"bits": 2, "group_size": 16, "rank": 4, "steps": 25, "epochs": 4, "batch": 2, "lora_lr": 5e-3}
 
 
 def make(folder: Path, name: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
@@ -95,8 +96,13 @@ def merged(dense: Path, folder: Path) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("mode", ["layer", "block"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        *(("llama", "layer"), ("opt", "layer"), ("gpt2", "layer"), ("gpt_neox", "layer")),
+        *(("llama", "block"), ("phi3", "block"), ("gpt2", "block")),
+    ],
+)
 def test_what_is_loaded_computes_what_was_trained(name: str, mode: str, tmp_path: Path, monkeypatch) -> None:
     dense = make(tmp_path, name)
     streams: list[Stream] = []
@@ -109,10 +115,9 @@ def test_what_is_loaded_computes_what_was_trained(name: str, mode: str, tmp_path
     monkeypatch.setattr(Learning, f"{mode}_wise", watched)
     folder = apiq(dense, mode=mode)
     trained, windows = streams[-1].hidden, streams[-1].windows
-    model = compress.load(folder)
-    assert len([part for part in model.modules() if isinstance(part, AdaptedLinear)]) == LAYERS * len(
-        ModelShape.of(Checkpoint.open(dense)).anatomy.linear_paths
-    )
+    model, anatomy = compress.load(folder), ModelShape.of(Checkpoint.open(dense)).anatomy
+    adapted = [part for part in model.modules() if isinstance(part, AdaptedLinear)]
+    assert len(adapted) == LAYERS * len(anatomy.linear_paths)
     found = logits(model, windows.tokens)
     streamed = StreamedModel(Checkpoint.open(folder))
     with torch.no_grad(), streamed.head() as head:
@@ -127,16 +132,11 @@ def test_what_is_loaded_computes_what_was_trained(name: str, mode: str, tmp_path
         for before, after in zip(losses["plain_rounding"], losses["learned"], strict=True)
     )
     original = logits(compress.load(dense))
-    execute(
-        parse_recipe(
-            {
-                "model": str(dense),
-                "steps": [{"method": "rtn", "bits": 2, "group_size": 16, "symmetric": False}],
-            }
-        ),
-        tmp_path / "rtn",
-    )
-    nearest = (logits(compress.load(tmp_path / "rtn")) - original).square().mean()
+    plain = compress.load(dense)
+    for layer in plain.base_model.get_submodule(anatomy.layers):
+        for linear in anatomy.linears(layer).values():
+            set_weight(linear, quantize_weight(weight(linear), 2, 16, False, torch.float16).dequantize())
+    nearest = (logits(plain) - original).square().mean()
     assert (logits(model) - original).square().mean() < 0.9 * nearest
 
 
@@ -304,7 +304,7 @@ def test_scalings() -> None:
     assert scaling(plain | {"use_rslora": True}) == 2
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "opt"])
 def test_peft_goes_on_from_there(name: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     folder = apiq(make(tmp_path, name), bits=4, format="compressed-tensors")

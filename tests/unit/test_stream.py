@@ -323,6 +323,18 @@ def test_spilled_is_bitwise_the_same(
 # Observers
 
 
+def test_a_look_ends_with_what_was_looked_at(llama: Subject):
+    model = StreamedModel(Checkpoint.open(llama.folder))
+    stream = model.stream(make_windows(), batch_tokens=18)
+    with model.layer(0) as layer:
+        ran: list[str] = []
+        for path, linear in layer.linears.items():
+            linear.register_forward_hook(lambda *_, path=path: ran.append(path))
+        stream.look(layer, {path: lambda *_: None for path in ("self_attn.q_proj", "self_attn.o_proj")})
+        attention = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+        assert ran == attention * len(stream.starts)
+
+
 def test_observers_see_inputs_outputs_and_masks(llama: Subject):
     windows = make_windows(padded=True)
     model = StreamedModel(Checkpoint.open(llama.folder))

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import torch
 
     from compress.calibration.windows import Windows
+    from compress.checkpoint import Checkpoint
     from compress.fidelity import FidelityAccumulator
 
 GROUP_SIZE = 64
@@ -48,11 +49,17 @@ PROTOCOLS = {  # heading -> text, context (tokens), windows
     "Wikipedia, 2048": ("wikipedia", 2048, 2),
 }
 
-# name -> the step at a width. Asymmetric, and the table of tokens at 8 bits, so that all hold the same bytes.
+# name -> the step at a width. Asymmetric, and the one table of tokens and head at 8 bits in groups, too.
 Step = Callable[[int], dict[str, Any]]
-COMMON = {"group_size": GROUP_SIZE, "symmetric": False}
+COMMON = {"group_size": GROUP_SIZE, "symmetric": False, "embedding_bits": 8}
 METHODS: dict[str, Step] = {
-    name: lambda bits, name=name: {"method": name, "bits": bits, **COMMON} for name in ("rtn", "gptq")
+    name: lambda bits, name=name: {"method": name, "bits": bits, **COMMON}
+    for name in ("rtn", "hqq", "awq", "gptq")
+} | {"apiq": lambda bits: {"method": "apiq", "bits": bits, "rank": APIQ_RANK, **COMMON}}
+APIQ_RANK = 16
+STACKED: dict[str, dict[str, Any]] = {  # made once; at a width no larger than GPTQ is there
+    "nested": {"method": "nested", "bits": 5, "group_size": GROUP_SIZE, "embedding_bits": 8},
+    "bitstack": {"method": "bitstack", "blocks": 8, "embedding_bits": 8},
 }
 
 LLAMA_CPP = {2: ("Q2_K",), 3: ("Q3_K_M",), 4: ("Q4_0", "Q4_K_M")}
@@ -87,22 +94,32 @@ print(json.dumps({"seconds": seconds, "peak_memory_bytes": peak}))
 
 @dataclass(frozen=True)
 class Made:
-    """A compressed model: a folder that compress.load reads, or a GGUF file."""
+    """A compressed model: a folder that compress.load reads, or a GGUF file.
+
+    Attributes:
+        path: of it.
+        nbytes: of all tensors, or of those that are read.
+        seconds: it took to make.
+        peak_memory_bytes: of making it, where known.
+        memory: bytes that may be read of a model in blocks.
+    """
 
     path: str
     nbytes: int
     seconds: float
     peak_memory_bytes: int | None
+    memory: int | None = None
 
 
 class Bench:
     """The dense model, what it says about every window, and a folder where everything lies."""
 
-    def __init__(self, folder: Path, calibration: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, calibration: dict[str, Any], protocols: list[str]) -> None:
         from compress.checkpoint import Checkpoint
 
         self.folder = folder
         self.calibration = calibration
+        self.protocols = protocols
         dense = folder / "dense"
         if not (dense / "compression.json").exists():
             command("run", "bfloat16", "-o", dense, "--overwrite")
@@ -117,7 +134,8 @@ class Bench:
         from compress.stream import StreamedModel
 
         tokenizer, found = load_tokenizer(self.dense.folder), {}
-        for heading, (text, context, count) in PROTOCOLS.items():
+        for heading in self.protocols:
+            text, context, count = PROTOCOLS[heading]
             windows = evaluation_windows(tokenizer, text, context, count)
             found[heading] = (windows, last_hidden(StreamedModel(self.dense), windows, "dense"))
         return found
@@ -128,7 +146,7 @@ class Bench:
         if not record.exists():
             print(f"== {name}", file=sys.stderr, flush=True)
             made = make(record.with_suffix(""))
-            scores = {heading: self.score(made, heading) for heading in PROTOCOLS}
+            scores = {heading: self.score(made, heading) for heading in self.protocols}
             record.write_text(json.dumps({"made": asdict(made), "scores": scores}))
         return json.loads(record.read_text())
 
@@ -141,18 +159,18 @@ class Bench:
         accumulator = FidelityAccumulator(streamed.config.vocab_size)
         with streamed.head() as head:
             scorer = self._score_gguf if made.path.endswith(".gguf") else self._score_folder
-            scorer(Path(made.path), windows, head, hidden, accumulator)
+            scorer(made, windows, head, hidden, accumulator)
         return accumulator.fidelity().model_dump(mode="json")
 
     @staticmethod
     def _score_folder(
-        path: Path, windows: Windows, dense: Any, hidden: torch.Tensor, accumulator: FidelityAccumulator
+        made: Made, windows: Windows, dense: Any, hidden: torch.Tensor, accumulator: FidelityAccumulator
     ) -> None:
         from compress.checkpoint import Checkpoint
         from compress.evaluate import last_hidden, logits_of
         from compress.stream import StreamedModel
 
-        model = StreamedModel(Checkpoint.open(path))
+        model = StreamedModel(opened(Checkpoint.open(made.path), made.memory))
         found = last_hidden(model, windows, "scoring")
         with model.head() as head:
             for index, (tokens, mask) in enumerate(zip(windows.tokens, windows.mask, strict=True)):
@@ -160,7 +178,7 @@ class Bench:
 
     @staticmethod
     def _score_gguf(
-        path: Path, windows: Windows, dense: Any, hidden: torch.Tensor, accumulator: FidelityAccumulator
+        made: Made, windows: Windows, dense: Any, hidden: torch.Tensor, accumulator: FidelityAccumulator
     ) -> None:
         import torch
         from llama_cpp import Llama
@@ -168,7 +186,7 @@ class Bench:
         from compress.evaluate import logits_of
 
         length = windows.tokens.shape[1]
-        model = Llama(str(path), n_ctx=length, n_batch=length, logits_all=True, verbose=False)
+        model = Llama(made.path, n_ctx=length, n_batch=length, logits_all=True, verbose=False)
         for index, (tokens, mask) in enumerate(zip(windows.tokens, windows.mask, strict=True)):
             model.reset()
             model.eval(tokens.tolist())
@@ -188,6 +206,22 @@ class Bench:
             lineage = json.loads((output / "compression.json").read_text())
             done = lineage["steps"][0]
             return Made(str(output), lineage["result"]["bytes"], done["seconds"], done["peak_memory_bytes"])
+
+        return make
+
+    def stacked(self, name: str, bits: int) -> Callable[[Path], Made]:
+        """By compress-model, as one file for all sizes, of which no more than GPTQ's bytes are read."""
+
+        def make(_: Path) -> Made:
+            from compress.checkpoint import Checkpoint
+
+            output = self.folder / name
+            if not (output / "compression.json").exists():
+                self.ours(STACKED[name])(output)
+            done = json.loads((output / "compression.json").read_text())["steps"][0]
+            memory = self.row(f"gptq, {bits} bits", self.ours(METHODS["gptq"](bits)))["made"]["nbytes"]
+            nbytes = opened(Checkpoint.open(output), memory).nbytes
+            return Made(str(output), nbytes, done["seconds"], done["peak_memory_bytes"], memory)
 
         return make
 
@@ -276,6 +310,13 @@ class Bench:
         return make
 
 
+def opened(checkpoint: Checkpoint, memory: int | None) -> Checkpoint:
+    """What of a model in blocks fits into ``memory``; any other model as it is."""
+    from compress.quantization.stacks import prefix, steps_within
+
+    return checkpoint if memory is None else prefix(checkpoint, steps_within(checkpoint, memory))
+
+
 def command(*arguments: str | Path) -> None:
     """Run compress-model, its output beside ours."""
     print("$ compress-model", *arguments, file=sys.stderr, flush=True)
@@ -288,7 +329,8 @@ def contenders(
     """(name, bits, how to make it)."""
     for bits in arguments.bits:
         for name in arguments.methods:
-            yield f"{name}, {bits} bits", bits, bench.ours(METHODS[name](bits))
+            make = bench.stacked(name, bits) if name in STACKED else bench.ours(METHODS[name](bits))
+            yield f"{name}, {bits} bits", bits, make
         if arguments.llm_compressor:
             yield (
                 f"llm-compressor GPTQ, {bits} bits",
@@ -326,8 +368,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="*", default=[*METHODS, *STACKED])
     parser.add_argument("--nsamples", type=int, default=32, help="calibration windows of 512 tokens")
+    parser.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=list(PROTOCOLS))
     parser.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help="sources of llama.cpp")
     parser.add_argument("--llm-compressor", metavar="PYTHON", help="an interpreter that has it")
     parser.add_argument("--folder", type=Path, default=Path("out/bench-quantization"))
@@ -335,16 +378,26 @@ def main() -> None:
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     calibration = {"source": "brown", "nsamples": arguments.nsamples, "seqlen": 512, "seed": 0}
-    bench = Bench(folder, calibration)
+    bench = Bench(folder, calibration, arguments.protocols)
 
     headings = ["method", "MB"]
-    for heading in PROTOCOLS:
+    for heading in arguments.protocols:
         headings += [f"perplexity ({heading})", "KL (nats/token)", "agreement (%)"]
     headings += ["seconds", "peak memory (MB)"]
     lines = [f"| {' | '.join(headings)} |", "| :--- |" + " ---: |" * (len(headings) - 1)]
     lines += [
         f"| {' | '.join(cells(name, bench.row(name, make)))} |"
         for name, _, make in contenders(bench, arguments)
+    ]
+    lines += [
+        "",
+        f"- SmolLM2-135M off its 4-bit grid; groups of {GROUP_SIZE}, asymmetric; MB = 10^6 bytes of all tensors, "
+        "the token table (8 bits in our rows; llm-compressor's and HQQ's keep it) and adapters included.",
+        f"- Calibration: {arguments.nsamples} windows of 512 tokens of Brown. Evaluation: "
+        + "; ".join(f"{PROTOCOLS[name][2]} windows of {name}" for name in arguments.protocols)
+        + ". KL from the dense model; ± is a 95 % interval.",
+        f"- ApiQ with rank {APIQ_RANK}. Nested and bitstack are one file each, read up to the bytes of GPTQ.",
+        "- llama.cpp without an importance matrix; its K-quants fall back where rows are no multiple of 256.",
     ]
     table = "\n".join(lines) + "\n"
     (folder / "table.md").write_text(table)

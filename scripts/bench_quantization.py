@@ -141,14 +141,18 @@ class Bench:
         return found
 
     def row(self, name: str, make: Callable[[Path], Made]) -> dict[str, Any]:
-        """What is known of one compressed model, made and scored if that has not been done yet."""
-        record = self.folder / f"{name.replace(', ', '-').replace(' ', '-')}.json"
-        if not record.exists():
-            print(f"== {name}", file=sys.stderr, flush=True)
-            made = make(record.with_suffix(""))
-            scores = {heading: self.score(made, heading) for heading in self.protocols}
-            record.write_text(json.dumps({"made": asdict(made), "scores": scores}))
-        return json.loads(record.read_text())
+        """What is known of one compressed model, made and scored as far as that has not been done yet."""
+        file = self.folder / f"{name.replace(', ', '-').replace(' ', '-')}.json"
+        print(f"== {name}", file=sys.stderr, flush=True)
+        if file.exists():
+            record = json.loads(file.read_text())
+        else:
+            record = {"made": asdict(make(file.with_suffix(""))), "scores": {}}
+        for heading in self.protocols:
+            if heading not in record["scores"]:
+                record["scores"][heading] = self.score(Made(**record["made"]), heading)
+            file.write_text(json.dumps(record))
+        return record
 
     def score(self, made: Made, heading: str) -> dict[str, Any]:
         from compress.fidelity import FidelityAccumulator
@@ -351,14 +355,14 @@ def contenders(
             print(f"{peer} is not here, so its rows are left out.", file=sys.stderr)
 
 
-def cells(name: str, record: dict[str, Any]) -> list[str]:
+def cells(name: str, record: dict[str, Any], protocols: list[str]) -> list[str]:
     from compress.scorecard import Fidelity
 
     made = record["made"]
     peak = made["peak_memory_bytes"]
     row = [name, f"{made['nbytes'] / 1e6:.1f}"]
-    for scores in record["scores"].values():
-        fidelity = Fidelity.model_validate(scores)
+    for heading in protocols:
+        fidelity = Fidelity.model_validate(record["scores"][heading])
         row += [fidelity.perplexity.text, fidelity.kl_mean.text, fidelity.top1_agreement.text]
     return [*row, f"{made['seconds']:.0f}", f"{peak / 1e6:,.0f}" if peak else "–"]
 
@@ -386,13 +390,14 @@ def main() -> None:
     headings += ["seconds", "peak memory (MB)"]
     lines = [f"| {' | '.join(headings)} |", "| :--- |" + " ---: |" * (len(headings) - 1)]
     lines += [
-        f"| {' | '.join(cells(name, bench.row(name, make)))} |"
+        f"| {' | '.join(cells(name, bench.row(name, make), bench.protocols))} |"
         for name, _, make in contenders(bench, arguments)
     ]
     lines += [
         "",
-        f"- SmolLM2-135M off its 4-bit grid; groups of {GROUP_SIZE}, asymmetric; MB = 10^6 bytes of all tensors, "
-        "the token table (8 bits in our rows; llm-compressor's and HQQ's keep it) and adapters included.",
+        f"- SmolLM2-135M off its 4-bit grid; groups of {GROUP_SIZE}, asymmetric; MB = 10^6 bytes of all "
+        "tensors, adapters and the token table included, which has 8 bits in our rows and 16 in those of "
+        "llm-compressor and HQQ.",
         f"- Calibration: {arguments.nsamples} windows of 512 tokens of Brown. Evaluation: "
         + "; ".join(f"{PROTOCOLS[name][2]} windows of {name}" for name in arguments.protocols)
         + ". KL from the dense model; ± is a 95 % interval.",

@@ -39,6 +39,8 @@ def a_weight(seed: int = 0) -> torch.Tensor:
     weight = torch.randn(OUT, WIDTH, generator=generator) * 0.05
     weight[3, 7], weight[5] = 2.5, weight[5] * 1e-3
     weight[8, :32] = 0
+    middles = torch.tensor([6.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])  # between codes, where 6 is the last
+    weight[10, :32] = torch.cat((middles, -middles, middles, -middles)) / 64
     return weight
 
 

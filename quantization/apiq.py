@@ -392,8 +392,9 @@ class Learning:
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
 
         def step() -> None:
-            clip_grad_norm_([*clipping, *adapters], GRADIENT_NORM)
-            optimizer.step()
+            # A step that went too far may overflow; one that cannot be computed is left out.
+            if clip_grad_norm_([*clipping, *adapters], GRADIENT_NORM).isfinite():
+                optimizer.step()
             schedule.step()
             optimizer.zero_grad()
 

@@ -383,3 +383,14 @@ def test_the_loss_of_blocks(model, aug_loss: bool, tmp_path) -> None:
         assert report.details["loss"]["learned"][index] == pytest.approx(after, rel=1e-3)
         assert after < 0.9 * report.details["loss"]["plain_rounding"][index]
         before = states(learned, None, index)
+
+
+@pytest.mark.parametrize("mode", ["layer", "block"])
+def test_rates_that_are_too_high_do_no_harm(model, mode: str, tmp_path) -> None:
+    _, folder, windows = model
+    checkpoint = Checkpoint.open(folder)
+    run = Run(Draft(checkpoint, tmp_path), windows, 0, tmp_path, "cpu", lambda text, share: None)
+    options = ApiQ.Options(bits=2, group_size=SIZE, rank=4, mode=mode, steps=5, clip_lr=1e3, lora_lr=1e3)
+    losses = ApiQ().apply(StreamedModel(checkpoint), options, run).details["loss"]
+    for before, after in zip(losses["plain_rounding"], losses["learned"], strict=True):
+        assert 0 < after <= before

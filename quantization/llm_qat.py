@@ -94,7 +94,10 @@ class LLMQAT(Method):
             None, description="optimiser steps, in place of epochs; 0: round to nearest"
         )
         batch_size: PositiveInt = Field(8, description="windows in a step")
-        learning_rate: PositiveFloat = Field(2e-5, description="at the beginning; it falls along a cosine")
+        learning_rate: PositiveFloat = Field(
+            1e-4,
+            description="at the beginning; it falls along a cosine. Published: 2e-5, for 100 times the steps",
+        )
         gradient_cut: bool = Field(
             True, description="no gradient through values of magnitude 2 and more, as published"
         )

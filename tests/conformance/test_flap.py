@@ -261,7 +261,7 @@ def restated(
     metric: str = "WIFV",
     compensate: str = "none",
     propagate: str = "dense",
-    ridge: float = 0.1,
+    ridge: float = 1.0,
 ) -> tuple[Restated, list[set[tuple[str, int]]]]:
     model = Restated(folder, family)
     kept = chosen(model, structure, metric, ratio)

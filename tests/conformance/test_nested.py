@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from compress.kernels.stacked import Block, PlaneStack
+from compress.quantization.formats import CompressedTensors
 from compress.quantization.gptq import GPTQ, quantize
 from compress.quantization.nested import FRACTIONS, choose_scales, nested_codes, planes, value
 from compress.quantization.quantizer import quantize_weight
@@ -142,12 +143,14 @@ def test_every_width_is_better_than_cutting_a_wide_code_and_narrow_ones_are_near
     codes, scales = nested_codes(weight, hessian, 8, 2, 0.01, "w")
     unit = scales.float().repeat_interleave(32, 1)
     found = {b: error(value(codes >> (8 - b), b) * unit) for b in range(2, 9)}
-    wide = quantize(weight, hessian, GPTQ.Options(bits=8, group_size=32), 32, torch.float16, "w")
+    wide = quantize(weight, hessian, GPTQ.Options(), CompressedTensors(8, 32, True), torch.float16, "w")
     step, middle = wide.scales.float().repeat_interleave(32, 1), 128
     for bits in (2, 3, 4):
         dropped = 8 - bits
         kept = (wide.codes.int() >> dropped << dropped).float() + (2**dropped - 1) / 2 - middle
-        narrow = quantize(weight, hessian, GPTQ.Options(bits=bits, group_size=32), 32, torch.float16, "w")
+        narrow = quantize(
+            weight, hessian, GPTQ.Options(), CompressedTensors(bits, 32, True), torch.float16, "w"
+        )
         nearest = quantize_weight(weight, bits, 32, True, torch.float16)
         assert found[bits] < 0.7 * error(kept * step)
         assert found[bits] < 0.7 * error(nearest.dequantize())

@@ -55,9 +55,9 @@ class Nested(Method):
         λ_2 (V_2 - Ŵ_2)^2 + λ_3 (V_3 - Ŵ_3)^2 + sum_{b > 3} λ_b max(0, |V_b - Ŵ_3| - s / 4)^2
 
     where the last term is what bits to come cannot reach; these take the nearer half, each for its width.
-    λ_b = b - 1 lies between the extremes, which both fail: cutting GPTQ's 8-bit code (wide codes only) gives
-    plain rounding at 2 and 3 bits, and growing GPTQ's 2-bit code (the narrow one first) leaves errors of the
-    size of its steps that no later bit reaches.
+    λ_b = 2^(b-2) lies between the extremes, which both fail: cutting GPTQ's 8-bit code (wide codes only)
+    gives plain rounding at 2 and 3 bits, and growing GPTQ's 2-bit code (the narrow one first) leaves errors
+    of the size of its steps that no later bit reaches.
     """
 
     name = "nested"
@@ -186,9 +186,11 @@ def choose_scales(grouped: torch.Tensor, importance: torch.Tensor, bits: int) ->
             step = (scale * 2.0 ** (2 - width)).unsqueeze(-1)
             # The nearest odd multiple of half a step, at most the outermost.
             nearest = ((size / step).floor().clamp_(max=2 ** (width - 1) - 1) + 0.5) * step
-            loss += (width - 1) * ((size - nearest).square_() * importance).sum(-1)
+            loss += 2 ** (width - 2) * ((size - nearest).square_() * importance).sum(-1)
         beyond = (size - 2 * scale.unsqueeze(-1)).clamp_(min=0)
-        loss += sum(range(4, bits)) * (beyond.square_() * importance).sum(-1)
+        loss += sum(2 ** (width - 2) for width in range(5, bits + 1)) * (beyond.square_() * importance).sum(
+            -1
+        )
         better = loss < least
         best, least = torch.where(better, scale, best), torch.where(better, loss, least)
     return best
@@ -242,7 +244,7 @@ def _choose(wanted: torch.Tensor, stands: torch.Tensor) -> tuple[torch.Tensor, t
     reach = 2.0 ** (1 - joint)
     off = wanted.unsqueeze(1) - stands.unsqueeze(2)
     off[joint - 1 :].abs_().sub_(reach).clamp_(min=0)
-    weights = torch.arange(1, widths + 1, device=wanted.device).view(-1, 1, 1)
+    weights = 2.0 ** torch.arange(widths, device=wanted.device).view(-1, 1, 1)
     code = (off.square_() * weights).sum(0).argmin(0)
     values = stands[:, code]
     for index in range(joint - 1, widths):

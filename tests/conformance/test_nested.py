@@ -47,7 +47,7 @@ def restated(weight: Tensor, scales: Tensor, hessian: Tensor, bits: int, damping
                         off = wanted[width] - s * stands(code >> (joint - width), width)
                     else:
                         off = max(0.0, abs(wanted[width] - s * stands(code, joint)) - s * 2.0 ** (1 - joint))
-                    loss += (width - 1) * off**2
+                    loss += 2 ** (width - 2) * off**2
                 losses.append(loss)
             code = min(range(2**joint), key=losses.__getitem__)
             chosen = {width: code >> (joint - width) for width in range(2, joint + 1)}
@@ -105,7 +105,7 @@ def test_scales_have_the_least_error_over_all_widths(bits: int) -> None:
             off = (group[:, None] - levels).abs().amin(1)
             if width > 4:
                 off = (group.abs() - 2 * scale).clamp(min=0)
-            total += (width - 1) * float((off.square() * weights).sum())
+            total += 2 ** (width - 2) * float((off.square() * weights).sum())
         return total
 
     found = choose_scales(grouped, importance, bits)
@@ -152,8 +152,8 @@ def test_every_width_is_better_than_cutting_a_wide_code_and_narrow_ones_are_near
             weight, hessian, GPTQ.Options(), CompressedTensors(bits, 32, True), torch.float16, "w"
         )
         nearest = quantize_weight(weight, bits, 32, True, torch.float16)
-        assert found[bits] < 0.7 * error(kept * step)
-        assert found[bits] < 0.7 * error(nearest.dequantize())
+        assert found[bits] < 0.8 * error(kept * step)
+        assert found[bits] < 0.8 * error(nearest.dequantize())
         assert found[bits] < 3 * error(narrow.dequantize())
     assert list(found.values()) == sorted(found.values(), reverse=True)
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from compress.anatomy import weight
 from compress.method import Method, Paper, StepReport
 from compress.quantization.quantizer import (
     QuantizedWeight,
@@ -70,12 +69,10 @@ class HQQ(Method):
         journal = run.journal("rounding")
         packing = Packing(run.draft, options, journal.state)
         for layer in model.walk(journal, label=f"HQQ to {options.bits} bits"):
-            for path, linear in layer.linears.items():
-                stored = model.weights.find(f"{layer.name}.{path}.weight")
-                if packing.wants(stored):
-                    dense, form = weight(linear), packing.format_of(stored)
-                    grid = (form.bits, form.group_size, form.symmetric, packing.scale_dtype(stored))
-                    packing.write(stored, dense, half_quadratic(dense, *grid, stored))
+            for stored, dense in packing.linears(model, layer):
+                form = packing.format_of(stored)
+                grid = (form.bits, form.group_size, form.symmetric, packing.scale_dtype(stored))
+                packing.write(stored, dense, half_quadratic(dense, *grid, stored))
         return packing.finish()
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import Field
 
-from compress.anatomy import weight
 from compress.checkpoint import DTYPES
 from compress.errors import BadInput
 from compress.method import Method, MethodOptions, Paper, StepReport
@@ -54,12 +53,9 @@ class NF4(Method):
         journal = run.journal("rounding")
         packing = Packing(run.draft, options, journal.state, layout_of)
         for layer in model.walk(journal, label="rounding to NF4"):
-            for path, linear in layer.linears.items():
-                stored = model.weights.find(f"{layer.name}.{path}.weight")
-                if packing.wants(stored):
-                    dense = weight(linear)
-                    dtype = DTYPES[model.checkpoint.tensors[stored].dtype]
-                    packing.write(stored, dense, quantize_nf4(dense, dtype, options.double_quant))
+            for stored, dense in packing.linears(model, layer):
+                dtype = DTYPES[model.checkpoint.tensors[stored].dtype]
+                packing.write(stored, dense, quantize_nf4(dense, dtype, options.double_quant))
         return packing.finish()
 
 

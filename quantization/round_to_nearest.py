@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from compress.anatomy import weight
 from compress.method import Method, Paper, StepReport
 from compress.quantization.quantizer import quantize_weight
 from compress.quantization.weights import Packing, WeightOptions, plan_packed
@@ -41,17 +40,9 @@ class RoundToNearest(Method):
         journal = run.journal("rounding")
         packing = Packing(run.draft, options, journal.state)
         for layer in model.walk(journal, label=f"rounding to {options.bits} bits"):
-            for path, linear in layer.linears.items():
-                stored = model.weights.find(f"{layer.name}.{path}.weight")
-                if packing.wants(stored):
-                    dense, form = weight(linear), packing.format_of(stored)
-                    rounded = quantize_weight(
-                        dense,
-                        form.bits,
-                        form.group_size,
-                        form.symmetric,
-                        packing.scale_dtype(stored),
-                        stored.removesuffix(".weight"),
-                    )
-                    packing.write(stored, dense, rounded)
+            for stored, dense in packing.linears(model, layer):
+                form = packing.format_of(stored)
+                grid = (form.bits, form.group_size, form.symmetric, packing.scale_dtype(stored))
+                name = stored.removesuffix(".weight")
+                packing.write(stored, dense, quantize_weight(dense, *grid, name))
         return packing.finish()

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from statistics import fmean
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from pydantic import Field, PositiveInt
 from torch import nn
 
+from compress.anatomy import weight
 from compress.checkpoint import DTYPES, Draft
 from compress.errors import BadInput, CompressError
 from compress.method import MethodOptions, StepReport
 from compress.plan import ModelShape
 from compress.quantization.formats import FORMATS, CompressedTensors, Format
 from compress.quantization.quantizer import CHANNEL, QuantizedWeight, quantize_weight
+
+if TYPE_CHECKING:
+    from compress.stream import Layer, StreamedModel
 
 Bits = Literal[2, 3, 4, 8]
 BLOCK = 1 << 22
@@ -220,6 +224,13 @@ class Packing:
     def wants(self, stored: str) -> bool:
         """Whether a linear inside the layers is to be quantized."""
         return stored.removesuffix(".weight") in self.layout.linears
+
+    def linears(self, model: StreamedModel, layer: Layer) -> Iterator[tuple[str, torch.Tensor]]:
+        """Stored tensors of the linears of a layer that are to be quantized, and their weights [out, in]."""
+        for path, linear in layer.linears.items():
+            stored = model.weights.find(f"{layer.name}.{path}.weight")
+            if self.wants(stored):
+                yield stored, weight(linear)
 
     def format_of(self, stored: str) -> Format:
         """The format of a linear: how many bits it is to be given, in groups of how many, and whether

@@ -340,10 +340,11 @@ def report(
     mean = fmean(relative.values())  # whatever their order, which a resumed run changes
     weights = sum(before.tensors[f"{name}.weight"].numel for name in relative)
     packed = sum(info.nbytes for name, info in planned.tensors.items() if before.tensors.get(name) != info)
+    widths = Counter(form.bits for form in layout.linears.values())
     details = {
         "format": layout.default.name,
         "linears": len(layout.linears),
-        "linears_by_bits": dict(sorted(Counter(form.bits for form in layout.linears.values()).items())),
+        "linears_by_bits": {str(bits): widths[bits] for bits in sorted(widths)},
         "outside_the_layers": {name: form.bits for name, form in layout.around.items()},
         "kept": [*layout.outside, *layout.kept],
         "bits_per_weight": round(8 * packed / weights, 4),

@@ -238,7 +238,7 @@ def test_bits_by_pattern_and_packed_tables(
             expected = trained[-1].model(tokens, use_cache=False).logits
 
         assert (loaded - expected).abs().max() < 1e-4
-        assert lineage.steps[0].details["linears_by_bits"] == {4: 12, 8: 2}
+        assert lineage.steps[0].details["linears_by_bits"] == {"4": 12, "8": 2}
         assert lineage.result.bytes == lineage.result.predicted_bytes
         assert type(model.model.layers[0].mlp.down_proj) is TokenQuantizedLinear
         assert model.model.layers[0].mlp.down_proj.bits == 8

@@ -135,8 +135,9 @@ def test_decode_is_greedy_and_uses_the_cache():
     assert [ids.shape[1] for ids in seen[-7:]] == [32, 1, 1, 1, 1, 1, 1]
     assert cached[-7:] == [0, 32, 33, 34, 35, 36, 37]
     found = torch.cat(seen[-7:], dim=1)
+    everything = {"attention_mask": torch.ones(1, 32, dtype=torch.int64)}  # the prompt may hold the padding
     expected = model.generate(
-        found[:, :32], do_sample=False, max_new_tokens=6, pad_token_id=0, eos_token_id=None
+        found[:, :32], **everything, do_sample=False, max_new_tokens=6, pad_token_id=0, eos_token_id=None
     )
     assert found.tolist() == expected.tolist()
 

@@ -12,7 +12,7 @@ from compress.checkpoint import DTYPES
 from compress.errors import BadInput
 from compress.method import Method, MethodOptions, Paper, StepReport
 from compress.quantization.nf4_format import BLOCK, NF4Format, NF4Weight, unpack_high_first
-from compress.quantization.weights import Layout, Packing, linears_to_pack, packed_shape
+from compress.quantization.weights import Layout, Packing, layout_of_one, packed_shape
 
 if TYPE_CHECKING:
     from compress.plan import ModelShape
@@ -63,12 +63,10 @@ def layout_of(shape: ModelShape, options: NF4Options) -> Layout:
     """What the options ask for.
 
     Raises:
-        BadInput: as `linears_to_pack`.
+        BadInput: as `layout_of_one`.
     """
     form = NF4Format(options.double_quant, shape.config.get("dtype") or "float32")
-    linears, skipped, outside = linears_to_pack(shape, options.ignore)
-    kept = [name for name in skipped if name not in outside]
-    return Layout(form, dict.fromkeys(linears, form), {}, kept, outside, [])
+    return layout_of_one(shape, form, options.ignore)
 
 
 def quantize_nf4(dense: torch.Tensor, dtype: torch.dtype, double_quant: bool) -> NF4Weight:

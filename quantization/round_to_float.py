@@ -11,7 +11,7 @@ from compress.method import Method, MethodOptions, Paper, StepReport
 from compress.quantization.float_formats import FloatFormat
 from compress.quantization.floating import FloatType, ScaleRounding, quantize_float
 from compress.quantization.gptq import linears_by_input
-from compress.quantization.weights import Layout, Packing, linears_to_pack, packed_shape
+from compress.quantization.weights import Layout, Packing, layout_of_one, packed_shape
 
 if TYPE_CHECKING:
     from compress.plan import ModelShape
@@ -82,9 +82,7 @@ def layout_of(shape: ModelShape, options: FloatOptions) -> Layout:
     """What the options ask for.
 
     Raises:
-        BadInput: as `linears_to_pack`.
+        BadInput: as `layout_of_one`.
     """
     form = FloatFormat(options.type)
-    linears, skipped, outside = linears_to_pack(shape, options.ignore)
-    kept = [name for name in skipped if name not in outside]
-    return Layout(form, dict.fromkeys(linears, form), {}, kept, outside, [])
+    return layout_of_one(shape, form, options.ignore)

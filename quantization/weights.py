@@ -145,6 +145,17 @@ def linears_to_pack(shape: ModelShape, ignore: list[str]) -> tuple[list[str], li
     return packed, skipped, outside
 
 
+def layout_of_one(shape: ModelShape, form: Format, ignore: list[str]) -> Layout:
+    """All linears inside the layers in one format, and nothing around them.
+
+    Raises:
+        BadInput: as `linears_to_pack`.
+    """
+    linears, skipped, outside = linears_to_pack(shape, ignore)
+    kept = [name for name in skipped if name not in outside]
+    return Layout(form, dict.fromkeys(linears, form), {}, kept, outside, [])
+
+
 def around_bits(
     shape: ModelShape, lm_head_bits: Bits | None, embedding_bits: Bits | None
 ) -> tuple[dict[str, Bits], list[str]]:

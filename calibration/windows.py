@@ -64,6 +64,17 @@ class Windows:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def part(self, count: int, length: int) -> Windows:
+        """The first ``count`` windows, cut to their first ``length`` tokens."""
+        part = (slice(count), slice(length))
+        types = self.token_types
+        return replace(
+            self,
+            tokens=self.tokens[part],
+            mask=self.mask[part],
+            token_types=None if types is None else types[part],
+        )
+
     @property
     def num_tokens(self) -> int:
         """Real tokens in all windows together."""

@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 from compress import activations, adapter
 from compress.activations import Activations
 from compress.anatomy import Anatomy, anatomy_of, set_weight, weight
-from compress.calibration.fisher import Fisher
+from compress.calibration.fisher import Fisher, text_loss
 from compress.checkpoint import DTYPES, TensorInfo
 from compress.errors import BadInput
 from compress.method import Method, Paper, StepReport
@@ -116,7 +116,7 @@ class ApiQ(Method):
         quantized = model.stream(run.calibration, run.folder / "quantized", **size)
         fisher = None
         if options.saliency != "none":
-            fisher = Fisher(model, run.calibration, run.folder / "fisher")
+            fisher = Fisher(model, run.calibration, text_loss(run.calibration), run.folder / "fisher")
         journal = run.journal("learning")
         packing = Packing(run.draft, options, journal.state)
         for layer in model.walk(journal, dense, quantized, label=f"ApiQ to {options.bits} bits"):

@@ -129,8 +129,11 @@ def quantize(
     form: Format,
     scale_dtype: torch.dtype,
     name: str,
+    grid: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> QuantizedWeight:
     """The algorithm for one weight [out, in] and its H (float64 [in, in], without damping).
+
+    ``grid`` gives scales and zero points of all groups, [out, groups] each, which otherwise are chosen.
 
     Raises:
         BadInput: NaN or infinite weights, or H is not positive even with damping.
@@ -142,8 +145,8 @@ def quantize(
     unused = diagonal == 0  # no input ever: nothing to make up for, and nothing changes if they are rounded
     diagonal[unused] = 1
     order = torch.arange(width)
-    grid = (form.bits, form.symmetric, scale_dtype, name)
-    scales, zeros = choose_grid(dense.float().view(out, -1, size), *grid)
+    kind = (form.bits, form.symmetric, scale_dtype, name)
+    scales, zeros = grid or choose_grid(dense.float().view(out, -1, size), *kind)
     if options.act_order:
         order = diagonal.argsort(descending=True, stable=True)
     weights, hessian = weights[:, order], hessian[order][:, order]
@@ -161,13 +164,13 @@ def quantize(
         errors = torch.zeros(out, stop - start, dtype=torch.float64)
         for column in range(start, stop):
             group = int(order[column]) // size
-            if not options.act_order and column % size == 0:
+            if grid is None and not options.act_order and column % size == 0:
                 # All columns of the group with what they make up for so far, those behind this block, too.
                 behind = weights[:, column : column + size].clone()
                 if column + size > stop:
                     done = column - start
                     behind[:, stop - column :] -= errors[:, :done] @ upper[start:column, stop : column + size]
-                scale, zero = choose_grid(behind.float().unsqueeze(1), *grid)
+                scale, zero = choose_grid(behind.float().unsqueeze(1), *kind)
                 scales[:, group], zeros[:, group] = scale[:, 0], zero[:, 0]
             scale, zero = scales[:, group].double(), zeros[:, group].double()
             code = nearest_codes(weights[:, column], scale, zero, form.bits)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from compress.anatomy import weight
-from compress.backward import Tape
+from compress.calibration.fisher import Fisher, expected_loss, sampled_loss
 from compress.calibration.windows import Windows
 from compress.checkpoint import Checkpoint
 from compress.kernels.stacked import StackedLinear
 from compress.pruning.block_losses import Branches, next_token_losses, predicted
 from compress.quantization.stacks import StackFormat, with_blocks
-from compress.reload import first_output
-from compress.stream import Journal, Layer, StreamedModel
+from compress.stream import Journal, StreamedModel
 
 if TYPE_CHECKING:
     from compress.quantization.stacking import Stacking, StackOptions
@@ -38,15 +35,7 @@ def find_order(model: StreamedModel, stacking: Stacking, options: StackOptions, 
         options: say how.
         run: gives the text, the seed and the folder.
     """
-    few = slice(options.order_windows)
-    text = run.calibration
-    types = text.token_types
-    windows = replace(
-        text,
-        tokens=text.tokens[few, :LENGTH],
-        mask=text.mask[few, :LENGTH],
-        token_types=None if types is None else types[few, :LENGTH],
-    )
+    windows = run.calibration.part(options.order_windows, LENGTH)
     if options.importance == "perplexity":
         found = perplexities(stacking, windows, run)
         return [int(index) for level in found for index in level.argsort(stable=True)]
@@ -88,79 +77,27 @@ def by_gain(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[float]])
 def expected_losses(
     model: StreamedModel, stacking: Stacking, windows: Windows, run: Run
 ) -> dict[str, torch.Tensor]:
-    """How much loss every linear causes alone with 1, 2, ... of its blocks, to second order.
-
-    For the residual R = W - Ŵ of one linear, the divergence from the dense model is about
-    1/2 vec(R)^T F vec(R) for each token, with the Fisher information F of W, because the gradient itself
-    vanishes at the dense model. Its diagonal is the mean square of the gradient of the loss on labels drawn
-    from the dense model, and one backward pass through it gives that:
-    1/2 sum_ij (sum_windows G_ij^2) R_ij^2 / tokens, the first-order change by each entry, squared. What is
-    left out, products of different entries, is as often positive as negative.
-
-    Outputs that are no distributions over a vocabulary (encoders) take Gaussian labels around them: half the
-    squared change of the output.
+    """How much loss every linear causes alone with 1, 2, ... of its blocks, to second order (see
+    `expected_loss`).
 
     Returns:
         Full name of a linear -> float64 [blocks], nats for each token.
     """
-    anatomy, form = model.anatomy, stacking.form
-    tokens = int(windows.mask.sum())
-    stream = model.stream(windows, run.folder / "order" / "stream", batch_tokens=windows.tokens.shape[1])
-    causal = anatomy.kind == "decoder" and anatomy.head is not None
-    squares: dict[str, torch.Tensor] = {}
-    found: dict[str, torch.Tensor] = {}
-
-    def loss(output: object, start: int) -> torch.Tensor:
-        values = first_output(output)
-        generator = torch.Generator().manual_seed(run.seed + start)  # of the window, whatever the batch
-        mask = windows.mask[start : start + 1].to(values.device)
-        if causal:
-            drawn = torch.multinomial(values[0].detach().float().softmax(-1).cpu(), 1, generator=generator)
-            losses = nn.functional.cross_entropy(
-                values[0].float(), drawn[:, 0].to(values.device), reduction="none"
-            )
-            return losses[mask[0]].sum()
-        noise = torch.randn(values.shape, generator=generator).to(values)
-        return (values * noise)[mask if values.shape[:2] == mask.shape else slice(None)].sum()
-
-    def names(layer: Layer) -> Iterator[tuple[str, str]]:
-        for path in layer.linears:
+    form, found = stacking.form, {}
+    fisher = Fisher(model, windows, sampled_loss(model, windows, run.seed), run.folder / "order")
+    for layer in model.walk(None, label="finding the order"):
+        information = fisher.read(layer)
+        for path, linear in layer.linears.items():
             stored = model.weights.find(f"{layer.name}.{path}.weight")
-            if stacking.wants(stored):
-                yield path, stored.removesuffix(".weight")
-
-    @contextmanager
-    def leaves(layer: Layer, _: int) -> Iterator[Mapping[str, torch.Tensor]]:
-        weights = {path: layer.linears[path].weight for path, _ in names(layer)}
-        for parameter in weights.values():
-            parameter.requires_grad_(True)
-        yield weights
-        for parameter in weights.values():
-            parameter.requires_grad_(False)
-
-    def take(layer: Layer, start: int, gradients: Mapping[str, torch.Tensor]) -> None:
-        for path, gradient in gradients.items():
-            square = gradient.square()
-            squares[path] = squares[path].add_(square) if path in squares else square
-        if start + 1 < len(windows):
-            return
-        for path, name in names(layer):
-            left = weight(layer.linears[path]).clone()
-            fisher = squares.pop(path).T if anatomy.conv1d else squares.pop(path)
-            stack = form.linear(left.shape[1], left.shape[0], form.read(name, stacking.draft)).to(
-                model.device
-            )
+            if not stacking.wants(stored):
+                continue
+            name, left = stored.removesuffix(".weight"), weight(linear).clone()
+            stack = form.linear(left.shape[1], left.shape[0], form.read(name, stacking.draft)).to(left.device)
             losses = []
             for index in range(form.blocks):
                 left -= stack.dense(slice(index, index + 1))
-                losses.append((fisher * left.square()).sum(dtype=torch.float64).cpu() / (2 * tokens))
-            found[name] = torch.stack(losses)
-        run.progress("finding the order", 1 - layer.index / model.num_layers)
-
-    tape = Tape(model, stream, run.folder / "order" / "tape")
-    tape.forward()
-    tape.differentiate(loss)
-    tape.backward(leaves, take)
+                losses.append(expected_loss(information[path], left, windows))
+            found[name] = torch.tensor(losses, dtype=torch.float64)
     return found
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.activations import Activations
-from compress.calibration.fisher import Fisher
+from compress.calibration.fisher import Fisher, text_loss
 from compress.calibration.windows import Windows
 from compress.checkpoint import Checkpoint, Draft
 from compress.quantization import apiq
@@ -313,7 +313,7 @@ def model(tmp_path_factory):
 def test_the_diagonal_fisher(model, tmp_path) -> None:
     dense, folder, windows = model
     streamed = StreamedModel(Checkpoint.open(folder))
-    fisher = Fisher(streamed, windows, tmp_path)
+    fisher = Fisher(streamed, windows, text_loss(windows), tmp_path)
     expected: dict[str, Tensor] = {}
     exact = hf.LlamaForCausalLM(dense.config).double()
     exact.load_state_dict(dense.state_dict())

@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("compress.commands.run:run", "Carry out a recipe."),
     "prune": ("compress.commands.single:prune", "Prune a model with one method."),
     "quantize": ("compress.commands.single:quantize", "Quantize a model with one method."),
+    "mix": ("compress.commands.mix:mix", "Choose each linear's bits, so that a model fits into memory."),
     "evaluate": ("compress.commands.evaluate:evaluate", "Measure a model, beside the dense one if asked."),
     "compare": ("compress.commands.compare:compare", "Put evaluated models into one table."),
     "plan": ("compress.commands.plan:plan", "Say what a recipe will make of a model, without doing it."),

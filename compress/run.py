@@ -11,10 +11,10 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -43,11 +43,14 @@ from compress.method import Method, MethodOptions
 from compress.modeling import config_of
 from compress.models import ModelSource, find_model, load_tokenizer
 from compress.plan import ModelShape, Plan, make_plan
-from compress.recipe import Recipe
+from compress.recipe import Recipe, validated
 from compress.reload import reload_check
 from compress.stream import Journal, StreamedModel
 from compress.task_inputs import calibration_inputs
 from compress.workspace import Workspace
+
+if TYPE_CHECKING:
+    from compress.quantization.mixing import Mix
 
 log = logging.getLogger(__name__)
 
@@ -194,6 +197,37 @@ def _execute(
         workspace.discard()
         raise
     return lineage
+
+
+def mixed(
+    recipe: Recipe,
+    widths: Sequence[int],
+    memory: int,
+    *,
+    device: str = "cpu",
+    progress: Progress = lambda text, share: None,
+) -> Mix:
+    """Choose the bits of every linear for the one quantization step of a recipe (see `mix`).
+
+    Raises:
+        BadInput: the recipe is another one, a width is none, or as `mix`.
+    """
+    from compress.quantization.mixing import mix
+    from compress.quantization.weights import WeightOptions
+
+    if len(recipe.steps) != 1 or not isinstance(recipe.steps[0][1], WeightOptions):
+        raise BadInput(
+            "Bits can be chosen for a recipe of one step, whose method takes bits and a group size (rtn, "
+            "hqq, awq, gptq or apiq); run other steps first, and start from their result."
+        )
+    method, options = recipe.steps[0]
+    for bits in widths:
+        validated(type(options), options.model_dump() | {"bits": bits}, method.name)
+    check_device(device)
+    checkpoint = open_model(recipe)[1]
+    model = StreamedModel(checkpoint, device, progress)
+    windows = _calibration(recipe, checkpoint, device, progress)
+    return mix(model, options, widths, memory, windows, recipe.seed)
 
 
 def _calibration(recipe: Recipe, checkpoint: Checkpoint, device: str, progress: Progress) -> Windows:

@@ -1,0 +1,103 @@
+"""compress-model mix"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+
+from compress.commands.common import (
+    check_file,
+    common_options,
+    device_option,
+    make_table,
+    print_json,
+    progress_shown,
+    seed_option,
+    stdout,
+)
+
+
+def _widths(ctx: click.Context, option: click.Parameter, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"'{text}' is no list of widths; write 3,4,8.", ctx, option) from None
+
+
+@click.command()
+@click.argument("recipe")
+@click.option("--memory", required=True, help="What all tensors together may take, such as 90MB.")
+@click.option(
+    "--bits", "widths", default="2,3,4,8", show_default=True, callback=_widths, help="Widths to choose from."
+)
+@click.option("-m", "--model", help="Use this model instead of the recipe's.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change the recipe: steps.0.group_size=64."
+)
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="New recipe file to write."
+)
+@seed_option
+@device_option
+@common_options
+def mix(
+    recipe: str,
+    memory: str,
+    widths: list[int],
+    model: str | None,
+    settings: tuple[str, ...],
+    output: Path,
+    seed: int | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Give each linear its own bits, by measured sensitivity, so that RECIPE's result fits into --memory.
+
+    RECIPE is one quantization step; its bits are chosen, and all else stays. 'compress-model run' then
+    carries out what is written.
+    """
+    import yaml
+
+    from compress.errors import BadInput
+    from compress.files import write_atomically
+    from compress.memory import parse_memory
+    from compress.recipe import load_recipe
+    from compress.run import mixed
+
+    check_file(output)
+    if output.exists():
+        raise BadInput(f"'{output}' exists already; write to another file.")
+    loaded = load_recipe(recipe, {"model": model, "seed": seed}, list(settings))
+    with progress_shown() as progress:
+        found = mixed(loaded, widths, parse_memory(memory), device=device, progress=progress)
+    method = loaded.steps[0][0]
+    document = loaded.model_copy(update={"steps": [(method, found.options)]}).resolved()
+    write_atomically(output, yaml.safe_dump(document, sort_keys=False))
+    if as_json:
+        print_json(
+            {"bytes": found.nbytes, "expected_loss": found.loss, "bits": found.bits, "recipe": document}
+        )
+        return
+    _tell(found)
+    click.echo(
+        f"{output}: {method.name} in {found.nbytes / 1e6:,.1f} MB of tensors; rounding to the nearest with "
+        f"these bits is expected to cost {found.loss:.3g} nats a token."
+    )
+
+
+def _tell(found: Any) -> None:
+    """How many layers give each projection how many bits."""
+    widths = sorted(set(found.bits.values()))
+    counts: dict[str, Counter[int]] = {}
+    for name, bits in found.bits.items():
+        projection = name.rpartition(".")[2]
+        counts.setdefault(projection, Counter())[bits] += 1
+    table = make_table("projection", *(f"layers at {bits} bits" for bits in widths))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for projection, found_widths in counts.items():
+        table.add_row(projection, *(str(found_widths[bits]) for bits in widths))
+    stdout().print(table)

@@ -1,0 +1,146 @@
+"""Bits for every linear by measured sensitivity, so that a model fits into so many bytes."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from compress.anatomy import weight
+from compress.calibration.fisher import Fisher, expected_loss, sampled_loss
+from compress.calibration.windows import Windows
+from compress.checkpoint import DTYPES
+from compress.errors import BadInput
+from compress.plan import ModelShape
+from compress.quantization.formats import Format
+from compress.quantization.order import LENGTH, by_gain
+from compress.quantization.quantizer import quantize_weight
+from compress.quantization.weights import WeightOptions, plan_layout, plan_packed
+from compress.stream import StreamedModel
+
+WINDOWS = 32
+"""Of `LENGTH` tokens, that sensitivities are measured on."""
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Bits for the linears of one model.
+
+    Attributes:
+        options: of the method, with the most frequent width as ``bits`` and all others in ``set``.
+        bits: full name of a linear -> its width.
+        nbytes: of all tensors of the model.
+        loss: what rounding to the nearest with these widths costs to second order, nats for each token.
+    """
+
+    options: WeightOptions
+    bits: dict[str, int]
+    nbytes: int
+    loss: float
+
+
+def mix(
+    model: StreamedModel,
+    options: WeightOptions,
+    widths: Sequence[int],
+    memory: int,
+    windows: Windows,
+    seed: int,
+) -> Mix:
+    """Give every linear one of some widths, so that the loss is least and all tensors fit into ``memory``.
+
+    How much loss each linear causes at each width is taken from its residual after plain rounding and one
+    backward pass (`expected_loss`). Bits then go where they lower the total most for their bytes, until no
+    more fit. GPTQ, AWQ and others lower the losses of all widths about alike, so the widths serve them, too.
+
+    Args:
+        model: the dense one.
+        options: of the quantization, which say what is packed and how; of what has ``bits`` the width is
+            chosen.
+        widths: to choose from, in bits.
+        memory: bytes.
+        windows: of text; their beginnings are used.
+        seed: of the labels that are drawn from the model.
+
+    Raises:
+        BadInput: the options do not fit the model, or it does not fit into ``memory`` at the least width.
+    """
+    if options.set:
+        raise BadInput("Bits by pattern ('set') are what mix chooses; leave the option out.")
+    widths = sorted(set(widths))
+    shape = ModelShape.of(model.checkpoint)
+    if options.format == "auto":
+        options = options.model_copy(update={"format": "compressed-tensors"})
+    by_width = {bits: options.model_copy(update={"bits": bits}) for bits in widths}
+    forms = {bits: plan_layout(shape, each).linears for bits, each in by_width.items()}
+    nbytes = plan_packed(shape, by_width[widths[0]]).nbytes
+    if nbytes > memory:
+        raise BadInput(
+            f"At {widths[0]} bits everywhere the model takes {nbytes / 1e6:,.1f} MB, more than the "
+            f"{memory / 1e6:,.1f} MB asked for; allow more, or quantize the embeddings, too."
+        )
+    names = list(forms[widths[0]])
+    sizes = [[_nbytes(shape, name, forms[bits][name]) for bits in widths] for name in names]
+    losses = _losses(model, forms, windows.part(WINDOWS, LENGTH), seed)
+    costs = [[size[0], *(after - before for before, after in pairwise(size))] for size in sizes]
+    at = [0] * len(names)
+    full: set[int] = set()
+    for linear in by_gain([losses[name] for name in names], costs):
+        cost = costs[linear][at[linear] + 1]
+        if linear in full or nbytes + cost > memory:
+            full.add(linear)  # its further bits would not be those that the gain was reckoned for
+        else:
+            at[linear] += 1
+            nbytes += cost
+    bits = {name: widths[index] for name, index in zip(names, at)}
+    most = Counter(bits.values()).most_common(1)[0][0]
+    chosen = options.model_copy(update={"bits": most, "set": _patterns(shape, bits, most)})
+    loss = sum(losses[name][index] for name, index in zip(names, at))
+    return Mix(chosen, bits, plan_packed(shape, chosen).nbytes, loss)
+
+
+def _nbytes(shape: ModelShape, name: str, form: Format) -> int:
+    infos = form.tensor_infos(name, shape.linears()[name], shape.tensors[f"{name}.weight"].dtype)
+    return sum(info.nbytes for info in infos.values())
+
+
+def _losses(
+    model: StreamedModel, forms: dict[int, dict[str, Format]], windows: Windows, seed: int
+) -> dict[str, list[float]]:
+    """Full name of a linear -> its expected loss at each width."""
+    found: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory(prefix="compress-model-") as folder:
+        fisher = Fisher(model, windows, sampled_loss(model, windows, seed), Path(folder))
+        for layer in model.walk(None, label="measuring sensitivities"):
+            information = fisher.read(layer)
+            for path, linear in layer.linears.items():
+                stored = model.weights.find(f"{layer.name}.{path}.weight")
+                name, dense = stored.removesuffix(".weight"), weight(linear)
+                dtype = DTYPES[model.checkpoint.tensors[stored].dtype]
+                for form in (each[name] for each in forms.values() if name in each):
+                    rounded = quantize_weight(
+                        dense, form.bits, form.group_size, form.symmetric, form.scale_dtype(dtype), name
+                    )
+                    residual = dense - rounded.dequantize()
+                    found.setdefault(name, []).append(expected_loss(information[path], residual, windows))
+    return found
+
+
+def _patterns(shape: ModelShape, bits: dict[str, int], default: int) -> dict[str, int]:
+    """The widths other than the default as patterns: one for each projection and width."""
+    anatomy = shape.anatomy
+    indices: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for index in range(shape.num_layers):
+        start = f"{anatomy.layer_name(index)}."
+        for name, width in bits.items():
+            if name.startswith(start) and width != default:
+                indices[name.removeprefix(start), width].append(str(index))
+    layers = re.escape(anatomy.layer_name(0).removesuffix("0"))
+    return {
+        f"re:{layers}({'|'.join(found)})\\.{re.escape(path)}$": width
+        for (path, width), found in sorted(indices.items())
+    }

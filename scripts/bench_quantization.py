@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,6 +62,7 @@ STACKED: dict[str, dict[str, Any]] = {  # made once; at a width no larger than G
     "bitstack": {"method": "bitstack", "blocks": 8, "embedding_bits": 8},
 }
 
+MIXED = "awq"  # the method whose bits are chosen for every linear, to be put beside llama.cpp's own mixtures
 LLAMA_CPP = {2: ("Q2_K",), 3: ("Q3_K_M",), 4: ("Q4_0", "Q4_K_M")}
 
 LLM_COMPRESSOR = """
@@ -204,12 +205,35 @@ class Bench:
 
         def make(output: Path) -> Made:
             recipe = output.with_suffix(".yaml")
-            settings = {"model": str(self.dense.folder), "calibration": self.calibration, "steps": [step]}
-            recipe.write_text(yaml.safe_dump(settings))
-            command("run", recipe, "-o", output, "--overwrite")
-            lineage = json.loads((output / "compression.json").read_text())
-            done = lineage["steps"][0]
-            return Made(str(output), lineage["result"]["bytes"], done["seconds"], done["peak_memory_bytes"])
+            self.write_recipe(recipe, step)
+            return self.run(recipe, output)
+
+        return make
+
+    def write_recipe(self, recipe: Path, step: dict[str, Any]) -> None:
+        settings = {"model": str(self.dense.folder), "calibration": self.calibration, "steps": [step]}
+        recipe.write_text(yaml.safe_dump(settings))
+
+    @staticmethod
+    def run(recipe: Path, output: Path) -> Made:
+        command("run", recipe, "-o", output, "--overwrite")
+        lineage = json.loads((output / "compression.json").read_text())
+        done = lineage["steps"][0]
+        return Made(str(output), lineage["result"]["bytes"], done["seconds"], done["peak_memory_bytes"])
+
+    def mixed(self, name: str, sources: Path, kind: str) -> Callable[[Path], Made]:
+        """By compress-model, with bits for every linear by sensitivity, in no more bytes than llama.cpp's."""
+
+        def make(output: Path) -> Made:
+            memory = self.row(f"llama.cpp {kind}", self.llama_cpp(sources, kind))["made"]["nbytes"]
+            before, recipe = output.with_suffix(".before.yaml"), output.with_suffix(".yaml")
+            self.write_recipe(before, METHODS[name](4))
+            recipe.unlink(missing_ok=True)
+            started = time.perf_counter()
+            command("mix", before, "--memory", str(memory), "-o", recipe)
+            seconds = time.perf_counter() - started
+            made = self.run(recipe, output)
+            return replace(made, seconds=made.seconds + seconds)
 
         return make
 
@@ -346,6 +370,8 @@ def contenders(
         if arguments.llama_cpp and find_spec("llama_cpp"):
             for kind in LLAMA_CPP.get(bits, ()):
                 yield f"llama.cpp {kind}", bits, bench.llama_cpp(arguments.llama_cpp, kind)
+                mixed = bench.mixed(MIXED, arguments.llama_cpp, kind)
+                yield f"{MIXED}, mixed to fit {kind}", bits, mixed
     for peer, there in (
         ("llm-compressor (--llm-compressor)", arguments.llm_compressor),
         ("HQQ", find_spec("hqq")),
@@ -402,6 +428,8 @@ def main() -> None:
         + "; ".join(f"{PROTOCOLS[name][2]} windows of {name}" for name in arguments.protocols)
         + ". KL from the dense model; ± is a 95 % interval.",
         f"- ApiQ with rank {APIQ_RANK}. Nested and bitstack are one file each, read up to the bytes of GPTQ.",
+        "- Mixed to fit: bits for every linear by compress-model mix, in no more bytes than that file of "
+        "llama.cpp.",
         "- llama.cpp without an importance matrix; its K-quants fall back where rows are no multiple of 256.",
     ]
     table = "\n".join(lines) + "\n"

@@ -34,10 +34,16 @@ RECIPES: dict[str, tuple[int, list[dict[str, Any]]]] = {  # name -> (calibration
             {"method": "rtn", "bits": 4, "group_size": 128},
         ],
     ),
-    "flap": (8, [{"method": "flap", "ratio": 0.2}]),
+    "flap": (8, [{"method": "flap", "ratio": 0.2, "compensate": "bias"}]),
     # As many windows as least squares needs on 6912 neurons.
     "flap-least-squares": (28, [{"method": "flap", "ratio": 0.2, "compensate": "least-squares"}]),
-    "gptq": (8, [{"method": "gptq", "bits": 4}]),
+    # Few tokens and steps: they take time, and no memory beyond that of the hidden states.
+    "gptq": (2, [{"method": "gptq", "bits": 4}]),
+    "awq": (2, [{"method": "awq", "bits": 4}]),
+    "hqq": (2, [{"method": "hqq", "bits": 4}]),
+    "apiq": (2, [{"method": "apiq", "bits": 2, "rank": 16, "epochs": 1}]),
+    "nested": (2, [{"method": "nested", "bits": 4, "group_size": 128, "order_windows": 2}]),
+    "bitstack": (2, [{"method": "bitstack", "blocks": 2, "order_windows": 2}]),
 }
 
 

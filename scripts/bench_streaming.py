@@ -41,8 +41,8 @@ RECIPES: dict[str, tuple[int, list[dict[str, Any]]]] = {  # name -> (calibration
     "gptq": (2, [{"method": "gptq", "bits": 4}]),
     "awq": (2, [{"method": "awq", "bits": 4}]),
     "hqq": (2, [{"method": "hqq", "bits": 4}]),
-    "apiq": (2, [{"method": "apiq", "bits": 2, "rank": 16, "epochs": 1}]),
-    "nested": (2, [{"method": "nested", "bits": 4, "group_size": 128, "order_windows": 2}]),
+    "apiq": (2, [{"method": "apiq", "bits": 2, "rank": 16, "steps": 4}]),
+    "nested": (2, [{"method": "nested", "bits": 4, "order_windows": 2}]),
     "bitstack": (2, [{"method": "bitstack", "blocks": 2, "order_windows": 2}]),
 }
 

@@ -12,7 +12,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch.func import functional_call
 from torch.nn.utils import clip_grad_norm_
 
-from compress import activations, adapter
+from compress import adapter
 from compress.activations import Activations
 from compress.anatomy import Anatomy, anatomy_of, set_weight, weight
 from compress.calibration.fisher import Fisher, text_loss
@@ -20,7 +20,7 @@ from compress.checkpoint import DTYPES, TensorInfo
 from compress.errors import BadInput
 from compress.method import Method, Paper, StepReport
 from compress.quantization.clipped import ClippedLinear
-from compress.quantization.gptq import linears_by_input
+from compress.quantization.gptq import Hessian, advance_keeping, linears_by_input
 from compress.quantization.weights import Packing, WeightOptions, plan_packed
 
 if TYPE_CHECKING:
@@ -240,32 +240,27 @@ class Learning:
             for paths in linears_by_input(self.anatomy, self.layer)
             if (wanted := [path for path in paths if path in self.linears])
         ]
-        limit = activations.MEMORY_LIMIT // max(1, len(groups))
-        inputs = {}
-        for paths in groups:
-            shape = (*self.dense.windows.tokens.shape, self.linears[paths[0]].weight.shape[1])
-            inputs[paths[0]] = Activations(shape, self.folder / paths[0], limit)
         energies = dict.fromkeys(self.linears, 0.0)
 
         def observer(path: str) -> Observer:
             bias = self.layer.linears[path].bias
 
-            def observe(given: torch.Tensor, output: torch.Tensor, mask: torch.Tensor, start: int) -> None:
-                if path in inputs:
-                    inputs[path].write(start, given)
+            def observe(_: torch.Tensor, output: torch.Tensor, mask: torch.Tensor, __: int) -> None:
                 product = output if bias is None else output - bias
                 energies[path] += float(product[mask].square().sum(dtype=torch.float64))
 
             return observe
 
-        self.dense.advance(self.layer, {path: observer(path) for path in self.linears})
+        observers = {path: observer(path) for path in self.linears}
+        paths = [paths[0] for paths in groups]
+        inputs = advance_keeping(self.dense, self.layer, paths, self.folder, observers)
         losses = []
         for paths in groups:
-            inputs[paths[0]].flip()
-            grams = Grams(inputs[paths[0]])
-            self.quantized.look(self.layer, {paths[0]: grams.add})
+            hessian = Hessian(inputs[paths[0]])
+            self.quantized.look(self.layer, {paths[0]: hessian.add})
             for path in paths:
-                losses.append(self._learn(path, LinearLoss(self.linears[path].weight, grams, energies[path])))
+                loss = LinearLoss(self.linears[path].weight, hessian, energies[path])
+                losses.append(self._learn(path, loss))
                 set_weight(self.layer.linears[path], self.linears[path].stored())
         self.quantized.advance(self.layer)
         return sum(before for before, _ in losses), sum(after for _, after in losses)
@@ -401,47 +396,25 @@ class Learning:
         return step
 
 
-class Grams:
-    """G = X_q^T X_q and D = (X - X_q)^T X_q over the real tokens: float64 [in, in].
-
-    Args:
-        dense: X, the inputs [N, S, in] of the same linear in the dense model.
-    """
-
-    def __init__(self, dense: Activations) -> None:
-        self.dense = dense
-        self.G: torch.Tensor | float = 0.0
-        self.D: torch.Tensor | float = 0.0
-        self.tokens = 0
-
-    def add(self, inputs: torch.Tensor, _: torch.Tensor, mask: torch.Tensor, start: int) -> None:
-        """Products in float32, summed up in float64."""
-        rows = inputs[mask]
-        dense = self.dense.read(start, start + len(inputs)).to(rows.device)[mask]
-        self.G = self.G + (rows.T @ rows).double()
-        self.D = self.D + ((dense - rows).T @ rows).double()
-        self.tokens += len(rows)
-
-
 class LinearLoss:
     """The mean over tokens and outputs of (X W^T - X_q Q^T)^2.
 
-    With E = Q - W its sum is <E G, E> - 2 <W D, E> + constant, where the constant is |X W^T|^2 - 2 <W D, W> -
-    <W G, W>, and its gradient by Q is 2 (E G - W D).
+    With G = X_q^T X_q, D = (X - X_q)^T X_q and E = Q - W its sum is <E G, E> - 2 <W D, E> + constant, where
+    the constant is |X W^T|^2 - 2 <W D, W> - <W G, W>, and its gradient by Q is 2 (E G - W D).
 
     Args:
         dense: W, float32 [out, in].
-        grams: G and D.
+        hessian: G and D.
         energy: |X W^T|^2.
 
     Attributes:
         resolution: losses below it are lost in the rounding of float32 products.
     """
 
-    def __init__(self, dense: torch.Tensor, grams: Grams, energy: float) -> None:
-        count = grams.tokens * len(dense)
+    def __init__(self, dense: torch.Tensor, hessian: Hessian, energy: float) -> None:
+        count = hessian.tokens * len(dense)
         self.dense, self.resolution = dense, 1e-6 * energy / count
-        self.G, self.WD = grams.G / count, dense.double() @ (grams.D / count)
+        self.G, self.WD = hessian.sum / count, dense.double() @ (hessian.difference / count)
         self.constant = energy / count - float(((2 * self.WD + dense.double() @ self.G) * dense).sum())
         self.G32, self.WD32 = self.G.float(), self.WD.float()
 

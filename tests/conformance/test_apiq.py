@@ -18,9 +18,10 @@ from compress.calibration.fisher import Fisher, text_loss
 from compress.calibration.windows import Windows
 from compress.checkpoint import Checkpoint, Draft
 from compress.quantization import apiq
-from compress.quantization.apiq import LORA_DECAY, ApiQ, Grams, Learning, LinearLoss, Saliency
+from compress.quantization.apiq import LORA_DECAY, ApiQ, Learning, LinearLoss, Saliency
 from compress.quantization.clipped import ClippedLinear
 from compress.quantization.formats import Formats
+from compress.quantization.gptq import Hessian
 from compress.quantization.quantizer import quantize_weight
 from compress.run import Run
 from compress.stream import StreamedModel
@@ -186,12 +187,12 @@ def linear_loss(made: ClippedLinear) -> tuple[LinearLoss, Tensor, Tensor]:
     dense, given, mask = streams()
     store = Activations(tuple(dense.shape), None)
     store.write(0, dense)
-    grams = Grams(store)
+    hessian = Hessian(store)
     for start in (0, 2):
-        grams.add(given[start : start + 2], given, mask[start : start + 2], start)
+        hessian.add(given[start : start + 2], given, mask[start : start + 2], start)
     rows, quantized = dense[mask].double(), given[mask].double()
     energy = float((rows @ made.weight.double().T).square().sum())
-    return LinearLoss(made.weight, grams, energy), rows, quantized
+    return LinearLoss(made.weight, hessian, energy), rows, quantized
 
 
 def test_two_gram_matrices_hold_the_loss_and_its_gradient() -> None:

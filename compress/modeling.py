@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 from compress import adapter
 from compress import pruned as pruned_module
@@ -108,8 +108,10 @@ def mark_pruned(
 ) -> dict[str, Any]:
     """config.json of a model whose layers differ, from that of the plain one (``values``, ``config``)."""
     model = model_class(config)
-    classes = (name for name in dir(transformers) if name.startswith("AutoModel"))
-    autos = [name for name in classes if _builds(getattr(transformers, name), config, model)]
+    classes = vars(modeling_auto).items()  # to list all of transformers takes half a second
+    autos = sorted(
+        name for name, auto in classes if name.startswith("AutoModel") and _builds(auto, config, model)
+    )
     module = PRUNED_FILE.removesuffix(".py")
     return {
         **values,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,16 @@ WORDS = (
     *("the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "red", "blue", "who", "where"),
     *(".", ",", "?", "un", "##happi", "##ness"),
 )
+
+
+TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 40
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """No test's random numbers depend on the tests before it."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture
@@ -63,37 +77,92 @@ def tiny_encoder(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-@pytest.fixture
-def tiny_decoder(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a causal language model with random weights that matter, and a tokenizer of bytes.
+@pytest.fixture(scope="session")
+def write_decoder() -> Callable[..., Path]:
+    """Writes a causal language model with random weights that matter and a tokenizer of bytes, and a text
+    beside them.
 
-    It is called with the name of a transformers class, and settings of its config.
+    It is called with the folder, the name of a transformers class, and settings of its config.
     """
     import torch
     import transformers as hf
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    def make(architecture: str = "LlamaForCausalLM", name: str = "dense", **settings: Any) -> Path:
+    def write(
+        folder: Path,
+        architecture: str = "LlamaForCausalLM",
+        dtype: torch.dtype = torch.float32,
+        **settings: Any,
+    ) -> Path:
         cls = getattr(hf, architecture)
         sizes = {"vocab_size": 257, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
         special = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
         if cls is hf.OPTForCausalLM:
-            sizes |= {"ffn_dim": 96, "word_embed_proj_dim": 64, "max_position_embeddings": 128}
+            sizes |= {"ffn_dim": 96, "word_embed_proj_dim": 64, "max_position_embeddings": 256}
         elif cls is not hf.GPT2LMHeadModel:
             sizes |= {"intermediate_size": 96}
         if hasattr(cls.config_class(), "num_key_value_heads"):
             sizes |= {"num_key_value_heads": 2}
-        torch.manual_seed(0)
-        model = cls(cls.config_class(**sizes | special | settings))
-        for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn(parameter.shape)
-        folder = tmp_path / name
-        model.save_pretrained(folder)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = cls(cls.config_class(**sizes | special | settings))
+            for parameter in model.parameters():
+                parameter.data += 0.1 * torch.randn(parameter.shape)
+        model.to(dtype).save_pretrained(folder)
         symbols = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
         core = Tokenizer(models.BPE({symbol: number for number, symbol in enumerate(symbols)}, []))
         core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         core.decoder = decoders.ByteLevel()
         hf.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>").save_pretrained(folder)
+        (folder.parent / "text.txt").write_text(TEXT)
         return folder
 
+    return write
+
+
+@pytest.fixture
+def tiny_decoder(tmp_path: Path, write_decoder: Callable[..., Path]) -> Callable[..., Path]:
+    """What `write_decoder` writes, in a folder of the test's own that it may change."""
+
+    def make(architecture: str = "LlamaForCausalLM", name: str = "dense", **settings: Any) -> Path:
+        return write_decoder(tmp_path / name, architecture, **settings)
+
     return make
+
+
+@pytest.fixture(scope="session")
+def shared_decoder(
+    tmp_path_factory: pytest.TempPathFactory, write_decoder: Callable[..., Path]
+) -> Callable[..., Path]:
+    """What `write_decoder` writes, once for all tests, none of which may change it."""
+    made: dict[str, Path] = {}
+
+    def get(architecture: str = "LlamaForCausalLM", **settings: Any) -> Path:
+        key = repr((architecture, sorted(settings.items())))
+        if key not in made:
+            made[key] = write_decoder(tmp_path_factory.mktemp("model") / "dense", architecture, **settings)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture
+def measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models are measured by the program that a fresh process would run, but in this one, and not for long.
+
+    What a fresh process is for, memory, is in tests/unit/test_measure.py.
+    """
+    from compress import measure
+
+    start = subprocess.run
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess:
+        if command[:4] != [sys.executable, "-P", "-m", "compress.measure"]:
+            return start(command, **options)
+        with monkeypatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+            patch.setattr(sys, "argv", command[3:])
+            patch.setattr(measure, "BUDGET_SECONDS", 0.1)
+            code = measure.main()
+        return subprocess.CompletedProcess(command, code, out.getvalue(), "")
+
+    monkeypatch.setattr(measure.subprocess, "run", run)

@@ -6,6 +6,7 @@ import json
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ import transformers as hf
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import compress
 from compress.calibration.windows import Windows
@@ -36,65 +36,62 @@ from compress.reload import streamed_logits
 from compress.run import Run, execute
 from compress.stream import StreamedModel
 
-SIZE = {"vocab_size": 257, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-GQA = {**SIZE, "intermediate_size": 96, "num_key_value_heads": 2}
-GEMMA = {**GQA, "head_dim": 16}
-CASES = {
-    "llama": (hf.LlamaForCausalLM, lambda: hf.LlamaConfig(**GQA, tie_word_embeddings=True)),
-    "mistral": (hf.MistralForCausalLM, lambda: hf.MistralConfig(**GQA)),
-    "qwen2": (hf.Qwen2ForCausalLM, lambda: hf.Qwen2Config(**GQA)),
-    "qwen3": (hf.Qwen3ForCausalLM, lambda: hf.Qwen3Config(**GEMMA)),
-    "gemma2": (hf.Gemma2ForCausalLM, lambda: hf.Gemma2Config(**GEMMA)),
-    "gemma3": (hf.Gemma3ForCausalLM, lambda: hf.Gemma3TextConfig(**GEMMA)),
-    "phi3": (hf.Phi3ForCausalLM, lambda: hf.Phi3Config(**GQA, pad_token_id=0)),
-    "opt": (hf.OPTForCausalLM, lambda: hf.OPTConfig(**SIZE, ffn_dim=96, word_embed_proj_dim=64)),
-    "gpt2": (hf.GPT2LMHeadModel, lambda: hf.GPT2Config(**SIZE)),
-    "gpt_neox": (hf.GPTNeoXForCausalLM, lambda: hf.GPTNeoXConfig(**SIZE, intermediate_size=96)),
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {"tie_word_embeddings": True}),
+    "qwen2": ("Qwen2ForCausalLM", {}),
+    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 16}),
+    "gemma3": ("Gemma3ForCausalLM", {"head_dim": 16}),
+    "phi3": ("Phi3ForCausalLM", {}),
+    "opt": ("OPTForCausalLM", {}),
+    "gpt2": ("GPT2LMHeadModel", {}),
+    "gpt_neox": ("GPTNeoXForCausalLM", {}),
 }
 METHODS: dict[str, dict[str, Any]] = {
     "bitstack": {"blocks": 4, "rank": 4},
     "nested": {"bits": 5, "group_size": 16},
 }
-TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 40
 
 
-def write_dense(folder: Path, case: str = "llama") -> Path:
-    cls, config = CASES[case]
-    torch.manual_seed(0)
-    model = cls(config())
-    for parameter in model.parameters():
-        parameter.data += 0.05 * torch.randn(parameter.shape)
-    model.save_pretrained(folder)
-    symbols = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    core = Tokenizer(models.BPE({symbol: number for number, symbol in enumerate(symbols)}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    hf.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>").save_pretrained(folder)
-    (folder.parent / "text.txt").write_text(TEXT)
-    (folder.parent / "other.txt").write_text("Call me Ishmael. Some years ago, never mind how long. " * 20)
-    return folder
+@pytest.fixture(scope="session")
+def dense_of(shared_decoder: Callable[..., Path]) -> Callable[[str], Path]:
+    return lambda case: shared_decoder(CASES[case][0], **CASES[case][1])
+
+
+def calibration(dense: Path) -> dict[str, Any]:
+    return {"source": str(dense.parent / "text.txt"), "nsamples": 6, "seqlen": 48}
+
+
+def compressed(dense: Path, output: Path, *steps: dict[str, Any]) -> Path:
+    recipe = {"model": str(dense), "calibration": calibration(dense), "steps": list(steps)}
+    execute(parse_recipe(recipe), output)
+    return output
 
 
 def stacked(dense: Path, output: Path, method: str, **options: object) -> Path:
-    step = {"method": method, **METHODS[method], **options}
-    calibration = {"source": str(dense.parent / "text.txt"), "nsamples": 6, "seqlen": 48}
-    execute(parse_recipe({"model": str(dense), "calibration": calibration, "steps": [step]}), output)
-    return output
+    return compressed(dense, output, {"method": method, **METHODS[method], **options})
+
+
+@cache
+@torch.no_grad()
+def predictions(dense: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of the text, and log-probabilities of the dense model on them."""
+    text = (dense.parent / "text.txt").read_text()[:200]
+    tokens = hf.AutoTokenizer.from_pretrained(dense)(text, return_tensors="pt").input_ids
+    return tokens, compress.load(dense)(tokens).logits.double().log_softmax(-1)
 
 
 @torch.no_grad()
 def divergence(dense: Path, model: torch.nn.Module) -> float:
     """KL from the dense model to a loaded one on the text, nats for each token."""
-    tokens = hf.AutoTokenizer.from_pretrained(dense)(TEXT[:200], return_tensors="pt").input_ids
-    p, q = (each(tokens).logits.double().log_softmax(-1) for each in (compress.load(dense), model))
+    tokens, p = predictions(dense)
+    q = model(tokens).logits.double().log_softmax(-1)
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(dense_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny Llama and its stacks."""
-    root = tmp_path_factory.mktemp("stack")
-    dense = write_dense(root / "dense")
+    root, dense = tmp_path_factory.mktemp("stack"), dense_of("llama")
     return {"dense": dense} | {name: stacked(dense, root / name, name) for name in METHODS}
 
 
@@ -105,9 +102,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         *((case, "nested") for case in ("llama", "phi3", "gpt2", "opt")),
     ],
 )
-def test_every_architecture_gets_nearer_with_every_level(case: str, method: str, tmp_path: Path) -> None:
-    dense = write_dense(tmp_path / "dense", case)
-    folder = stacked(dense, tmp_path / "stack", method)
+def test_every_architecture_gets_nearer_with_every_level(
+    case: str, method: str, dense_of: Callable[[str], Path], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    dense = dense_of(case)
+    folder = folders[method] if case == "llama" else stacked(dense, tmp_path / "stack", method)
     steps = sizes(Checkpoint.open(folder))
     found = [divergence(dense, compress.load(folder, memory=steps[at])) for at in (0, len(steps) // 2, -1)]
 
@@ -115,28 +114,31 @@ def test_every_architecture_gets_nearer_with_every_level(case: str, method: str,
     assert found[2] < 0.15 * found[0]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_pruned_models_whose_layers_differ(method: str, tmp_path: Path) -> None:
-    dense = write_dense(tmp_path / "dense")
-    prune = {"method": "flap", "ratio": 0.3}
-    calibration = {"source": str(tmp_path / "text.txt"), "nsamples": 6, "seqlen": 48}
-    for name, steps in (("pruned", [prune]), ("stack", [prune, {"method": method, **METHODS[method]}])):
-        execute(
-            parse_recipe({"model": str(dense), "calibration": calibration, "steps": steps}), tmp_path / name
-        )
-    config = Checkpoint.open(tmp_path / "stack").config
-    assert len({json.dumps(layer) for layer in config["pruned"]["layers"]}) > 1
-    smallest = sizes(Checkpoint.open(tmp_path / "stack"))[0]
-    found = [
-        divergence(tmp_path / "pruned", compress.load(tmp_path / "stack", memory=m)) for m in (smallest, None)
-    ]
-    assert found[1] < 0.3 * found[0]
+def test_pruned_models_whose_layers_differ(dense_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """Pruned and stored in blocks by two runs, and by one."""
+    dense, prune = dense_of("llama"), {"method": "flap", "ratio": 0.3}
+    pruned = compressed(dense, tmp_path / "pruned", prune)
+    layers = Checkpoint.open(pruned).config["pruned"]["layers"]
+    assert len({json.dumps(layer) for layer in layers}) > 1
+    (tmp_path / "text.txt").write_text((dense.parent / "text.txt").read_text())
+    stacked(pruned, tmp_path / "bitstack", "bitstack")
+    compressed(dense, tmp_path / "nested", prune, {"method": "nested", **METHODS["nested"]})
+    for method in METHODS:
+        stack = Checkpoint.open(tmp_path / method)
+        assert stack.config["pruned"]["layers"] == layers
+        found = [
+            divergence(pruned, compress.load(stack.folder, memory=memory))
+            for memory in (sizes(stack)[0], None)
+        ]
+        assert found[1] < 0.3 * found[0]
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen2"])
-def test_head_and_embedding_may_be_packed_too(case: str, tmp_path: Path) -> None:
-    dense = write_dense(tmp_path / "dense", case)  # tied, and not
-    plain = stacked(dense, tmp_path / "plain", "nested")
+def test_head_and_embedding_may_be_packed_too(
+    case: str, dense_of: Callable[[str], Path], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    dense = dense_of(case)  # tied, and not
+    plain = folders["nested"] if case == "llama" else stacked(dense, tmp_path / "plain", "nested")
     bits = {"embedding_bits": 8} | ({"lm_head_bits": 4} if case == "qwen2" else {})
     folder = stacked(dense, tmp_path / "packed", "nested", **bits)
     before, after = (sizes(Checkpoint.open(each)) for each in (plain, folder))
@@ -282,8 +284,10 @@ def test_signs_are_not_read_before_they_are_needed(folders: dict[str, Path], tmp
     assert torch.equal(first, second)
 
 
-def test_the_published_order_keeps_all_linears_within_one_block(tmp_path: Path) -> None:
-    dense = write_dense(tmp_path / "dense")
+def test_the_published_order_keeps_all_linears_within_one_block(
+    dense_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    dense = dense_of("llama")
     folder = stacked(
         dense, tmp_path / "stack", "bitstack", blocks=3, importance="perplexity", order_windows=2
     )
@@ -395,13 +399,16 @@ def test_a_killed_run_goes_on_to_the_same_model(
         assert (tmp_path / "stack" / file).read_bytes() == (folders[method] / file).read_bytes()
 
 
-def test_the_command_line_evaluates_and_inspects_a_size(folders: dict[str, Path]) -> None:
+@pytest.mark.usefixtures("measured_here")
+def test_the_command_line_evaluates_and_inspects_a_size(folders: dict[str, Path], tmp_path: Path) -> None:
+    text = tmp_path / "other.txt"
+    text.write_text("Call me Ishmael. Some years ago, never mind how long. " * 20)
     whole = Checkpoint.open(folders["bitstack"])
     steps = sizes(whole)
     dense, model = evaluate_folder(
         str(folders["bitstack"]),
         baseline=str(folders["dense"]),
-        text=str(folders["dense"].parent / "other.txt"),
+        text=str(text),
         context=32,
         limit=2,
         memory=f"{steps[4] + 5}B",

@@ -30,6 +30,7 @@ from compress.calibration.windows import Windows
 from compress.checkpoint import Checkpoint, Draft, write_tensors
 from compress.errors import BadInput
 from compress.files import write_atomically
+from compress.memory import give_back_memory
 from compress.modeling import Weights, check_finite, config_of, first, longest_input, skeleton
 
 Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], None]
@@ -238,6 +239,7 @@ class StreamedModel:
     def layer(self, index: int) -> Iterator[Layer]:
         """One layer in memory for the length of a ``with`` block."""
         name, module = self.anatomy.layer_name(index), self._layers[index]
+        give_back_memory()
         self.weights.fill(module, name)
         try:
             yield Layer(index, name, module, self.anatomy.linears(module))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import transformers as hf
@@ -23,6 +25,7 @@ from compress.backward import Tape
 from compress.calibration.windows import Windows
 from compress.checkpoint import Checkpoint, Draft
 from compress.errors import BadInput, CompressError
+from compress.memory import give_back_memory
 from compress.modeling import longest_input
 from compress.quantization.formats import FORMATS
 from compress.quantization.quantizer import quantize_weight
@@ -708,3 +711,18 @@ def test_a_tape_keeps_to_one_memory_limit(llama: Subject, tmp_path: Path, monkey
         tape = Tape(model, stream, tmp_path)
         held = [*(tape.states[index] for index in range(1, LAYERS + 1)), tape.gradient]
         assert [each.spilled for each in held] == [spilled] * 4
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can give memory back")
+def test_what_lies_between_tensors_in_use_is_given_back() -> None:
+    process, megabytes = psutil.Process(), 10**6
+    torch.ones(7 * megabytes)  # once freed, blocks up to its size come from the heap
+    kept, freed = [], []
+    for _ in range(20):
+        freed.append(torch.ones(3 * megabytes))
+        kept.append(torch.ones(100_000))
+    full = process.memory_info().rss
+    del freed
+    give_back_memory()
+    assert process.memory_info().rss < full - 200 * megabytes
+    assert len(kept) == 20

@@ -354,6 +354,13 @@ def test_sublayers_can_be_emptied(folders: dict[str, Path], tmp_path: Path, case
     assert torch.isfinite(logits).all()
 
 
+@pytest.mark.parametrize("case", ["llama", "bert"])
+def test_some_heads_stay_however_low_their_scores(folders: dict[str, Path], tmp_path: Path, case: str):
+    found = run(folders[case], tmp_path / "run", ratio=0.45, mu=1e-9, min_heads=1).report.details
+    assert min(found["heads"]) == 1
+    assert found["flops_after"] <= 0.55 * found["flops_before"]
+
+
 @pytest.mark.parametrize(
     ("budget", "kept"),
     [(23, "11 111"), (22, "11 110"), (12, "10 110"), (11, "10 010"), (10, "00 010"), (0, "00 000")],

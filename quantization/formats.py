@@ -472,8 +472,8 @@ def loaders(
 
     Args:
         quantization_config: of config.json.
-        conv1d: whether the quantized linears are ``Conv1D`` modules in transformers (GPT-2), which neither
-            loader of transformers replaces by packed ones.
+        conv1d: whether the quantized linears are ``Conv1D`` modules in transformers (GPT-2), which it
+            replaces by packed ones of bitsandbytes only.
         packed_embedding: whether the token embedding is packed.
     """
     form, *others = (form for _, form in Formats(quantization_config).groups)
@@ -483,7 +483,7 @@ def loaders(
         stock = not conv1d and (plain or not others)
         return "transformers with compressed-tensors" if stock else "compress-model only"
     if form.name == "bitsandbytes":
-        return "compress-model only" if conv1d else "transformers with bitsandbytes"
+        return "transformers with bitsandbytes"
     if conv1d:
         return "gptqmodel"
     # GPTQModel's 4-bit kernel for CPUs takes groups of 32 to 256 only.

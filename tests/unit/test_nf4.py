@@ -115,7 +115,7 @@ def test_ours_is_what_transformers_saves(tmp_path: Path) -> None:
     assert torch.equal(logits(compress.load(tmp_path / "theirs")), logits(compress.load(written)))
 
 
-def test_conv1d_is_read_here(tmp_path: Path) -> None:
+def test_conv1d(tmp_path: Path) -> None:
     folder = dense(tmp_path / "dense", "gpt2", torch.float32)
     written, _ = rounded(folder, tmp_path, ignore=["*0.mlp.c_fc"])
     model = compress.load(written)
@@ -126,8 +126,10 @@ def test_conv1d_is_read_here(tmp_path: Path) -> None:
     assert torch.allclose(logits(model), logits(reference), atol=1e-5)
     config = json.loads((written / "config.json").read_text())["quantization_config"]
     assert config["llm_int8_skip_modules"] == ["lm_head", "transformer.h.0.mlp.c_fc"]
-    assert loaders(config) == "transformers with bitsandbytes"
-    assert loaders(config, conv1d=True) == "compress-model only"
+    assert loaders(config, conv1d=True) == loaders(config) == "transformers with bitsandbytes"
+    stock = hf.AutoModelForCausalLM.from_pretrained(written)
+    assert sum(type(part).__name__ == "Linear4bit" for part in stock.modules()) == 7
+    assert torch.allclose(logits(model), logits(stock), atol=1e-5)
 
 
 def test_what_cannot_be_done_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,17 +20,22 @@ from compress.errors import BadInput, CompressError, unknown
 from compress.kernels.adapted import AdaptedLinear
 from compress.kernels.embedding import PackedEmbedding
 from compress.kernels.float_linear import FloatLinear
+from compress.kernels.int8_linear import Int8Linear
 from compress.kernels.linear import PackedLinear, TokenQuantizedLinear
 from compress.kernels.nf4_linear import NF4Linear
 from compress.kernels.stacked import StackedLinear
 from compress.pruned import reshape
+from compress.quantization.floating import FloatWeight
 from compress.quantization.formats import Formats
 from compress.quantization.key_values import KeyValueSettings, quantize_key_values
+from compress.quantization.llm_int8_format import Int8Weight
 from compress.quantization.nf4_format import NF4Weight
 from compress.quantization.quantizer import QuantizedWeight
 from compress.quantization.stacks import StackFormat
 
-LowBitLinear = PackedLinear | FloatLinear | NF4Linear
+LowBitLinear = PackedLinear | FloatLinear | NF4Linear | Int8Linear
+LINEARS = {FloatWeight: FloatLinear, NF4Weight: NF4Linear, Int8Weight: Int8Linear}
+"""The layers over weights that are not on an integer grid of groups."""
 
 # BERT's first checkpoints call the parameters of a LayerNorm so.
 OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
@@ -283,7 +288,7 @@ class Weights:
         if (wanted := tuple(weight(module).shape)) != packed.shape:
             raise BadInput(f"'{full}' is {list(packed.shape)} where config.json asks for {list(wanted)}.")
         if not isinstance(packed, QuantizedWeight):
-            return (NF4Linear if isinstance(packed, NF4Weight) else FloatLinear)(packed).to(self.device)
+            return LINEARS[type(packed)](packed).to(self.device)
         if f"{full}{adapter.A}" in self.checkpoint:
             return self._adapted(packed, full).to(self.device)
         if form.activation_bits is None or isinstance(module, nn.Embedding):

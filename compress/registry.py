@@ -29,6 +29,7 @@ METHODS: dict[str, dict[str, str]] = {
         "float": "compress.quantization.round_to_float:RoundToFloat",
         "gptq": "compress.quantization.gptq:GPTQ",
         "hqq": "compress.quantization.hqq:HQQ",
+        "llm-int8": "compress.quantization.llm_int8:LLMInt8",
         "llm-qat": "compress.quantization.llm_qat:LLMQAT",
         "nested": "compress.quantization.nested:Nested",
         "nf4": "compress.quantization.nf4:NF4",

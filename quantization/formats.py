@@ -442,11 +442,12 @@ class Formats:
 
 def _kind_of(quantization_config: Mapping[str, Any]) -> type[Format]:
     from compress.quantization.float_formats import NAMES, FloatFormat
+    from compress.quantization.llm_int8_format import Int8Format
     from compress.quantization.nf4_format import NF4Format
 
     method = quantization_config.get("quant_method")
     if method == NF4Format.name:
-        return NF4Format
+        return Int8Format if quantization_config.get("load_in_8bit") else NF4Format
     if method == CompressedTensors.name and quantization_config.get("format") in NAMES:
         return FloatFormat
     if method not in FORMATS:

@@ -189,7 +189,7 @@ class NF4Format(Format):
     @classmethod
     def groups_of(cls, config: Mapping[str, Any]) -> list[tuple[list[str], Format]]:
         if not config.get("load_in_4bit") or config.get("bnb_4bit_quant_type") != "nf4":
-            raise BadInput("Of bitsandbytes checkpoints only NF4 (load_in_4bit, quant type nf4) can be read.")
+            raise BadInput("Of bitsandbytes checkpoints only NF4 and LLM.int8() can be read.")
         if config.get("bnb_4bit_quant_storage", "uint8") != "uint8":
             raise BadInput("Of bitsandbytes checkpoints only those stored as uint8 can be read.")
         double = bool(config.get("bnb_4bit_use_double_quant"))

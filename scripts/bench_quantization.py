@@ -325,7 +325,7 @@ class Bench:
                 script = sources / "convert_hf_to_gguf.py"
                 arguments = (self.dense.folder, "--outfile", dense, "--outtype", "bf16")
                 subprocess.run([sys.executable, script, *map(str, arguments)], check=True, stdout=sys.stderr)
-            file = output.with_suffix(".gguf")
+            file = output.with_name(f"{output.name}.gguf")  # the name has a dot of its own
             parameters = llama_cpp.llama_model_quantize_default_params()
             parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
             started = time.perf_counter()

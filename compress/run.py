@@ -203,11 +203,12 @@ def mixed(
     recipe: Recipe,
     widths: Sequence[int],
     memory: int,
+    folder: Path,
     *,
     device: str = "cpu",
     progress: Progress = lambda text, share: None,
 ) -> Mix:
-    """Choose the bits of every linear for the one quantization step of a recipe (see `mix`).
+    """Choose the bits of every linear for the one quantization step of a recipe, in ``folder`` (see `mix`).
 
     Raises:
         BadInput: the recipe is another one, a width is none, or as `mix`.
@@ -227,7 +228,7 @@ def mixed(
     checkpoint = open_model(recipe)[1]
     model = StreamedModel(checkpoint, device, progress)
     windows = _calibration(recipe, checkpoint, device, progress)
-    return mix(model, options, widths, memory, windows, recipe.seed)
+    return mix(model, options, widths, memory, windows, recipe.seed, folder)
 
 
 def _calibration(recipe: Recipe, checkpoint: Checkpoint, device: str, progress: Progress) -> Windows:

@@ -45,9 +45,9 @@ class KPrune(Method):
        sublayer (in post-norm models the sum is taken before the norm) and b the bias, which stays. From
        float64 Grams, with both streams in lockstep. A sublayer that nothing is left of adds nothing.
 
-    Scores are of single units. Each of the heads that in the last layers bring a classifier's [CLS] token its
-    information can go, but not all of them: where a classifier was to lose 80 % of its FLOPs, all went, and
-    it said the same of every text. ``min_heads`` keeps some.
+    Scores are of single units, so all heads of a layer can go where each of them could: a classifier that was
+    to lose 80 % of its FLOPs lost all heads of its last layers, and said the same of every text. With
+    ``min_heads`` of 1 it did not.
 
     Differences from the published code: gradients are squared for each sample on its own, so the batch size
     does not matter; padding is masked everywhere; every sublayer behind the first pruned one is tuned, pruned

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,12 +49,13 @@ def mix(
     memory: int,
     windows: Windows,
     seed: int,
+    folder: Path,
 ) -> Mix:
     """Give every linear one of some widths, so that the loss is least and all tensors fit into ``memory``.
 
     How much loss each linear causes at each width is taken from its residual after plain rounding and one
     backward pass (`expected_loss`). Bits then go where they lower the total most for their bytes, until no
-    more fit. GPTQ, AWQ and others lower the losses of all widths about alike, so the widths serve them, too.
+    more fit. GPTQ and AWQ lower the losses at 3 and 4 bits about alike, so the widths serve them, too.
 
     Args:
         model: the dense one.
@@ -65,6 +65,7 @@ def mix(
         memory: bytes.
         windows: of text; their beginnings are used.
         seed: of the labels that are drawn from the model.
+        folder: an empty one, with room for the Fisher information: 4 bytes a weight.
 
     Raises:
         BadInput: the options do not fit the model, or it does not fit into ``memory`` at the least width.
@@ -84,9 +85,17 @@ def mix(
             f"{memory / 1e6:,.1f} MB asked for; allow more, or quantize the embeddings, too."
         )
     names = list(forms[widths[0]])
-    sizes = [[_nbytes(shape, name, forms[bits][name]) for bits in widths] for name in names]
-    losses = _losses(model, forms, windows.part(WINDOWS, LENGTH), seed)
-    costs = [[size[0], *(after - before for before, after in pairwise(size))] for size in sizes]
+    linears = shape.linears()
+
+    def size(name: str, form: Format) -> int:
+        infos = form.tensor_infos(name, linears[name], shape.tensors[f"{name}.weight"].dtype)
+        return sum(info.nbytes for info in infos.values())
+
+    sizes = [[size(name, forms[bits][name]) for bits in widths] for name in names]
+    part = windows.part(WINDOWS, LENGTH)
+    fisher = Fisher(model, part, sampled_loss(model, part, seed), folder)
+    losses = _losses(model, forms, fisher, part)
+    costs = [[each[0], *(after - before for before, after in pairwise(each))] for each in sizes]
     at = [0] * len(names)
     full: set[int] = set()
     for linear in by_gain([losses[name] for name in names], costs):
@@ -103,30 +112,23 @@ def mix(
     return Mix(chosen, bits, plan_packed(shape, chosen).nbytes, loss)
 
 
-def _nbytes(shape: ModelShape, name: str, form: Format) -> int:
-    infos = form.tensor_infos(name, shape.linears()[name], shape.tensors[f"{name}.weight"].dtype)
-    return sum(info.nbytes for info in infos.values())
-
-
 def _losses(
-    model: StreamedModel, forms: dict[int, dict[str, Format]], windows: Windows, seed: int
+    model: StreamedModel, forms: dict[int, dict[str, Format]], fisher: Fisher, windows: Windows
 ) -> dict[str, list[float]]:
     """Full name of a linear -> its expected loss at each width."""
     found: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory(prefix="compress-model-") as folder:
-        fisher = Fisher(model, windows, sampled_loss(model, windows, seed), Path(folder))
-        for layer in model.walk(None, label="measuring sensitivities"):
-            information = fisher.read(layer)
-            for path, linear in layer.linears.items():
-                stored = model.weights.find(f"{layer.name}.{path}.weight")
-                name, dense = stored.removesuffix(".weight"), weight(linear)
-                dtype = DTYPES[model.checkpoint.tensors[stored].dtype]
-                for form in (each[name] for each in forms.values() if name in each):
-                    rounded = quantize_weight(
-                        dense, form.bits, form.group_size, form.symmetric, form.scale_dtype(dtype), name
-                    )
-                    residual = dense - rounded.dequantize()
-                    found.setdefault(name, []).append(expected_loss(information[path], residual, windows))
+    for layer in model.walk(None, label="measuring sensitivities"):
+        information = fisher.read(layer)
+        for path, linear in layer.linears.items():
+            stored = model.weights.find(f"{layer.name}.{path}.weight")
+            name, dense = stored.removesuffix(".weight"), weight(linear)
+            dtype = DTYPES[model.checkpoint.tensors[stored].dtype]
+            for form in (each[name] for each in forms.values() if name in each):
+                rounded = quantize_weight(
+                    dense, form.bits, form.group_size, form.symmetric, form.scale_dtype(dtype), name
+                )
+                residual = dense - rounded.dequantize()
+                found.setdefault(name, []).append(expected_loss(information[path], residual, windows))
     return found
 
 

@@ -429,7 +429,7 @@ def main() -> None:
         + ". KL from the dense model; ± is a 95 % interval.",
         f"- ApiQ with rank {APIQ_RANK}. Nested and bitstack are one file each, read up to the bytes of GPTQ.",
         "- Mixed to fit: bits for every linear by compress-model mix, in no more bytes than that file of "
-        "llama.cpp.",
+        "llama.cpp. Seconds include mix, peak memory does not.",
         "- llama.cpp without an importance matrix; its K-quants fall back where rows are no multiple of 256.",
     ]
     table = "\n".join(lines) + "\n"

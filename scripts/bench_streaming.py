@@ -152,7 +152,7 @@ def run_recipe(name: str, model: Path, folder: Path) -> tuple[int, float, dict[s
     recipe.write_text(yaml.safe_dump(document))
     command = [sys.executable, "-m", "compress", "run", str(recipe), "-o", str(output)]
     started = time.perf_counter()
-    child = subprocess.Popen(command, env={**os.environ, "OMP_WAIT_POLICY": "passive"})
+    child = subprocess.Popen(command, stdout=sys.stderr, env={**os.environ, "OMP_WAIT_POLICY": "passive"})
     # Of this child alone; in KiB on Linux and in bytes on macOS.
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)

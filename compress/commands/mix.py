@@ -59,6 +59,8 @@ def mix(
     RECIPE is one quantization step; its bits are chosen, and all else stays. 'compress-model run' then
     carries out what is written.
     """
+    import tempfile
+
     import yaml
 
     from compress.errors import BadInput
@@ -71,8 +73,10 @@ def mix(
     if output.exists():
         raise BadInput(f"'{output}' exists already; write to another file.")
     loaded = load_recipe(recipe, {"model": model, "seed": seed}, list(settings))
-    with progress_shown() as progress:
-        found = mixed(loaded, widths, parse_memory(memory), device=device, progress=progress)
+    # Beside the output, since what is measured may be larger than a /tmp that lies in memory.
+    beside = tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent)
+    with progress_shown() as progress, beside as folder:
+        found = mixed(loaded, widths, parse_memory(memory), Path(folder), device=device, progress=progress)
     method = loaded.steps[0][0]
     document = loaded.model_copy(update={"steps": [(method, found.options)]}).resolved()
     write_atomically(output, yaml.safe_dump(document, sort_keys=False))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import yaml
@@ -37,7 +38,8 @@ def uniform(model: Path, bits: int) -> int:
 
 
 def mix(model: Path, memory: int, widths: list[int] = WIDTHS, **options: object) -> Mix:
-    return mixed(parse_recipe(recipe(model, **options)), widths, memory)
+    with TemporaryDirectory() as folder:
+        return mixed(parse_recipe(recipe(model, **options)), widths, memory, Path(folder))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -48,9 +50,11 @@ def test_from_a_recipe_to_a_model_that_fits(
     before, after, folder = tmp_path / "recipe.yaml", tmp_path / "mixed.yaml", tmp_path / "out"
     before.write_text(yaml.safe_dump(recipe(model)))
     memory = (uniform(model, 3) + uniform(model, 4)) // 2
+    there = set(tmp_path.iterdir())
     arguments = ["mix", str(before), "--memory", str(memory), "-o", str(after), "--json"]
     result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
     told = json.loads(result.stdout)
+    assert set(tmp_path.iterdir()) == {*there, after}
     assert execute(load_recipe(after), folder).result.bytes == told["bytes"]
     assert 0.95 * memory < told["bytes"] <= memory
     packed = Checkpoint.open(folder)
@@ -100,11 +104,11 @@ def test_ignored_linears_and_packed_tables_are_reckoned_with(tiny_decoder: Calla
     ],
 )
 def test_what_cannot_be_mixed(
-    tiny_decoder: Callable[..., Path], step: dict, widths: list[int], said: str
+    tiny_decoder: Callable[..., Path], tmp_path: Path, step: dict, widths: list[int], said: str
 ) -> None:
     data = recipe(tiny_decoder()) | {"steps": [step]}
     with pytest.raises(BadInput, match=said):
-        mixed(parse_recipe(data), widths, 10**9)
+        mixed(parse_recipe(data), widths, 10**9, tmp_path)
 
 
 def test_too_little_memory_and_a_file_that_exists(tiny_decoder: Callable[..., Path], tmp_path: Path) -> None:

@@ -161,7 +161,9 @@ def run_recipe(name: str, model: Path, folder: Path) -> tuple[int, float, dict[s
     seconds = time.perf_counter() - started
     lineage = json.loads((output / "compression.json").read_text())
     shutil.rmtree(output)
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), seconds, lineage
+    # A step that begins sets the system's own count back (`reset_peak_memory`), so that misses earlier steps.
+    whole = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return max(whole, *(step["peak_memory_bytes"] for step in lineage["steps"])), seconds, lineage
 
 
 if __name__ == "__main__":

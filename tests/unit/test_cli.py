@@ -296,55 +296,70 @@ def stored_bytes(folder: Path) -> int:
     return sum(len(content) - 8 - int.from_bytes(content[:8], "little") for content in data)
 
 
+def rtn(form: str, bits: int, group_size: int | str, symmetric: bool, **more: Any) -> dict[str, Any]:
+    settings = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "format": form, **more}
+    return {"method": "rtn", **settings}
+
+
+# Each with both dtypes where that changes what is stored: dense tensors, and scales in every format.
 @pytest.mark.parametrize(
-    "steps",
+    ("steps", "dtypes"),
     [
-        [],
-        [{"method": "replaceme", "layers": 2, "transform": "least-squares"}],
-        *(
-            [{"method": "rtn", "bits": bits, "group_size": group, "symmetric": symmetric, "format": form}]
-            for form, bits, group, symmetric in [
-                ("compressed-tensors", 4, 32, True),
-                ("compressed-tensors", 8, "channel", False),
-                ("gptq", 2, 32, False),
-                ("gptq", 3, 32, True),
-                ("gptq", 4, 16, True),
-                ("gptq", 8, 32, False),
-            ]
+        ([], ["float32", "bfloat16"]),
+        ([{"method": "replaceme", "layers": 2, "transform": "least-squares"}], ["float32", "bfloat16"]),
+        ([rtn("compressed-tensors", 4, 32, True)], ["bfloat16"]),
+        ([rtn("compressed-tensors", 8, "channel", False)], ["float32"]),
+        ([rtn("gptq", 2, 32, False)], ["float32", "bfloat16"]),
+        ([rtn("gptq", 3, 32, True)], ["float32"]),
+        ([rtn("gptq", 4, 16, True)], ["bfloat16"]),
+        ([rtn("gptq", 8, 32, False)], ["float32"]),
+        (
+            [{"method": "replaceme", "layers": 1, "transform": "none"}, {"method": "rtn", "group_size": 32}],
+            ["bfloat16"],
         ),
-        [{"method": "replaceme", "layers": 1, "transform": "none"}, {"method": "rtn", "group_size": 32}],
-        [
-            {"method": "replaceme", "layers": 1, "epochs": 1},
-            {"method": "rtn", "bits": 3, "group_size": 32, "ignore": ["model.layers.0.*"]},
-        ],
-        [{"method": "flap", "ratio": 0.3, "structure": "UL-MM", "compensate": "bias"}],
-        [
-            {"method": "flap", "ratio": 0.3, "shape": "uniform", "width_multiple": 16},
-            {"method": "rtn", "group_size": 16},
-        ],
-        [{"method": "wanda-sp", "ratio": 0.2}],
-        [{"method": "magnitude", "ratio": 0.2}],
-        [
-            {
-                "method": "rtn",
-                "bits": 3,
-                "group_size": 32,
-                "set": {"*.v_proj": 8},
-                "lm_head_bits": 8,
-                "embedding_bits": 4,
-            }
-        ],
+        (
+            [
+                {"method": "replaceme", "layers": 1, "epochs": 1},
+                {"method": "rtn", "bits": 3, "group_size": 32, "ignore": ["model.layers.0.*"]},
+            ],
+            ["float32"],
+        ),
+        (
+            [{"method": "flap", "ratio": 0.3, "structure": "UL-MM", "compensate": "bias"}],
+            ["float32", "bfloat16"],
+        ),
+        (
+            [
+                {"method": "flap", "ratio": 0.3, "shape": "uniform", "width_multiple": 16},
+                {"method": "rtn", "group_size": 16},
+            ],
+            ["float32"],
+        ),
+        ([{"method": "wanda-sp", "ratio": 0.2}], ["bfloat16"]),
+        ([{"method": "magnitude", "ratio": 0.2}], ["float32"]),
+        (
+            [rtn("auto", 3, 32, True, set={"*.v_proj": 8}, lm_head_bits=8, embedding_bits=4)],
+            ["float32", "bfloat16"],
+        ),
     ],
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_plan_is_what_is_written(steps: list, dtype: str, command: Command, tiny: Path, tmp_path: Path):
+def test_the_plan_is_what_is_written(
+    steps: list[dict[str, Any]], dtypes: list[str], command: Command, tiny: Path, tmp_path: Path
+):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({"calibration": {"nsamples": 8, "seqlen": 16}, "steps": steps}))
+    for dtype in dtypes:
+        check_plan(path, steps, dtype, command, tiny, tmp_path / dtype)
+
+
+def check_plan(
+    path: Path, steps: list[dict[str, Any]], dtype: str, command: Command, tiny: Path, output: Path
+) -> None:
     plan = command("plan", tiny, path, "--dtype", dtype, "--json").document
-    ended = command("run", path, "-m", tiny, "--dtype", dtype, "-o", tmp_path / "out", "-q")
+    ended = command("run", path, "-m", tiny, "--dtype", dtype, "-o", output, "-q")
     assert ended.code == 0, ended.err
-    found = command("inspect", tmp_path / "out", "--json").document
-    assert plan["after"]["bytes"] == stored_bytes(tmp_path / "out") == found["bytes"]
+    found = command("inspect", output, "--json").document
+    assert plan["after"]["bytes"] == stored_bytes(output) == found["bytes"]
     assert plan["after"]["layers"] == found["sizes"]["num_hidden_layers"]
     for key in ("parameters", "bits_per_parameter", "loads_with"):
         assert plan["after"][key] == found[key]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
+import gc
 import logging
 import os
 import sys
@@ -84,6 +86,8 @@ def main() -> NoReturn:
     Exit codes: 0 done, 1 the work failed, 2 wrong use or bad input, 130 interrupted.
     """
     debug = "--debug" in sys.argv
+    # A process that has imported torch and transformers looks for garbage for seconds before it ends.
+    atexit.register(gc.freeze)
     if not {"-v", "--verbose"} & set(sys.argv):
         for name, setting in QUIET_LIBRARIES.items():
             os.environ.setdefault(name, setting)

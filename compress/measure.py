@@ -10,7 +10,9 @@ nothing else can say how much memory a model takes.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
+import gc
 import inspect
 import platform
 import statistics
@@ -283,4 +285,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    atexit.register(gc.freeze)  # as the command line does
     sys.exit(main())

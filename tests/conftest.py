@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import io
 import os
 import subprocess
@@ -15,6 +17,7 @@ import pytest
 
 # As the command line does: spinning threads lose whole time slices on a shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+atexit.register(gc.freeze)
 
 WORDS = (
     *("the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "red", "blue", "who", "where"),

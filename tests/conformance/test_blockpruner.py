@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -106,6 +107,7 @@ class Plain:
         self.windows = windows
         layers, *self.names = BLOCKS.get(case, ("model.layers", "self_attn", "mlp"))
         self.layers = self.model.get_submodule(layers)
+        self.found: dict[frozenset[Block], float] = {}
 
     @torch.no_grad()
     def losses(self, removed: Sequence[Block]) -> Tensor:
@@ -133,7 +135,15 @@ class Plain:
         return torch.stack(losses)
 
     def perplexity(self, removed: Sequence[Block]) -> float:
-        return math.exp(float(self.losses(removed).mean()))
+        if (blocks := frozenset(removed)) not in self.found:
+            self.found[blocks] = math.exp(float(self.losses(removed).mean()))
+        return self.found[blocks]
+
+
+@pytest.fixture(scope="session")
+def plain_of(folders: dict[str, Path]) -> Callable[[str], Plain]:
+    """One for all tests with the same windows, as it remembers what it has found."""
+    return cache(lambda case: Plain(case, folders[case], WINDOWS))
 
 
 def greedy(
@@ -186,13 +196,25 @@ def assert_same(found: list[tuple[Block, float]], expected: list[tuple[Block, fl
     assert [value for _, value in found] == pytest.approx([value for _, value in expected], rel=2e-6)
 
 
+@pytest.fixture(scope="session")
+def three_removed(
+    folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[StepReport, Run]]:
+    """What the method does when it is asked for nothing but three blocks."""
+    return cache(lambda case: applied(folders[case], tmp_path_factory.mktemp("three"), blocks=3))
+
+
+Removed = Callable[[str], tuple[StepReport, Run]]
+
 # The search.
 
 
 @every_case
-def test_the_removals_are_those_of_the_plain_loop(case: str, folders: dict[str, Path], tmp_path: Path):
-    plain = Plain(case, folders[case], WINDOWS)
-    report, run = applied(folders[case], tmp_path, blocks=3)
+def test_the_removals_are_those_of_the_plain_loop(
+    case: str, folders: dict[str, Path], plain_of: Callable[[str], Plain], three_removed: Removed
+):
+    plain = plain_of(case)
+    report, run = three_removed(case)
     assert_same(order(report), greedy(plain, 3))
     assert report.details["removed"][0]["before"] == pytest.approx(plain.perplexity([]), rel=2e-6)
     # What was written has the perplexity that the search found.
@@ -202,34 +224,42 @@ def test_the_removals_are_those_of_the_plain_loop(case: str, folders: dict[str, 
 
 
 @pytest.mark.parametrize(("case", "mode"), [("llama", "attention"), ("gpt_neox", "mlp")])
-def test_modes(case: str, mode: str, folders: dict[str, Path], tmp_path: Path):
-    plain = Plain(case, folders[case], WINDOWS)
+def test_modes(
+    case: str, mode: str, folders: dict[str, Path], plain_of: Callable[[str], Plain], tmp_path: Path
+):
+    plain = plain_of(case)
     report, _ = applied(folders[case], tmp_path, blocks=2, mode=mode)
     assert_same(order(report), greedy(plain, 2, parts=[mode]))
 
 
 @pytest.mark.parametrize(("case", "search"), [("llama", "exact"), ("gpt2", "racing")])
-def test_cost_in_parameters(case: str, search: str, folders: dict[str, Path], tmp_path: Path):
-    plain = Plain(case, folders[case], WINDOWS)
+def test_cost_in_parameters(
+    case: str, search: str, folders: dict[str, Path], plain_of: Callable[[str], Plain], tmp_path: Path
+):
+    plain = plain_of(case)
     expected = greedy(plain, 3, parameters=parameters_of(folders[case]))
     options = {"cost": "parameters", "search": search, "confidence": 1 - 1e-12}
     report, _ = applied(folders[case], tmp_path / "found", blocks=3, **options)
     assert_same(order(report), expected)
 
 
-def test_the_costs_choose_differently(folders: dict[str, Path]):
+def test_the_costs_choose_differently(folders: dict[str, Path], plain_of: Callable[[str], Plain]):
     """So that the test above is not the one before it."""
-    plain = Plain("llama", folders["llama"], WINDOWS)
+    plain = plain_of("llama")
     assert greedy(plain, 3) != greedy(plain, 3, parameters=parameters_of(folders["llama"]))
 
 
 @pytest.mark.parametrize("case", ["llama", "gemma2", "opt, post-norm"])
 def test_memory_batches_and_padding_change_nothing(
-    case: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str,
+    folders: dict[str, Path],
+    three_removed: Removed,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    before, _ = applied(folders[case], tmp_path / "before", blocks=2)
+    before = order(three_removed(case)[0])[:2]
     padded, _ = applied(folders[case], tmp_path / "padded", windows_of(width=21), blocks=2)
-    assert_same(order(padded), order(before))
+    assert_same(order(padded), before)
 
     monkeypatch.setattr(activations, "MEMORY_LIMIT", 1)  # a window at a time, and its hidden states in files
     monkeypatch.setattr(block_losses, "CHUNK_ELEMENTS", 3 * VOCAB)
@@ -242,7 +272,7 @@ def test_memory_batches_and_padding_change_nothing(
 
     monkeypatch.setattr(StreamedModel, "stream", one_by_one)
     small, _ = applied(folders[case], tmp_path / "small", blocks=2)
-    assert_same(order(small), order(before))
+    assert_same(order(small), before)
     assert len(spilled) >= 2 * 7
     assert all(spilled)
 
@@ -392,8 +422,10 @@ def test_the_last_attention_stays(folders: dict[str, Path], tmp_path: Path):
 # Racing.
 
 
-def test_racing_with_extreme_confidence_is_exact(folders: dict[str, Path], tmp_path: Path):
-    exact, _ = applied(folders["llama"], tmp_path / "exact", blocks=3)
+def test_racing_with_extreme_confidence_is_exact(
+    folders: dict[str, Path], three_removed: Removed, tmp_path: Path
+):
+    exact, _ = three_removed("llama")
     options = {"search": "racing", "confidence": 1 - 1e-15}
     raced, _ = applied(folders["llama"], tmp_path / "raced", blocks=3, **options)
     assert_same(order(raced), order(exact))
@@ -459,11 +491,11 @@ def artefact(report: StepReport, folder: Path, options: dict[str, Any]) -> Path:
 
 
 def test_a_smaller_target_needs_no_search(
-    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folders: dict[str, Path], three_removed: Removed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     folder = folders["llama"]
     whole, _ = applied(folder, tmp_path / "whole", blocks=4)
-    three, fresh = applied(folder, tmp_path / "three", blocks=3)
+    three, fresh = three_removed("llama")
     assert order(three) == order(whole)[:3]
     earlier = artefact(whole, tmp_path / "earlier", {"blocks": 4})
     search = BlockPruner.search
@@ -545,9 +577,9 @@ def logits_without(case: str, folder: Path, removed: Sequence[Block], tokens: Te
 
 @pytest.mark.parametrize("case", ["llama", "gemma2", "gpt2", "gpt_neox", "opt, post-norm"])
 def test_removed_blocks_cost_nothing_when_the_result_generates(
-    case: str, folders: dict[str, Path], tmp_path: Path
+    case: str, folders: dict[str, Path], three_removed: Removed, tmp_path: Path
 ):
-    report, run = applied(folders[case], tmp_path / "step", blocks=3)
+    report, run = three_removed(case)
     removed = [block for block, _ in order(report)]
     model = written(run, folders[case], tmp_path / "artefact")
     attention = LAYERS - sum(block.part == "attention" for block in removed)

@@ -260,9 +260,17 @@ def test_the_method_is_its_restatement(folders: dict[str, Path], tmp_path: Path,
         wanted = student.linear(index, name).weight[:, fixed > 0]
         torch.testing.assert_close(stored.double(), wanted, rtol=2e-3, atol=2e-3)
     assert gone > 10
+    assert_near_its_plan(found, folders[case], ratio)
     widths = [found.masks[f"mlp.{index}"].sum().item() for index in range(3)]
     assert found.report.details["neurons"] == widths
     assert len(set(widths)) > 1
+
+
+def assert_near_its_plan(found: Result, folder: Path, ratio: float) -> None:
+    planned = KPrune().plan(ModelShape.of(Checkpoint.open(folder)), KPrune.Options(ratio=ratio))
+    assert planned.config["model_type"] == found.draft.config["model_type"]
+    assert planned.config["model_type"].startswith("pruned_")
+    assert planned.parameters == pytest.approx(ModelShape.of(found.draft).parameters, rel=0.1)
 
 
 # What does not matter
@@ -334,14 +342,17 @@ def test_ratio_zero_is_the_identity(folders: dict[str, Path], tmp_path: Path, ca
     assert "pruned" not in found.draft.config
 
 
-@pytest.mark.parametrize("tune", [True, False])
-@pytest.mark.parametrize("ratio", [0.01, 0.3, 0.8])
-def test_the_budget_is_met_within_one_unit(
-    folders: dict[str, Path], tmp_path: Path, ratio: float, tune: bool
-):
-    found = run(folders["bert"], tmp_path / "run", ratio=ratio, tune=tune).report.details
-    budget = found["flops_before"] * (1 - ratio)
-    assert budget - 4 * 12 * 16 < found["flops_after"] <= budget + 0.5
+@pytest.mark.parametrize("ratio", [0.01, 0.8])  # and 0.3 of every task, below
+def test_the_budget_is_met_within_one_unit(folders: dict[str, Path], tmp_path: Path, ratio: float):
+    assert_within_budget(run(folders["bert"], tmp_path / "run", ratio=ratio), ratio, "bert")
+
+
+def assert_within_budget(found: Result, ratio: float, case: str) -> None:
+    """Within one neuron of 2 or, gated, 3 matrices."""
+    details = found.report.details
+    budget = details["flops_before"] * (1 - ratio)
+    neuron = (6 if case == "llama" else 4) * 12 * 16
+    assert budget - neuron < details["flops_after"] <= budget + 0.5
 
 
 @pytest.mark.parametrize("case", ["llama", "bert"])
@@ -456,6 +467,7 @@ def test_every_task_is_pruned_and_tuning_helps(folders: dict[str, Path], tmp_pat
     errors = {}
     for tune in (True, False):
         found = run(folders[case], tmp_path / f"run-{tune}", windows, ratio=0.3, tune=tune)
+        assert_within_budget(found, 0.3, case)
         write_model(found.draft, folders[case], tmp_path / f"out-{tune}", {})
         logits = streamed_logits(Checkpoint.open(tmp_path / f"out-{tune}"), windows)
         assert logits.shape == dense.shape
@@ -607,11 +619,3 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path, name: str, config: Any, 
         KPrune().plan(shape, KPrune.Options(ratio=0.2))
     if "tune" in message:
         KPrune().plan(shape, KPrune.Options(ratio=0.2, tune=False))
-
-
-def test_the_plan_is_near_what_comes_out(folders: dict[str, Path], tmp_path: Path):
-    before = ModelShape.of(Checkpoint.open(folders["bert"]))
-    planned = KPrune().plan(before, KPrune.Options(ratio=0.4))
-    found = run(folders["bert"], tmp_path / "run", ratio=0.4)
-    assert planned.config["model_type"] == found.draft.config["model_type"] == "pruned_bert"
-    assert planned.parameters == pytest.approx(ModelShape.of(found.draft).parameters, rel=0.1)

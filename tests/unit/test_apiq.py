@@ -6,12 +6,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 import compress
 from compress.adapter import scaling
@@ -30,47 +30,45 @@ from compress.recipe import parse_recipe
 from compress.run import Run, execute
 from compress.stream import Stream, StreamedModel
 
-WORDS, LAYERS = 95, 2
-SIZE = {"vocab_size": WORDS + 1, "hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
-GQA = {**SIZE, "intermediate_size": 64, "num_key_value_heads": 2}
-CASES: dict[str, tuple[type, Callable[[], hf.PreTrainedConfig]]] = {
-    "llama": (hf.LlamaForCausalLM, lambda: hf.LlamaConfig(**GQA, tie_word_embeddings=True)),
-    "phi3": (hf.Phi3ForCausalLM, lambda: hf.Phi3Config(**GQA, pad_token_id=0)),
-    "opt": (hf.OPTForCausalLM, lambda: hf.OPTConfig(**SIZE, ffn_dim=64)),
-    "gpt2": (hf.GPT2LMHeadModel, lambda: hf.GPT2Config(**SIZE)),
-    "gpt_neox": (hf.GPTNeoXForCausalLM, lambda: hf.GPTNeoXConfig(**SIZE, intermediate_size=64)),
+LAYERS = 2
+SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {**SMALL, "tie_word_embeddings": True}),
+    "phi3": ("Phi3ForCausalLM", SMALL),
+    "opt": ("OPTForCausalLM", {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64}),
+    "gpt2": ("GPT2LMHeadModel", {"hidden_size": 32}),
+    "gpt_neox": ("GPTNeoXForCausalLM", SMALL),
 }
 FAST = {"bits": 2, "group_size": 16, "rank": 4, "steps": 25, "epochs": 4, "batch": 2, "lora_lr": 5e-3}
 
 
-def make(folder: Path, name: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
-    """A model with random weights that matter, a tokenizer, and a text beside it."""
-    cls, config = CASES[name]
-    torch.manual_seed(0)
-    model = cls(config())
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape)
-    model.to(dtype).save_pretrained(folder / "dense")
-    words = {"<eos>": 0} | {f"w{number}": number + 1 for number in range(WORDS)}
-    core = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    hf.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>").save_pretrained(folder / "dense")
-    numbers = torch.randint(WORDS, (12, 40), generator=torch.Generator().manual_seed(1)).tolist()
-    text = "\n\n".join(" ".join(f"w{number}" for number in row) for row in numbers)
-    (folder / "text.txt").write_text(text)
-    return folder / "dense"
+Dense = Callable[..., Path]
 
 
-def apiq(dense: Path, name: str = "apiq", first: dict[str, object] | None = None, **options: object) -> Path:
+@pytest.fixture(scope="session")
+def dense_of(shared_decoder: Callable[..., Path]) -> Dense:
+    def get(name: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
+        return shared_decoder(CASES[name][0], dtype=dtype, **CASES[name][1])
+
+    return get
+
+
+def apiq(dense: Path, output: Path, first: dict[str, object] | None = None, **options: object) -> Path:
     """Quantize it, after another step if there is one."""
     steps = [*([first] if first else []), {"method": "apiq", **FAST, **options}]
     calibration = {"source": str(dense.parent / "text.txt"), "nsamples": 8, "seqlen": 32}
     recipe = {"model": str(dense), "calibration": calibration, "steps": steps}
-    execute(parse_recipe(recipe), dense.parent / name)
-    return dense.parent / name
+    execute(parse_recipe(recipe), output)
+    return output
 
 
-TOKENS = torch.randint(0, WORDS, (3, 24), generator=torch.Generator().manual_seed(2))
+@pytest.fixture(scope="session")
+def default(dense_of: Dense, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ApiQ makes of the Llama model; not to be changed."""
+    return apiq(dense_of(), tmp_path_factory.mktemp("apiq") / "default")
+
+
+TOKENS = torch.randint(0, 257, (3, 24), generator=torch.Generator().manual_seed(2))
 
 
 @torch.no_grad()
@@ -103,8 +101,10 @@ def merged(dense: Path, folder: Path) -> torch.nn.Module:
         *(("llama", "block"), ("phi3", "block"), ("gpt2", "block")),
     ],
 )
-def test_what_is_loaded_computes_what_was_trained(name: str, mode: str, tmp_path: Path, monkeypatch) -> None:
-    dense = make(tmp_path, name)
+def test_what_is_loaded_computes_what_was_trained(
+    name: str, mode: str, dense_of: Dense, tmp_path: Path, monkeypatch
+) -> None:
+    dense = dense_of(name)
     streams: list[Stream] = []
     wrapped = getattr(Learning, f"{mode}_wise")
 
@@ -113,7 +113,7 @@ def test_what_is_loaded_computes_what_was_trained(name: str, mode: str, tmp_path
         return wrapped(self, *arguments)
 
     monkeypatch.setattr(Learning, f"{mode}_wise", watched)
-    folder = apiq(dense, mode=mode)
+    folder = apiq(dense, tmp_path / "apiq", mode=mode)
     trained, windows = streams[-1].hidden, streams[-1].windows
     model, anatomy = compress.load(folder), ModelShape.of(Checkpoint.open(dense)).anatomy
     adapted = [part for part in model.modules() if isinstance(part, AdaptedLinear)]
@@ -140,12 +140,12 @@ def test_what_is_loaded_computes_what_was_trained(name: str, mode: str, tmp_path
     assert (found - original).square().mean() < 0.9 * nearest
 
 
-def test_every_size_counts_the_adapter(tmp_path: Path) -> None:
-    dense = make(tmp_path, dtype=torch.bfloat16)
+def test_every_size_counts_the_adapter(dense_of: Dense, tmp_path: Path) -> None:
+    dense = dense_of(dtype=torch.bfloat16)
     shape = ModelShape.of(Checkpoint.open(dense))
     options = ApiQ.Options(**FAST)
     planned = ApiQ().plan(shape, options)
-    folder = apiq(dense)
+    folder = apiq(dense, tmp_path / "apiq")
     files = [folder / "model.safetensors", folder / "adapter" / "adapter_model.safetensors"]
     written = ModelShape.of(Checkpoint.open(folder))
     assert planned.tensors == written.tensors
@@ -170,8 +170,8 @@ def test_every_size_counts_the_adapter(tmp_path: Path) -> None:
     assert written.loads_with == "transformers with optimum and gptqmodel, and peft for the adapter"
 
 
-def test_kept_linears_have_no_adapter(tmp_path: Path) -> None:
-    folder = apiq(make(tmp_path), ignore=["*.0.mlp.down_proj", "*.v_proj"])
+def test_kept_linears_have_no_adapter(dense_of: Dense, tmp_path: Path) -> None:
+    folder = apiq(dense_of(), tmp_path / "apiq", ignore=["*.0.mlp.down_proj", "*.v_proj"])
     settings = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     names = {
         key.removeprefix("base_model.model.").rpartition(".lora_")[0]
@@ -183,9 +183,10 @@ def test_kept_linears_have_no_adapter(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["layer", "block"])
-def test_a_pruned_model(mode: str, tmp_path: Path) -> None:
-    flap = {"method": "flap", "ratio": 0.3}
-    folder = apiq(make(tmp_path), first=flap, mode=mode, group_size="channel", format="compressed-tensors")
+def test_a_pruned_model(mode: str, dense_of: Dense, tmp_path: Path) -> None:
+    flap = {"method": "flap", "ratio": 0.4}
+    options = {"mode": mode, "group_size": "channel", "format": "compressed-tensors"}
+    folder = apiq(dense_of(), tmp_path / "apiq", first=flap, **options)
     checkpoint = Checkpoint.open(folder)
     layers = checkpoint.config["pruned"]["layers"]
     assert len({json.dumps(layer) for layer in layers}) > 1
@@ -194,9 +195,9 @@ def test_a_pruned_model(mode: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"mode": "block"}, {"saliency": "before_lora"}])
-def test_a_resumed_run_writes_the_same(options: dict[str, object], tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(make(tmp_path))
-    tokens = torch.randint(0, WORDS, (6, 16), generator=torch.Generator().manual_seed(3))
+def test_a_resumed_run_writes_the_same(options: dict[str, object], dense_of: Dense, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(dense_of())
+    tokens = torch.randint(0, 257, (6, 16), generator=torch.Generator().manual_seed(3))
     windows = Windows(tokens, torch.ones_like(tokens, dtype=torch.bool), source="random")
     options = ApiQ.Options(**{**FAST, "epochs": 2, **options})
 
@@ -243,9 +244,11 @@ def test_an_encoder(tiny_encoder: Callable[..., Path], tmp_path: Path) -> None:
         ApiQ().plan(ModelShape.of(checkpoint), ApiQ.Options(group_size=16, saliency="after_lora"))
 
 
-def test_weights_that_the_grid_holds_stay(tmp_path: Path) -> None:
-    dense = make(tmp_path, dtype=torch.float16)
+def test_weights_that_the_grid_holds_stay(write_decoder: Callable[..., Path], tmp_path: Path) -> None:
+    dense = write_decoder(tmp_path / "dense", dtype=torch.float16, **CASES["llama"][1])
     weights, generator = load_file(dense / "model.safetensors"), torch.Generator().manual_seed(4)
+    letters = torch.randint(97, 123, (600,), generator=generator).tolist()
+    (tmp_path / "text.txt").write_text(bytes(letters).decode())  # repeats nothing, which would cost precision
     for name, value in weights.items():
         if name.endswith("proj.weight"):
             levels = torch.randint(-2, 2, (value.numel() // 16, 16), generator=generator).half()
@@ -253,14 +256,14 @@ def test_weights_that_the_grid_holds_stay(tmp_path: Path) -> None:
             weights[name] = levels.mul(0.25).view_as(value)
     save_file(weights, dense / "model.safetensors", metadata={"format": "pt"})
     for mode in ("layer", "block"):
-        folder = apiq(dense, mode, mode=mode)
+        folder = apiq(dense, tmp_path / mode, mode=mode)
         first, second = (logits(compress.load(path, dtype="float32")) for path in (folder, dense))
         assert float((first - second).abs().max()) <= 1e-3
         assert 0 <= max(read_lineage(folder).steps[0].details["loss"]["learned"]) < 1e-4
 
 
-def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    folder = apiq(make(tmp_path))
+def test_an_adapter_that_does_not_fit_is_refused(default: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(default, tmp_path / "apiq"))
     settings, weights = (
         folder / "adapter" / "adapter_config.json",
         folder / "adapter" / "adapter_model.safetensors",
@@ -305,9 +308,9 @@ def test_scalings() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
-def test_peft_goes_on_from_there(name: str, tmp_path: Path) -> None:
+def test_peft_goes_on_from_there(name: str, dense_of: Dense, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    folder = apiq(make(tmp_path, name), bits=4, format="compressed-tensors")
+    folder = apiq(dense_of(name), tmp_path / "apiq", bits=4, format="compressed-tensors")
     base = hf.AutoModelForCausalLM.from_pretrained(folder)
     model = peft.PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True).eval()
     assert float((logits(model) - logits(compress.load(folder))).abs().max()) <= 1e-4

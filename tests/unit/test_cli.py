@@ -18,10 +18,9 @@ from unittest import mock
 
 import pytest
 import torch
-import transformers
 import yaml
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import compress.evaluate
 import compress.recipe
@@ -31,7 +30,9 @@ from compress.cli import COMMANDS, main
 from compress.commands.common import make_table, stdout
 from compress.method import Method, MethodOptions, Paper, StepReport
 from compress.models import ModelSource, find_model
+from compress.recipe import parse_recipe
 from compress.registry import METHODS
+from compress.run import execute
 from compress.scorecard import Scorecard
 
 RTN = ["--method", "rtn", "--group-size", "32"]
@@ -91,33 +92,16 @@ def process(*words: Any, **environment: str) -> Ended:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny(write_decoder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of 4 layers with a tokenizer of bytes."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    config = transformers.LlamaConfig(
-        vocab_size=257,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    symbols = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    core = Tokenizer(models.BPE({symbol: number for number, symbol in enumerate(symbols)}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>").save_pretrained(folder)
-    return folder
+    return write_decoder(folder, num_hidden_layers=4, max_position_embeddings=128)
 
 
 @pytest.fixture(scope="module")
 def quantized(tiny: Path) -> Path:
     folder = tiny.with_name("quantized")
-    assert process("quantize", tiny, *RTN, "-o", folder).code == 0
+    execute(parse_recipe({"model": str(tiny), "steps": [{"method": "rtn", "group_size": 32}]}), folder)
     return folder
 
 
@@ -255,11 +239,11 @@ def test_json_is_one_document(command: Command, tiny: Path, recipe: Path, quanti
         assert ended.document == json.loads((tmp_path / words[0] / "compression.json").read_text())
 
 
-def test_libraries_are_silent_and_v_lets_them_speak(tiny: Path, tmp_path: Path):
+def test_libraries_are_silent_and_v_lets_them_speak(command: Command, tiny: Path, tmp_path: Path):
     quiet = process("prune", tiny, *REPLACEME, "-o", tmp_path / "quiet", "-q")
     assert (quiet.code, quiet.err) == (0, "")
     assert "MB of weights" in quiet.out
-    assert "Loading weights" in process("prune", tiny, *REPLACEME, "-o", tmp_path / "v", "-v").err
+    assert "Loading weights" in command("prune", tiny, *REPLACEME, "-o", tmp_path / "v", "-v").err
 
 
 def test_progress_is_plain_lines_on_stderr(command: Command, tiny: Path, tmp_path: Path):
@@ -312,55 +296,70 @@ def stored_bytes(folder: Path) -> int:
     return sum(len(content) - 8 - int.from_bytes(content[:8], "little") for content in data)
 
 
+def rtn(form: str, bits: int, group_size: int | str, symmetric: bool, **more: Any) -> dict[str, Any]:
+    settings = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "format": form, **more}
+    return {"method": "rtn", **settings}
+
+
+# Each with both dtypes where that changes what is stored: dense tensors, and scales in every format.
 @pytest.mark.parametrize(
-    "steps",
+    ("steps", "dtypes"),
     [
-        [],
-        [{"method": "replaceme", "layers": 2, "transform": "least-squares"}],
-        *(
-            [{"method": "rtn", "bits": bits, "group_size": group, "symmetric": symmetric, "format": form}]
-            for form, bits, group, symmetric in [
-                ("compressed-tensors", 4, 32, True),
-                ("compressed-tensors", 8, "channel", False),
-                ("gptq", 2, 32, False),
-                ("gptq", 3, 32, True),
-                ("gptq", 4, 16, True),
-                ("gptq", 8, 32, False),
-            ]
+        ([], ["float32", "bfloat16"]),
+        ([{"method": "replaceme", "layers": 2, "transform": "least-squares"}], ["float32", "bfloat16"]),
+        ([rtn("compressed-tensors", 4, 32, True)], ["bfloat16"]),
+        ([rtn("compressed-tensors", 8, "channel", False)], ["float32"]),
+        ([rtn("gptq", 2, 32, False)], ["float32", "bfloat16"]),
+        ([rtn("gptq", 3, 32, True)], ["float32"]),
+        ([rtn("gptq", 4, 16, True)], ["bfloat16"]),
+        ([rtn("gptq", 8, 32, False)], ["float32"]),
+        (
+            [{"method": "replaceme", "layers": 1, "transform": "none"}, {"method": "rtn", "group_size": 32}],
+            ["bfloat16"],
         ),
-        [{"method": "replaceme", "layers": 1, "transform": "none"}, {"method": "rtn", "group_size": 32}],
-        [
-            {"method": "replaceme", "layers": 1, "epochs": 1},
-            {"method": "rtn", "bits": 3, "group_size": 32, "ignore": ["model.layers.0.*"]},
-        ],
-        [{"method": "flap", "ratio": 0.3, "structure": "UL-MM", "compensate": "bias"}],
-        [
-            {"method": "flap", "ratio": 0.3, "shape": "uniform", "width_multiple": 16},
-            {"method": "rtn", "group_size": 16},
-        ],
-        [{"method": "wanda-sp", "ratio": 0.2}],
-        [{"method": "magnitude", "ratio": 0.2}],
-        [
-            {
-                "method": "rtn",
-                "bits": 3,
-                "group_size": 32,
-                "set": {"*.v_proj": 8},
-                "lm_head_bits": 8,
-                "embedding_bits": 4,
-            }
-        ],
+        (
+            [
+                {"method": "replaceme", "layers": 1, "epochs": 1},
+                {"method": "rtn", "bits": 3, "group_size": 32, "ignore": ["model.layers.0.*"]},
+            ],
+            ["float32"],
+        ),
+        (
+            [{"method": "flap", "ratio": 0.3, "structure": "UL-MM", "compensate": "bias"}],
+            ["float32", "bfloat16"],
+        ),
+        (
+            [
+                {"method": "flap", "ratio": 0.3, "shape": "uniform", "width_multiple": 16},
+                {"method": "rtn", "group_size": 16},
+            ],
+            ["float32"],
+        ),
+        ([{"method": "wanda-sp", "ratio": 0.2}], ["bfloat16"]),
+        ([{"method": "magnitude", "ratio": 0.2}], ["float32"]),
+        (
+            [rtn("auto", 3, 32, True, set={"*.v_proj": 8}, lm_head_bits=8, embedding_bits=4)],
+            ["float32", "bfloat16"],
+        ),
     ],
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_plan_is_what_is_written(steps: list, dtype: str, command: Command, tiny: Path, tmp_path: Path):
+def test_the_plan_is_what_is_written(
+    steps: list[dict[str, Any]], dtypes: list[str], command: Command, tiny: Path, tmp_path: Path
+):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({"calibration": {"nsamples": 8, "seqlen": 16}, "steps": steps}))
+    for dtype in dtypes:
+        check_plan(path, steps, dtype, command, tiny, tmp_path / dtype)
+
+
+def check_plan(
+    path: Path, steps: list[dict[str, Any]], dtype: str, command: Command, tiny: Path, output: Path
+) -> None:
     plan = command("plan", tiny, path, "--dtype", dtype, "--json").document
-    ended = command("run", path, "-m", tiny, "--dtype", dtype, "-o", tmp_path / "out", "-q")
+    ended = command("run", path, "-m", tiny, "--dtype", dtype, "-o", output, "-q")
     assert ended.code == 0, ended.err
-    found = command("inspect", tmp_path / "out", "--json").document
-    assert plan["after"]["bytes"] == stored_bytes(tmp_path / "out") == found["bytes"]
+    found = command("inspect", output, "--json").document
+    assert plan["after"]["bytes"] == stored_bytes(output) == found["bytes"]
     assert plan["after"]["layers"] == found["sizes"]["num_hidden_layers"]
     for key in ("parameters", "bits_per_parameter", "loads_with"):
         assert plan["after"][key] == found[key]
@@ -636,9 +635,13 @@ def test_wrong_use_is_one_sentence_and_leaves_nothing(
     assert (tmp_path / "in use" / "kept.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
-def test_a_hub_that_cannot_be_reached_is_one_sentence(environment: dict[str, str], tmp_path: Path):
-    ended = process("inspect", "someone/something", HF_HOME=str(tmp_path), **environment)
+@pytest.mark.parametrize(("setting", "value"), [("HF_HUB_OFFLINE", True), ("ENDPOINT", "http://127.0.0.1:9")])
+def test_a_hub_that_cannot_be_reached_is_one_sentence(
+    setting: str, value: object, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, setting, value)
+    ended = command("inspect", "someone/something")
     assert_one_sentence(ended, 1, "'someone/something' is not a folder here, and the hub cannot be reached")
 
 
@@ -726,6 +729,7 @@ def test_a_run_evaluates_its_own_result_against_the_revision_it_began_with(
     assert (options["baseline"], options["baseline_revision"]) == ("us/tiny", "abc")
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_an_evaluation_is_kept_and_shown(command: Command, tiny: Path, quantized: Path, tmp_path: Path):
     result = Path(shutil.copytree(quantized, tmp_path / "result"))
     ended = command("evaluate", result, "--baseline", tiny, *SCORING, "--json", tmp_path / "cards.json", "-q")

@@ -40,9 +40,9 @@ TOKENS = torch.randint(1, 257, (2, 14), generator=torch.Generator().manual_seed(
 
 
 @pytest.fixture
-def quantized(tiny_decoder: Callable[..., Path]) -> Callable[..., PreTrainedModel]:
+def quantized(shared_decoder: Callable[..., Path]) -> Callable[..., PreTrainedModel]:
     def make(architecture: str = "LlamaForCausalLM", **settings: Any) -> PreTrainedModel:
-        folder = tiny_decoder(architecture, name=architecture, **CASES[architecture])
+        folder = shared_decoder(architecture, **CASES[architecture])
         model = getattr(hf, architecture).from_pretrained(folder).eval()
         quantize_key_values(model, KeyValueSettings(**{"bits": 4, **settings}))
         return model
@@ -154,8 +154,8 @@ def test_caches_of_the_user(quantized: Callable[..., PreTrainedModel]) -> None:
     assert torch.allclose(again, model(TOKENS, use_cache=False).logits, atol=1e-5)
 
 
-def test_a_model_whose_attention_was_pruned_away(tiny_decoder: Callable[..., Path], tmp_path: Path) -> None:
-    dense = tiny_decoder(num_hidden_layers=4)
+def test_a_model_whose_attention_was_pruned_away(shared_decoder: Callable[..., Path], tmp_path: Path) -> None:
+    dense = shared_decoder(num_hidden_layers=4)
     text = tmp_path / "text.txt"
     text.write_text("Whole blocks of attention are gone, and the cache has fewer places. " * 20)
     recipe = {
@@ -177,8 +177,8 @@ def test_a_model_whose_attention_was_pruned_away(tiny_decoder: Callable[..., Pat
     assert model.generate(TOKENS, max_new_tokens=3, do_sample=False).shape == (2, 17)
 
 
-def test_a_section_that_is_none(tiny_decoder: Callable[..., Path]) -> None:
-    config = hf.LlamaConfig.from_pretrained(tiny_decoder())
+def test_a_section_that_is_none(shared_decoder: Callable[..., Path]) -> None:
+    config = hf.LlamaConfig.from_pretrained(shared_decoder())
     assert KeyValueSettings.of(config) is None
     setattr(config, KEY, {"bits": 4, "scale": "head", "position": "after-rope"})
     assert KeyValueSettings.of(config) == KeyValueSettings(4, "head", "after-rope")

@@ -24,7 +24,6 @@ from compress.recipe import parse_recipe
 from compress.reload import streamed_logits
 from compress.run import execute
 
-TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 40
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {},
     "Phi3ForCausalLM": {},
@@ -35,16 +34,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def quantized(dense: Path, output: Path, dtype: str | None = None, **options: Any) -> Lineage:
-    text = dense.parent / "text.txt"
-    text.write_text(TEXT)
-    calibration = {"source": str(text), "nsamples": 8, "seqlen": 24}
+    calibration = {"source": str(dense.parent / "text.txt"), "nsamples": 8, "seqlen": 24}
     step = {"method": "llm-qat", "batch_size": 4, "learning_rate": 1e-3, **options}
     recipe = {"model": str(dense), "dtype": dtype, "calibration": calibration, "steps": [step]}
     return execute(parse_recipe(recipe), output, overwrite=True)
 
 
 def tokens_of(dense: Path) -> torch.Tensor:
-    return hf.AutoTokenizer.from_pretrained(dense)(TEXT[:48], return_tensors="pt").input_ids
+    text = (dense.parent / "text.txt").read_text()[:48]
+    return hf.AutoTokenizer.from_pretrained(dense)(text, return_tensors="pt").input_ids
 
 
 @pytest.fixture
@@ -63,9 +61,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[llm_qat.Student]:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_loaded_logits_are_those_of_the_trained_model(
-    tiny_decoder: Callable[..., Path], tmp_path: Path, trained: list, architecture: str
+    shared_decoder: Callable[..., Path], tmp_path: Path, trained: list, architecture: str
 ) -> None:
-    dense = tiny_decoder(architecture, **ARCHITECTURES[architecture])
+    dense = shared_decoder(architecture, **ARCHITECTURES[architecture])
     lineage = quantized(dense, tmp_path / "out", steps=4)
     tokens = tokens_of(dense)
     with torch.no_grad():
@@ -85,8 +83,8 @@ def test_loaded_logits_are_those_of_the_trained_model(
     assert lineage.result.bytes == lineage.result.predicted_bytes
 
 
-def test_training_brings_the_model_back(tiny_decoder: Callable[..., Path], tmp_path: Path) -> None:
-    dense = tiny_decoder()
+def test_training_brings_the_model_back(shared_decoder: Callable[..., Path], tmp_path: Path) -> None:
+    dense = shared_decoder()
     rounded = quantized(dense, tmp_path / "rtn", steps=0).steps[0].details["training"]
     tokens = tokens_of(dense)
 
@@ -111,9 +109,9 @@ def test_training_brings_the_model_back(tiny_decoder: Callable[..., Path], tmp_p
 
 
 def test_what_changes_the_training_and_what_does_not(
-    tiny_decoder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shared_decoder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dense = tiny_decoder()
+    dense = shared_decoder()
 
     def losses(**options: Any) -> list[float]:
         return quantized(dense, tmp_path / "out", **options).steps[0].details["training"]["losses"]
@@ -130,9 +128,9 @@ def test_what_changes_the_training_and_what_does_not(
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_models(
-    tiny_decoder: Callable[..., Path], tmp_path: Path, trained: list, dtype: str
+    shared_decoder: Callable[..., Path], tmp_path: Path, trained: list, dtype: str
 ) -> None:
-    dense = tiny_decoder()
+    dense = shared_decoder()
     quantized(dense, tmp_path / "out", dtype, steps=3)
     tokens = tokens_of(dense)
     with torch.no_grad():
@@ -161,8 +159,8 @@ def stock_inputs(model: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize("weight_bits", [4, 8])
-def test_stock_transformers(tiny_decoder: Callable[..., Path], tmp_path: Path, weight_bits: int) -> None:
-    dense, tokens = tiny_decoder(), torch.arange(1, 25)[None]
+def test_stock_transformers(shared_decoder: Callable[..., Path], tmp_path: Path, weight_bits: int) -> None:
+    dense, tokens = shared_decoder(), torch.arange(1, 25)[None]
     for bits in (16, 8):
         folder = tmp_path / f"A{bits}"
         lineage = quantized(dense, folder, steps=2, weight_bits=weight_bits, activation_bits=bits, kv_bits=16)
@@ -183,9 +181,9 @@ def load_stock(folder: Path) -> hf.PreTrainedModel:
 
 
 def test_evaluation_sees_activations_and_keys_and_values(
-    tiny_decoder: Callable[..., Path], tmp_path: Path
+    shared_decoder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    dense = tiny_decoder()
+    dense = shared_decoder()
     quantized(dense, tmp_path / "out", steps=0)
     windows = Windows(tokens := torch.arange(1, 33)[None], torch.ones_like(tokens, dtype=torch.bool), "test")
     whole = streamed_logits(Checkpoint.open(tmp_path / "out"), windows)
@@ -224,10 +222,10 @@ def test_other_programs_checkpoints() -> None:
 
 
 def test_bits_by_pattern_and_packed_tables(
-    tiny_decoder: Callable[..., Path], tmp_path: Path, trained: list
+    shared_decoder: Callable[..., Path], tmp_path: Path, trained: list
 ) -> None:
     for tied in (False, True):
-        dense = tiny_decoder(name=f"tied-{tied}", tie_word_embeddings=tied)
+        dense = shared_decoder(tie_word_embeddings=tied)
         options = {"set": {"re:.*down_proj": 8}, "embedding_bits": 8} | ({} if tied else {"lm_head_bits": 8})
         out = tmp_path / f"out-{tied}"
         lineage = quantized(dense, out, steps=3, weight_bits=4, **options)
@@ -246,9 +244,9 @@ def test_bits_by_pattern_and_packed_tables(
 
 
 def test_a_killed_training_goes_on(
-    tiny_decoder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shared_decoder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dense = tiny_decoder()
+    dense = shared_decoder()
     whole = quantized(dense, tmp_path / "whole", steps=6)
     monkeypatch.setattr(distillation, "SAVE_SECONDS", 0.0)
     divergence, calls = distillation.divergence, []
@@ -272,9 +270,9 @@ def test_a_killed_training_goes_on(
 
 
 def test_what_is_refused(
-    tiny_decoder: Callable[..., Path], tiny_encoder: Callable[..., Path], tmp_path: Path
+    shared_decoder: Callable[..., Path], tiny_encoder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    dense = tiny_decoder()
+    dense = shared_decoder()
     quantized(dense, tmp_path / "out", steps=0, ignore=["*.layers.0.*"])
     stored = Checkpoint.open(tmp_path / "out").tensors
     assert "model.layers.0.mlp.up_proj.weight" in stored
@@ -292,11 +290,11 @@ def test_what_is_refused(
 
 
 def test_codes_that_are_not_what_was_trained_are_not_published(
-    tiny_decoder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shared_decoder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(llm_qat, "quantize_channels", wrong_codes(llm_qat.quantize_channels))
     with pytest.raises(CompressError, match="do not compute what was trained"):
-        quantized(tiny_decoder(), tmp_path / "out", steps=0)
+        quantized(shared_decoder(), tmp_path / "out", steps=0)
     assert not (tmp_path / "out").exists()
 
 

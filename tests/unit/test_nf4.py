@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +27,20 @@ functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes
 
 from compress.quantization.nf4 import NF4, quantize_nf4  # noqa: E402
 
-SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
-CONFIGS = {
-    "llama": hf.LlamaConfig(**SMALL, intermediate_size=72, num_key_value_heads=2, attention_bias=True),
-    "opt": hf.OPTConfig(**SMALL, ffn_dim=96, word_embed_proj_dim=32),
-    "gpt2": hf.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=96, bos_token_id=0, eos_token_id=0),
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {"intermediate_size": 72, "attention_bias": True}),
+    "opt": ("OPTForCausalLM", {"word_embed_proj_dim": 32}),
+    "gpt2": ("GPT2LMHeadModel", {}),
 }
 METHOD = NF4()
 
 
-def dense(folder: Path, name: str, dtype: torch.dtype = torch.bfloat16) -> Path:
-    torch.manual_seed(0)
-    model = hf.AutoModelForCausalLM.from_config(CONFIGS[name], dtype=dtype)
-    for parameter in model.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.05)
-    model.save_pretrained(folder)
-    return folder
+@pytest.fixture(scope="session")
+def dense(shared_decoder: Callable[..., Path]) -> Callable[..., Path]:
+    def get(name: str, dtype: torch.dtype = torch.bfloat16) -> Path:
+        return shared_decoder(CASES[name][0], dtype=dtype, **CASES[name][1])
+
+    return get
 
 
 def rounded(folder: Path, work: Path, **options: Any) -> tuple[Path, StepReport]:
@@ -90,8 +89,10 @@ def test_nibbles_come_back() -> None:
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", ["llama", "opt"])
-def test_stock_transformers_compute_the_same(name, dtype, double_quant, tmp_path: Path) -> None:
-    folder = dense(tmp_path / "dense", name, dtype)
+def test_stock_transformers_compute_the_same(
+    dense: Callable[..., Path], name, dtype, double_quant, tmp_path: Path
+) -> None:
+    folder = dense(name, dtype)
     written, report = rounded(folder, tmp_path, double_quant=double_quant)
     ours = compress.load(written)
     assert sum(isinstance(part, NF4Linear) for part in ours.modules()) == report.details["linears"]
@@ -101,8 +102,8 @@ def test_stock_transformers_compute_the_same(name, dtype, double_quant, tmp_path
     assert float((logits(ours) - expected).abs().max()) <= tolerance * float(expected.abs().max())
 
 
-def test_ours_is_what_transformers_saves(tmp_path: Path) -> None:
-    folder = dense(tmp_path / "dense", "llama")
+def test_ours_is_what_transformers_saves(dense: Callable[..., Path], tmp_path: Path) -> None:
+    folder = dense("llama")
     written, _ = rounded(folder, tmp_path)
     settings = hf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     hf.AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings).save_pretrained(
@@ -115,8 +116,8 @@ def test_ours_is_what_transformers_saves(tmp_path: Path) -> None:
     assert torch.equal(logits(compress.load(tmp_path / "theirs")), logits(compress.load(written)))
 
 
-def test_conv1d(tmp_path: Path) -> None:
-    folder = dense(tmp_path / "dense", "gpt2", torch.float32)
+def test_conv1d(dense: Callable[..., Path], tmp_path: Path) -> None:
+    folder = dense("gpt2", torch.float32)
     written, _ = rounded(folder, tmp_path, ignore=["*0.mlp.c_fc"])
     model = compress.load(written)
     reference = hf.AutoModelForCausalLM.from_pretrained(folder)
@@ -132,8 +133,10 @@ def test_conv1d(tmp_path: Path) -> None:
     assert torch.allclose(logits(model), logits(stock), atol=1e-5)
 
 
-def test_what_cannot_be_done_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written, _ = rounded(dense(tmp_path / "dense", "llama"), tmp_path)
+def test_what_cannot_be_done_is_said(
+    dense: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, _ = rounded(dense("llama"), tmp_path)
     config = json.loads((written / "config.json").read_text())["quantization_config"]
     for change in (
         {"load_in_4bit": False},
@@ -153,4 +156,4 @@ def test_what_cannot_be_done_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setattr("compress.quantization.nf4.find_spec", lambda _: None)
     with pytest.raises(BadInput, match="needs bitsandbytes"):
-        METHOD.plan(ModelShape.of(Checkpoint.open(tmp_path / "dense")), METHOD.Options())
+        METHOD.plan(ModelShape.of(Checkpoint.open(dense("llama"))), METHOD.Options())

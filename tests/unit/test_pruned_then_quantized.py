@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import compress
 from compress.anatomy import layer_shapes, weight
@@ -27,31 +27,9 @@ PRUNED = {
 TOKENS = torch.arange(48).view(2, 24)
 
 
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = hf.LlamaConfig(
-        vocab_size=257,
-        hidden_size=32,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    folder = tmp_path_factory.mktemp("models") / "dense"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = hf.LlamaForCausalLM(config)
-        for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn(parameter.shape)
-    model.save_pretrained(folder)
-    symbols = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    core = Tokenizer(models.BPE({symbol: number for number, symbol in enumerate(symbols)}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    hf.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>").save_pretrained(folder)
-    (folder.parent / "text.txt").write_text("It was the best of times, it was the worst of times. " * 20)
-    return folder
+@pytest.fixture(scope="session")
+def dense(shared_decoder: Callable[..., Path]) -> Path:
+    return shared_decoder(hidden_size=32, num_hidden_layers=4, tie_word_embeddings=True)
 
 
 def done(model: Path, output: Path, text: Path, **step: object) -> Path:
@@ -61,8 +39,9 @@ def done(model: Path, output: Path, text: Path, **step: object) -> Path:
 
 
 @pytest.fixture(scope="module", params=PRUNED)
-def pruned(request: pytest.FixtureRequest, dense: Path) -> Path:
-    return done(dense, dense.with_name(request.param), dense.with_name("text.txt"), **PRUNED[request.param])
+def pruned(request: pytest.FixtureRequest, dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("pruned") / "pruned"
+    return done(dense, output, dense.with_name("text.txt"), **PRUNED[request.param])
 
 
 @torch.no_grad()

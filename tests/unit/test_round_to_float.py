@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,22 @@ from compress.quantization.round_to_float import RoundToFloat
 from compress.run import Run
 from compress.stream import StreamedModel
 
-SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
-CONFIGS = {
-    "llama": hf.LlamaConfig(**SMALL, intermediate_size=96, num_key_value_heads=2, attention_bias=True),
-    "phi3": hf.Phi3Config(**SMALL, intermediate_size=96, num_key_value_heads=2, pad_token_id=0),
-    "opt": hf.OPTConfig(**SMALL, ffn_dim=96, word_embed_proj_dim=64),
-    "gpt2": hf.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=96, bos_token_id=0, eos_token_id=0),
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {"attention_bias": True}),
+    "phi3": ("Phi3ForCausalLM", {}),
+    "opt": ("OPTForCausalLM", {}),
+    "gpt2": ("GPT2LMHeadModel", {}),
 }
 TYPES = ["fp8", "mxfp4", "nvfp4"]
 METHOD = RoundToFloat()
 
 
-def dense(folder: Path, name: str, dtype: torch.dtype = torch.bfloat16) -> Path:
-    torch.manual_seed(0)
-    model = hf.AutoModelForCausalLM.from_config(CONFIGS[name], dtype=dtype)
-    for parameter in model.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.05)
-    model.save_pretrained(folder)
-    return folder
+@pytest.fixture(scope="session")
+def dense(shared_decoder: Callable[..., Path]) -> Callable[..., Path]:
+    def get(name: str, dtype: torch.dtype = torch.bfloat16) -> Path:
+        return shared_decoder(CASES[name][0], dtype=dtype, **CASES[name][1])
+
+    return get
 
 
 def rounded(folder: Path, work: Path, **options: Any) -> tuple[Path, StepReport]:
@@ -65,9 +64,9 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("type", TYPES)
 @pytest.mark.parametrize("name", ["llama", "phi3"])
 def test_stock_transformers_compute_the_same(
-    name: str, type: str, dtype: torch.dtype, tmp_path: Path
+    dense: Callable[..., Path], name: str, type: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    folder = dense(tmp_path / "dense", name, dtype)
+    folder = dense(name, dtype)
     written, _ = rounded(folder, tmp_path, type=type)
     ours, stock = logits(compress.load(written)), logits(hf.AutoModelForCausalLM.from_pretrained(written))
     # compressed-tensors makes bfloat16 of NVFP4 whatever the dtype of the model.
@@ -79,9 +78,9 @@ def test_stock_transformers_compute_the_same(
 
 
 @pytest.mark.parametrize("type", TYPES)
-@pytest.mark.parametrize("name", CONFIGS)
-def test_we_load_it_packed(name: str, type: str, tmp_path: Path) -> None:
-    folder = dense(tmp_path / "dense", name, torch.float32)
+@pytest.mark.parametrize("name", CASES)
+def test_we_load_it_packed(dense: Callable[..., Path], name: str, type: str, tmp_path: Path) -> None:
+    folder = dense(name, torch.float32)
     written, report = rounded(folder, tmp_path, type=type)
     model = compress.load(written)
     linears = {n: part for n, part in model.named_modules() if part.__class__.__name__ == "FloatLinear"}
@@ -109,8 +108,8 @@ def in_fp8(x: torch.Tensor) -> torch.Tensor:
     return (x / scale).to(torch.float8_e4m3fn).to(x.dtype) * scale
 
 
-def test_fused_linears_share_the_global_scale(tmp_path: Path) -> None:
-    written, _ = rounded(dense(tmp_path / "dense", "llama"), tmp_path, type="nvfp4")
+def test_fused_linears_share_the_global_scale(dense: Callable[..., Path], tmp_path: Path) -> None:
+    written, _ = rounded(dense("llama"), tmp_path, type="nvfp4")
     checkpoint = Checkpoint.open(written)
 
     def whole(path: str) -> float:
@@ -120,8 +119,8 @@ def test_fused_linears_share_the_global_scale(tmp_path: Path) -> None:
     assert whole("mlp.gate_proj") == whole("mlp.up_proj") != whole("mlp.down_proj")
 
 
-def test_parts_can_be_kept_and_bad_input_is_refused(tmp_path: Path) -> None:
-    folder = dense(tmp_path / "dense", "llama")
+def test_parts_can_be_kept_and_bad_input_is_refused(dense: Callable[..., Path], tmp_path: Path) -> None:
+    folder = dense("llama")
     written, report = rounded(folder, tmp_path, type="mxfp4", ignore=["*.down_proj"])
     assert report.details["kept"] == ["lm_head", *(f"model.layers.{i}.mlp.down_proj" for i in (0, 1))]
     logits(hf.AutoModelForCausalLM.from_pretrained(written))
@@ -129,8 +128,10 @@ def test_parts_can_be_kept_and_bad_input_is_refused(tmp_path: Path) -> None:
         METHOD.plan(ModelShape.of(Checkpoint.open(written)), METHOD.Options())
 
 
-def test_what_is_declared_is_read_and_other_schemes_are_refused(tmp_path: Path) -> None:
-    written, _ = rounded(dense(tmp_path / "dense", "llama"), tmp_path, type="fp8")
+def test_what_is_declared_is_read_and_other_schemes_are_refused(
+    dense: Callable[..., Path], tmp_path: Path
+) -> None:
+    written, _ = rounded(dense("llama"), tmp_path, type="fp8")
     config = json.loads((written / "config.json").read_text())["quantization_config"]
     assert Formats(config).bits == [8]
     assert loaders(config) == "transformers with compressed-tensors"

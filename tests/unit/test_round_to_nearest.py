@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    OPTConfig,
-    Phi3Config,
-    PreTrainedConfig,
-)
+from transformers import AutoModelForCausalLM
 
 import compress
 from compress.checkpoint import Checkpoint, Draft, write_weights
@@ -28,28 +22,24 @@ from compress.quantization.round_to_nearest import RoundToNearest
 from compress.run import Run
 from compress.stream import StreamedModel
 
-SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
-CONFIGS: dict[str, PreTrainedConfig] = {
-    "llama": LlamaConfig(**SMALL, intermediate_size=96, num_key_value_heads=2),
-    "llama-tied": LlamaConfig(
-        **SMALL, intermediate_size=96, num_key_value_heads=2, tie_word_embeddings=True, attention_bias=True
-    ),
-    "phi3": Phi3Config(**SMALL, intermediate_size=96, num_key_value_heads=2, pad_token_id=0),
-    "gpt_neox": GPTNeoXConfig(**SMALL, intermediate_size=96),
-    "opt": OPTConfig(**SMALL, ffn_dim=96, word_embed_proj_dim=32),
-    "gpt2": GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=96, bos_token_id=0, eos_token_id=0),
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {}),
+    "llama-tied": ("LlamaForCausalLM", {"tie_word_embeddings": True, "attention_bias": True}),
+    "phi3": ("Phi3ForCausalLM", {}),
+    "gpt_neox": ("GPTNeoXForCausalLM", {}),
+    "opt": ("OPTForCausalLM", {"word_embed_proj_dim": 32}),
+    "gpt2": ("GPT2LMHeadModel", {}),
 }
-STOCK = [name for name in CONFIGS if name != "gpt2"]  # transformers replaces nn.Linear, not Conv1D
+STOCK = [name for name in CASES if name != "gpt2"]  # transformers replaces nn.Linear, not Conv1D
 METHOD = RoundToNearest()
 
 
-def dense(folder: Path, name: str, dtype: torch.dtype = torch.bfloat16) -> Path:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=dtype)
-    for parameter in model.parameters():  # biases are 0 and norms 1 by default
-        parameter.data.add_(torch.randn_like(parameter) * 0.05)
-    model.save_pretrained(folder)
-    return folder
+@pytest.fixture(scope="session")
+def dense(shared_decoder: Callable[..., Path]) -> Callable[..., Path]:
+    def get(name: str, dtype: torch.dtype = torch.bfloat16) -> Path:
+        return shared_decoder(CASES[name][0], dtype=dtype, **CASES[name][1])
+
+    return get
 
 
 def quantized(folder: Path, work: Path, **options) -> tuple[Path, StepReport]:
@@ -91,22 +81,38 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(tokens).logits
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("group_size", "symmetric"), [(32, True), (32, False), ("channel", True)])
-@pytest.mark.parametrize("name", STOCK)
-def test_stock_transformers_load_it_with_the_same_logits(name, bits, group_size, symmetric, tmp_path):
-    folder = dense(tmp_path / "dense", name)
+GRIDS = [(32, True), (32, False), ("channel", True)]
+
+
+# Every grid in every architecture, with 4 and 8 bits in turns.
+@pytest.mark.parametrize(
+    ("name", "bits", "group_size", "symmetric"),
+    [
+        (name, (4, 8)[(row + column) % 2], *grid)
+        for row, name in enumerate(STOCK)
+        for column, grid in enumerate(GRIDS)
+    ],
+)
+def test_stock_transformers_load_it_with_the_same_logits(name, bits, group_size, symmetric, dense, tmp_path):
+    folder = dense(name)
     written, _ = quantized(folder, tmp_path, bits=bits, group_size=group_size, symmetric=symmetric)
     stock = AutoModelForCausalLM.from_pretrained(written)
     assert torch.equal(logits(stock), logits(dequantized(folder, written)))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("name", list(CONFIGS))
-def test_we_load_it_packed_with_the_same_logits(name, symmetric, form, bits, tmp_path):
-    folder = dense(tmp_path / "dense", name, torch.float32)
+# Every format in every architecture, symmetric and not, with a number of bits that goes around: each format
+# meets each grid, and formats know nothing of architectures but which of their linears are transposed.
+@pytest.mark.parametrize(
+    ("name", "form", "bits", "symmetric"),
+    [
+        (name, form, (2, 3, 4, 8)[(row + 2 * column) % 4], symmetric)
+        for row, name in enumerate(CASES)
+        for column, form in enumerate(("compressed-tensors", "gptq"))
+        for symmetric in (True, False)
+    ],
+)
+def test_we_load_it_packed_with_the_same_logits(name, form, bits, symmetric, dense, tmp_path):
+    folder = dense(name, torch.float32)
     written, report = quantized(folder, tmp_path, bits=bits, group_size=32, symmetric=symmetric, format=form)
     packed = compress.load(written)
     linears = [part for part in packed.modules() if type(part).__name__ == "PackedLinear"]
@@ -115,8 +121,8 @@ def test_we_load_it_packed_with_the_same_logits(name, symmetric, form, bits, tmp
     assert float((logits(packed) - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
 
 
-def test_parts_can_be_kept(tmp_path):
-    folder = dense(tmp_path / "dense", "llama")
+def test_parts_can_be_kept(dense, tmp_path):
+    folder = dense("llama")
     kept = ["model.layers.0.mlp.up_proj", "*.v_proj", "re:.*layers\\.1\\.self_attn\\.q", "lm_head"]
     written, report = quantized(folder, tmp_path, group_size=32, ignore=kept)
     assert report.details["kept"] == [
@@ -134,8 +140,8 @@ def test_parts_can_be_kept(tmp_path):
     assert torch.equal(logits(stock), logits(dequantized(folder, written)))
 
 
-def test_gptq_names_what_it_keeps_for_both_of_its_loaders(tmp_path):
-    folder = dense(tmp_path / "dense", "llama")
+def test_gptq_names_what_it_keeps_for_both_of_its_loaders(dense, tmp_path):
+    folder = dense("llama")
     written, _ = quantized(folder, tmp_path, bits=3, group_size=32, ignore=["*.down_proj"])
     config = json.loads((written / "config.json").read_text())["quantization_config"]
     assert list(config["dynamic"]) == [
@@ -146,14 +152,14 @@ def test_gptq_names_what_it_keeps_for_both_of_its_loaders(tmp_path):
     assert config["quant_method"] == "gptq"
 
 
-def test_linears_around_the_layers_are_kept(tmp_path):
-    folder = dense(tmp_path / "dense", "opt")
+def test_linears_around_the_layers_are_kept(dense, tmp_path):
+    folder = dense("opt")
     _, report = quantized(folder, tmp_path, group_size=32)
     assert set(report.details["kept"]) == {"lm_head", "model.decoder.project_in", "model.decoder.project_out"}
 
 
-def test_the_report_tells_bits_and_errors(tmp_path):
-    folder = dense(tmp_path / "dense", "llama")
+def test_the_report_tells_bits_and_errors(dense, tmp_path):
+    folder = dense("llama")
     errors = []
     for bits in (2, 3, 4, 8):
         _, report = quantized(
@@ -167,8 +173,8 @@ def test_the_report_tells_bits_and_errors(tmp_path):
     assert errors == sorted(errors, reverse=True)
 
 
-def test_a_resumed_run_reports_and_writes_the_same(tmp_path):
-    folder = dense(tmp_path / "dense", "llama")
+def test_a_resumed_run_reports_and_writes_the_same(dense, tmp_path):
+    folder = dense("llama")
     options = METHOD.Options(group_size=32)
     checkpoint = Checkpoint.open(folder)
 
@@ -212,14 +218,14 @@ def test_a_resumed_run_reports_and_writes_the_same(tmp_path):
         ({"group_size": 32, "ignore": ["re:("]}, "not a regular expression"),
     ],
 )
-def test_bad_options_are_refused_when_planning(options, message, tmp_path):
-    shape = ModelShape.of(Checkpoint.open(dense(tmp_path, "llama")))
+def test_bad_options_are_refused_when_planning(options, message, dense):
+    shape = ModelShape.of(Checkpoint.open(dense("llama")))
     with pytest.raises(BadInput, match=message):
         METHOD.plan(shape, METHOD.Options(**options))
 
 
-def test_a_quantized_model_is_refused(tmp_path):
-    written, _ = quantized(dense(tmp_path / "dense", "llama"), tmp_path, group_size=32)
+def test_a_quantized_model_is_refused(dense, tmp_path):
+    written, _ = quantized(dense("llama"), tmp_path, group_size=32)
     with pytest.raises(BadInput, match=r"already quantized \(compressed-tensors\)"):
         METHOD.plan(ModelShape.of(Checkpoint.open(written)), METHOD.Options(group_size=32))
 
@@ -230,9 +236,9 @@ def test_options_that_do_not_exist(options):
         METHOD.Options(**options)
 
 
-def test_who_can_load_a_plan(tmp_path):
+def test_who_can_load_a_plan(dense):
     def said(name: str, **options) -> str:
-        shape = ModelShape.of(Checkpoint.open(dense(tmp_path / name, name)))
+        shape = ModelShape.of(Checkpoint.open(dense(name)))
         return METHOD.plan(shape, METHOD.Options(group_size=32, **options)).loads_with
 
     assert said("llama") == "transformers with compressed-tensors"

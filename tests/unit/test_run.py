@@ -76,7 +76,7 @@ class House:
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> House:
-    return House(tmp_path_factory.mktemp("house"), layers=16)
+    return House(tmp_path_factory.mktemp("house"), layers=10)
 
 
 # A process that has imported everything forks one process a run: what is killed is a real command, but its

@@ -68,45 +68,52 @@ def test_predictions_are_those_of_transformers_one_by_one(
     family: str, tiny_encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """For texts, words and questions; in one chunk with padding as in chunks of one."""
-    for limit in (1 << 14, 1):
-        monkeypatch.setattr(task, "CHUNK_TOKENS", limit)
-        folder = tiny_encoder(f"{family}ForSequenceClassification", "texts", num_labels=3)
-        model, tokenizer = loaded(folder, hf.AutoModelForSequenceClassification)
-        inputs = [tokenizer(text, return_tensors="pt").input_ids for text in TEXTS]
-        expected = [int(model(ids).logits.argmax()) for ids in inputs]
-        assert predictions(folder, write(tmp_path, TEXT_ROWS)) == expected
 
-        folder = tiny_encoder(f"{family}ForTokenClassification", "words", num_labels=3)
-        model, _ = loaded(folder, hf.AutoModelForTokenClassification)
-        expected = []
-        for text in TEXTS:
-            encoded = tokenizer(text.split(), is_split_into_words=True, return_tensors="pt")
-            labels = model(encoded.input_ids).logits[0].argmax(-1).tolist()
-            words = encoded.word_ids()
-            expected.append({word: labels[words.index(word)] for word in range(len(text.split()))})
-        assert predictions(folder, write(tmp_path, WORD_ROWS)) == expected
+    def found(folder: Path, rows: list[Any]) -> list[Any]:
+        file, answers = write(tmp_path, rows), []
+        for limit in (1 << 14, 1):
+            monkeypatch.setattr(task, "CHUNK_TOKENS", limit)
+            answers.append(predictions(folder, file))
+        assert answers[0] == answers[1]
+        return answers[0]
 
-        folder = tiny_encoder(f"{family}ForQuestionAnswering", "questions")
-        model, _ = loaded(folder, hf.AutoModelForQuestionAnswering)
-        typed = getattr(model.config, "type_vocab_size", 1) > 1
-        expected = []
-        for row in QUESTION_ROWS:
-            encoded = tokenizer(
-                row["question"],
-                row["context"],
-                return_tensors="pt",
-                return_offsets_mapping=True,
-                return_token_type_ids=typed,
-            )
-            spans, texts = encoded.pop("offset_mapping")[0].tolist(), encoded.sequence_ids()
-            output = model(**encoded)
-            inside = [position for position, text in enumerate(texts) if text == 1]
-            begin, end = max(
-                ((b, e) for b in inside for e in inside if b <= e < b + 30),
-                key=lambda pair: float(output.start_logits[0, pair[0]] + output.end_logits[0, pair[1]]),
-            )
-            expected.append(row["context"][spans[begin][0] : spans[end][1]])
-        assert predictions(folder, write(tmp_path, QUESTION_ROWS)) == expected
+    folder = tiny_encoder(f"{family}ForSequenceClassification", "texts", num_labels=3)
+    model, tokenizer = loaded(folder, hf.AutoModelForSequenceClassification)
+    inputs = [tokenizer(text, return_tensors="pt").input_ids for text in TEXTS]
+    expected = [int(model(ids).logits.argmax()) for ids in inputs]
+    assert found(folder, TEXT_ROWS) == expected
+
+    folder = tiny_encoder(f"{family}ForTokenClassification", "words", num_labels=3)
+    model, _ = loaded(folder, hf.AutoModelForTokenClassification)
+    expected = []
+    for text in TEXTS:
+        encoded = tokenizer(text.split(), is_split_into_words=True, return_tensors="pt")
+        labels = model(encoded.input_ids).logits[0].argmax(-1).tolist()
+        words = encoded.word_ids()
+        expected.append({word: labels[words.index(word)] for word in range(len(text.split()))})
+    assert found(folder, WORD_ROWS) == expected
+
+    folder = tiny_encoder(f"{family}ForQuestionAnswering", "questions")
+    model, _ = loaded(folder, hf.AutoModelForQuestionAnswering)
+    typed = getattr(model.config, "type_vocab_size", 1) > 1
+    expected = []
+    for row in QUESTION_ROWS:
+        encoded = tokenizer(
+            row["question"],
+            row["context"],
+            return_tensors="pt",
+            return_offsets_mapping=True,
+            return_token_type_ids=typed,
+        )
+        spans, texts = encoded.pop("offset_mapping")[0].tolist(), encoded.sequence_ids()
+        output = model(**encoded)
+        inside = [position for position, text in enumerate(texts) if text == 1]
+        begin, end = max(
+            ((b, e) for b in inside for e in inside if b <= e < b + 30),
+            key=lambda pair: float(output.start_logits[0, pair[0]] + output.end_logits[0, pair[1]]),
+        )
+        expected.append(row["context"][spans[begin][0] : spans[end][1]])
+    assert found(folder, QUESTION_ROWS) == expected
 
 
 @torch.no_grad()

@@ -44,9 +44,10 @@ TASK_REPETITIONS = 100
 def evaluate_folder(
     model: str,
     *,
+    revision: str | None = None,
     baseline: str | None = None,
-    task_file: str | None = None,
     baseline_revision: str | None = None,
+    task_file: str | None = None,
     text: str = "bundled:evaluation",
     context: int = 512,
     limit: int | None = 32,
@@ -62,10 +63,11 @@ def evaluate_folder(
 
     Args:
         model: folder, hub id or ``demo``.
+        revision: branch, tag or commit of a model on the hub.
         baseline: the dense model; the model itself if not given.
+        baseline_revision: of a baseline on the hub.
         task_file: labelled examples for an encoder with a task head (see :mod:`compress.task_file`), scored
             in place of text.
-        baseline_revision: branch, tag or commit of a baseline on the hub.
         text: what to score; sources as for calibration.
         context: tokens in a window; windows do not overlap, and the first token of each is not scored.
         limit: number of windows at most.
@@ -80,7 +82,7 @@ def evaluate_folder(
         CompressError: text or model cannot be fetched, or the model puts out NaN.
     """
     check_device(device)
-    source = find_model(model)
+    source = find_model(model, revision)
     dense_source = find_model(baseline, baseline_revision) if baseline else source
     checkpoint, dense = Checkpoint.open(source.folder), Checkpoint.open(dense_source.folder)
     if memory is not None:

@@ -113,8 +113,15 @@ def load_recipe(
     data = _read(Path(source), seen=())
     for setting in settings or []:
         _set(data, setting)
-    data |= {key: value for key, value in (overrides or {}).items() if value is not None}
-    return parse_recipe(data)
+    changes = {key: value for key, value in (overrides or {}).items() if value is not None}
+    return parse_recipe(_changed(data, changes))
+
+
+def _changed(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``data`` with top-level ``changes``; a revision is one of its own model."""
+    return {
+        key: value for key, value in data.items() if key != "revision" or "model" not in changes
+    } | changes
 
 
 def parse_recipe(data: dict[str, Any]) -> Recipe:
@@ -189,6 +196,18 @@ def _is_section(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML's readers silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                mark = node.value[number][0].start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"'{key}' is given twice", mark)
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not path.is_file():  # a folder may well have the name of a bundled recipe
         bundled = bundled_recipes()
@@ -201,7 +220,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path in seen:
         raise BadInput(f"The recipe '{path}' includes itself.")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise BadInput(f"The recipe '{path}' cannot be read: {' '.join(str(error).split())}.") from None
     if not isinstance(data, dict):
@@ -210,7 +229,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         if not isinstance(included, str):
             raise BadInput(f"In the recipe '{path}', 'include' must be one file name.")
         base = path.parent / included
-        data = _read(base if base.exists() else Path(included), (*seen, path)) | data
+        data = _changed(_read(base if base.exists() else Path(included), (*seen, path)), data)
     return data
 
 

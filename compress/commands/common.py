@@ -56,6 +56,7 @@ def _set_up_logging(ctx: click.Context, parameter: click.Parameter, value: Any) 
     return value
 
 
+revision_option = click.option("--revision", help="Branch, tag or commit of a hub model.")
 seed_option = click.option("--seed", type=int, default=None, help="Seed of every random choice. [default: 0]")
 device_option = click.option(
     "--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1."

@@ -13,6 +13,7 @@ from compress.commands.common import (
     logging_options,
     print_json,
     progress_shown,
+    revision_option,
     stdout,
 )
 
@@ -20,6 +21,8 @@ from compress.commands.common import (
 @click.command()
 @click.argument("model", required=False, metavar="MODEL")
 @click.option("--baseline", help="The dense model to compare with. [default: MODEL itself]")
+@revision_option
+@click.option("--baseline-revision", help="Branch, tag or commit of a baseline on the hub.")
 @click.option(
     "--suite", type=click.Choice(["quick"]), default="quick", show_default=True, help="What to measure."
 )
@@ -59,6 +62,8 @@ from compress.commands.common import (
 def evaluate(
     model: str | None,
     baseline: str | None,
+    revision: str | None,
+    baseline_revision: str | None,
     suite: str,
     task_file: str | None,
     text: str,
@@ -96,7 +101,9 @@ def evaluate(
     with progress_shown() as progress:
         scorecards = evaluate_folder(
             model,
+            revision=revision,
             baseline=baseline,
+            baseline_revision=baseline_revision,
             task_file=task_file,
             text=text,
             context=context,

@@ -6,13 +6,14 @@ from typing import Any
 
 import rich_click as click
 
-from compress.commands.common import common_options, make_table, print_json, stdout
+from compress.commands.common import common_options, make_table, print_json, revision_option, stdout
 
 
 @click.command()
 @click.argument("model")
+@revision_option
 @common_options
-def inspect(model: str, as_json: bool) -> None:
+def inspect(model: str, revision: str | None, as_json: bool) -> None:
     """Show where MODEL comes from, its shapes, and how many bytes each part takes."""
     from compress.anatomy import layer_shapes
     from compress.artefact import read_lineage
@@ -21,7 +22,7 @@ def inspect(model: str, as_json: bool) -> None:
     from compress.plan import ModelShape
     from compress.quantization.stacks import STACKS, sizes
 
-    source = find_model(model)
+    source = find_model(model, revision)
     checkpoint = Checkpoint.open(source.folder)
     shape = ModelShape.of(checkpoint)
     lineage = read_lineage(source.folder)

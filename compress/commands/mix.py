@@ -15,6 +15,7 @@ from compress.commands.common import (
     make_table,
     print_json,
     progress_shown,
+    revision_option,
     seed_option,
     stdout,
 )
@@ -34,6 +35,7 @@ def _widths(ctx: click.Context, option: click.Parameter, text: str) -> list[int]
     "--bits", "widths", default="2,3,4,8", show_default=True, callback=_widths, help="Widths to choose from."
 )
 @click.option("-m", "--model", help="Use this model instead of the recipe's.")
+@revision_option
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change the recipe: steps.0.group_size=64."
 )
@@ -48,6 +50,7 @@ def mix(
     memory: str,
     widths: list[int],
     model: str | None,
+    revision: str | None,
     settings: tuple[str, ...],
     output: Path,
     seed: int | None,
@@ -72,7 +75,7 @@ def mix(
     check_file(output)
     if output.exists():
         raise BadInput(f"'{output}' exists already; write to another file.")
-    loaded = load_recipe(recipe, {"model": model, "seed": seed}, list(settings))
+    loaded = load_recipe(recipe, {"model": model, "revision": revision, "seed": seed}, list(settings))
     # Beside the output, since what is measured may be larger than a /tmp that lies in memory.
     beside = tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent)
     with progress_shown() as progress, beside as folder:

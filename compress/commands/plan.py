@@ -6,7 +6,14 @@ from typing import Any
 
 import rich_click as click
 
-from compress.commands.common import common_options, dtype_option, make_table, print_json, stdout
+from compress.commands.common import (
+    common_options,
+    dtype_option,
+    make_table,
+    print_json,
+    revision_option,
+    stdout,
+)
 
 
 @click.command()
@@ -15,15 +22,23 @@ from compress.commands.common import common_options, dtype_option, make_table, p
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change the recipe: steps.0.layers=4."
 )
+@revision_option
 @dtype_option
 @common_options
-def plan(model: str, recipe: str, settings: tuple[str, ...], dtype: str | None, as_json: bool) -> None:
+def plan(
+    model: str,
+    recipe: str,
+    settings: tuple[str, ...],
+    revision: str | None,
+    dtype: str | None,
+    as_json: bool,
+) -> None:
     """Say what RECIPE will make of MODEL: bytes, parameters, who can load it. Reads headers only."""
     from compress.plan import make_plan
     from compress.recipe import load_recipe
     from compress.run import open_model
 
-    loaded = load_recipe(recipe, {"model": model, "dtype": dtype}, list(settings))
+    loaded = load_recipe(recipe, {"model": model, "revision": revision, "dtype": dtype}, list(settings))
     tell_plan(make_plan(open_model(loaded)[1], loaded.steps), as_json)
 
 

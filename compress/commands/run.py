@@ -13,6 +13,7 @@ from compress.commands.common import (
     dtype_option,
     print_json,
     progress_shown,
+    revision_option,
     seed_option,
 )
 
@@ -20,6 +21,7 @@ from compress.commands.common import (
 @click.command()
 @click.argument("recipe")
 @click.option("-m", "--model", help="Use this model instead of the recipe's.")
+@revision_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the result.")
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change the recipe: steps.0.layers=4."
@@ -34,6 +36,7 @@ from compress.commands.common import (
 def run(
     recipe: str,
     model: str | None,
+    revision: str | None,
     output: Path | None,
     settings: tuple[str, ...],
     dry_run: bool,
@@ -47,7 +50,7 @@ def run(
     """Carry out RECIPE, a YAML file or the name of a bundled recipe."""
     from compress.recipe import load_recipe
 
-    changes = {"model": model, "dtype": dtype, "seed": seed}
+    changes = {"model": model, "revision": revision, "dtype": dtype, "seed": seed}
     loaded = load_recipe(recipe, changes, list(settings))
     execute_and_tell(loaded, output, dry_run, resume, overwrite, device, as_json)
 

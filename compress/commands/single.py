@@ -8,7 +8,13 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import rich_click as click
 
-from compress.commands.common import common_options, device_option, dtype_option, seed_option
+from compress.commands.common import (
+    common_options,
+    device_option,
+    dtype_option,
+    revision_option,
+    seed_option,
+)
 from compress.commands.methods import shown
 from compress.commands.run import execute_and_tell
 from compress.registry import METHODS, find_method, method_names
@@ -96,7 +102,7 @@ def _command(name: str, family: str, text: str) -> click.Command:
             help=f"One of: {', '.join(METHODS[family])}. With --help: its options.",
         ),
         click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the result."),
-        click.option("--revision", help="Branch, tag or commit of a hub model."),
+        revision_option,
         click.option(
             "--calibration", default="bundled", show_default=True, help="Text to look at while compressing."
         ),

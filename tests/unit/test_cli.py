@@ -729,6 +729,36 @@ def test_a_run_evaluates_its_own_result_against_the_revision_it_began_with(
     assert (options["baseline"], options["baseline_revision"]) == ("us/tiny", "abc")
 
 
+def test_every_command_that_opens_a_model_takes_its_revision(
+    command: Command,
+    tiny: Path,
+    quantized: Path,
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    asked = set()
+
+    def find(name: str, revision: str | None = None) -> ModelSource:
+        asked.add((name, revision))
+        return ModelSource(name, revision, quantized if name == "us/small" else tiny)
+
+    for module in ("models", "evaluate", "run"):
+        monkeypatch.setattr(f"compress.{module}.find_model", find)
+    monkeypatch.setattr(compress.evaluate, "measure", lambda *_, **__: None)
+    monkeypatch.setattr(compress.evaluate, "add_evaluations", lambda *_: None)
+    both = ["--baseline", "us/tiny", "--baseline-revision", "v0"]
+    for words in (
+        ["inspect", "us/tiny", "--revision", "v1"],
+        ["plan", "us/tiny", recipe, "--revision", "v2"],
+        ["run", recipe, "-m", "us/tiny", "--revision", "v3", "--dry-run"],
+        ["quantize", "us/tiny", *RTN, "--revision", "v4", "--dry-run"],
+        ["evaluate", "us/small", "--revision", "v5", *both, *SCORING],
+    ):
+        assert command(*words).code == 0
+    assert asked == {("us/tiny", f"v{n}") for n in range(5)} | {("us/small", "v5")}
+
+
 @pytest.mark.usefixtures("measured_here")
 def test_an_evaluation_is_kept_and_shown(command: Command, tiny: Path, quantized: Path, tmp_path: Path):
     result = Path(shutil.copytree(quantized, tmp_path / "result"))

@@ -111,6 +111,14 @@ def test_include_is_the_ground_that_keys_are_put_on(tmp_path: Path):
     assert load_recipe(write(tmp_path, "d.yaml", "include: int4\nmodel: x\n")).steps[0][0].name == "rtn"
 
 
+def test_a_revision_is_one_of_its_own_model(tmp_path: Path):
+    file = write(tmp_path, "a.yaml", "model: one\nrevision: abc\n")
+    assert load_recipe(file).revision == load_recipe(file, {"model": None}).revision == "abc"
+    assert load_recipe(file, {"model": "two"}).revision is None
+    assert load_recipe(file, {"model": "two", "revision": "v2"}).revision == "v2"
+    assert load_recipe(write(tmp_path, "b.yaml", "include: a.yaml\nmodel: two\n")).revision is None
+
+
 def test_include_that_leads_back_or_nowhere_is_refused(tmp_path: Path):
     write(tmp_path, "a.yaml", "include: b.yaml\n")
     back = write(tmp_path, "b.yaml", "include: a.yaml\n")
@@ -133,6 +141,7 @@ def test_include_that_leads_back_or_nowhere_is_refused(tmp_path: Path):
         (b"- 1\n", "is not a YAML mapping"),
         (b"", "is not a YAML mapping"),
         (b"model: \xff\xfe\n", "cannot be read"),
+        (b"steps: [{method: rtn, bits: 4, bits: 3}]\n", "'bits' is given twice"),
         (b"model: !!python/object/apply:os.getcwd []\n", "cannot be read"),
     ],
 )

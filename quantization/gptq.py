@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from compress.stream import Layer, Observer, Stream, StreamedModel
 
 BLOCK = 128
-"""Columns between two updates of all columns behind them; only the speed depends on it."""
+"""Columns between two updates of all columns behind them, and of H in one product; only the speed depends on
+it."""
 
 
 class GPTQ(Method):
@@ -153,12 +154,22 @@ class Hessian:
         """Products in float32, summed up in float64."""
         rows = inputs[mask].float()
         self.tokens += len(rows)
-        product = (rows.T @ rows).double()
+        product = gram(rows).double()
         self.sum = product if self.sum is None else self.sum + product
         if self.dense is not None:
             dense = self.dense.read(start, start + len(inputs)).to(rows.device)[mask]
             product = ((dense - rows).T @ rows).double()
             self.difference = product if self.difference is None else self.difference + product
+
+
+def gram(rows: torch.Tensor) -> torch.Tensor:
+    """X^T X of X [tokens, in], computed on and above the diagonal only: float32 [in, in]."""
+    width = rows.shape[1]
+    product = rows.new_empty(width, width)
+    for start in range(0, width, BLOCK):
+        stop = start + BLOCK
+        torch.mm(rows[:, start:stop].T, rows[:, start:], out=product[start:stop, start:])
+    return product.triu_() + product.triu(1).T
 
 
 def advance_keeping(
@@ -227,51 +238,56 @@ def quantize(
     Raises:
         BadInput: NaN or infinite weights, or H is not positive even with damping.
     """
-    out, width = dense.shape
+    width = dense.shape[1]
     size = width if form.group_size == CHANNEL else form.group_size
-    weights, hessian = dense.double().clone(), hessian.clone()
+    hessian = hessian.clone()
     diagonal = hessian.diagonal()
     unused = diagonal == 0  # no input ever: nothing to make up for, and nothing changes if they are rounded
     diagonal[unused] = 1
     order = torch.arange(width)
     grid = (form.bits, form.symmetric, scale_dtype, name)
-    scales, zeros = choose_grid(dense.float().view(out, -1, size), *grid)
+    scales, zeros = choose_grid(dense.float().view(len(dense), -1, size), *grid)
     if options.act_order:
         order = diagonal.argsort(descending=True, stable=True)
-    weights, hessian = weights[:, order], hessian[order][:, order]
+    hessian = hessian[order][:, order]
     hessian.diagonal().add_(options.damping * diagonal.mean())
-    factor, failed = torch.linalg.cholesky_ex(hessian)
+    # H = R R^T with R upper triangular, so H^-1 = U^T U with U = R^-1.
+    factor, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
     if failed:
         raise BadInput(
             f"The inputs of '{name}' are too alike for GPTQ; use more calibration text or damping."
         )
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+    upper = torch.linalg.solve_triangular(factor.flip(0, 1), torch.eye(width).to(hessian), upper=True)
+    columns = dense.double().T[order]  # each in one piece of memory
     if difference is not None:
         share = options.asymmetric_calibration
-        weights += share * weights @ compensation(difference[order][:, order], upper)
+        columns += share * compensation(difference[order][:, order], upper).T @ columns
 
-    codes = torch.empty(out, width, dtype=torch.uint8)
+    steps, points = scales.double().T.contiguous(), zeros.double().T.contiguous()
+    codes = torch.empty(columns.shape, dtype=torch.uint8)
     for start in range(0, width, BLOCK):
         stop = min(start + BLOCK, width)
-        errors = torch.zeros(out, stop - start, dtype=torch.float64)
+        errors = torch.zeros_like(columns[start:stop])
         for column in range(start, stop):
             group = int(order[column]) // size
             if not options.act_order and column % size == 0:
                 # All columns of the group with what they make up for so far, those behind this block, too.
-                behind = weights[:, column : column + size].clone()
+                behind = columns[column : column + size].clone()
                 if column + size > stop:
                     done = column - start
-                    behind[:, stop - column :] -= errors[:, :done] @ upper[start:column, stop : column + size]
-                scale, zero = choose_grid(behind.float().unsqueeze(1), *grid)
+                    behind[stop - column :] -= upper[start:column, stop : column + size].T @ errors[:done]
+                scale, zero = choose_grid(behind.T.float().unsqueeze(1), *grid)
                 scales[:, group], zeros[:, group] = scale[:, 0], zero[:, 0]
-            scale, zero = scales[:, group].double(), zeros[:, group].double()
-            code = nearest_codes(weights[:, column], scale, zero, form.bits)
-            codes[:, order[column]] = code.to(torch.uint8)
-            error = (weights[:, column] - (code - zero) * scale) / upper[column, column]
-            weights[:, column:stop] -= error[:, None] * upper[column, column:stop]
-            errors[:, column - start] = error
-        weights[:, stop:] -= errors @ upper[start:stop, stop:]
-    return QuantizedWeight(codes, scales, zeros.to(torch.uint8), form.bits, form.group_size, form.symmetric)
+                steps[group], points[group] = scale[:, 0], zero[:, 0]
+            code = nearest_codes(columns[column], steps[group], points[group], form.bits)
+            codes[order[column]] = code
+            rounded = (code - points[group]).mul_(steps[group])
+            errors[column - start] = error = (columns[column] - rounded).div_(upper[column, column])
+            columns[column + 1 : stop].addr_(upper[column, column + 1 : stop], error, alpha=-1)
+        columns[stop:] -= upper[start:stop, stop:].T @ errors
+    return QuantizedWeight(
+        codes.T.contiguous(), scales, zeros.to(torch.uint8), form.bits, form.group_size, form.symmetric
+    )
 
 
 def compensation(difference: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:

@@ -54,6 +54,8 @@ class Method(ABC):
     family: ClassVar[Family]
     paper: ClassVar[Paper]
     needs_calibration: ClassVar[bool] = True
+    needs_package: ClassVar[str | None] = None
+    """A library beyond those always installed; the extra that brings it has its name."""
     Options: ClassVar[type[MethodOptions]]
 
     @abstractmethod

@@ -6,11 +6,13 @@ import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any
 
 from compress import adapter
 from compress.anatomy import Anatomy, Sizes, anatomy_of, sizes_of, weight
 from compress.checkpoint import Checkpoint, TensorInfo
+from compress.errors import BadInput
 from compress.method import Method, MethodOptions
 from compress.modeling import config_of, skeleton
 
@@ -172,12 +174,17 @@ def make_plan(checkpoint: Checkpoint, steps: list[tuple[Method, MethodOptions]])
     """Follow the shape of the model through the steps.
 
     Raises:
-        BadInput: the architecture is not supported, or a step cannot be done to the shape it meets.
+        BadInput: the architecture is not supported, a method's library is not installed, or a step cannot be
+            done to the shape it meets.
     """
     before = shape = ModelShape.of(checkpoint)
     anatomy_of(before.pretrained_config)  # first of all, so that no method complains of something else
     planned = []
     for method, options in steps:
+        if (package := method.needs_package) and find_spec(package) is None:
+            raise BadInput(
+                f"The method {method.name} needs {package}: pip install 'compress-model[{package}]'."
+            )
         shape = method.plan(shape, options)
         planned.append(
             PlannedStep(method.name, shape.nbytes, shape.parameters, shape.num_layers, shape.loads_with)

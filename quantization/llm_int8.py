@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,14 +49,11 @@ class LLMInt8(Method):
     family = "quantization"
     paper = Paper("LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", "2208.07339")
     needs_calibration = False
+    needs_package = "bitsandbytes"
 
     Options = Int8Options
 
     def plan(self, shape: ModelShape, options: Int8Options) -> ModelShape:
-        if find_spec("bitsandbytes") is None:
-            raise BadInput(
-                "The method llm-int8 needs bitsandbytes: pip install 'compress-model[bitsandbytes]'."
-            )
         return packed_shape(shape, layout_of(shape, options))
 
     def apply(self, model: StreamedModel, options: Int8Options, run: Run) -> StepReport:

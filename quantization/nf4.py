@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
 
 from compress.checkpoint import DTYPES
-from compress.errors import BadInput
 from compress.method import Method, MethodOptions, Paper, StepReport
 from compress.quantization.nf4_format import BLOCK, NF4Format, NF4Weight, unpack_high_first
 from compress.quantization.weights import Layout, Packing, layout_of_one, packed_shape
@@ -41,12 +39,11 @@ class NF4(Method):
     family = "quantization"
     paper = Paper("QLoRA: Efficient Finetuning of Quantized LLMs", "2305.14314")
     needs_calibration = False
+    needs_package = "bitsandbytes"
 
     Options = NF4Options
 
     def plan(self, shape: ModelShape, options: NF4Options) -> ModelShape:
-        if find_spec("bitsandbytes") is None:
-            raise BadInput("The method nf4 needs bitsandbytes: pip install 'compress-model[bitsandbytes]'.")
         return packed_shape(shape, layout_of(shape, options))
 
     def apply(self, model: StreamedModel, options: NF4Options, run: Run) -> StepReport:

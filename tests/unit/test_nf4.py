@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from compress.checkpoint import Checkpoint, Draft, write_weights
 from compress.errors import BadInput
 from compress.kernels.nf4_linear import NF4Linear
 from compress.method import StepReport
-from compress.plan import ModelShape
+from compress.plan import ModelShape, make_plan
 from compress.quantization.formats import Formats, loaders
 from compress.quantization.nf4_format import NF4Weight, pack_high_first, unpack_high_first
 from compress.run import Run
@@ -153,7 +152,6 @@ def test_what_cannot_be_done_is_said(
     tensors[f"{name}.weight"] = tensors[f"{name}.weight"][:-1]
     with pytest.raises(BadInput, match="shape"):
         form.read(name, tensors.__getitem__)
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.setattr("compress.quantization.nf4.find_spec", lambda _: None)
-    with pytest.raises(BadInput, match="needs bitsandbytes"):
-        METHOD.plan(ModelShape.of(Checkpoint.open(dense("llama"))), METHOD.Options())
+    monkeypatch.setattr("compress.plan.find_spec", lambda _: None)
+    with pytest.raises(BadInput, match=r"nf4 needs bitsandbytes: pip install 'compress-model\[bits"):
+        make_plan(Checkpoint.open(dense("llama")), [(METHOD, METHOD.Options())])

@@ -62,6 +62,14 @@ STACKED: dict[str, dict[str, Any]] = {  # made once; at a width no larger than G
     "bitstack": {"method": "bitstack", "blocks": 8, "embedding_bits": 8},
 }
 
+# Inputs at 8 bits and the key-value cache at 4 besides the weights, trained on text the model writes itself.
+LLM_QAT = {"method": "llm-qat", "batch_size": 4, "learning_rate": 3e-4, "embedding_bits": 8}
+TRAINED: dict[str, dict[str, Any]] = {
+    "W4A8KV4, rounded": {**LLM_QAT, "steps": 0},
+    "W4A8KV4, llm-qat": {**LLM_QAT, "epochs": 2},
+}
+GENERATED = {"source": "generate", "nsamples": 240, "seqlen": 128, "seed": 0}
+
 MIXED = "awq"  # the method whose bits are chosen for every linear, to be put beside llama.cpp's own mixtures
 LLAMA_CPP = {2: ("Q2_K",), 3: ("Q3_K_M",), 4: ("Q4_0", "Q4_K_M")}
 
@@ -200,18 +208,18 @@ class Bench:
             )
         model.close()
 
-    def ours(self, step: dict[str, Any]) -> Callable[[Path], Made]:
+    def ours(self, step: dict[str, Any], calibration: dict[str, Any] | None = None) -> Callable[[Path], Made]:
         """By compress-model, with the step of a recipe."""
 
         def make(output: Path) -> Made:
             recipe = output.with_suffix(".yaml")
-            self.write_recipe(recipe, step)
+            self.write_recipe(recipe, step, calibration or self.calibration)
             return self.run(recipe, output)
 
         return make
 
-    def write_recipe(self, recipe: Path, step: dict[str, Any]) -> None:
-        settings = {"model": str(self.dense.folder), "calibration": self.calibration, "steps": [step]}
+    def write_recipe(self, recipe: Path, step: dict[str, Any], calibration: dict[str, Any]) -> None:
+        settings = {"model": str(self.dense.folder), "calibration": calibration, "steps": [step]}
         recipe.write_text(yaml.safe_dump(settings))
 
     @staticmethod
@@ -227,7 +235,7 @@ class Bench:
         def make(output: Path) -> Made:
             memory = self.row(other, make_other)["made"]["nbytes"]
             before, recipe = output.with_suffix(".before.yaml"), output.with_suffix(".yaml")
-            self.write_recipe(before, METHODS[name](4))
+            self.write_recipe(before, METHODS[name](4), self.calibration)
             recipe.unlink(missing_ok=True)
             started = time.perf_counter()
             command("mix", before, "--memory", str(memory), "-o", recipe)
@@ -357,6 +365,10 @@ def contenders(
     """(name, bits, how to make it)."""
     for bits in arguments.bits:
         for name in arguments.methods:
+            if name == LLM_QAT["method"]:
+                for row, step in TRAINED.items() if bits == 4 else ():
+                    yield row, bits, bench.ours(step, GENERATED)
+                continue
             make = bench.stacked(name, bits) if name in STACKED else bench.ours(METHODS[name](bits))
             yield f"{name}, {bits} bits", bits, make
             if name == "apiq":  # whose adapters' bytes GPTQ may spend on wider codes
@@ -402,7 +414,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
-    parser.add_argument("--methods", nargs="*", default=[*METHODS, *STACKED])
+    parser.add_argument("--methods", nargs="*", default=[*METHODS, *STACKED, "llm-qat"])
     parser.add_argument("--nsamples", type=int, default=32, help="calibration windows of 512 tokens")
     parser.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=list(PROTOCOLS))
     parser.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help="sources of llama.cpp")
@@ -432,6 +444,8 @@ def main() -> None:
         + "; ".join(f"{PROTOCOLS[name][2]} windows of {name}" for name in arguments.protocols)
         + ". KL from the dense model; ± is a 95 % interval.",
         f"- ApiQ with rank {APIQ_RANK}. Nested and bitstack are one file each, read up to the bytes of GPTQ.",
+        f"- W4A8KV4: inputs at 8 bits and the key-value cache at 4, too; llm-qat is trained on "
+        f"{GENERATED['nsamples']} windows of {GENERATED['seqlen']} tokens that the model wrote itself.",
         "- Mixed to fit: bits for every linear by compress-model mix, in no more bytes than that file of "
         "llama.cpp, or ApiQ's. Seconds include mix, peak memory does not.",
         "- llama.cpp without an importance matrix; its K-quants fall back where rows are no multiple of 256.",

@@ -228,7 +228,16 @@ def mixed(
     checkpoint = open_model(recipe)[1]
     model = StreamedModel(checkpoint, device, progress)
     windows = _calibration(recipe, checkpoint, device, progress)
-    return mix(model, options, widths, memory, windows, recipe.seed, folder)
+    return mix(
+        model,
+        options,
+        widths,
+        memory,
+        windows,
+        recipe.seed,
+        folder,
+        calibrated=method.needs_calibration,
+    )
 
 
 def _calibration(recipe: Recipe, checkpoint: Checkpoint, device: str, progress: Progress) -> Windows:

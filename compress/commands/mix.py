@@ -90,8 +90,8 @@ def mix(
         return
     _tell(found)
     click.echo(
-        f"{output}: {method.name} in {found.nbytes / 1e6:,.1f} MB of tensors; rounding to the nearest with "
-        f"these bits is expected to cost {found.loss:.3g} nats a token."
+        f"{output}: {method.name} in {found.nbytes / 1e6:,.1f} MB of tensors; these bits are expected to "
+        f"cost {found.loss:.3g} nats a token."
     )
 
 

@@ -76,6 +76,22 @@ def test_more_memory_lowers_the_expected_loss(tiny_decoder: Callable[..., Path])
         assert each.nbytes <= sizes[bits]
 
 
+def test_methods_that_look_at_text_are_trusted_to_spare_the_channels_that_matter(
+    tiny_decoder: Callable[..., Path],
+) -> None:
+    model = tiny_decoder()
+    tensors = load_file(model / "model.safetensors")
+    for layer in range(2):
+        tensors[f"model.layers.{layer}.input_layernorm.weight"][3] *= 30
+        tensors[f"model.layers.{layer}.post_attention_layernorm.weight"][5] *= 30
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    memory = uniform(model, 3)
+    plain, free, aware = (mix(model, memory, [3], method=name) for name in ("rtn", "hqq", "awq"))
+    assert free.loss == plain.loss
+    assert aware.loss < 0.8 * plain.loss
+    assert mix(model, memory, method="awq").bits != mix(model, memory).bits
+
+
 def test_what_the_output_does_not_depend_on_gets_the_fewest_bits(tiny_decoder: Callable[..., Path]) -> None:
     model = tiny_decoder()
     tensors = load_file(model / "model.safetensors")

@@ -10,10 +10,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from compress.artefact import Step
 
 # As the command line does: spinning threads lose whole time slices on a shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -147,6 +151,31 @@ def shared_decoder(
         return made[key]
 
     return get
+
+
+@pytest.fixture
+def carry_out(tmp_path: Path) -> Callable[..., tuple[Path, Step]]:
+    """A method of quantization on a model: the folder of the result, which holds what was planned, and what
+    is known of the step."""
+    from compress.checkpoint import Checkpoint
+    from compress.plan import ModelShape
+    from compress.recipe import parse_recipe
+    from compress.run import execute
+
+    folders = (tmp_path / f"written-{number}" for number in count())
+
+    def carry(name: str, model: Path, **options: Any) -> tuple[Path, Step]:
+        recipe = parse_recipe({"model": str(model), "steps": [{"method": name, **options}]})
+        ((method, chosen),) = recipe.steps
+        planned = method.plan(ModelShape.of(Checkpoint.open(model)), chosen)
+        folder = next(folders)
+        step = execute(recipe, folder).steps[0]
+        written = Checkpoint.open(folder)
+        assert written.tensors == planned.tensors
+        assert written.config == planned.config
+        return folder, step
+
+    return carry
 
 
 @pytest.fixture

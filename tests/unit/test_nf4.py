@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,13 @@ import torch
 import transformers as hf
 
 import compress
-from compress.checkpoint import Checkpoint, Draft, write_weights
+from compress.artefact import Step
+from compress.checkpoint import Checkpoint
 from compress.errors import BadInput
 from compress.kernels.nf4_linear import NF4Linear
-from compress.method import StepReport
-from compress.plan import ModelShape, make_plan
+from compress.plan import make_plan
 from compress.quantization.formats import Formats, loaders
 from compress.quantization.nf4_format import NF4Weight, pack_high_first, unpack_high_first
-from compress.run import Run
-from compress.stream import StreamedModel
 
 functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
 
@@ -31,6 +30,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("OPTForCausalLM", {"word_embed_proj_dim": 32}),
     "gpt2": ("GPT2LMHeadModel", {}),
 }
+Quantize = Callable[..., tuple[Path, Step]]
 METHOD = NF4()
 
 
@@ -42,19 +42,9 @@ def dense(shared_decoder: Callable[..., Path]) -> Callable[..., Path]:
     return get
 
 
-def rounded(folder: Path, work: Path, **options: Any) -> tuple[Path, StepReport]:
-    options = METHOD.Options(**options)
-    checkpoint = Checkpoint.open(folder)
-    planned = METHOD.plan(ModelShape.of(checkpoint), options)
-    run = Run(Draft(checkpoint, work / "draft"), None, 0, work / "draft", "cpu", lambda text, share: None)
-    report = METHOD.apply(StreamedModel(checkpoint), options, run)
-    assert run.draft.tensors == planned.tensors
-    assert run.draft.config == planned.config
-    written = work / "written"
-    written.mkdir()
-    write_weights(run.draft, written)
-    (written / "config.json").write_text(json.dumps(run.draft.config))
-    return written, report
+@pytest.fixture
+def rounded(carry_out: Quantize) -> Quantize:
+    return partial(carry_out, "nf4")
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -89,10 +79,14 @@ def test_nibbles_come_back() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_stock_transformers_compute_the_same(
-    dense: Callable[..., Path], name, dtype, double_quant, tmp_path: Path
+    rounded: Quantize,
+    dense: Callable[..., Path],
+    name,
+    dtype,
+    double_quant,
 ) -> None:
     folder = dense(name, dtype)
-    written, report = rounded(folder, tmp_path, double_quant=double_quant)
+    written, report = rounded(folder, double_quant=double_quant)
     ours = compress.load(written)
     assert sum(isinstance(part, NF4Linear) for part in ours.modules()) == report.details["linears"]
     stock = hf.AutoModelForCausalLM.from_pretrained(written)
@@ -101,9 +95,11 @@ def test_stock_transformers_compute_the_same(
     assert float((logits(ours) - expected).abs().max()) <= tolerance * float(expected.abs().max())
 
 
-def test_ours_is_what_transformers_saves(dense: Callable[..., Path], tmp_path: Path) -> None:
+def test_ours_is_what_transformers_saves(
+    rounded: Quantize, dense: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = dense("llama")
-    written, _ = rounded(folder, tmp_path)
+    written, _ = rounded(folder)
     settings = hf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     hf.AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings).save_pretrained(
         tmp_path / "theirs"
@@ -115,9 +111,9 @@ def test_ours_is_what_transformers_saves(dense: Callable[..., Path], tmp_path: P
     assert torch.equal(logits(compress.load(tmp_path / "theirs")), logits(compress.load(written)))
 
 
-def test_conv1d(dense: Callable[..., Path], tmp_path: Path) -> None:
+def test_conv1d(rounded: Quantize, dense: Callable[..., Path]) -> None:
     folder = dense("gpt2", torch.float32)
-    written, _ = rounded(folder, tmp_path, ignore=["*0.mlp.c_fc"])
+    written, _ = rounded(folder, ignore=["*0.mlp.c_fc"])
     model = compress.load(written)
     reference = hf.AutoModelForCausalLM.from_pretrained(folder)
     for path, part in model.named_modules():
@@ -133,9 +129,11 @@ def test_conv1d(dense: Callable[..., Path], tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_done_is_said(
-    dense: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rounded: Quantize,
+    dense: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    written, _ = rounded(dense("llama"), tmp_path)
+    written, _ = rounded(dense("llama"))
     config = json.loads((written / "config.json").read_text())["quantization_config"]
     for change in (
         {"load_in_4bit": False},

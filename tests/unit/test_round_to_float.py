@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,12 @@ import torch
 import transformers as hf
 
 import compress
-from compress.checkpoint import Checkpoint, Draft, write_weights
+from compress.artefact import Step
+from compress.checkpoint import Checkpoint
 from compress.errors import BadInput
-from compress.method import StepReport
 from compress.plan import ModelShape
 from compress.quantization.formats import Formats, loaders
 from compress.quantization.round_to_float import RoundToFloat
-from compress.run import Run
-from compress.stream import StreamedModel
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {"attention_bias": True}),
@@ -28,6 +27,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2LMHeadModel", {}),
 }
 TYPES = ["fp8", "mxfp4", "nvfp4"]
+Quantize = Callable[..., tuple[Path, Step]]
 METHOD = RoundToFloat()
 
 
@@ -39,19 +39,9 @@ def dense(shared_decoder: Callable[..., Path]) -> Callable[..., Path]:
     return get
 
 
-def rounded(folder: Path, work: Path, **options: Any) -> tuple[Path, StepReport]:
-    options = METHOD.Options(**options)
-    checkpoint = Checkpoint.open(folder)
-    planned = METHOD.plan(ModelShape.of(checkpoint), options)
-    run = Run(Draft(checkpoint, work / "draft"), None, 0, work / "draft", "cpu", lambda text, share: None)
-    report = METHOD.apply(StreamedModel(checkpoint), options, run)
-    assert run.draft.tensors == planned.tensors
-    assert run.draft.config == planned.config
-    written = work / "written"
-    written.mkdir()
-    write_weights(run.draft, written)
-    (written / "config.json").write_text(json.dumps(run.draft.config))
-    return written, report
+@pytest.fixture
+def rounded(carry_out: Quantize) -> Quantize:
+    return partial(carry_out, "float")
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -64,10 +54,14 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("type", TYPES)
 @pytest.mark.parametrize("name", ["llama", "phi3"])
 def test_stock_transformers_compute_the_same(
-    dense: Callable[..., Path], name: str, type: str, dtype: torch.dtype, tmp_path: Path
+    rounded: Quantize,
+    dense: Callable[..., Path],
+    name: str,
+    type: str,
+    dtype: torch.dtype,
 ) -> None:
     folder = dense(name, dtype)
-    written, _ = rounded(folder, tmp_path, type=type)
+    written, _ = rounded(folder, type=type)
     ours, stock = logits(compress.load(written)), logits(hf.AutoModelForCausalLM.from_pretrained(written))
     # compressed-tensors makes bfloat16 of NVFP4 whatever the dtype of the model.
     exact = dtype == torch.bfloat16 or type != "nvfp4"
@@ -79,9 +73,14 @@ def test_stock_transformers_compute_the_same(
 
 @pytest.mark.parametrize("type", TYPES)
 @pytest.mark.parametrize("name", CASES)
-def test_we_load_it_packed(dense: Callable[..., Path], name: str, type: str, tmp_path: Path) -> None:
+def test_we_load_it_packed(
+    rounded: Quantize,
+    dense: Callable[..., Path],
+    name: str,
+    type: str,
+) -> None:
     folder = dense(name, torch.float32)
-    written, report = rounded(folder, tmp_path, type=type)
+    written, report = rounded(folder, type=type)
     model = compress.load(written)
     linears = {n: part for n, part in model.named_modules() if part.__class__.__name__ == "FloatLinear"}
     assert len(linears) == report.details["linears"] > 0
@@ -108,8 +107,8 @@ def in_fp8(x: torch.Tensor) -> torch.Tensor:
     return (x / scale).to(torch.float8_e4m3fn).to(x.dtype) * scale
 
 
-def test_fused_linears_share_the_global_scale(dense: Callable[..., Path], tmp_path: Path) -> None:
-    written, _ = rounded(dense("llama"), tmp_path, type="nvfp4")
+def test_fused_linears_share_the_global_scale(rounded: Quantize, dense: Callable[..., Path]) -> None:
+    written, _ = rounded(dense("llama"), type="nvfp4")
     checkpoint = Checkpoint.open(written)
 
     def whole(path: str) -> float:
@@ -119,9 +118,9 @@ def test_fused_linears_share_the_global_scale(dense: Callable[..., Path], tmp_pa
     assert whole("mlp.gate_proj") == whole("mlp.up_proj") != whole("mlp.down_proj")
 
 
-def test_parts_can_be_kept_and_bad_input_is_refused(dense: Callable[..., Path], tmp_path: Path) -> None:
+def test_parts_can_be_kept_and_bad_input_is_refused(rounded: Quantize, dense: Callable[..., Path]) -> None:
     folder = dense("llama")
-    written, report = rounded(folder, tmp_path, type="mxfp4", ignore=["*.down_proj"])
+    written, report = rounded(folder, type="mxfp4", ignore=["*.down_proj"])
     assert report.details["kept"] == ["lm_head", *(f"model.layers.{i}.mlp.down_proj" for i in (0, 1))]
     logits(hf.AutoModelForCausalLM.from_pretrained(written))
     with pytest.raises(BadInput, match="already quantized"):
@@ -129,9 +128,9 @@ def test_parts_can_be_kept_and_bad_input_is_refused(dense: Callable[..., Path], 
 
 
 def test_what_is_declared_is_read_and_other_schemes_are_refused(
-    dense: Callable[..., Path], tmp_path: Path
+    rounded: Quantize, dense: Callable[..., Path]
 ) -> None:
-    written, _ = rounded(dense("llama"), tmp_path, type="fp8")
+    written, _ = rounded(dense("llama"), type="fp8")
     config = json.loads((written / "config.json").read_text())["quantization_config"]
     assert Formats(config).bits == [8]
     assert loaders(config) == "transformers with compressed-tensors"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 import compress
-from compress.checkpoint import Checkpoint, Draft, write_weights
+from compress.artefact import Step
+from compress.checkpoint import Checkpoint, Draft
 from compress.errors import BadInput
-from compress.method import StepReport
 from compress.plan import ModelShape
 from compress.quantization.formats import format_of
 from compress.quantization.round_to_nearest import RoundToNearest
@@ -31,6 +32,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2LMHeadModel", {}),
 }
 STOCK = [name for name in CASES if name != "gpt2"]  # transformers replaces nn.Linear, not Conv1D
+Quantize = Callable[..., tuple[Path, Step]]
 METHOD = RoundToNearest()
 
 
@@ -42,20 +44,9 @@ def dense(shared_decoder: Callable[..., Path]) -> Callable[..., Path]:
     return get
 
 
-def quantized(folder: Path, work: Path, **options) -> tuple[Path, StepReport]:
-    """Quantize the model in ``folder``; a model folder and the report."""
-    options = METHOD.Options(**options)
-    checkpoint = Checkpoint.open(folder)
-    planned = METHOD.plan(ModelShape.of(checkpoint), options)
-    run = Run(Draft(checkpoint, work / "draft"), None, 0, work / "draft", "cpu", lambda text, share: None)
-    report = METHOD.apply(StreamedModel(checkpoint), options, run)
-    assert run.draft.tensors == planned.tensors
-    assert run.draft.config == planned.config
-    written = work / "written"
-    written.mkdir()
-    write_weights(run.draft, written)
-    (written / "config.json").write_text(json.dumps(run.draft.config))
-    return written, report
+@pytest.fixture
+def quantized(carry_out: Quantize) -> Quantize:
+    return partial(carry_out, "rtn")
 
 
 def dequantized(folder: Path, written: Path) -> torch.nn.Module:
@@ -93,9 +84,11 @@ GRIDS = [(32, True), (32, False), ("channel", True)]
         for column, grid in enumerate(GRIDS)
     ],
 )
-def test_stock_transformers_load_it_with_the_same_logits(name, bits, group_size, symmetric, dense, tmp_path):
+def test_stock_transformers_load_it_with_the_same_logits(
+    quantized: Quantize, name, bits, group_size, symmetric, dense
+):
     folder = dense(name)
-    written, _ = quantized(folder, tmp_path, bits=bits, group_size=group_size, symmetric=symmetric)
+    written, _ = quantized(folder, bits=bits, group_size=group_size, symmetric=symmetric)
     stock = AutoModelForCausalLM.from_pretrained(written)
     assert torch.equal(logits(stock), logits(dequantized(folder, written)))
 
@@ -111,9 +104,9 @@ def test_stock_transformers_load_it_with_the_same_logits(name, bits, group_size,
         for symmetric in (True, False)
     ],
 )
-def test_we_load_it_packed_with_the_same_logits(name, form, bits, symmetric, dense, tmp_path):
+def test_we_load_it_packed_with_the_same_logits(quantized: Quantize, name, form, bits, symmetric, dense):
     folder = dense(name, torch.float32)
-    written, report = quantized(folder, tmp_path, bits=bits, group_size=32, symmetric=symmetric, format=form)
+    written, report = quantized(folder, bits=bits, group_size=32, symmetric=symmetric, format=form)
     packed = compress.load(written)
     linears = [part for part in packed.modules() if type(part).__name__ == "PackedLinear"]
     assert len(linears) == report.details["linears"] > 0
@@ -121,10 +114,10 @@ def test_we_load_it_packed_with_the_same_logits(name, form, bits, symmetric, den
     assert float((logits(packed) - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
 
 
-def test_parts_can_be_kept(dense, tmp_path):
+def test_parts_can_be_kept(quantized: Quantize, dense):
     folder = dense("llama")
     kept = ["model.layers.0.mlp.up_proj", "*.v_proj", "re:.*layers\\.1\\.self_attn\\.q", "lm_head"]
-    written, report = quantized(folder, tmp_path, group_size=32, ignore=kept)
+    written, report = quantized(folder, group_size=32, ignore=kept)
     assert report.details["kept"] == [
         "lm_head",
         "model.layers.0.self_attn.v_proj",
@@ -140,9 +133,9 @@ def test_parts_can_be_kept(dense, tmp_path):
     assert torch.equal(logits(stock), logits(dequantized(folder, written)))
 
 
-def test_gptq_names_what_it_keeps_for_both_of_its_loaders(dense, tmp_path):
+def test_gptq_names_what_it_keeps_for_both_of_its_loaders(quantized: Quantize, dense):
     folder = dense("llama")
-    written, _ = quantized(folder, tmp_path, bits=3, group_size=32, ignore=["*.down_proj"])
+    written, _ = quantized(folder, bits=3, group_size=32, ignore=["*.down_proj"])
     config = json.loads((written / "config.json").read_text())["quantization_config"]
     assert list(config["dynamic"]) == [
         "-:^model\\.layers\\.0\\.mlp\\.down_proj$",
@@ -152,19 +145,17 @@ def test_gptq_names_what_it_keeps_for_both_of_its_loaders(dense, tmp_path):
     assert config["quant_method"] == "gptq"
 
 
-def test_linears_around_the_layers_are_kept(dense, tmp_path):
+def test_linears_around_the_layers_are_kept(quantized: Quantize, dense):
     folder = dense("opt")
-    _, report = quantized(folder, tmp_path, group_size=32)
+    _, report = quantized(folder, group_size=32)
     assert set(report.details["kept"]) == {"lm_head", "model.decoder.project_in", "model.decoder.project_out"}
 
 
-def test_the_report_tells_bits_and_errors(dense, tmp_path):
+def test_the_report_tells_bits_and_errors(quantized: Quantize, dense):
     folder = dense("llama")
     errors = []
     for bits in (2, 3, 4, 8):
-        _, report = quantized(
-            folder, tmp_path / str(bits), bits=bits, group_size=32, format="compressed-tensors"
-        )
+        _, report = quantized(folder, bits=bits, group_size=32, format="compressed-tensors")
         error = report.details["relative_error"]
         assert 0 < error["mean"] <= error["max"] < 1
         assert error["worst_linear"] in report.summary or error["worst_linear"].startswith("model.layers.")
@@ -224,8 +215,8 @@ def test_bad_options_are_refused_when_planning(options, message, dense):
         METHOD.plan(shape, METHOD.Options(**options))
 
 
-def test_a_quantized_model_is_refused(dense, tmp_path):
-    written, _ = quantized(dense("llama"), tmp_path, group_size=32)
+def test_a_quantized_model_is_refused(quantized: Quantize, dense):
+    written, _ = quantized(dense("llama"), group_size=32)
     with pytest.raises(BadInput, match=r"already quantized \(compressed-tensors\)"):
         METHOD.plan(ModelShape.of(Checkpoint.open(written)), METHOD.Options(group_size=32))
 

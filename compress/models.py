@@ -33,14 +33,17 @@ def find_model(name: str, revision: str | None = None) -> ModelSource:
     """Find or download a model.
 
     Raises:
-        BadInput: there is no such folder, and the name cannot be a hub id.
+        BadInput: there is no such folder, and the name cannot be a hub id; or a revision is asked for of what
+            is not on the hub.
         CompressError: the hub or the registry cannot be reached, or does not have it.
     """
+    path = Path(name).expanduser()
+    if revision is not None and (name == "demo" or (name and path.is_dir())):
+        raise BadInput(f"'{name}' is no hub model, so it has no revision '{revision}'.")
     if name == "demo":
         from compress.demo import demo_folder
 
         return ModelSource("demo", None, demo_folder())
-    path = Path(name).expanduser()
     if name and path.is_dir():  # an empty name would be the folder one stands in
         return ModelSource(name, None, path)
     if name and path.exists():

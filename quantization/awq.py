@@ -143,7 +143,7 @@ class Inputs:
     def divide(self, scales: torch.Tensor) -> None:
         """What the sums are when the inputs have been divided by ``scales`` [in]."""
         scales = scales.double()
-        self._hessian.sum = self.gram / scales / scales[:, None]
+        self._hessian.sum.div_(scales).div_(scales[:, None])
         self.magnitude = self.magnitude / scales
 
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from compress.stream import Layer, Observer, Stream, StreamedModel
 
 BLOCK = 128
-"""Columns between two updates of all columns behind them, and of H in one product; only the speed depends on
-it."""
+"""Columns between two updates of all columns behind them, and rows of H in one product; only speed and memory
+depend on it."""
 
 
 class GPTQ(Method):
@@ -151,25 +151,22 @@ class Hessian:
         self.tokens = 0
 
     def add(self, inputs: torch.Tensor, _: torch.Tensor, mask: torch.Tensor, start: int) -> None:
-        """Products in float32, summed up in float64."""
+        """Products in float32, summed up in float64, some rows at a time: the whole takes much memory."""
         rows = inputs[mask].float()
         self.tokens += len(rows)
-        product = gram(rows).double()
-        self.sum = product if self.sum is None else self.sum + product
+        if self.sum is None:
+            self.sum = torch.zeros(2 * rows.shape[1:], dtype=torch.float64, device=rows.device)
+            self.difference = None if self.dense is None else torch.zeros_like(self.sum)
+        off = None
         if self.dense is not None:
-            dense = self.dense.read(start, start + len(inputs)).to(rows.device)[mask]
-            product = ((dense - rows).T @ rows).double()
-            self.difference = product if self.difference is None else self.difference + product
-
-
-def gram(rows: torch.Tensor) -> torch.Tensor:
-    """X^T X of X [tokens, in], computed on and above the diagonal only: float32 [in, in]."""
-    width = rows.shape[1]
-    product = rows.new_empty(width, width)
-    for start in range(0, width, BLOCK):
-        stop = start + BLOCK
-        torch.mm(rows[:, start:stop].T, rows[:, start:], out=product[start:stop, start:])
-    return product.triu_() + product.triu(1).T
+            off = self.dense.read(start, start + len(inputs)).to(rows.device)[mask] - rows
+        for at in range(0, rows.shape[1], BLOCK):
+            block = slice(at, at + BLOCK)
+            product = rows[:, block].T @ rows[:, at:]  # X^T X is symmetric
+            self.sum[block, at:] += product
+            self.sum[at + BLOCK :, block] += product[:, BLOCK:].T
+            if off is not None:
+                self.difference[block] += off[:, block].T @ rows
 
 
 def advance_keeping(
@@ -240,8 +237,7 @@ def quantize(
     """
     width = dense.shape[1]
     size = width if form.group_size == CHANNEL else form.group_size
-    hessian = hessian.clone()
-    diagonal = hessian.diagonal()
+    diagonal = hessian.diagonal().clone()
     unused = diagonal == 0  # no input ever: nothing to make up for, and nothing changes if they are rounded
     diagonal[unused] = 1
     order = torch.arange(width)
@@ -249,16 +245,12 @@ def quantize(
     scales, zeros = choose_grid(dense.float().view(len(dense), -1, size), *grid)
     if options.act_order:
         order = diagonal.argsort(descending=True, stable=True)
-    hessian = hessian[order][:, order]
-    hessian.diagonal().add_(options.damping * diagonal.mean())
-    # H = R R^T with R upper triangular, so H^-1 = U^T U with U = R^-1.
-    factor, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-    if failed:
+    upper = inverse_root(hessian, diagonal + options.damping * diagonal.mean(), order)
+    if upper is None:
         raise BadInput(
             f"The inputs of '{name}' are too alike for GPTQ; use more calibration text or damping."
         )
-    upper = torch.linalg.solve_triangular(factor.flip(0, 1), torch.eye(width).to(hessian), upper=True)
-    columns = dense.double().T[order]  # each in one piece of memory
+    columns = dense.T[order].double()  # each in one piece of memory
     if difference is not None:
         share = options.asymmetric_calibration
         columns += share * compensation(difference[order][:, order], upper).T @ columns
@@ -288,6 +280,37 @@ def quantize(
     return QuantizedWeight(
         codes.T.contiguous(), scales, zeros.to(torch.uint8), form.bits, form.group_size, form.symmetric
     )
+
+
+def inverse_root(hessian: torch.Tensor, diagonal: torch.Tensor, order: torch.Tensor) -> torch.Tensor | None:
+    """U, upper triangular, with H^-1 = U^T U for columns in an order; None if H is not positive.
+
+    H = R R^T with R upper triangular, so U = R^-1. With rows and columns back to front R is lower triangular,
+    as Cholesky's factor is. H is as large as everything else here, so it is copied as seldom as can be.
+
+    Args:
+        hessian: H, float64 [in, in].
+        diagonal: takes the place of H's own, [in].
+        order: [in].
+    """
+    backwards = order.flip(0)
+    reversed_hessian = hessian[backwards[:, None], backwards]
+    reversed_hessian.diagonal().copy_(diagonal[backwards])
+    lower, failed = torch.linalg.cholesky_ex(reversed_hessian)
+    del reversed_hessian
+    return None if failed else invert_(lower).flip(0, 1)
+
+
+def invert_(lower: torch.Tensor) -> torch.Tensor:
+    """The inverse of a lower triangular matrix, in its place. By halves: [[A, 0], [B, C]] becomes
+    [[A^-1, 0], [-C^-1 B A^-1, C^-1]]."""
+    half = len(lower) // 2
+    if half < BLOCK:
+        identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        return lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+    first, last = invert_(lower[:half, :half]), invert_(lower[half:, half:])
+    lower[half:, :half] = -(last @ lower[half:, :half] @ first)
+    return lower
 
 
 def compensation(difference: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,8 @@ GRADIENT_NORM = 1.0
 """Gradients are cut to this norm; they are those of losses relative to plain rounding's."""
 LORA_DECAY = 0.1
 """Weight decay of A and B, as published; the clipping has none, which would pull it to one half."""
+ROWS = 256
+"""Outputs that a loss in float64 is summed up over at a time; only memory depends on it."""
 LOSS = "loss of layer "
 """Before the names of losses in a journal's state."""
 
@@ -258,8 +260,9 @@ class Learning:
         for paths in groups:
             hessian = Hessian(inputs[paths[0]])
             self.quantized.look(self.layer, {paths[0]: hessian.add})
-            for path in paths:
-                loss = LinearLoss(self.linears[path].weight, hessian, energies[path])
+            of = {path: LinearLoss(self.linears[path].weight, hessian, energies[path]) for path in paths}
+            del hessian  # D is as large as G, and has done its part
+            for path, loss in of.items():
                 losses.append(self._learn(path, loss))
                 set_weight(self.layer.linears[path], self.linears[path].stored())
         self.quantized.advance(self.layer)
@@ -412,20 +415,26 @@ class LinearLoss:
     """
 
     def __init__(self, dense: torch.Tensor, hessian: Hessian, energy: float) -> None:
-        count = hessian.tokens * len(dense)
-        self.dense, self.resolution = dense, 1e-6 * energy / count
-        self.G, self.WD = hessian.sum / count, dense.double() @ (hessian.difference / count)
-        self.constant = energy / count - float(((2 * self.WD + dense.double() @ self.G) * dense).sum())
-        self.G32, self.WD32 = self.G.float(), self.WD.float()
+        self.dense, self.G, self.count = dense, hessian.sum, hessian.tokens * len(dense)
+        self.resolution = 1e-6 * energy / self.count
+        self.WD = (dense.double() @ hessian.difference).div_(self.count)
+        self.constant = energy / self.count
+        for rows, products in zip(dense.double().split(ROWS), self.WD.split(ROWS), strict=True):
+            self.constant -= float(((2 * products + (rows @ self.G).div_(self.count)) * rows).sum())
+        self.G32, self.WD32 = self.G.float().div_(self.count), self.WD.float()
 
     def exact(self, whole: torch.Tensor) -> float:
         """The loss of Q, in float64."""
-        off = whole.double() - self.dense.double()
-        return self.constant + float(((off @ self.G - 2 * self.WD) * off).sum())
+        total = self.constant
+        parts = (matrix.split(ROWS) for matrix in (whole, self.dense, self.WD))
+        for rows, dense, products in zip(*parts, strict=True):
+            off = rows.double() - dense
+            total += float((((off @ self.G).div_(self.count) - 2 * products) * off).sum())
+        return total
 
     def gradient(self, whole: torch.Tensor) -> tuple[float, torch.Tensor]:
         """The loss of Q and its gradient, in float32, by one product of matrices."""
         off = whole - self.dense
         product = off @ self.G32
         loss = self.constant + float(((product - 2 * self.WD32) * off).sum(dtype=torch.float64))
-        return loss, 2 * (product - self.WD32)
+        return loss, product.sub_(self.WD32).mul_(2)

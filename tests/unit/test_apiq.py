@@ -259,7 +259,8 @@ def test_weights_that_the_grid_holds_stay(write_decoder: Callable[..., Path], tm
         folder = apiq(dense, tmp_path / mode, mode=mode)
         first, second = (logits(compress.load(path, dtype="float32")) for path in (folder, dense))
         assert float((first - second).abs().max()) <= 1e-3
-        assert 0 <= max(read_lineage(folder).steps[0].details["loss"]["learned"]) < 1e-4
+        # Rounding of float32 products, of outputs whose mean square is above 10,000.
+        assert 0 <= max(read_lineage(folder).steps[0].details["loss"]["learned"]) < 1e-3
 
 
 def test_an_adapter_that_does_not_fit_is_refused(default: Path, tmp_path: Path) -> None:

@@ -260,11 +260,13 @@ class Learning:
         for paths in groups:
             hessian = Hessian(inputs[paths[0]])
             self.quantized.look(self.layer, {paths[0]: hessian.add})
-            of = {path: LinearLoss(self.linears[path].weight, hessian, energies[path]) for path in paths}
-            del hessian  # D is as large as G, and has done its part
-            for path, loss in of.items():
+            for path in paths:
+                loss = LinearLoss(self.linears[path].weight, hessian, energies[path])
+                if path == paths[-1]:
+                    del hessian  # D is as large as G, and has done its part
                 losses.append(self._learn(path, loss))
                 set_weight(self.layer.linears[path], self.linears[path].stored())
+            del loss
         self.quantized.advance(self.layer)
         return sum(before for before, _ in losses), sum(after for _, after in losses)
 

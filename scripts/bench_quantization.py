@@ -13,6 +13,7 @@ Peers are run where they are installed, and their rows are left out (aloud) wher
 - llama.cpp: ``pip install llama-cpp-python`` in this environment, and ``--llama-cpp FOLDER`` with its
   sources, for their conversion script;
 - HQQ: ``pip install --no-deps hqq`` in this environment;
+- bitsandbytes: ``pip install 'compress-model[bitsandbytes]'``;
 - llm-compressor: ``--llm-compressor PYTHON``, an interpreter that has it (it wants an older transformers).
 
 What is in the folder already is not done again, so an interrupted benchmark goes on.
@@ -380,6 +381,8 @@ def contenders(
                 bits,
                 bench.llm_compressor(arguments.llm_compressor, bits),
             )
+        if bits == 4 and find_spec("bitsandbytes"):
+            yield "bitsandbytes NF4", bits, bench.ours({"method": "nf4"})
         if find_spec("hqq"):
             yield f"HQQ library, {bits} bits", bits, bench.hqq(bits)
         if arguments.llama_cpp and find_spec("llama_cpp"):
@@ -390,6 +393,7 @@ def contenders(
                 yield f"{MIXED}, mixed to fit {kind}", bits, mixed
     for peer, there in (
         ("llm-compressor (--llm-compressor)", arguments.llm_compressor),
+        ("bitsandbytes", find_spec("bitsandbytes")),
         ("HQQ", find_spec("hqq")),
         ("llama.cpp (--llama-cpp)", arguments.llama_cpp and find_spec("llama_cpp")),
     ):
@@ -439,7 +443,7 @@ def main() -> None:
         "",
         f"- SmolLM2-135M off its 4-bit grid; groups of {GROUP_SIZE}, asymmetric; MB = 10^6 bytes of all "
         "tensors, adapters and the token table included, which has 8 bits in our rows and 16 in those of "
-        "llm-compressor and HQQ.",
+        "llm-compressor, bitsandbytes and HQQ.",
         f"- Calibration: {arguments.nsamples} windows of 512 tokens of Brown. Evaluation: "
         + "; ".join(f"{PROTOCOLS[name][2]} windows of {name}" for name in arguments.protocols)
         + ". KL from the dense model; ± is a 95 % interval.",

@@ -3,6 +3,7 @@
 
 scripts/quickstart
 python scripts/bench_pruning.py; python scripts/bench_kprune.py; python scripts/bench_quantization.py
+python scripts/bench_quantization.py --bits 2 --methods gptq apiq > out/bench-apiq.md
 compress-model compare qat0 qat --format markdown -o out/llm-qat.md  # made as the README says
 python scripts/bench_streaming.py | tee out/bench_streaming.txt
 python scripts/update_readme.py
@@ -19,6 +20,7 @@ OUTPUTS = {  # marker -> file below out/
     "bench_pruning": "bench-pruning/table.md",
     "bench_kprune": "bench-kprune/table.md",
     "bench_quantization": "bench-quantization/table.md",
+    "bench_apiq": "bench-apiq.md",
     "llm_qat": "llm-qat.md",
     "bench_streaming": "bench_streaming.txt",
 }

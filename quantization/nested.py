@@ -12,7 +12,7 @@ from compress.anatomy import weight
 from compress.errors import BadInput
 from compress.kernels.stacked import spread
 from compress.method import Method, Paper, StepReport
-from compress.quantization.gptq import Hessian, linears_by_input
+from compress.quantization.gptq import Hessian, inverse_root, linears_by_input
 from compress.quantization.order import find_order
 from compress.quantization.packing import pack_signs
 from compress.quantization.quantizer import CHANNEL
@@ -135,18 +135,15 @@ def nested_codes(
     """
     width = dense.shape[1]
     missing = -(-width // groups) * groups - width  # in the last group
-    hessian = hessian.clone()
-    diagonal = hessian.diagonal()
+    diagonal = hessian.diagonal().clone()
     diagonal[diagonal == 0] = 1  # no input ever: nothing changes if these columns are rounded
     order = diagonal.argsort(descending=True, stable=True)
     importance = F.pad((diagonal / diagonal.mean()).float(), (0, missing)).view(groups, -1)
-    diagonal.add_(damping * diagonal.mean())
-    factor, failed = torch.linalg.cholesky_ex(hessian[order][:, order])
-    if failed:
+    upper = inverse_root(hessian, diagonal + damping * diagonal.mean(), order)
+    if upper is None:
         raise BadInput(
             f"The inputs of '{name}' are too alike for nested codes; use more calibration text or damping."
         )
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
     found = []
     for part in dense.split(max(1, ELEMENTS // ((bits - 1) * width))):
         grouped = F.pad(part, (0, missing)).view(len(part), groups, -1)

@@ -154,6 +154,18 @@ def shared_decoder(
 
 
 @pytest.fixture
+def dense(request: pytest.FixtureRequest, shared_decoder: Callable[..., Path]) -> Callable[..., Path]:
+    """The models that the test's own file lists as CASES: name -> (architecture, settings)."""
+    import torch
+
+    def get(name: str, dtype: torch.dtype = torch.bfloat16) -> Path:
+        architecture, settings = request.module.CASES[name]
+        return shared_decoder(architecture, dtype=dtype, **settings)
+
+    return get
+
+
+@pytest.fixture
 def carry_out(tmp_path: Path) -> Callable[..., tuple[Path, Step]]:
     """A method of quantization on a model: the folder of the result, which holds what was planned, and what
     is known of the step."""

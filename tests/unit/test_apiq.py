@@ -253,14 +253,13 @@ def test_weights_that_the_grid_holds_stay(write_decoder: Callable[..., Path], tm
         if name.endswith("proj.weight"):
             levels = torch.randint(-2, 2, (value.numel() // 16, 16), generator=generator).half()
             levels[:, 0], levels[:, 1] = -2, 1  # both ends of the grid
-            weights[name] = levels.mul(0.25).view_as(value)
+            weights[name] = levels.mul(0.125).view_as(value)
     save_file(weights, dense / "model.safetensors", metadata={"format": "pt"})
     for mode in ("layer", "block"):
         folder = apiq(dense, tmp_path / mode, mode=mode)
         first, second = (logits(compress.load(path, dtype="float32")) for path in (folder, dense))
         assert float((first - second).abs().max()) <= 1e-3
-        # Rounding of float32 products, of outputs whose mean square is above 10,000.
-        assert 0 <= max(read_lineage(folder).steps[0].details["loss"]["learned"]) < 1e-3
+        assert 0 <= max(read_lineage(folder).steps[0].details["loss"]["learned"]) < 1e-4
 
 
 def test_an_adapter_that_does_not_fit_is_refused(default: Path, tmp_path: Path) -> None:

@@ -31,14 +31,6 @@ Quantize = Callable[..., tuple[Path, Step]]
 METHOD = RoundToFloat()
 
 
-@pytest.fixture(scope="session")
-def dense(shared_decoder: Callable[..., Path]) -> Callable[..., Path]:
-    def get(name: str, dtype: torch.dtype = torch.bfloat16) -> Path:
-        return shared_decoder(CASES[name][0], dtype=dtype, **CASES[name][1])
-
-    return get
-
-
 @pytest.fixture
 def rounded(carry_out: Quantize) -> Quantize:
     return partial(carry_out, "float")

@@ -66,8 +66,7 @@ def mix(
     A method that looks at text spares the input channels that matter most, and what plain rounding does to
     them would say little about it. There the residual is the one with the least loss of several, each rounded
     with the channels scaled by a power of their importance, as AWQ does it (`channel_scales`). AWQ of the
-    demo model in 86.4 MB diverged by 0.156 nats with these bits, and by 0.189 with those that plain rounding
-    asks for.
+    demo model came nearer to the dense one with these bits at all four sizes that were tried.
 
     Args:
         model: the dense one.

@@ -144,9 +144,10 @@ def choose_grid(
     Raises:
         BadInput: as `quantize_weight`.
     """
-    if not bool(torch.isfinite(grouped).all()):
+    low, high = grouped.amin(-1), grouped.amax(-1)  # NaN where any value is
+    if not bool((low.isfinite() & high.isfinite()).all()):
         raise BadInput(f"The weight of '{name}' holds NaN or infinity; this model cannot be quantized.")
-    return grid_between(grouped.amin(-1), grouped.amax(-1), bits, symmetric, scale_dtype, name)
+    return grid_between(low, high, bits, symmetric, scale_dtype, name)
 
 
 def grid_between(

@@ -100,7 +100,9 @@ def main() -> NoReturn:
         code = _say(_in_one_sentence(error), error.exit_code, debug)
     except (KeyboardInterrupt, click.Abort):
         code = _say(
-            "Interrupted; a run that is given again goes on from its last finished layer.", 130, debug
+            "Interrupted; run, prune and quantize, given again, go on from the last finished layer.",
+            130,
+            debug,
         )
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -108,7 +110,8 @@ def main() -> NoReturn:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             text = (
-                "The disk is full; free some space and run the same command again: finished layers are kept."
+                "The disk is full; free some space and run the same command again: run, prune and quantize go on "
+                "from the last finished layer."
             )
         else:
             text = f"{error.strerror or error}: {error.filename}." if error.filename else f"{error}."

@@ -247,7 +247,7 @@ def test_interrupted_and_resumed(house: House, commands: Commands, unbroken: Lin
     wait_for(tmp_path / ".out.partial" / "0-replaceme" / "distances" / "progress.json", command)
     command.send(signal.SIGINT)
     assert command.wait() == 130
-    assert "goes on from its last finished layer" in command.complaint
+    assert "go on from the last finished layer" in command.complaint
     assert not output.exists()
     assert left_behind(output) == [".out.partial"]
 

@@ -34,6 +34,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("compress.commands.doctor:doctor", "Show versions, devices, and what works here."),
 }
 
+RESUMED = "run, prune and quantize go on from the last finished layer when given again"
+
 # Read by the libraries under us when they are imported, so set before any command is; -v lets them talk.
 QUIET_LIBRARIES = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -99,20 +101,13 @@ def main() -> NoReturn:
     except click.ClickException as error:
         code = _say(_in_one_sentence(error), error.exit_code, debug)
     except (KeyboardInterrupt, click.Abort):
-        code = _say(
-            "Interrupted; run, prune and quantize, given again, go on from the last finished layer.",
-            130,
-            debug,
-        )
+        code = _say(f"Interrupted; {RESUMED}.", 130, debug)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            text = (
-                "The disk is full; free some space and run the same command again: run, prune and quantize go on "
-                "from the last finished layer."
-            )
+            text = f"The disk is full; free some space and run the same command again: {RESUMED}."
         else:
             text = f"{error.strerror or error}: {error.filename}." if error.filename else f"{error}."
         code = _say(text, 1, debug)

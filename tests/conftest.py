@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # As the command line does: spinning threads lose whole time slices on a shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 atexit.register(gc.freeze)
+# What test files share lies in modules beside them, whose assertions also say what they saw.
+pytest.register_assert_rewrite("tests.unit", "tests.conformance")
 
 WORDS = (
     *("the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "red", "blue", "who", "where"),

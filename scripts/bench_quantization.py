@@ -47,7 +47,7 @@ GROUP_SIZE = 64
 PROTOCOLS = {  # heading -> text, context (tokens), windows
     "Wikipedia, 512": ("wikipedia", 512, 8),
     "Brown, 512": ("brown:heldout", 512, 8),
-    "Wikipedia, 2048": ("wikipedia", 2048, 2),
+    "Wikipedia, 2048": ("wikipedia", 2048, 4),
 }
 
 # name -> the step at a width. Asymmetric, and the one table of tokens and head at 8 bits in groups, too.

@@ -16,6 +16,8 @@ from compress.pruning.flap import Flap
 from compress.run import Run
 from compress.stream import StreamedModel
 
+from ..common import random_windows
+
 VOCAB, HIDDEN, LAYERS = 48, 16, 3
 LENGTHS = (16, 16, 11, 7, 16, 5, 16, 13, 9, 16, 2, 16)
 SIZE = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
@@ -81,11 +83,7 @@ def random_model(family: Family, seed: int = 0) -> hf.PreTrainedModel:
 
 
 def windows_of(lengths: tuple[int, ...] = LENGTHS, width: int = 16, seed: int = 1) -> Windows:
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(1, VOCAB, (len(lengths), max(lengths)), generator=generator)
-    tokens = torch.nn.functional.pad(tokens, (0, width - max(lengths)))
-    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
-    return Windows(tokens.masked_fill(~mask, 0), mask, source="random")
+    return random_windows(VOCAB, lengths, width, seed)
 
 
 WINDOWS = windows_of()

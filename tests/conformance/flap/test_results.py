@@ -16,8 +16,9 @@ from compress.plan import ModelShape
 from compress.pruning.flap import Flap
 from compress.reload import streamed_logits
 from compress.run import Run
-from compress.stream import Activations, Stream, StreamedModel
+from compress.stream import Activations, StreamedModel
 
+from ..common import Killed, Moments, assert_same_draft
 from .common import FAMILIES, LAYERS, LENGTHS, WINDOWS, Applied, applied, windows_of
 
 # What holds for any result.
@@ -141,10 +142,6 @@ def test_a_pruned_model_is_pruned_again(folders: dict[str, Path], tmp_path: Path
 # Going on after a kill.
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("spilled", [False, True])
 def test_a_killed_run_goes_on_to_the_same_result(
     spilled: bool, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -152,38 +149,20 @@ def test_a_killed_run_goes_on_to_the_same_result(
     if spilled:
         monkeypatch.setattr(Activations.__init__, "__defaults__", (0,))
     options = {"ratio": 0.3, "compensate": "least-squares", "propagate": "pruned"}
-    happened: list[str] = []
-    moment = 0
+    moments = Moments(monkeypatch)
 
-    def happens(what: str) -> None:
-        happened.append(what)
-        if len(happened) == moment:
-            raise Killed
-
-    advance = Stream.advance
-
-    def advance_and_die(self: Stream, *args: Any, **kwargs: Any) -> None:
-        advance(self, *args, **kwargs)
-        happens("a layer is through, but not durable")
-
-    monkeypatch.setattr(Stream, "advance", advance_and_die)
-
-    def run(name: str) -> Applied:
-        happened.clear()
-        return applied(folders["llama"], tmp_path / name, progress=lambda *_: happens("durable"), **options)
+    def run(name: str, deadly: int = 0) -> Applied:
+        moments.begin(deadly)
+        return applied(folders["llama"], tmp_path / name, progress=moments.happens, **options)
 
     whole = run("whole")
-    for killed_at in range(2, len(happened) + 1, 5):
-        moment = killed_at
+    assert moments.passed > 2 * LAYERS
+    for deadly in range(2, moments.passed + 1, 5):
         with pytest.raises(Killed):
-            run(str(killed_at))
-        moment = 0
-        resumed = run(str(killed_at))
+            run(str(deadly), deadly)
+        resumed = run(str(deadly))
         assert resumed.report == whole.report
-        assert resumed.run.draft.config == whole.run.draft.config
-        assert resumed.run.draft.tensors == whole.run.draft.tensors
-        for tensor in whole.run.draft.tensors:
-            assert torch.equal(resumed.run.draft.read(tensor), whole.run.draft.read(tensor))
+        assert_same_draft(resumed.run, whole.run)
 
 
 # Plans, and what is refused.

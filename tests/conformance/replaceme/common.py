@@ -19,6 +19,8 @@ from compress.pruning.replaceme import ReplaceMe
 from compress.run import Run
 from compress.stream import StreamedModel
 
+from ..common import random_windows
+
 VOCAB, HIDDEN, LAYERS = 48, 16, 6
 LENGTHS = (16, 16, 11, 7, 16, 5, 16, 13, 9, 16, 2, 16)
 
@@ -89,11 +91,7 @@ def folder_of(model: transformers.PreTrainedModel, folder: Path) -> Path:
 
 
 def windows_of(lengths: tuple[int, ...] = LENGTHS, width: int = 16, seed: int = 1) -> Windows:
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(1, VOCAB, (len(lengths), max(lengths)), generator=generator)
-    tokens = torch.nn.functional.pad(tokens, (0, width - max(lengths)))
-    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
-    return Windows(tokens.masked_fill(~mask, 0), mask, source="random")
+    return random_windows(VOCAB, lengths, width, seed)
 
 
 class Applied(NamedTuple):

@@ -17,8 +17,8 @@ from compress.calibration.windows import Windows
 from compress.checkpoint import Checkpoint
 from compress.pruning.depth import Cut
 from compress.reload import streamed_logits
-from compress.stream import Stream
 
+from ..common import Killed, Moments, assert_same_draft
 from .common import (
     FAMILIES,
     HIDDEN,
@@ -205,14 +205,8 @@ def test_a_map_that_helps_is_used(folders: dict[str, Path], likely: Windows, tmp
 # Going on after a kill.
 
 
-class Killed(Exception):
-    pass
-
-
-# Each layer is first through, then durable: 12 moments of the walk for distances, 12 of the one for the map,
-# and 8 of scoring held-out text.
 @pytest.mark.parametrize(
-    ("spilled", "options", "moments"),
+    ("spilled", "options", "killed_at"),
     [
         (False, {"layers": 2, "transforms": 2, "learning_rate": 0.01}, (2, 16, 30)),
         (True, {"layers": 2, "transforms": 2, "learning_rate": 0.01}, (9, 16, 23)),
@@ -223,46 +217,26 @@ class Killed(Exception):
 def test_a_killed_run_goes_on_to_the_same_result(
     spilled: bool,
     options: dict[str, Any],
-    moments: tuple[int, ...],
+    killed_at: tuple[int, ...],
     folders: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
     if spilled:
         monkeypatch.setattr(Activations.__init__, "__defaults__", (0,))
-    happened: list[str] = []
-    moment = 0
+    moments = Moments(monkeypatch)
 
-    def happens(what: str) -> None:
-        happened.append(what)
-        if len(happened) == moment:
-            raise Killed
-
-    advance = Stream.advance
-
-    def advance_and_die(self: Stream, *args: Any, **kwargs: Any) -> None:
-        advance(self, *args, **kwargs)
-        happens("a layer is through, but not durable")
-
-    monkeypatch.setattr(Stream, "advance", advance_and_die)
-
-    def run(name: str) -> Applied:
-        happened.clear()
-        return applied(folders["llama"], tmp_path / name, progress=lambda *_: happens("durable"), **options)
+    def run(name: str, deadly: int = 0) -> Applied:
+        moments.begin(deadly)
+        return applied(folders["llama"], tmp_path / name, progress=moments.happens, **options)
 
     whole = run("whole")
-    assert len(happened) == 12 + 12 + 8
-    for killed_at in moments:
-        moment = killed_at
+    assert moments.passed == 12 + 12 + 8
+    for moment in killed_at:
         with pytest.raises(Killed):
-            run(str(killed_at))
-        moment = 3  # and again, soon after it went on
+            run(str(moment), moment)
         with suppress(Killed):
-            run(str(killed_at))
-        moment = 0
-        resumed = run(str(killed_at))
+            run(str(moment), 3)  # and again, soon after it went on
+        resumed = run(str(moment))
         assert resumed.report == whole.report
-        assert resumed.run.draft.config == whole.run.draft.config
-        assert resumed.run.draft.tensors == whole.run.draft.tensors
-        for tensor in whole.run.draft.tensors:
-            assert torch.equal(resumed.run.draft.read(tensor), whole.run.draft.read(tensor))
+        assert_same_draft(resumed.run, whole.run)

@@ -360,6 +360,28 @@ def command(*arguments: str | Path) -> None:
     subprocess.run([sys.executable, "-m", "compress", *map(str, arguments)], check=True, stdout=sys.stderr)
 
 
+def peers(
+    bench: Bench, arguments: argparse.Namespace, bits: int
+) -> Iterator[tuple[str, int, Callable[[Path], Made]]]:
+    """What users would pick instead, and what is put beside it, as `contenders`."""
+    if arguments.llm_compressor:
+        yield (
+            f"llm-compressor GPTQ, {bits} bits",
+            bits,
+            bench.llm_compressor(arguments.llm_compressor, bits),
+        )
+    if bits == 4 and find_spec("bitsandbytes"):
+        yield "bitsandbytes NF4", bits, bench.ours({"method": "nf4"})
+    if find_spec("hqq"):
+        yield f"HQQ library, {bits} bits", bits, bench.hqq(bits)
+    if arguments.llama_cpp and find_spec("llama_cpp"):
+        for kind in LLAMA_CPP.get(bits, ()):
+            make = bench.llama_cpp(arguments.llama_cpp, kind)
+            yield f"llama.cpp {kind}", bits, make
+            mixed = bench.mixed(MIXED, f"llama.cpp {kind}", make)
+            yield f"{MIXED}, mixed to fit {kind}", bits, mixed
+
+
 def contenders(
     bench: Bench, arguments: argparse.Namespace
 ) -> Iterator[tuple[str, int, Callable[[Path], Made]]]:
@@ -375,29 +397,15 @@ def contenders(
             if name == "apiq":  # whose adapters' bytes GPTQ may spend on wider codes
                 mixed = bench.mixed("gptq", f"apiq, {bits} bits", make)
                 yield f"gptq, mixed to fit apiq, {bits} bits", bits, mixed
-        if arguments.llm_compressor:
-            yield (
-                f"llm-compressor GPTQ, {bits} bits",
-                bits,
-                bench.llm_compressor(arguments.llm_compressor, bits),
-            )
-        if bits == 4 and find_spec("bitsandbytes"):
-            yield "bitsandbytes NF4", bits, bench.ours({"method": "nf4"})
-        if find_spec("hqq"):
-            yield f"HQQ library, {bits} bits", bits, bench.hqq(bits)
-        if arguments.llama_cpp and find_spec("llama_cpp"):
-            for kind in LLAMA_CPP.get(bits, ()):
-                make = bench.llama_cpp(arguments.llama_cpp, kind)
-                yield f"llama.cpp {kind}", bits, make
-                mixed = bench.mixed(MIXED, f"llama.cpp {kind}", make)
-                yield f"{MIXED}, mixed to fit {kind}", bits, mixed
+        if arguments.peers:
+            yield from peers(bench, arguments, bits)
     for peer, there in (
         ("llm-compressor (--llm-compressor)", arguments.llm_compressor),
         ("bitsandbytes", find_spec("bitsandbytes")),
         ("HQQ", find_spec("hqq")),
         ("llama.cpp (--llama-cpp)", arguments.llama_cpp and find_spec("llama_cpp")),
     ):
-        if not there:
+        if arguments.peers and not there:
             print(f"{peer} is not here, so its rows are left out.", file=sys.stderr)
 
 
@@ -423,6 +431,7 @@ def main() -> None:
     parser.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=list(PROTOCOLS))
     parser.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help="sources of llama.cpp")
     parser.add_argument("--llm-compressor", metavar="PYTHON", help="an interpreter that has it")
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="rows of peers")
     parser.add_argument("--folder", type=Path, default=Path("out/bench-quantization"))
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
@@ -435,25 +444,25 @@ def main() -> None:
         headings += [f"perplexity ({heading})", "KL (nats/token)", "agreement (%)"]
     headings += ["seconds", "peak memory (MB)"]
     lines = [f"| {' | '.join(headings)} |", "| :--- |" + " ---: |" * (len(headings) - 1)]
-    lines += [
-        f"| {' | '.join(cells(name, bench.row(name, make), bench.protocols))} |"
-        for name, _, make in contenders(bench, arguments)
-    ]
-    lines += [
-        "",
-        f"- SmolLM2-135M off its 4-bit grid; groups of {GROUP_SIZE}, asymmetric; MB = 10^6 bytes of all "
+    rows = {name: bench.row(name, make) for name, _, make in contenders(bench, arguments)}
+    lines += [f"| {' | '.join(cells(name, row, bench.protocols))} |" for name, row in rows.items()]
+    notes = {  # what the name of a row has in it -> what is said of it
+        "": f"SmolLM2-135M off its 4-bit grid; groups of {GROUP_SIZE}, asymmetric; MB = 10^6 bytes of all "
         "tensors, adapters and the token table included, which has 8 bits in our rows and 16 in those of "
-        "llm-compressor, bitsandbytes and HQQ.",
+        "llm-compressor, bitsandbytes and HQQ.\n"
         f"- Calibration: {arguments.nsamples} windows of 512 tokens of Brown. Evaluation: "
         + "; ".join(f"{PROTOCOLS[name][2]} windows of {name}" for name in arguments.protocols)
         + ". KL from the dense model; ± is a 95 % interval.",
-        f"- ApiQ with rank {APIQ_RANK}. Nested and bitstack are one file each, read up to the bytes of GPTQ.",
-        f"- W4A8KV4: inputs at 8 bits and the key-value cache at 4, too; llm-qat is trained on "
+        "apiq": f"ApiQ with rank {APIQ_RANK}.",
+        "nested": "Nested and bitstack are one file each, read up to the bytes of GPTQ.",
+        "W4A8KV4": "W4A8KV4: inputs at 8 bits and the key-value cache at 4, too; llm-qat is trained on "
         f"{GENERATED['nsamples']} windows of {GENERATED['seqlen']} tokens that the model wrote itself.",
-        "- Mixed to fit: bits for every linear by compress-model mix, in no more bytes than that file of "
-        "llama.cpp, or ApiQ's. Seconds include mix, peak memory does not.",
-        "- llama.cpp without an importance matrix; its K-quants fall back where rows are no multiple of 256.",
-    ]
+        "mixed": "Mixed to fit: bits for every linear by compress-model mix, in no more bytes than the other "
+        "model. Seconds include mix, peak memory does not.",
+        "llama.cpp": "llama.cpp without an importance matrix; its K-quants fall back where rows are no "
+        "multiple of 256.",
+    }
+    lines += ["", *(f"- {note}" for part, note in notes.items() if any(part in name for name in rows))]
     table = "\n".join(lines) + "\n"
     (folder / "table.md").write_text(table)
     print(table)

@@ -2,8 +2,10 @@
 """Put real output into README.md, between its markers: of every benchmark whose output is there.
 
 scripts/quickstart
-python scripts/bench_pruning.py; python scripts/bench_kprune.py; python scripts/bench_quantization.py
-python scripts/bench_quantization.py --bits 2 --methods gptq apiq > out/bench-apiq.md
+python scripts/bench_pruning.py; python scripts/bench_kprune.py; python scripts/bench_embeddings.py
+python scripts/bench_quantization.py --nsamples 8
+python scripts/bench_quantization.py --nsamples 8 --no-peers --bits 2 --methods gptq apiq > out/bench-apiq.md
+python scripts/bench_quantization.py --no-peers --nsamples 32 --methods gptq --folder out/bench-q32
 compress-model compare qat0 qat --format markdown -o out/llm-qat.md  # made as the README says
 python scripts/bench_streaming.py | tee out/bench_streaming.txt
 python scripts/update_readme.py
@@ -20,6 +22,8 @@ OUTPUTS = {  # marker -> file below out/
     "bench_pruning": "bench-pruning/table.md",
     "bench_kprune": "bench-kprune/table.md",
     "bench_quantization": "bench-quantization/table.md",
+    "bench_quantization_32": "bench-q32/table.md",
+    "bench_embeddings": "bench-embeddings/table.md",
     "bench_apiq": "bench-apiq.md",
     "llm_qat": "llm-qat.md",
     "bench_streaming": "bench_streaming.txt",

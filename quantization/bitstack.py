@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from compress.stream import StreamedModel
 
 OVERSAMPLING = 16
-POWER_ITERATIONS = 3
+POWER_ITERATIONS = 5
 """Of the randomised SVD: with these its residual is within 1 % of the best one of the same rank."""
 
 SMALLEST_SCALE = 1e-3
@@ -135,7 +135,7 @@ def low_rank(
     """Nearly the best approximation of a matrix [out, in] of rank k: U sqrt(Σ) [out, k], sqrt(Σ) V^T [k, in].
 
     Randomised SVD (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1): a basis Q of the range by power
-    iterations from k + 16 random vectors, then the SVD of Q^T M. With w = k + 16 and 3 iterations it costs
+    iterations from k + 16 random vectors, then the SVD of Q^T M. With w = k + 16 and 5 iterations it costs
     16 w · out · in FLOPs, where all singular values take at least 4 · out · in · min(out, in).
     """
     width = min(rank + OVERSAMPLING, *matrix.shape)

@@ -463,9 +463,7 @@ def main() -> None:
         "multiple of 256.",
     }
     lines += ["", *(f"- {note}" for part, note in notes.items() if any(part in name for name in rows))]
-    table = "\n".join(lines) + "\n"
-    (folder / "table.md").write_text(table)
-    print(table)
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

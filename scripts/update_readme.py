@@ -3,9 +3,13 @@
 
 scripts/quickstart
 python scripts/bench_pruning.py; python scripts/bench_kprune.py; python scripts/bench_embeddings.py
-python scripts/bench_quantization.py --nsamples 8
-python scripts/bench_quantization.py --nsamples 8 --no-peers --bits 2 --methods gptq apiq > out/bench-apiq.md
-python scripts/bench_quantization.py --no-peers --nsamples 32 --methods gptq --folder out/bench-q32
+bench="python scripts/bench_quantization.py --nsamples 8 --protocols"
+methods="--methods rtn hqq awq gptq nested bitstack llm-qat"
+$bench "Wikipedia, 512" "Brown, 512" $methods > out/bench-quantization.md
+$bench "Wikipedia, 2048" --bits 4 $methods > out/bench-2048.md
+$bench "Wikipedia, 512" "Brown, 512" --no-peers --methods gptq apiq > out/bench-apiq.md
+python scripts/bench_quantization.py --protocols "Wikipedia, 512" "Brown, 512" --no-peers --methods gptq \\
+    --folder out/bench-q32 > out/bench-q32.md
 compress-model compare qat0 qat --format markdown -o out/llm-qat.md  # made as the README says
 python scripts/bench_streaming.py | tee out/bench_streaming.txt
 python scripts/update_readme.py
@@ -21,8 +25,9 @@ OUTPUTS = {  # marker -> file below out/
     "quickstart": "quickstart/comparison.md",
     "bench_pruning": "bench-pruning/table.md",
     "bench_kprune": "bench-kprune/table.md",
-    "bench_quantization": "bench-quantization/table.md",
-    "bench_quantization_32": "bench-q32/table.md",
+    "bench_quantization": "bench-quantization.md",
+    "bench_2048": "bench-2048.md",
+    "bench_quantization_32": "bench-q32.md",
     "bench_embeddings": "bench-embeddings/table.md",
     "bench_apiq": "bench-apiq.md",
     "llm_qat": "llm-qat.md",

@@ -136,7 +136,7 @@ def low_rank(
 
     Randomised SVD (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1): a basis Q of the range by power
     iterations from k + 16 random vectors, then the SVD of Q^T M. With w = k + 16 and 5 iterations it costs
-    16 w · out · in FLOPs, where all singular values take at least 4 · out · in · min(out, in).
+    24 w · out · in FLOPs, where all singular values take at least 4 · out · in · min(out, in).
     """
     width = min(rank + OVERSAMPLING, *matrix.shape)
     start = torch.randn(matrix.shape[1], width, generator=generator).to(matrix)

@@ -39,7 +39,7 @@ class WeightOptions(MethodOptions):
 
     bits: Bits = Field(4, description="bits of a weight")
     group_size: PositiveInt | Literal["channel"] = Field(
-        128,
+        64,
         description="inputs that share a scale; must divide the input dimensions; channel: a whole row",
     )
     symmetric: bool = Field(True, description="fixed zero points; otherwise each group stores its own")

@@ -38,10 +38,10 @@ RECIPES: dict[str, tuple[int, list[dict[str, Any]]]] = {  # name -> (calibration
     # As many windows as least squares needs on 6912 neurons.
     "flap-least-squares": (28, [{"method": "flap", "ratio": 0.2, "compensate": "least-squares"}]),
     # Few tokens and steps: they take time, and no memory beyond that of the hidden states.
-    "gptq": (2, [{"method": "gptq", "bits": 4}]),
-    "awq": (2, [{"method": "awq", "bits": 4}]),
-    "hqq": (2, [{"method": "hqq", "bits": 4}]),
-    "apiq": (2, [{"method": "apiq", "bits": 2, "rank": 16, "steps": 4}]),
+    "gptq": (2, [{"method": "gptq", "bits": 4, "group_size": 128}]),
+    "awq": (2, [{"method": "awq", "bits": 4, "group_size": 128}]),
+    "hqq": (2, [{"method": "hqq", "bits": 4, "group_size": 128}]),
+    "apiq": (2, [{"method": "apiq", "bits": 2, "group_size": 128, "rank": 16, "steps": 4}]),
     "nested": (2, [{"method": "nested", "bits": 4, "order_windows": 2}]),
     "bitstack": (2, [{"method": "bitstack", "blocks": 2, "order_windows": 2}]),
 }

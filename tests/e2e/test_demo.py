@@ -8,7 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from compress.checkpoint import Checkpoint
 from compress.demo import demo_folder, dequantised, download_gguf
+from compress.plan import ModelShape
+from compress.registry import METHODS, find_method
 
 pytestmark = pytest.mark.e2e
 
@@ -68,3 +71,10 @@ def test_greedy_text_and_chat_template(demo):
 
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
     assert "<|im_start|>user\nHello<|im_end|>" in chat
+
+
+@pytest.mark.parametrize("name", METHODS["quantization"])
+def test_quantization_takes_it_with_the_default_options(name):
+    shape = ModelShape.of(Checkpoint.open(demo_folder()))
+    method = find_method(name)
+    assert method.plan(shape, method.Options()).nbytes < shape.nbytes

@@ -122,7 +122,12 @@ class ModelShape:
             tables = [self.anatomy.in_model(self.anatomy.embeddings[0])]
             tables += [self.anatomy.head] if self.anatomy.tied else []
             packed = any(f"{name}.{Formats(quantization).marker}" in self.tensors for name in tables)
-            who = loaders(quantization, conv1d=self.anatomy.conv1d, packed_embedding=packed)
+            who = loaders(
+                quantization,
+                conv1d=self.anatomy.conv1d,
+                packed_embedding=packed,
+                linears=self.linears().values(),
+            )
         adapted = ", and peft for the adapter" if adapter.KEY in self.config else ""
         if self.is_pruned:
             seen = not quantization or quantization.get("quant_method") == "compressed-tensors"

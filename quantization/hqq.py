@@ -25,6 +25,9 @@ P = 0.7
 """The norm: sum |e|^P."""
 BETA, KAPPA, ITERATIONS = 5.0, 1.01, 20
 
+CACHED = 2**18
+"""Weights that are worked on at a time; only speed depends on it."""
+
 
 class HQQ(Method):
     """Choose the grid of every group by the p-norm of its rounding error, p < 1; no calibration.
@@ -86,6 +89,19 @@ def half_quadratic(
     """
     out, width = dense.shape
     grouped = dense.float().reshape(out, number_of_groups(width, group_size, name), -1)
+    parts = grouped.split(max(1, CACHED // width))
+    grids = [fitted_grid(part, bits, symmetric, scale_dtype, name) for part in parts]
+    scales, zeros = map(torch.cat, zip(*grids, strict=True))
+    codes = nearest_codes(grouped, scales.unsqueeze(-1), zeros.unsqueeze(-1), bits)
+    return QuantizedWeight(
+        codes.view(out, width).to(torch.uint8), scales, zeros.to(torch.uint8), bits, group_size, symmetric
+    )
+
+
+def fitted_grid(
+    grouped: torch.Tensor, bits: int, symmetric: bool, scale_dtype: torch.dtype, name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zero points of groups [out, groups, group_size]: what `choose_grid` returns, and raises."""
     scale, zeros = choose_grid(grouped, bits, symmetric, scale_dtype, name)
     best, lowest, beta = scale, torch.full_like(zeros, float("inf")), BETA
     for _ in range(ITERATIONS + 1):
@@ -105,7 +121,4 @@ def half_quadratic(
         # A group whose codes are all the zero point has nothing to fit.
         scale = storable(step * torch.where(share > 0, share, 1), scale_dtype, name)
         beta *= KAPPA
-    codes = nearest_codes(grouped, best.unsqueeze(-1), zeros.unsqueeze(-1), bits)
-    return QuantizedWeight(
-        codes.view(out, width).to(torch.uint8), best, zeros.to(torch.uint8), bits, group_size, symmetric
-    )
+    return best, zeros

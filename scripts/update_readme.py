@@ -7,7 +7,8 @@ bench="python scripts/bench_quantization.py --nsamples 8 --protocols"
 methods="--methods rtn hqq awq gptq nested bitstack llm-qat"
 $bench "Wikipedia, 512" "Brown, 512" $methods > out/bench-quantization.md
 $bench "Wikipedia, 2048" --bits 4 $methods > out/bench-2048.md
-$bench "Wikipedia, 512" "Brown, 512" --no-peers --bits 3 2 --methods gptq apiq > out/bench-apiq.md
+$bench "Wikipedia, 2048" --no-peers --bits 3 2 $methods apiq > out/bench-2048-narrow.md
+$bench "Wikipedia, 512" "Brown, 512" --no-peers --methods gptq apiq > out/bench-apiq.md
 python scripts/bench_quantization.py --protocols "Wikipedia, 512" "Brown, 512" --no-peers --methods gptq \\
     --folder out/bench-q32 > out/bench-q32.md
 compress-model compare qat0 qat --format markdown -o out/llm-qat.md  # made as the README says
@@ -27,6 +28,7 @@ OUTPUTS = {  # marker -> file below out/
     "bench_kprune": "bench-kprune/table.md",
     "bench_quantization": "bench-quantization.md",
     "bench_2048": "bench-2048.md",
+    "bench_2048_narrow": "bench-2048-narrow.md",
     "bench_quantization_32": "bench-q32.md",
     "bench_embeddings": "bench-embeddings/table.md",
     "bench_apiq": "bench-apiq.md",

@@ -260,10 +260,10 @@ class Learning:
         for paths in groups:
             hessian = Hessian(inputs[paths[0]])
             self.quantized.look(self.layer, {paths[0]: hessian.add})
+            crossed = {path: cross_products(self.linears[path].weight, hessian) for path in paths}
+            hessian.difference = None  # D is as large as G, and has done its part
             for path in paths:
-                loss = LinearLoss(self.linears[path].weight, hessian, energies[path])
-                if path == paths[-1]:
-                    del hessian  # D is as large as G, and has done its part
+                loss = LinearLoss(self.linears[path].weight, hessian, crossed.pop(path), energies[path])
                 losses.append(self._learn(path, loss))
                 set_weight(self.layer.linears[path], self.linears[path].stored())
             del loss
@@ -401,6 +401,14 @@ class Learning:
         return step
 
 
+def cross_products(dense: torch.Tensor, hessian: Hessian) -> torch.Tensor:
+    """W D, float64 [out, in], of a weight W [out, in], of which only some rows are in float64 at a time."""
+    found = torch.empty(dense.shape, dtype=torch.float64, device=dense.device)
+    for rows, products in zip(dense.split(ROWS), found.split(ROWS), strict=True):
+        torch.mm(rows.double(), hessian.difference, out=products)
+    return found
+
+
 class LinearLoss:
     """The mean over tokens and outputs of (X W^T - X_q Q^T)^2.
 
@@ -409,19 +417,21 @@ class LinearLoss:
 
     Args:
         dense: W, float32 [out, in].
-        hessian: G and D.
+        hessian: G.
+        crossed: W D, float64 [out, in], which changes.
         energy: |X W^T|^2.
 
     Attributes:
         resolution: losses below it are lost in the rounding of float32 products.
     """
 
-    def __init__(self, dense: torch.Tensor, hessian: Hessian, energy: float) -> None:
+    def __init__(self, dense: torch.Tensor, hessian: Hessian, crossed: torch.Tensor, energy: float) -> None:
         self.dense, self.G, self.count = dense, hessian.sum, hessian.tokens * len(dense)
         self.resolution = 1e-6 * energy / self.count
-        self.WD = (dense.double() @ hessian.difference).div_(self.count)
+        self.WD = crossed.div_(self.count)
         self.constant = energy / self.count
-        for rows, products in zip(dense.double().split(ROWS), self.WD.split(ROWS), strict=True):
+        parts = map(torch.Tensor.double, dense.split(ROWS))
+        for rows, products in zip(parts, self.WD.split(ROWS), strict=True):
             self.constant -= float(((2 * products + (rows @ self.G).div_(self.count)) * rows).sum())
         self.G32, self.WD32 = self.G.float().div_(self.count), self.WD.float()
 

@@ -18,7 +18,7 @@ from compress.calibration.fisher import Fisher, text_loss
 from compress.calibration.windows import Windows
 from compress.checkpoint import Checkpoint, Draft
 from compress.quantization import apiq
-from compress.quantization.apiq import LORA_DECAY, ApiQ, Learning, LinearLoss, Saliency
+from compress.quantization.apiq import LORA_DECAY, ApiQ, Learning, LinearLoss, Saliency, cross_products
 from compress.quantization.clipped import ClippedLinear
 from compress.quantization.formats import Formats
 from compress.quantization.gptq import Hessian
@@ -192,7 +192,7 @@ def linear_loss(made: ClippedLinear) -> tuple[LinearLoss, Tensor, Tensor]:
         hessian.add(given[start : start + 2], given, mask[start : start + 2], start)
     rows, quantized = dense[mask].double(), given[mask].double()
     energy = float((rows @ made.weight.double().T).square().sum())
-    return LinearLoss(made.weight, hessian, energy), rows, quantized
+    return LinearLoss(made.weight, hessian, cross_products(made.weight, hessian), energy), rows, quantized
 
 
 def test_two_gram_matrices_hold_the_loss_and_its_gradient() -> None:

@@ -18,6 +18,7 @@ from compress.anatomy import Anatomy, anatomy_of, set_weight, weight
 from compress.calibration.fisher import Fisher, text_loss
 from compress.checkpoint import DTYPES, TensorInfo
 from compress.errors import BadInput
+from compress.memory import give_back_memory
 from compress.method import Method, Paper, StepReport
 from compress.quantization.clipped import ClippedLinear
 from compress.quantization.gptq import Hessian, advance_keeping, linears_by_input
@@ -33,7 +34,7 @@ GRADIENT_NORM = 1.0
 LORA_DECAY = 0.1
 """Weight decay of A and B, as published; the clipping has none, which would pull it to one half."""
 ROWS = 256
-"""Outputs that a loss in float64 is summed up over at a time; only memory depends on it."""
+"""Outputs that a loss is summed up over at a time; only memory depends on it."""
 LOSS = "loss of layer "
 """Before the names of losses in a journal's state."""
 
@@ -267,6 +268,7 @@ class Learning:
                 losses.append(self._learn(path, loss))
                 set_weight(self.layer.linears[path], self.linears[path].stored())
             del loss
+            give_back_memory()
         self.quantized.advance(self.layer)
         return sum(before for before, _ in losses), sum(after for _, after in losses)
 
@@ -448,5 +450,7 @@ class LinearLoss:
         """The loss of Q and its gradient, in float32, by one product of matrices."""
         off = whole - self.dense
         product = off @ self.G32
-        loss = self.constant + float(((product - 2 * self.WD32) * off).sum(dtype=torch.float64))
+        loss = self.constant
+        for rows, products, crossed in zip(*(m.split(ROWS) for m in (off, product, self.WD32)), strict=True):
+            loss += float(((products - 2 * crossed) * rows).sum(dtype=torch.float64))
         return loss, product.sub_(self.WD32).mul_(2)

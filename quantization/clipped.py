@@ -150,12 +150,14 @@ class _StraightThrough(torch.autograd.Function):
     ) -> torch.Tensor:
         """The scales come twice: the gradient is given to the first, the value is that of the second."""
         scales, zeros = scales.unsqueeze(-1), zeros.unsqueeze(-1)
+        # In place, because each of these is as large as the weight.
         ratio = grouped / scales
         codes = ratio.round().add_(zeros)
-        clamped = codes.clamp(0, 2**bits - 1)
-        levels = clamped - zeros
-        ctx.save_for_backward(levels.addcmul(ratio, (codes == clamped).to(ratio), value=-1))
-        return levels * scales
+        levels = codes.clamp(0, 2**bits - 1)
+        inside = codes == levels
+        levels.sub_(zeros)
+        ctx.save_for_backward(ratio.mul_(inside).sub_(levels).neg_())
+        return levels.mul_(scales)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -12,7 +12,8 @@ $bench "Wikipedia, 512" "Brown, 512" --no-peers --methods gptq apiq > out/bench-
 python scripts/bench_quantization.py --protocols "Wikipedia, 512" "Brown, 512" --no-peers --methods gptq \\
     --folder out/bench-q32 > out/bench-q32.md
 compress-model compare qat0 qat --format markdown -o out/llm-qat.md  # made as the README says
-python scripts/bench_streaming.py | tee out/bench_streaming.txt
+python scripts/bench_streaming.py --recipes replaceme flap gptq bitstack hqq > out/bench_streaming.txt
+python scripts/bench_streaming.py --layers 2 --recipes awq nested apiq >> out/bench_streaming.txt
 python scripts/update_readme.py
 """
 

@@ -111,7 +111,8 @@ class ModelShape:
 
     @property
     def _loads_with(self) -> str:
-        from compress.quantization.formats import Formats, loaders
+        from compress.quantization.formats import Formats
+        from compress.quantization.loaders import loaders
         from compress.quantization.stacks import STACKS
 
         quantization = self.config.get("quantization_config")

@@ -31,7 +31,7 @@ ELEMENTS = 2**26
 """Of all widths of a weight worked on at a time: 256 MiB in float32. Rows do not depend on each other."""
 
 CACHED = 2**16
-"""Weights whose scales are chosen at a time: in a processor's cache that takes a third of the time."""
+"""Weights whose scales are chosen at a time; only speed depends on it."""
 
 JOINT = 3
 """Leading bits that are chosen with all widths in view; the others are chosen one after another."""

@@ -7,7 +7,8 @@ import torch
 
 from compress.checkpoint import DTYPE_NAMES, TensorInfo
 from compress.errors import BadInput
-from compress.quantization.formats import GPTQ, CompressedTensors, format_of, loaders
+from compress.quantization.formats import GPTQ, CompressedTensors, format_of
+from compress.quantization.loaders import loaders
 from compress.quantization.packing import BITS
 from compress.quantization.quantizer import quantize_weight
 

@@ -20,8 +20,9 @@ from compress.errors import BadInput
 from compress.kernels import int8_linear
 from compress.kernels.int8_linear import Int8Linear, quantize_inputs
 from compress.plan import ModelShape, make_plan
-from compress.quantization.formats import Formats, loaders
+from compress.quantization.formats import Formats
 from compress.quantization.llm_int8_format import Int8Weight
+from compress.quantization.loaders import loaders
 from compress.recipe import parse_recipe
 from compress.run import execute
 

@@ -18,7 +18,8 @@ from compress.checkpoint import Checkpoint
 from compress.errors import BadInput
 from compress.kernels.nf4_linear import NF4Linear
 from compress.plan import ModelShape, make_plan
-from compress.quantization.formats import Formats, loaders
+from compress.quantization.formats import Formats
+from compress.quantization.loaders import loaders
 from compress.quantization.nf4_format import NF4Weight, pack_high_first, unpack_high_first
 
 functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")

@@ -17,7 +17,8 @@ from compress.artefact import Step
 from compress.checkpoint import Checkpoint
 from compress.errors import BadInput
 from compress.plan import ModelShape
-from compress.quantization.formats import Formats, loaders
+from compress.quantization.formats import Formats
+from compress.quantization.loaders import loaders
 from compress.quantization.round_to_float import RoundToFloat
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

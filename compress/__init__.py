@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compress.loading import load
+    from compress.engine.loading import load
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
@@ -17,7 +17,7 @@ __all__ = ["__version__", "load"]
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from compress.loading import load
+        from compress.engine.loading import load
 
         return load
     raise AttributeError(f"module 'compress' has no attribute {name!r}")

@@ -22,8 +22,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # name -> (module:function, one line for --help)
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("compress.commands.run:run", "Carry out a recipe."),
-    "prune": ("compress.commands.single:prune", "Prune a model with one method."),
-    "quantize": ("compress.commands.single:quantize", "Quantize a model with one method."),
+    "prune": ("compress.commands.one_step:prune", "Prune a model with one method."),
+    "quantize": ("compress.commands.one_step:quantize", "Quantize a model with one method."),
     "mix": ("compress.commands.mix:mix", "Choose each linear's bits, so that a model fits into memory."),
     "evaluate": ("compress.commands.evaluate:evaluate", "Measure a model, beside the dense one if asked."),
     "compare": ("compress.commands.compare:compare", "Put evaluated models into one table."),

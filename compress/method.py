@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
-    from compress.plan import ModelShape
-    from compress.run import Run
-    from compress.stream import StreamedModel
+    from compress.engine.stream import StreamedModel
+    from compress.pipeline.plan import ModelShape
+    from compress.pipeline.run import Run
 
 Family = Literal["unlearning", "pruning", "quantization"]
 

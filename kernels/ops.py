@@ -2,14 +2,14 @@
 
 ``torch.ops.compress.packed_linear`` is x Ŵᵀ + bias with Ŵ = s · (q − z) kept packed. Every backend takes the
 one canonical layout: the codes of an output row as a dense little-endian bit stream along the input axis
-(`compress.quantization.packing`), int32 [out, ceil(in·bits/32)].
+(`compress.kernels.codes.packing`), int32 [out, ceil(in·bits/32)].
 """
 
 from __future__ import annotations
 
 import torch
 
-from compress.kernels import reference
+from compress.kernels.reference import ops as reference
 
 # Library.define costs half as much per call as custom_op, which counts with 200 linears a token.
 LIBRARY = torch.library.Library("compress", "DEF")

@@ -13,14 +13,15 @@ import torch
 from pydantic import Field, PositiveInt, model_validator
 from scipy.stats import t as student
 
-from compress.artefact import LINEAGE, read_lineage
-from compress.calibration.windows import Windows
+from compress.calibration.text.windows import Windows
+from compress.engine.stream import StreamedModel
 from compress.errors import BadInput, CompressError
-from compress.fidelity import LN_LARGEST
+from compress.evaluation.fidelity import LN_LARGEST
 from compress.method import Method, MethodOptions, Paper, StepReport
-from compress.plan import ModelShape
-from compress.pruning.block_losses import BlockLosses, predicted
-from compress.pruning.blocks import (
+from compress.pipeline.artefact import LINEAGE, read_lineage
+from compress.pipeline.plan import ModelShape
+from compress.pruning.parts.block_losses import BlockLosses, predicted
+from compress.pruning.parts.blocks import (
     PARTS,
     Block,
     block_parameters,
@@ -28,10 +29,9 @@ from compress.pruning.blocks import (
     plan_without_blocks,
     remove_blocks,
 )
-from compress.stream import StreamedModel
 
 if TYPE_CHECKING:
-    from compress.run import Run
+    from compress.pipeline.run import Run
 
 FIRST_WINDOWS = 4  # a race begins on so many windows, and doubles them
 

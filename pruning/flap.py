@@ -8,12 +8,12 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 from torch import nn
 
-from compress.anatomy import set_weight, weight
-from compress.calibration.moments import Moments, Products
+from compress.anatomy.roles import set_weight, weight
+from compress.calibration.statistics.moments import Moments, Products
 from compress.errors import BadInput
 from compress.method import Method, MethodOptions, Paper, StepReport
-from compress.plan import ModelShape
-from compress.pruning.allocation import (
+from compress.pipeline.plan import ModelShape
+from compress.pruning.parts.allocation import (
     Scores,
     Units,
     Widths,
@@ -29,7 +29,7 @@ from compress.pruning.allocation import (
     standardised,
     units_of,
 )
-from compress.pruning.channels import (
+from compress.pruning.parts.channels import (
     Metric,
     channel_statistics,
     channels_of,
@@ -37,11 +37,11 @@ from compress.pruning.channels import (
     unit_scores,
     watch,
 )
-from compress.pruning.width import Kept, finish, narrow, plan_widths, shallow_copy, skipped, write_layer
+from compress.pruning.parts.width import Kept, finish, narrow, plan_widths, shallow_copy, skipped, write_layer
 
 if TYPE_CHECKING:
-    from compress.run import Run
-    from compress.stream import Layer, Stream, StreamedModel
+    from compress.engine.stream import Layer, Stream, StreamedModel
+    from compress.pipeline.run import Run
 
 
 class Flap(Method):

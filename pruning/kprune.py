@@ -10,20 +10,20 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 
-from compress.activations import Activations
-from compress.anatomy import Anatomy, layer_shapes, set_weight, task_of, weight
-from compress.backward import Tape
-from compress.calibration.windows import Windows
-from compress.checkpoint import DTYPES
+from compress.anatomy.roles import Anatomy, layer_shapes, set_weight, task_of, weight
+from compress.calibration.text.windows import Windows
+from compress.engine.activations import Activations
+from compress.engine.backward import Tape
+from compress.engine.stream import Layer, Observer, Stream, StreamedModel
 from compress.errors import BadInput, CompressError
 from compress.method import Method, MethodOptions, Paper, StepReport
-from compress.pruning.knowledge import Block, Divergence, blocks_of, measure
-from compress.pruning.width import Kept, finish, narrow, plan_widths, write_layer
-from compress.stream import Layer, Observer, Stream, StreamedModel
+from compress.pruning.parts.knowledge import Block, Divergence, blocks_of, measure
+from compress.pruning.parts.width import Kept, finish, narrow, plan_widths, write_layer
+from compress.storage.checkpoint import DTYPES
 
 if TYPE_CHECKING:
-    from compress.plan import ModelShape
-    from compress.run import Run
+    from compress.pipeline.plan import ModelShape
+    from compress.pipeline.run import Run
 
 
 class KPrune(Method):

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from pydantic import Field, PositiveInt
 
-from compress.anatomy import weight
+from compress.anatomy.roles import weight
 from compress.method import Method, MethodOptions, Paper, StepReport
-from compress.plan import ModelShape
-from compress.pruning.allocation import (
+from compress.pipeline.plan import ModelShape
+from compress.pruning.parts.allocation import (
     Scores,
     best,
     check_ratio,
@@ -21,11 +21,11 @@ from compress.pruning.allocation import (
     standardised,
     units_of,
 )
-from compress.pruning.width import channels_of_groups, plan_widths, prune
+from compress.pruning.parts.width import channels_of_groups, plan_widths, prune
 
 if TYPE_CHECKING:
-    from compress.run import Run
-    from compress.stream import Layer, StreamedModel
+    from compress.engine.stream import Layer, StreamedModel
+    from compress.pipeline.run import Run
 
 
 class Magnitude(Method):

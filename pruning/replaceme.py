@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
-from compress.activations import Activations
-from compress.anatomy import sizes_of
-from compress.calibration.windows import Windows
-from compress.checkpoint import Draft
+from compress.anatomy.roles import sizes_of
+from compress.calibration.text.windows import Windows
+from compress.engine.activations import Activations
+from compress.engine.stream import Layer, Stream, StreamedModel, next_token_loss
 from compress.errors import BadInput, CompressError
 from compress.method import Method, MethodOptions, Paper, StepReport
-from compress.pruning.depth import Cut, choose_cuts, plan_without_layers, remove_layers
-from compress.stream import Layer, Stream, StreamedModel, next_token_loss
+from compress.pruning.parts.depth import Cut, choose_cuts, plan_without_layers, remove_layers
+from compress.storage.checkpoint import Draft
 
 if TYPE_CHECKING:
-    from compress.plan import ModelShape
-    from compress.run import Run
+    from compress.pipeline.plan import ModelShape
+    from compress.pipeline.run import Run
 
 
 class ReplaceMe(Method):

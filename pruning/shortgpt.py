@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import Field, PositiveInt
 
+from compress.engine.stream import StreamedModel
 from compress.errors import BadInput
 from compress.method import Method, MethodOptions, Paper, StepReport
-from compress.pruning.depth import plan_without_layers, remove_layers
-from compress.stream import StreamedModel
+from compress.pruning.parts.depth import plan_without_layers, remove_layers
 
 if TYPE_CHECKING:
-    from compress.plan import ModelShape
-    from compress.run import Run
+    from compress.pipeline.plan import ModelShape
+    from compress.pipeline.run import Run
 
 
 class ShortGPT(Method):

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 from pydantic import Field, PositiveInt
 
 from compress.method import Method, MethodOptions, Paper, StepReport
-from compress.plan import ModelShape
-from compress.pruning.allocation import best, check_ratio, even_widths, removal, units_of
-from compress.pruning.channels import channel_statistics, channels_of, unit_scores
-from compress.pruning.width import plan_widths, prune
+from compress.pipeline.plan import ModelShape
+from compress.pruning.parts.allocation import best, check_ratio, even_widths, removal, units_of
+from compress.pruning.parts.channels import channel_statistics, channels_of, unit_scores
+from compress.pruning.parts.width import plan_widths, prune
 
 if TYPE_CHECKING:
-    from compress.run import Run
-    from compress.stream import StreamedModel
+    from compress.engine.stream import StreamedModel
+    from compress.pipeline.run import Run
 
 
 class WandaSp(Method):

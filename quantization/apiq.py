@@ -12,22 +12,22 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch.func import functional_call
 from torch.nn.utils import clip_grad_norm_
 
-from compress import adapter
-from compress.activations import Activations
-from compress.anatomy import Anatomy, anatomy_of, set_weight, weight
-from compress.calibration.fisher import Fisher, text_loss
-from compress.checkpoint import DTYPES, TensorInfo
+from compress.anatomy.roles import Anatomy, anatomy_of, set_weight, weight
+from compress.calibration.statistics.fisher import Fisher, text_loss
+from compress.engine.activations import Activations
 from compress.errors import BadInput
-from compress.memory import give_back_memory
 from compress.method import Method, Paper, StepReport
-from compress.quantization.clipped import ClippedLinear
 from compress.quantization.gptq import Hessian, advance_keeping, linears_by_input
-from compress.quantization.weights import Packing, WeightOptions, plan_packed
+from compress.quantization.parts.clipped import ClippedLinear
+from compress.quantization.parts.layout import Packing, WeightOptions, plan_packed
+from compress.storage import adapter
+from compress.storage.checkpoint import DTYPES, TensorInfo
+from compress.system.memory import give_back_memory
 
 if TYPE_CHECKING:
-    from compress.plan import ModelShape
-    from compress.run import Run
-    from compress.stream import Layer, Observer, Stream, StreamedModel
+    from compress.engine.stream import Layer, Observer, Stream, StreamedModel
+    from compress.pipeline.plan import ModelShape
+    from compress.pipeline.run import Run
 
 GRADIENT_NORM = 1.0
 """Gradients are cut to this norm; they are those of losses relative to plain rounding's."""
@@ -62,7 +62,7 @@ class ApiQ(Method):
     not of tokens (`Fisher`). ``before_lora`` trains u and l only; ``after_lora`` has Q in the place of Ŵ.
 
     Adapters are stored in the dtype of the linear's weight if that has 16 bits, otherwise in float32, and
-    once, as peft reads them (`compress.adapter`).
+    once, as peft reads them (`compress.storage.adapter`).
     """
 
     name = "apiq"

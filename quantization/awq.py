@@ -7,24 +7,24 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from compress.anatomy import weight
-from compress.method import Method, Paper, StepReport
-from compress.quantization.folding import Fold, fold, fold_of, write_changed
-from compress.quantization.formats import Format
-from compress.quantization.gptq import Hessian, linears_by_input
-from compress.quantization.quantizer import (
+from compress.anatomy.roles import weight
+from compress.kernels.codes.integer import (
     CHANNEL,
     QuantizedWeight,
     choose_grid,
     nearest_codes,
     quantize_weight,
 )
-from compress.quantization.weights import Packing, WeightOptions, plan_packed
+from compress.method import Method, Paper, StepReport
+from compress.quantization.gptq import Hessian, linears_by_input
+from compress.quantization.parts.folding import Fold, fold, fold_of, write_changed
+from compress.quantization.parts.layout import Packing, WeightOptions, plan_packed
+from compress.storage.formats.base import Format
 
 if TYPE_CHECKING:
-    from compress.plan import ModelShape
-    from compress.run import Run
-    from compress.stream import StreamedModel
+    from compress.engine.stream import StreamedModel
+    from compress.pipeline.plan import ModelShape
+    from compress.pipeline.run import Run
 
 ALPHAS = torch.linspace(0, 1, 20, dtype=torch.float64).tolist()
 """Section 3.2."""

@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import Field, PositiveInt
 
-from compress.anatomy import weight
+from compress.anatomy.roles import weight
+from compress.kernels.codes.packing import pack_signs
 from compress.method import Method, Paper, StepReport
 from compress.quantization.gptq import linears_by_input
-from compress.quantization.order import find_order
-from compress.quantization.packing import pack_signs
-from compress.quantization.stacking import Stacking, StackOptions, plan_stacked
-from compress.quantization.stacks import BitStackFormat
+from compress.quantization.parts.block_order import find_order
+from compress.quantization.parts.stacker import Stacking, StackOptions, plan_stacked
+from compress.storage.formats.stacks import BitStackFormat
 
 if TYPE_CHECKING:
-    from compress.plan import ModelShape
-    from compress.run import Run
-    from compress.stream import StreamedModel
+    from compress.engine.stream import StreamedModel
+    from compress.pipeline.plan import ModelShape
+    from compress.pipeline.run import Run
 
 OVERSAMPLING = 16
 POWER_ITERATIONS = 5

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import Field
 
-from compress import activations
-from compress.activations import Activations
-from compress.anatomy import Anatomy, set_weight, weight
+from compress.anatomy.roles import Anatomy, set_weight, weight
+from compress.engine import activations
+from compress.engine.activations import Activations
 from compress.errors import BadInput
+from compress.kernels.codes.integer import CHANNEL, QuantizedWeight, choose_grid, nearest_codes
 from compress.method import Method, Paper, StepReport
-from compress.quantization.formats import Format
-from compress.quantization.quantizer import CHANNEL, QuantizedWeight, choose_grid, nearest_codes
-from compress.quantization.weights import Packing, WeightOptions, plan_packed
+from compress.quantization.parts.layout import Packing, WeightOptions, plan_packed
+from compress.storage.formats.base import Format
 
 if TYPE_CHECKING:
-    from compress.plan import ModelShape
-    from compress.run import Run
-    from compress.stream import Layer, Observer, Stream, StreamedModel
+    from compress.engine.stream import Layer, Observer, Stream, StreamedModel
+    from compress.pipeline.plan import ModelShape
+    from compress.pipeline.run import Run
 
 BLOCK = 128
 """Columns between two updates of all columns behind them, and rows of H in one product; only speed and memory

@@ -6,20 +6,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from compress.method import Method, Paper, StepReport
-from compress.quantization.quantizer import (
+from compress.kernels.codes.integer import (
     QuantizedWeight,
     choose_grid,
     nearest_codes,
     number_of_groups,
     storable,
 )
-from compress.quantization.weights import Packing, WeightOptions, plan_packed
+from compress.method import Method, Paper, StepReport
+from compress.quantization.parts.layout import Packing, WeightOptions, plan_packed
 
 if TYPE_CHECKING:
-    from compress.plan import ModelShape
-    from compress.run import Run
-    from compress.stream import StreamedModel
+    from compress.engine.stream import StreamedModel
+    from compress.pipeline.plan import ModelShape
+    from compress.pipeline.run import Run
 
 P = 0.7
 """The norm: sum |e|^P."""

@@ -9,13 +9,13 @@ from pydantic import Field, NonNegativeFloat
 
 from compress.errors import BadInput
 from compress.method import Method, MethodOptions, Paper, StepReport
-from compress.quantization.llm_int8_format import Int8Format, Int8Weight
-from compress.quantization.weights import Layout, Packing, layout_of_one, packed_shape
+from compress.quantization.parts.layout import Layout, Packing, layout_of_one, packed_shape
+from compress.storage.formats.llm_int8 import Int8Format, Int8Weight
 
 if TYPE_CHECKING:
-    from compress.plan import ModelShape
-    from compress.run import Run
-    from compress.stream import StreamedModel
+    from compress.engine.stream import StreamedModel
+    from compress.pipeline.plan import ModelShape
+    from compress.pipeline.run import Run
 
 
 class Int8Options(MethodOptions):
@@ -40,7 +40,7 @@ class LLMInt8(Method):
       others in 8 bits.
 
     Weights are rounded now, by the library and from float16, as its own; inputs when the model runs, see
-    `compress.kernels.int8_linear`. Since O depends on all tokens of a call, so do results, a little. The
+    `compress.kernels.layers.int8_linear`. Since O depends on all tokens of a call, so do results, a little. The
     weights in the columns O are rounded, too: the paper keeps them in 16 bits, the library does not, and
     needs no calibration for it.
     """

@@ -13,14 +13,14 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from compress.checkpoint import DTYPES
+from compress.engine.key_values import KEY, KeyValueSettings, quantize_key_values
+from compress.engine.loading import assemble
 from compress.errors import BadInput, CompressError
-from compress.loading import assemble
+from compress.kernels.codes.minmax import CUT, fake_quantize, quantize_channels
 from compress.method import Method, MethodOptions, Paper, StepReport
-from compress.quantization.distillation import Teacher, distil, last_hidden
-from compress.quantization.key_values import KEY, KeyValueSettings, quantize_key_values
-from compress.quantization.minmax import CUT, fake_quantize, quantize_channels
-from compress.quantization.weights import (
+from compress.pipeline.reload import streamed_logits
+from compress.quantization.parts.distillation import Teacher, distil, last_hidden
+from compress.quantization.parts.layout import (
     Bits,
     Layout,
     Packing,
@@ -28,13 +28,13 @@ from compress.quantization.weights import (
     packed_shape,
     plan_layout,
 )
-from compress.reload import streamed_logits
+from compress.storage.checkpoint import DTYPES
 
 if TYPE_CHECKING:
-    from compress.calibration.windows import Windows
-    from compress.plan import ModelShape
-    from compress.run import Run
-    from compress.stream import StreamedModel
+    from compress.calibration.text.windows import Windows
+    from compress.engine.stream import StreamedModel
+    from compress.pipeline.plan import ModelShape
+    from compress.pipeline.run import Run
 
 WeightBits = Literal[3, 4, 8]
 """Of MinMax weights; for 2 and 1 the paper has other quantizers."""

@@ -8,21 +8,21 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 
-from compress.anatomy import weight
+from compress.anatomy.roles import weight
 from compress.errors import BadInput
-from compress.kernels.stacked import spread
+from compress.kernels.codes.integer import CHANNEL
+from compress.kernels.codes.packing import pack_signs
+from compress.kernels.layers.stacked import spread
 from compress.method import Method, Paper, StepReport
 from compress.quantization.gptq import Hessian, inverse_root, linears_by_input
-from compress.quantization.order import find_order
-from compress.quantization.packing import pack_signs
-from compress.quantization.quantizer import CHANNEL
-from compress.quantization.stacking import Stacking, StackOptions, plan_stacked
-from compress.quantization.stacks import NestedFormat
+from compress.quantization.parts.block_order import find_order
+from compress.quantization.parts.stacker import Stacking, StackOptions, plan_stacked
+from compress.storage.formats.stacks import NestedFormat
 
 if TYPE_CHECKING:
-    from compress.plan import ModelShape
-    from compress.run import Run
-    from compress.stream import StreamedModel
+    from compress.engine.stream import StreamedModel
+    from compress.pipeline.plan import ModelShape
+    from compress.pipeline.run import Run
 
 COLUMNS = 32
 """Columns between two updates of all columns behind them; only the speed depends on it."""

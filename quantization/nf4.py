@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import Field
 
-from compress.checkpoint import DTYPES
 from compress.method import Method, MethodOptions, Paper, StepReport
-from compress.quantization.nf4_format import BLOCK, NF4Format, NF4Weight, unpack_high_first
-from compress.quantization.weights import Layout, Packing, layout_of_one, packed_shape
+from compress.quantization.parts.layout import Layout, Packing, layout_of_one, packed_shape
+from compress.storage.checkpoint import DTYPES
+from compress.storage.formats.nf4 import BLOCK, NF4Format, NF4Weight, unpack_high_first
 
 if TYPE_CHECKING:
-    from compress.plan import ModelShape
-    from compress.run import Run
-    from compress.stream import StreamedModel
+    from compress.engine.stream import StreamedModel
+    from compress.pipeline.plan import ModelShape
+    from compress.pipeline.run import Run
 
 
 class NF4Options(MethodOptions):

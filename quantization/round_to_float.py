@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from compress.anatomy import weight
+from compress.anatomy.roles import weight
+from compress.kernels.codes.floating import FloatType, ScaleRounding, quantize_float
 from compress.method import Method, MethodOptions, Paper, StepReport
-from compress.quantization.float_formats import FloatFormat
-from compress.quantization.floating import FloatType, ScaleRounding, quantize_float
 from compress.quantization.gptq import linears_by_input
-from compress.quantization.weights import Layout, Packing, layout_of_one, packed_shape
+from compress.quantization.parts.layout import Layout, Packing, layout_of_one, packed_shape
+from compress.storage.formats.floating import FloatFormat
 
 if TYPE_CHECKING:
-    from compress.plan import ModelShape
-    from compress.run import Run
-    from compress.stream import StreamedModel
+    from compress.engine.stream import StreamedModel
+    from compress.pipeline.plan import ModelShape
+    from compress.pipeline.run import Run
 
 
 class FloatOptions(MethodOptions):

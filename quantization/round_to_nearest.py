@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from compress.kernels.codes.integer import quantize_weight
 from compress.method import Method, Paper, StepReport
-from compress.quantization.quantizer import quantize_weight
-from compress.quantization.weights import Packing, WeightOptions, plan_packed
+from compress.quantization.parts.layout import Packing, WeightOptions, plan_packed
 
 if TYPE_CHECKING:
-    from compress.plan import ModelShape
-    from compress.run import Run
-    from compress.stream import StreamedModel
+    from compress.engine.stream import StreamedModel
+    from compress.pipeline.plan import ModelShape
+    from compress.pipeline.run import Run
 
 
 class RoundToNearest(Method):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from compress.artefact import Step
+    from compress.pipeline.artefact import Step
 
 # As the command line does: spinning threads lose whole time slices on a shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -171,10 +171,10 @@ def dense(request: pytest.FixtureRequest, shared_decoder: Callable[..., Path]) -
 def carry_out(tmp_path: Path) -> Callable[..., tuple[Path, Step]]:
     """A method of quantization on a model: the folder of the result, which holds what was planned, and what
     is known of the step."""
-    from compress.checkpoint import Checkpoint
-    from compress.plan import ModelShape
-    from compress.recipe import parse_recipe
-    from compress.run import execute
+    from compress.pipeline.plan import ModelShape
+    from compress.pipeline.recipe import parse_recipe
+    from compress.pipeline.run import execute
+    from compress.storage.checkpoint import Checkpoint
 
     folders = (tmp_path / f"written-{number}" for number in count())
 
@@ -198,12 +198,12 @@ def measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
     What a fresh process is for, memory, is in tests/unit/test_measure.py.
     """
-    from compress import measure
+    from compress.evaluation import measure
 
     start = subprocess.run
 
     def run(command: list[str], **options: Any) -> subprocess.CompletedProcess:
-        if command[:4] != [sys.executable, "-P", "-m", "compress.measure"]:
+        if command[:4] != [sys.executable, "-P", "-m", "compress.evaluation.measure"]:
             return start(command, **options)
         with monkeypatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
             patch.setattr(sys, "argv", command[3:])

@@ -30,8 +30,8 @@ def compare(paths: tuple[str, ...], format: str | None, output: Path | None, as_
     'compress-model evaluate --json' wrote. Evaluations made in different ways (another text, another dense
     model) are refused.
     """
-    from compress.compare import compare_paths
-    from compress.render import print_table, render
+    from compress.report.compare import compare_paths
+    from compress.report.render import print_table, render
 
     if as_json and format not in (None, "json"):
         raise click.UsageError(f"--json and --format {format} contradict each other.")
@@ -40,7 +40,7 @@ def compare(paths: tuple[str, ...], format: str | None, output: Path | None, as_
         check_file(output)
     comparison = compare_paths(paths)
     if output:
-        from compress.files import write_atomically
+        from compress.system.files import write_atomically
 
         write_atomically(output, render(comparison, format))
     elif format == "table":

@@ -38,8 +38,8 @@ def examine() -> dict[str, dict[str, Any]]:
     import torch
     from packaging.requirements import Requirement
 
-    from compress.cache import cache_folder
     from compress.kernels.ops import kernel_name
+    from compress.system.cache import cache_folder
 
     packages = {}
     for line in requires("compress-model") or []:

@@ -81,8 +81,8 @@ def evaluate(
     If compress-model wrote MODEL, the result is also kept in its compression.json.
     """
     from compress.errors import BadInput
-    from compress.evaluate import evaluate_folder
-    from compress.files import write_atomically
+    from compress.evaluation.evaluate import evaluate_folder
+    from compress.system.files import write_atomically
 
     if model is None:
         if json_file not in (None, "-"):
@@ -120,7 +120,7 @@ def evaluate(
         import json
 
         write_atomically(Path(json_file), json.dumps(document, indent=2))
-    from compress.compare import compare
-    from compress.render import print_table
+    from compress.report.compare import compare
+    from compress.report.render import print_table
 
     print_table(compare(scorecards), stdout())

@@ -15,12 +15,12 @@ from compress.commands.common import common_options, make_table, print_json, rev
 @common_options
 def inspect(model: str, revision: str | None, as_json: bool) -> None:
     """Show where MODEL comes from, its shapes, and how many bytes each part takes."""
-    from compress.anatomy import layer_shapes
-    from compress.artefact import read_lineage
-    from compress.checkpoint import Checkpoint
-    from compress.models import find_model
-    from compress.plan import ModelShape
-    from compress.quantization.stacks import STACKS, sizes
+    from compress.anatomy.roles import layer_shapes
+    from compress.pipeline.artefact import read_lineage
+    from compress.pipeline.plan import ModelShape
+    from compress.sources.find import find_model
+    from compress.storage.checkpoint import Checkpoint
+    from compress.storage.formats.stacks import STACKS, sizes
 
     source = find_model(model, revision)
     checkpoint = Checkpoint.open(source.folder)
@@ -97,7 +97,7 @@ def spread(layers: list[dict[str, int]]) -> str:
 
 def bytes_per_part(shape: Any) -> dict[str, int]:
     """Bytes of embeddings, attention, MLP, norms and the rest, packed tensors counted where they belong."""
-    from compress.adapter import is_adapter
+    from compress.storage.adapter import is_adapter
 
     anatomy = shape.anatomy
     head = f"{anatomy.head}." if anatomy.head else None

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 @common_options
 def methods(name: str | None, as_json: bool) -> None:
     """List the methods, or show one with its paper and options."""
-    from compress.registry import find_method
+    from compress.pipeline.registry import find_method
 
     found = [find_method(name)] if name else all_methods()
     if as_json:
@@ -45,7 +45,7 @@ def methods(name: str | None, as_json: bool) -> None:
 def all_methods() -> list[Any]:
     """Every method that can be imported; a third party's broken one is named in a warning."""
     from compress.errors import CompressError
-    from compress.registry import find_method, method_names
+    from compress.pipeline.registry import find_method, method_names
 
     found = []
     for name in method_names():

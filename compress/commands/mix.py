@@ -67,10 +67,10 @@ def mix(
     import yaml
 
     from compress.errors import BadInput
-    from compress.files import write_atomically
-    from compress.memory import parse_memory
-    from compress.recipe import load_recipe
-    from compress.run import mixed
+    from compress.pipeline.recipe import load_recipe
+    from compress.pipeline.run import mixed
+    from compress.system.files import write_atomically
+    from compress.system.memory import parse_memory
 
     check_file(output)
     if output.exists():

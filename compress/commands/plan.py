@@ -34,16 +34,16 @@ def plan(
     as_json: bool,
 ) -> None:
     """Say what RECIPE will make of MODEL: bytes, parameters, who can load it. Reads headers only."""
-    from compress.plan import make_plan
-    from compress.recipe import load_recipe
-    from compress.run import open_model
+    from compress.pipeline.plan import make_plan
+    from compress.pipeline.recipe import load_recipe
+    from compress.pipeline.run import open_model
 
     loaded = load_recipe(recipe, {"model": model, "revision": revision, "dtype": dtype}, list(settings))
     tell_plan(make_plan(open_model(loaded)[1], loaded.steps), as_json)
 
 
 def tell_plan(plan: Any, as_json: bool) -> None:
-    """Print a `compress.plan.Plan`."""
+    """Print a `compress.pipeline.plan.Plan`."""
     if as_json:
         print_json(plan.document())
         return

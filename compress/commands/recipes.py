@@ -18,8 +18,8 @@ from compress.commands.common import check_file, common_options, print_json
 def recipes(name: str | None, copy: Path | None, as_json: bool) -> None:
     """List the bundled recipes, or show or copy one."""
     from compress.errors import BadInput, unknown
-    from compress.files import write_atomically
-    from compress.recipe import bundled_recipes
+    from compress.pipeline.recipe import bundled_recipes
+    from compress.system.files import write_atomically
 
     bundled = bundled_recipes()
     if name is None:

@@ -48,7 +48,7 @@ def run(
     as_json: bool,
 ) -> None:
     """Carry out RECIPE, a YAML file or the name of a bundled recipe."""
-    from compress.recipe import load_recipe
+    from compress.pipeline.recipe import load_recipe
 
     changes = {"model": model, "revision": revision, "dtype": dtype, "seed": seed}
     loaded = load_recipe(recipe, changes, list(settings))
@@ -67,22 +67,22 @@ def execute_and_tell(
     """Run a validated recipe (or only plan it), evaluate if it asks for that, and print what came out."""
     if dry_run:
         from compress.commands.plan import tell_plan
-        from compress.plan import make_plan
-        from compress.run import open_model
+        from compress.pipeline.plan import make_plan
+        from compress.pipeline.run import open_model
 
         tell_plan(make_plan(open_model(recipe)[1], recipe.steps), as_json)
         return
     if output is None:
         raise click.UsageError("Say where the result goes with -o FOLDER.")
-    from compress.run import execute
+    from compress.pipeline.run import execute
 
     with progress_shown() as progress:
         lineage = execute(
             recipe, output, resume=resume, overwrite=overwrite, device=device, progress=progress
         )
         if recipe.evaluate is not None:
-            from compress.artefact import read_lineage
-            from compress.evaluate import evaluate_folder
+            from compress.evaluation.evaluate import evaluate_folder
+            from compress.pipeline.artefact import read_lineage
 
             wanted = recipe.evaluate
             evaluate_folder(

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from compress.calibration.windows import Windows
-from compress.run import Run
-from compress.stream import Stream
+from compress.calibration.text.windows import Windows
+from compress.engine.stream import Stream
+from compress.pipeline.run import Run
 
 
 def random_windows(vocab_size: int, lengths: tuple[int, ...], width: int = 16, seed: int = 1) -> Windows:

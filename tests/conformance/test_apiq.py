@@ -13,18 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compress.activations import Activations
-from compress.calibration.fisher import Fisher, text_loss
-from compress.calibration.windows import Windows
-from compress.checkpoint import Checkpoint, Draft
+from compress.calibration.statistics.fisher import Fisher, text_loss
+from compress.calibration.text.windows import Windows
+from compress.engine.activations import Activations
+from compress.engine.stream import StreamedModel
+from compress.kernels.codes.integer import quantize_weight
+from compress.pipeline.run import Run
 from compress.quantization import apiq
 from compress.quantization.apiq import LORA_DECAY, ApiQ, Learning, LinearLoss, Saliency, cross_products
-from compress.quantization.clipped import ClippedLinear
-from compress.quantization.formats import Formats
 from compress.quantization.gptq import Hessian
-from compress.quantization.quantizer import quantize_weight
-from compress.run import Run
-from compress.stream import StreamedModel
+from compress.quantization.parts.clipped import ClippedLinear
+from compress.storage.checkpoint import Checkpoint, Draft
+from compress.storage.formats.base import Formats
 
 OUT, WIDTH, SIZE, RANK, ALPHA = 6, 32, 8, 3, 6.0
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from compress.kernels.codes.integer import quantize_weight
 from compress.quantization.awq import Grid, Inputs, choose_scales, clipped
-from compress.quantization.folding import Fold
-from compress.quantization.formats import CompressedTensors, Format
-from compress.quantization.quantizer import quantize_weight
+from compress.quantization.parts.folding import Fold
+from compress.storage.formats.base import CompressedTensors, Format
 
 WIDTH, TOKENS, SIZE = 64, 300, 16
 GRIDS = [(2, False), (3, True), (4, False)]

@@ -10,14 +10,14 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from compress.calibration.windows import Windows
-from compress.checkpoint import Checkpoint, Draft
+from compress.calibration.text.windows import Windows
+from compress.engine.stream import StreamedModel
 from compress.errors import BadInput
-from compress.plan import ModelShape
+from compress.pipeline.plan import ModelShape
+from compress.pipeline.run import Run
 from compress.pruning.magnitude import Magnitude
 from compress.pruning.wanda_sp import WandaSp
-from compress.run import Run
-from compress.stream import StreamedModel
+from compress.storage.checkpoint import Checkpoint, Draft
 
 LAYERS, HEADS, WIDTH = 3, 4, 4  # heads of 4 channels
 SIZE = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}

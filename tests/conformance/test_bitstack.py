@@ -9,15 +9,15 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from compress.calibration.windows import Windows
-from compress.checkpoint import Checkpoint, Draft
-from compress.kernels.stacked import Block, FactorStack
+from compress.calibration.text.windows import Windows
+from compress.engine.stream import StreamedModel, next_token_loss
+from compress.kernels.layers.stacked import Block, FactorStack
+from compress.pipeline.run import Run
 from compress.quantization.bitstack import BitStack, ColumnNorms, decompose, low_rank
-from compress.quantization.order import expected_losses, perplexities
-from compress.quantization.stacking import Stacking
-from compress.quantization.stacks import BitStackFormat, with_blocks
-from compress.run import Run
-from compress.stream import StreamedModel, next_token_loss
+from compress.quantization.parts.block_order import expected_losses, perplexities
+from compress.quantization.parts.stacker import Stacking
+from compress.storage.checkpoint import Checkpoint, Draft
+from compress.storage.formats.stacks import BitStackFormat, with_blocks
 
 CONFIG = {
     "vocab_size": 61,
@@ -207,7 +207,7 @@ def test_perplexities_are_those_of_models_with_one_more_block(folder: Path) -> N
 
 
 def test_an_interrupted_sweep_goes_on_after_the_last_level(folder: Path, monkeypatch) -> None:
-    from compress.quantization import order
+    from compress.quantization.parts import block_order as order
 
     _, stacking, run, _ = prepared(folder)
     expected = perplexities(stacking, run.calibration, run)

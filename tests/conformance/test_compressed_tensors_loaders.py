@@ -10,11 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import compress
-from compress.checkpoint import Checkpoint, Draft, write_weights
-from compress.plan import ModelShape
+from compress.engine.stream import StreamedModel
+from compress.pipeline.plan import ModelShape
+from compress.pipeline.run import Run
 from compress.quantization.round_to_nearest import RoundToNearest
-from compress.run import Run
-from compress.stream import StreamedModel
+from compress.storage.checkpoint import Checkpoint, Draft, write_weights
 
 TOKENS = torch.arange(48).view(2, 24)
 DOWN = {"re:.*down_proj": 8, "*.v_proj": 2, "*.o_proj": 3}

@@ -1,4 +1,4 @@
-"""compress.fidelity against a slow float64 restatement of its definitions."""
+"""compress.evaluation.fidelity against a slow float64 restatement of its definitions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from compress.fidelity import FidelityAccumulator, mean_by_window
+from compress.evaluation.fidelity import FidelityAccumulator, mean_by_window
 
 VOCAB, CONTEXT = 97, 24
 
@@ -79,7 +79,7 @@ def restated(windows: list[tuple[torch.Tensor, ...]]) -> dict[str, float]:
 @pytest.mark.parametrize("noise", [0.01, 0.5, 3.0])
 @pytest.mark.parametrize("chunk", [VOCAB, 5 * VOCAB, 2**22])
 def test_every_statistic_is_the_restated_one(noise: float, chunk: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("compress.fidelity.CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("compress.evaluation.fidelity.CHUNK_ELEMENTS", chunk)
     windows = make_windows(seed=1, count=5, noise=noise)
     accumulator = FidelityAccumulator(VOCAB)
     for window in windows:

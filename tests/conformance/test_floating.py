@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.errors import BadInput
-from compress.quantization.floating import (
+from compress.kernels.codes.floating import (
     BLOCK,
     E2M1,
     FloatWeight,

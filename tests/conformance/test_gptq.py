@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compress.quantization.formats import CompressedTensors
+from compress.kernels.codes.integer import QuantizedWeight, quantize_weight
 from compress.quantization.gptq import GPTQ, compensation, quantize
-from compress.quantization.quantizer import QuantizedWeight, quantize_weight
+from compress.storage.formats.base import CompressedTensors
 
 WIDTH, OUT, TOKENS = 160, 12, 400
 FORM = CompressedTensors(4, 32, True)

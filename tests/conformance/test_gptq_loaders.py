@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from compress.quantization.formats import GPTQ
-from compress.quantization.packing import BITS
-from compress.quantization.quantizer import quantize_weight
+from compress.kernels.codes.integer import quantize_weight
+from compress.kernels.codes.packing import BITS
+from compress.storage.formats.base import GPTQ
 
 pytest.importorskip("gptqmodel", reason="gptqmodel is not installed")
 pytest.importorskip("optimum.gptq", reason="optimum is not installed")

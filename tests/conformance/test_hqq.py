@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compress.kernels.codes.integer import quantize_weight
+from compress.kernels.codes.packing import BITS
 from compress.quantization.hqq import half_quadratic
-from compress.quantization.packing import BITS
-from compress.quantization.quantizer import quantize_weight
 
 OUT, WIDTH, SIZE = 16, 96, 32
 GRIDS = [(2, False), (3, True), (4, False)]

@@ -15,15 +15,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import compress
-from compress.calibration.windows import Windows
-from compress.checkpoint import Checkpoint, Draft
-from compress.quantization.distillation import Teacher, distil, divergence, last_hidden
+from compress.calibration.text.windows import Windows
+from compress.engine.stream import StreamedModel
+from compress.kernels.codes.minmax import fake_quantize, quantize, quantize_channels
+from compress.pipeline.recipe import parse_recipe
+from compress.pipeline.run import Run, execute
 from compress.quantization.llm_qat import LLMQAT, Student, weight_options
-from compress.quantization.minmax import fake_quantize, quantize, quantize_channels
-from compress.quantization.weights import Packing
-from compress.recipe import parse_recipe
-from compress.run import Run, execute
-from compress.stream import StreamedModel
+from compress.quantization.parts.distillation import Teacher, distil, divergence, last_hidden
+from compress.quantization.parts.layout import Packing
+from compress.storage.checkpoint import Checkpoint, Draft
 
 
 def restated(values: Tensor, bits: int) -> Tensor:

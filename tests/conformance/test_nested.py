@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.kernels.stacked import Block, PlaneStack
-from compress.quantization.formats import CompressedTensors
+from compress.kernels.codes.integer import quantize_weight
+from compress.kernels.layers.stacked import Block, PlaneStack
 from compress.quantization.gptq import GPTQ, quantize
 from compress.quantization.nested import FRACTIONS, choose_scales, nested_codes, planes, value
-from compress.quantization.quantizer import quantize_weight
+from compress.storage.formats.base import CompressedTensors
 
 WIDTH, OUT, TOKENS, SIZE = 48, 6, 200, 16
 

@@ -11,9 +11,9 @@ import torch
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 
-from compress.quantization.formats import GPTQ, CompressedTensors, format_of
-from compress.quantization.packing import BITS
-from compress.quantization.quantizer import QuantizedWeight, quantize_weight
+from compress.kernels.codes.integer import QuantizedWeight, quantize_weight
+from compress.kernels.codes.packing import BITS
+from compress.storage.formats.base import GPTQ, CompressedTensors, format_of
 
 OUT, WIDTH, GROUP = 32, 96, 32
 NAME = "model.layers.0.mlp.up_proj"

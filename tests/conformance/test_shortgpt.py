@@ -11,14 +11,14 @@ import torch
 import transformers as hf
 from pydantic import ValidationError
 
-from compress.calibration.windows import Windows
-from compress.checkpoint import Checkpoint, Draft
+from compress.calibration.text.windows import Windows
+from compress.engine.stream import StreamedModel
 from compress.errors import BadInput
-from compress.plan import ModelShape
+from compress.pipeline.plan import ModelShape
+from compress.pipeline.reload import streamed_logits
+from compress.pipeline.run import Run
 from compress.pruning.shortgpt import ShortGPT
-from compress.reload import streamed_logits
-from compress.run import Run
-from compress.stream import StreamedModel
+from compress.storage.checkpoint import Checkpoint, Draft
 
 LAYERS = 5
 SIZE = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 4}

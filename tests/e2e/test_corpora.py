@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from compress.calibration.text import read_documents
+from compress.calibration.text.sources import read_documents
 
 pytestmark = pytest.mark.e2e
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from compress.checkpoint import Checkpoint
-from compress.demo import demo_folder, dequantised, download_gguf
-from compress.plan import ModelShape
-from compress.registry import METHODS, find_method
+from compress.pipeline.plan import ModelShape
+from compress.pipeline.registry import METHODS, find_method
+from compress.sources.demo import demo_folder, dequantised, download_gguf
+from compress.storage.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.e2e
 

@@ -14,7 +14,7 @@ import yaml
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import compress
-from compress.calibration.text import read_documents
+from compress.calibration.text.sources import read_documents
 from compress.sarcasm import CALIBRATION, TEST, sarcasm_folder
 
 pytestmark = pytest.mark.e2e

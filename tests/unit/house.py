@@ -11,8 +11,8 @@ import transformers as hf
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from compress.artefact import Lineage, read_lineage
-from compress.files import file_sha256
+from compress.pipeline.artefact import Lineage, read_lineage
+from compress.system.files import file_sha256
 
 WORDS = 200
 STEPS = [

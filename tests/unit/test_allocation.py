@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.errors import BadInput
-from compress.pruning.allocation import (
+from compress.pruning.parts.allocation import (
     Scores,
     Units,
     Widths,
@@ -21,7 +21,7 @@ from compress.pruning.allocation import (
     spread_widths,
     standardised,
 )
-from compress.pruning.width import Kept
+from compress.pruning.parts.width import Kept
 
 
 @st.composite

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from compress import anatomy as module
-from compress.anatomy import ROWS, Anatomy, anatomy_of, model_class, set_weight, sizes_of, weight
+from compress.anatomy import roles as module
+from compress.anatomy.roles import ROWS, Anatomy, anatomy_of, model_class, set_weight, sizes_of, weight
 from compress.errors import BadInput
 
 LAYER = 1  # a middle one, where layers count

@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from compress.anatomy import ROWS, anatomy_of, model_class, sizes_of, without_layers
+from compress.anatomy.roles import ROWS, anatomy_of, model_class, sizes_of, without_layers
 from compress.errors import BadInput
 
 from .test_anatomy import CASES, GQA, SIZE, WIDE, build, config_of, hooks, same

@@ -14,21 +14,21 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import compress
-from compress.adapter import scaling
-from compress.anatomy import set_weight, weight
-from compress.artefact import read_lineage
-from compress.calibration.windows import Windows
-from compress.checkpoint import Checkpoint, Draft
+from compress.anatomy.roles import set_weight, weight
+from compress.calibration.text.windows import Windows
 from compress.commands.inspect import bytes_per_part
+from compress.engine.stream import Stream, StreamedModel
 from compress.errors import BadInput
-from compress.kernels.adapted import AdaptedLinear
-from compress.plan import ModelShape
+from compress.kernels.codes.integer import quantize_weight
+from compress.kernels.layers.adapted import AdaptedLinear
+from compress.pipeline.artefact import read_lineage
+from compress.pipeline.plan import ModelShape
+from compress.pipeline.recipe import parse_recipe
+from compress.pipeline.run import Run, execute
 from compress.quantization.apiq import ApiQ, Learning
-from compress.quantization.formats import Formats
-from compress.quantization.quantizer import quantize_weight
-from compress.recipe import parse_recipe
-from compress.run import Run, execute
-from compress.stream import Stream, StreamedModel
+from compress.storage.adapter import scaling
+from compress.storage.checkpoint import Checkpoint, Draft
+from compress.storage.formats.base import Formats
 
 LAYERS = 2
 SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64}

@@ -12,8 +12,8 @@ import torch
 import transformers as hf
 
 import compress
-from compress.recipe import parse_recipe
-from compress.run import execute
+from compress.pipeline.recipe import parse_recipe
+from compress.pipeline.run import execute
 
 # Settings, and the linears whose inputs cannot be scaled.
 CASES: dict[str, tuple[str, dict[str, Any], list[str]]] = {

@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from compress import checkpoint as module
-from compress.checkpoint import (
+from compress.engine.loading import load
+from compress.engine.stream import StreamedModel
+from compress.errors import BadInput
+from compress.storage import checkpoint as module
+from compress.storage.checkpoint import (
     DTYPES,
     Checkpoint,
     Draft,
@@ -23,10 +26,7 @@ from compress.checkpoint import (
     write_tensors,
     write_weights,
 )
-from compress.errors import BadInput
-from compress.files import atomic, file_sha256, write_atomically
-from compress.loading import load
-from compress.stream import StreamedModel
+from compress.system.files import atomic, file_sha256, write_atomically
 
 SIZE = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 SIZE |= {"num_attention_heads": 2, "max_position_embeddings": 32}

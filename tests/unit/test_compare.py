@@ -15,11 +15,11 @@ import pytest
 from click.testing import CliRunner
 
 from compress.commands.compare import compare as command
-from compress.compare import compare, compare_newest, compare_paths, read_scorecards
 from compress.errors import BadInput
-from compress.plot import quality_against_size
-from compress.render import FORMATS, render
-from compress.scorecard import (
+from compress.report.compare import compare, compare_newest, compare_paths, read_scorecards
+from compress.report.plot import quality_against_size
+from compress.report.render import FORMATS, render
+from compress.report.scorecard import (
     Cost,
     Fidelity,
     Figure,
@@ -315,7 +315,7 @@ def test_the_page_is_self_contained_and_escaped():
 
 
 def test_the_plot_joins_what_no_other_model_beats():
-    from compress.plot import _front
+    from compress.report.plot import _front
 
     assert _front([100, 50, 80, 50, 20], [10, 12, 13, 11, 30]) == [4, 3, 0]
     plot = quality_against_size(compare([card("dense"), card("small", size=10**8)]))
@@ -335,7 +335,7 @@ def test_without_matplotlib_the_page_says_so(monkeypatch: pytest.MonkeyPatch):
 def test_the_terminal_table_fits_its_terminal(width: int):
     from rich.console import Console
 
-    from compress.render import print_table
+    from compress.report.render import print_table
 
     file = io.StringIO()
     print_table(compare([card("dense"), card(HOSTILE)]), Console(file=file, width=width))
@@ -365,7 +365,7 @@ def test_the_command(tmp_path: Path):
 def test_comparing_imports_no_torch(tmp_path: Path):
     file = write(tmp_path / "cards.json", dumped(card("dense")))
     code = (
-        "import sys; from compress.compare import compare_paths; from compress.render import render\n"
+        "import sys; from compress.report.compare import compare_paths; from compress.report.render import render\n"
         f"render(compare_paths([{str(file)!r}]), 'table')\n"
         "assert not {'torch', 'transformers', 'scipy', 'matplotlib'} & set(sys.modules)"
     )

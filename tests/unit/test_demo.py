@@ -13,8 +13,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from compress import cache, demo, packages
 from compress.errors import CompressError
+from compress.sources import demo
+from compress.system import cache
+from compress.system import downloads as packages
 
 
 @pytest.fixture
@@ -180,7 +182,7 @@ def test_unwritable_cache_is_one_sentence(tmp_path, monkeypatch):
 BUILD_SLOWLY = """
 import sys, time
 from pathlib import Path
-from compress.cache import cached
+from compress.system.cache import cached
 
 def build(folder):
     time.sleep(1)

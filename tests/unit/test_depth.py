@@ -9,10 +9,10 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress.checkpoint import Checkpoint, Draft
 from compress.errors import BadInput
-from compress.plan import ModelShape
-from compress.pruning.depth import Cut, choose_cuts, plan_without_layers, remove_layers
+from compress.pipeline.plan import ModelShape
+from compress.pruning.parts.depth import Cut, choose_cuts, plan_without_layers, remove_layers
+from compress.storage.checkpoint import Checkpoint, Draft
 
 
 def cuts(distances: list[float], transforms: int, n: int) -> list[Cut]:

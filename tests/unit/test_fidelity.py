@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.errors import BadInput, CompressError
-from compress.fidelity import FidelityAccumulator
+from compress.evaluation.fidelity import FidelityAccumulator
 
 VOCAB, CONTEXT = 50, 16
 
@@ -77,7 +77,7 @@ def test_only_pairs_of_real_tokens_count():
 
 
 def test_logits_may_come_in_rows_on_demand(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("compress.fidelity.CHUNK_ELEMENTS", 3 * VOCAB)
+    monkeypatch.setattr("compress.evaluation.fidelity.CHUNK_ELEMENTS", 3 * VOCAB)
     dense, model, tokens, mask = window(5)
     asked = []
 
@@ -126,8 +126,8 @@ def test_memory_stays_bounded_with_a_large_vocabulary():
     """Two [512, 131072] float32 tables would be 512 MiB; the rows come, are compared, and go."""
     code = """
 import torch
-from compress.fidelity import CHUNK_ELEMENTS, FidelityAccumulator
-from compress.memory import peak_memory
+from compress.evaluation.fidelity import CHUNK_ELEMENTS, FidelityAccumulator
+from compress.system.memory import peak_memory
 vocabulary, context = 131072, 512
 hidden, head = torch.randn(context, 8), torch.randn(8, vocabulary)
 accumulator = FidelityAccumulator(vocabulary)

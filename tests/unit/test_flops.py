@@ -11,13 +11,13 @@ import transformers as hf
 from torch.utils.flop_counter import FlopCounterMode
 
 import compress
-from compress.anatomy import ROWS, anatomy_of, layer_shapes, model_class, sizes_of
-from compress.artefact import write_model
-from compress.checkpoint import Checkpoint, Draft
-from compress.flops import Flops, flops, unit_flops
-from compress.modeling import config_of
-from compress.pruning.width import Kept, finish, narrow, write_layer
-from compress.stream import StreamedModel
+from compress.anatomy.roles import ROWS, anatomy_of, layer_shapes, model_class, sizes_of
+from compress.engine.flops import Flops, flops, unit_flops
+from compress.engine.stream import StreamedModel
+from compress.engine.weights import config_of
+from compress.pipeline.artefact import write_model
+from compress.pruning.parts.width import Kept, finish, narrow, write_layer
+from compress.storage.checkpoint import Checkpoint, Draft
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 60}
 SIZE |= {"max_position_embeddings": 40, "pad_token_id": 0, "num_labels": 5}

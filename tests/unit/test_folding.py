@@ -9,11 +9,11 @@ import pytest
 import torch
 import transformers as hf
 
-from compress.calibration.windows import Windows
-from compress.checkpoint import Checkpoint, Draft
-from compress.quantization.folding import fold, fold_of, write_changed
+from compress.calibration.text.windows import Windows
+from compress.engine.stream import StreamedModel
 from compress.quantization.gptq import linears_by_input
-from compress.stream import StreamedModel
+from compress.quantization.parts.folding import fold, fold_of, write_changed
+from compress.storage.checkpoint import Checkpoint, Draft
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60}
 SIZE |= {"max_position_embeddings": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

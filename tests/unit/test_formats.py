@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.checkpoint import DTYPE_NAMES, TensorInfo
 from compress.errors import BadInput
-from compress.quantization.formats import GPTQ, CompressedTensors, format_of
-from compress.quantization.loaders import loaders
-from compress.quantization.packing import BITS
-from compress.quantization.quantizer import quantize_weight
+from compress.kernels.codes.integer import quantize_weight
+from compress.kernels.codes.packing import BITS
+from compress.storage.checkpoint import DTYPE_NAMES, TensorInfo
+from compress.storage.formats.base import GPTQ, CompressedTensors, format_of
+from compress.storage.formats.loaders import loaders
 
 NAME = "model.layers.0.mlp.up_proj"
 FORMS = [

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 import compress
-from compress.cache import CACHE_VARIABLE
-from compress.calibration import generate
-from compress.calibration.generate import GREEDY_LENGTHS, generated_windows, sample
-from compress.checkpoint import Checkpoint
+from compress.calibration.text import generate
+from compress.calibration.text.generate import GREEDY_LENGTHS, generated_windows, sample
 from compress.errors import BadInput
-from compress.models import load_tokenizer
-from compress.recipe import parse_recipe
-from compress.run import execute
+from compress.pipeline.recipe import parse_recipe
+from compress.pipeline.run import execute
+from compress.sources.find import load_tokenizer
+from compress.storage.checkpoint import Checkpoint
+from compress.system.cache import CACHE_VARIABLE
 
 EOS = 0
 

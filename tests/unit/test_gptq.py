@@ -12,14 +12,14 @@ import torch
 import transformers as hf
 
 import compress
-from compress import activations
-from compress.calibration.windows import Windows
-from compress.checkpoint import Checkpoint, Draft
+from compress.calibration.text.windows import Windows
+from compress.engine import activations
+from compress.engine.stream import StreamedModel
+from compress.pipeline.recipe import parse_recipe
+from compress.pipeline.run import Run, execute
 from compress.quantization import gptq
 from compress.quantization.gptq import GPTQ
-from compress.recipe import parse_recipe
-from compress.run import Run, execute
-from compress.stream import StreamedModel
+from compress.storage.checkpoint import Checkpoint, Draft
 
 SIZE = {"vocab_size": 257, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 GQA = {**SIZE, "intermediate_size": 96, "num_key_value_heads": 2}

@@ -8,10 +8,10 @@ import pytest
 import torch
 import transformers
 
-from compress.activations import Activations
-from compress.calibration.windows import Windows
-from compress.checkpoint import Checkpoint
-from compress.stream import Journal, StreamedModel
+from compress.calibration.text.windows import Windows
+from compress.engine.activations import Activations
+from compress.engine.stream import Journal, StreamedModel
+from compress.storage.checkpoint import Checkpoint
 
 
 @pytest.mark.parametrize("memory_limit", [0, 1 << 20], ids=["spilled", "in memory"])

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from compress.errors import BadInput
-from compress.kernels.embedding import PackedEmbedding
-from compress.kernels.linear import PackedLinear
+from compress.kernels.codes.integer import quantize_weight
+from compress.kernels.codes.packing import BITS
+from compress.kernels.layers.embedding import PackedEmbedding
+from compress.kernels.layers.linear import PackedLinear
 from compress.kernels.ops import kernel_name, packed_linear
-from compress.kernels.reference import BLOCK
-from compress.quantization.packing import BITS
-from compress.quantization.quantizer import quantize_weight
+from compress.kernels.reference.ops import BLOCK
 
 DEVICES = [
     "cpu",

@@ -13,16 +13,16 @@ import transformers as hf
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import compress
-from compress.errors import BadInput, CompressError
-from compress.quantization.key_values import (
+from compress.engine.key_values import (
     KEY,
     KeyValueSettings,
     QuantizedLayer,
     cache_bytes,
     quantize_key_values,
 )
-from compress.recipe import parse_recipe
-from compress.run import execute
+from compress.errors import BadInput, CompressError
+from compress.pipeline.recipe import parse_recipe
+from compress.pipeline.run import execute
 
 SLIDING = {"head_dim": 16, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 CASES: dict[str, dict[str, Any]] = {

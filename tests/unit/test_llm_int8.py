@@ -14,17 +14,17 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import compress
-from compress.checkpoint import Checkpoint
 from compress.cli import cli
 from compress.errors import BadInput
-from compress.kernels import int8_linear
-from compress.kernels.int8_linear import Int8Linear, quantize_inputs
-from compress.plan import ModelShape, make_plan
-from compress.quantization.formats import Formats
-from compress.quantization.llm_int8_format import Int8Weight
-from compress.quantization.loaders import loaders
-from compress.recipe import parse_recipe
-from compress.run import execute
+from compress.kernels.layers import int8_linear
+from compress.kernels.layers.int8_linear import Int8Linear, quantize_inputs
+from compress.pipeline.plan import ModelShape, make_plan
+from compress.pipeline.recipe import parse_recipe
+from compress.pipeline.run import execute
+from compress.storage.checkpoint import Checkpoint
+from compress.storage.formats.base import Formats
+from compress.storage.formats.llm_int8 import Int8Weight
+from compress.storage.formats.loaders import loaders
 
 functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
 
@@ -296,7 +296,7 @@ def test_what_cannot_be_made_is_said(
     shape = ModelShape.of(Checkpoint.open(dense))
     with pytest.raises(BadInput, match="already quantized"):
         method.plan(method.plan(shape, method.Options()), method.Options())
-    monkeypatch.setattr("compress.plan.find_spec", lambda _: None)
+    monkeypatch.setattr("compress.pipeline.plan.find_spec", lambda _: None)
     with pytest.raises(BadInput, match="llm-int8 needs bitsandbytes"):
         make_plan(Checkpoint.open(dense), [(method, method.Options())])
 

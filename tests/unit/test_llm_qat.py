@@ -12,17 +12,18 @@ import torch
 import transformers as hf
 
 import compress
-from compress.artefact import Lineage
-from compress.calibration.windows import Windows
-from compress.checkpoint import Checkpoint
+from compress.calibration.text.windows import Windows
+from compress.engine.key_values import KEY
 from compress.errors import BadInput, CompressError
-from compress.kernels.linear import PackedLinear, TokenQuantizedLinear
-from compress.quantization import distillation, llm_qat
-from compress.quantization.formats import format_of
-from compress.quantization.key_values import KEY
-from compress.recipe import parse_recipe
-from compress.reload import streamed_logits
-from compress.run import execute
+from compress.kernels.layers.linear import PackedLinear, TokenQuantizedLinear
+from compress.pipeline.artefact import Lineage
+from compress.pipeline.recipe import parse_recipe
+from compress.pipeline.reload import streamed_logits
+from compress.pipeline.run import execute
+from compress.quantization import llm_qat
+from compress.quantization.parts import distillation
+from compress.storage.checkpoint import Checkpoint
+from compress.storage.formats.base import format_of
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {},

@@ -10,10 +10,10 @@ import pytest
 import torch
 import transformers
 
-from compress import measure as module
 from compress.errors import BadInput, CompressError
-from compress.measure import kernel_name, measure, measure_model, repeat, storage_dtype
-from compress.memory import peak_memory
+from compress.evaluation import measure as module
+from compress.evaluation.measure import kernel_name, measure, measure_model, repeat, storage_dtype
+from compress.system.memory import peak_memory
 
 
 def tiny_llama(vocabulary: int = 64, dtype: torch.dtype = torch.bfloat16) -> transformers.PreTrainedModel:

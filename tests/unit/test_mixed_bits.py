@@ -12,21 +12,21 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import compress
-from compress.calibration.windows import Windows
-from compress.checkpoint import Checkpoint, Draft
+from compress.calibration.text.windows import Windows
 from compress.commands.inspect import bytes_per_part
+from compress.engine.stream import StreamedModel
 from compress.errors import BadInput
-from compress.kernels.embedding import PackedEmbedding
-from compress.kernels.linear import PackedLinear
-from compress.measure import token_ids
-from compress.plan import ModelShape
-from compress.quantization.formats import Formats
+from compress.evaluation.measure import token_ids
+from compress.kernels.layers.embedding import PackedEmbedding
+from compress.kernels.layers.linear import PackedLinear
+from compress.pipeline.plan import ModelShape
+from compress.pipeline.recipe import parse_recipe
+from compress.pipeline.reload import streamed_logits
+from compress.pipeline.run import Run, execute
 from compress.quantization.gptq import GPTQ
 from compress.quantization.round_to_nearest import RoundToNearest
-from compress.recipe import parse_recipe
-from compress.reload import streamed_logits
-from compress.run import Run, execute
-from compress.stream import StreamedModel
+from compress.storage.checkpoint import Checkpoint, Draft
+from compress.storage.formats.base import Formats
 
 SIZE = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 GQA = {**SIZE, "intermediate_size": 96, "num_key_value_heads": 2}

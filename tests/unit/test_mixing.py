@@ -12,14 +12,14 @@ import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from compress.checkpoint import Checkpoint
 from compress.cli import cli
 from compress.errors import BadInput
-from compress.plan import ModelShape
-from compress.quantization.mixing import Mix
-from compress.quantization.weights import plan_packed
-from compress.recipe import load_recipe, parse_recipe
-from compress.run import execute, mixed
+from compress.pipeline.plan import ModelShape
+from compress.pipeline.recipe import load_recipe, parse_recipe
+from compress.pipeline.run import execute, mixed
+from compress.quantization.parts.layout import plan_packed
+from compress.quantization.parts.mixing import Mix
+from compress.storage.checkpoint import Checkpoint
 
 ARCHITECTURES = ("LlamaForCausalLM", "GPT2LMHeadModel", "OPTForCausalLM")
 WIDTHS = [2, 3, 4, 8]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.calibration.moments import Moments, Products
+from compress.calibration.statistics.moments import Moments, Products
 
 C, CHOSEN = 6, torch.tensor([0, 2, 3])
 OTHERS = torch.tensor([1, 4, 5])

@@ -13,14 +13,14 @@ import torch
 import transformers as hf
 
 import compress
-from compress.artefact import Step
-from compress.checkpoint import Checkpoint
 from compress.errors import BadInput
-from compress.kernels.nf4_linear import NF4Linear
-from compress.plan import ModelShape, make_plan
-from compress.quantization.formats import Formats
-from compress.quantization.loaders import loaders
-from compress.quantization.nf4_format import NF4Weight, pack_high_first, unpack_high_first
+from compress.kernels.layers.nf4_linear import NF4Linear
+from compress.pipeline.artefact import Step
+from compress.pipeline.plan import ModelShape, make_plan
+from compress.storage.checkpoint import Checkpoint
+from compress.storage.formats.base import Formats
+from compress.storage.formats.loaders import loaders
+from compress.storage.formats.nf4 import NF4Weight, pack_high_first, unpack_high_first
 
 functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
 
@@ -165,6 +165,6 @@ def test_what_cannot_be_done_is_said(
     tensors[f"{name}.weight"] = tensors[f"{name}.weight"][:-1]
     with pytest.raises(BadInput, match="shape"):
         form.read(name, tensors.__getitem__)
-    monkeypatch.setattr("compress.plan.find_spec", lambda _: None)
+    monkeypatch.setattr("compress.pipeline.plan.find_spec", lambda _: None)
     with pytest.raises(BadInput, match=r"nf4 needs bitsandbytes: pip install 'compress-model\[bits"):
         make_plan(Checkpoint.open(dense("llama")), [(METHOD, METHOD.Options())])

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress.quantization.packing import (
+from compress.kernels.codes.packing import (
     BITS,
     pack,
     pack_gptq_zeros,

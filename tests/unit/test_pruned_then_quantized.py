@@ -10,12 +10,12 @@ import torch
 import transformers as hf
 
 import compress
-from compress.anatomy import layer_shapes, weight
-from compress.checkpoint import Checkpoint
-from compress.plan import ModelShape
-from compress.quantization.formats import Formats
-from compress.recipe import parse_recipe
-from compress.run import execute
+from compress.anatomy.roles import layer_shapes, weight
+from compress.pipeline.plan import ModelShape
+from compress.pipeline.recipe import parse_recipe
+from compress.pipeline.run import execute
+from compress.storage.checkpoint import Checkpoint
+from compress.storage.formats.base import Formats
 
 PRUNED = {
     "heterogeneous": {"method": "flap", "ratio": 0.3, "width_multiple": 16},

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.errors import BadInput
-from compress.quantization.packing import BITS
-from compress.quantization.quantizer import quantize_weight
+from compress.kernels.codes.integer import quantize_weight
+from compress.kernels.codes.packing import BITS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from compress.errors import BadInput
-from compress.recipe import bundled_recipes, load_recipe, parse_recipe
+from compress.pipeline.recipe import bundled_recipes, load_recipe, parse_recipe
 
 RTN = {"method": "rtn", "bits": 4, "group_size": 32}
 REPLACEME = {"method": "replaceme", "layers": 1}

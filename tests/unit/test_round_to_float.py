@@ -13,13 +13,13 @@ import torch
 import transformers as hf
 
 import compress
-from compress.artefact import Step
-from compress.checkpoint import Checkpoint
 from compress.errors import BadInput
-from compress.plan import ModelShape
-from compress.quantization.formats import Formats
-from compress.quantization.loaders import loaders
+from compress.pipeline.artefact import Step
+from compress.pipeline.plan import ModelShape
 from compress.quantization.round_to_float import RoundToFloat
+from compress.storage.checkpoint import Checkpoint
+from compress.storage.formats.base import Formats
+from compress.storage.formats.loaders import loaders
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {"attention_bias": True}),

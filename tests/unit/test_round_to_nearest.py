@@ -14,14 +14,14 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 import compress
-from compress.artefact import Step
-from compress.checkpoint import Checkpoint, Draft
+from compress.engine.stream import StreamedModel
 from compress.errors import BadInput
-from compress.plan import ModelShape
-from compress.quantization.formats import format_of
+from compress.pipeline.artefact import Step
+from compress.pipeline.plan import ModelShape
+from compress.pipeline.run import Run
 from compress.quantization.round_to_nearest import RoundToNearest
-from compress.run import Run
-from compress.stream import StreamedModel
+from compress.storage.checkpoint import Checkpoint, Draft
+from compress.storage.formats.base import format_of
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {}),

@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 import yaml
 
-from compress import artefact, evaluate, workspace
-from compress import run as module
-from compress.artefact import Lineage, read_lineage
-from compress.calibration.windows import evaluation_windows
-from compress.checkpoint import Checkpoint
+from compress.calibration.text.windows import evaluation_windows
 from compress.errors import BadInput, CompressError
-from compress.models import find_model, load_tokenizer
-from compress.recipe import parse_recipe
-from compress.run import execute
-from compress.workspace import Workspace
+from compress.evaluation import evaluate
+from compress.pipeline import artefact, workspace
+from compress.pipeline import run as module
+from compress.pipeline.artefact import Lineage, read_lineage
+from compress.pipeline.recipe import parse_recipe
+from compress.pipeline.run import execute
+from compress.pipeline.workspace import Workspace
+from compress.sources.find import find_model, load_tokenizer
+from compress.storage.checkpoint import Checkpoint
 
 from .house import STEPS, House, check_whole, left_behind
 

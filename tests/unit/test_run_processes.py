@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-from compress.artefact import Lineage, read_lineage
-from compress.checkpoint import write_tensors
+from compress.pipeline.artefact import Lineage, read_lineage
+from compress.storage.checkpoint import write_tensors
 
 from .house import House, check_whole, left_behind
 
@@ -35,7 +35,7 @@ SERVER = """
 import json, os, signal, sys
 import transformers.models.auto.modeling_auto
 import transformers.models.llama.modeling_llama
-import compress.commands.run, compress.run
+import compress.commands.run, compress.pipeline.run
 import compress.pruning.replaceme, compress.quantization.round_to_nearest
 from compress.cli import main
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from compress.scorecard import Figure
+from compress.report.scorecard import Figure
 
 finite = st.floats(-1e300, 1e300, allow_subnormal=False)
 

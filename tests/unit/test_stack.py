@@ -19,22 +19,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import compress
-from compress.calibration.windows import Windows
-from compress.checkpoint import Checkpoint, Draft
+from compress.calibration.text.windows import Windows
 from compress.cli import cli
+from compress.engine.stream import StreamedModel
 from compress.errors import BadInput
-from compress.evaluate import evaluate_folder
-from compress.kernels.stacked import FactorStack, PlaneStack, StackedLinear
-from compress.memory import parse_memory
-from compress.plan import ModelShape
-from compress.quantization.order import by_gain
-from compress.quantization.packing import pack_signs, unpack_signs
-from compress.quantization.stacks import prefix, sizes, stack_of
-from compress.recipe import parse_recipe
-from compress.registry import find_method
-from compress.reload import streamed_logits
-from compress.run import Run, execute
-from compress.stream import StreamedModel
+from compress.evaluation.evaluate import evaluate_folder
+from compress.kernels.codes.packing import pack_signs, unpack_signs
+from compress.kernels.layers.stacked import FactorStack, PlaneStack, StackedLinear
+from compress.pipeline.plan import ModelShape
+from compress.pipeline.recipe import parse_recipe
+from compress.pipeline.registry import find_method
+from compress.pipeline.reload import streamed_logits
+from compress.pipeline.run import Run, execute
+from compress.quantization.parts.block_order import by_gain
+from compress.storage.checkpoint import Checkpoint, Draft
+from compress.storage.formats.stacks import prefix, sizes, stack_of
+from compress.system.memory import parse_memory
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {"tie_word_embeddings": True}),

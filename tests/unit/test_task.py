@@ -13,17 +13,23 @@ import torch
 import transformers as hf
 from pydantic import ValidationError
 
-from compress import evaluate, task
-from compress.checkpoint import Checkpoint
+from compress.calibration.text.examples import (
+    QuestionExample,
+    TaskFile,
+    TextExample,
+    WordsExample,
+    read_task_file,
+)
 from compress.commands.evaluate import evaluate as command
-from compress.compare import compare
+from compress.engine.weights import config_of
 from compress.errors import BadInput
-from compress.evaluate import evaluate_folder
-from compress.modeling import config_of
-from compress.scorecard import Figure, Measurement, Scorecard
-from compress.task import TaskEvaluation, best_answer
-from compress.task_file import QuestionExample, TaskFile, TextExample, WordsExample, read_task_file
-from compress.task_score import macro_f1, mcnemar, normalized, score, token_f1
+from compress.evaluation import evaluate, task
+from compress.evaluation.evaluate import evaluate_folder
+from compress.evaluation.task import TaskEvaluation, best_answer
+from compress.evaluation.task_score import macro_f1, mcnemar, normalized, score, token_f1
+from compress.report.compare import compare
+from compress.report.scorecard import Figure, Measurement, Scorecard
+from compress.storage.checkpoint import Checkpoint
 
 Encoder = Callable[..., Path]
 FLOPS = Figure(value=1, unit="flops")

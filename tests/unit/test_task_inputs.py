@@ -13,13 +13,13 @@ import pytest
 import torch
 import transformers as hf
 
-from compress.calibration.text import Documents
-from compress.checkpoint import Checkpoint
+from compress.calibration.text.encoder_inputs import calibration_inputs, encode, load_task_tokenizer, padded
+from compress.calibration.text.examples import QuestionExample, TextExample, WordsExample
+from compress.calibration.text.sources import Documents
+from compress.engine.weights import config_of
 from compress.errors import BadInput
-from compress.modeling import config_of
-from compress.recipe import Calibration
-from compress.task_file import QuestionExample, TextExample, WordsExample
-from compress.task_inputs import calibration_inputs, encode, load_task_tokenizer, padded
+from compress.pipeline.recipe import Calibration
+from compress.storage.checkpoint import Checkpoint
 
 Encoder = Callable[..., Path]
 CLASSIFIER = "BertForSequenceClassification"

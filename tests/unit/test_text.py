@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from compress import packages
-from compress.calibration import corpora, text
-from compress.calibration.corpora import CORPORA, strip_markup, untagged
-from compress.calibration.text import Documents, read_documents
+from compress.calibration.text import corpora
+from compress.calibration.text import sources as text
+from compress.calibration.text.corpora import CORPORA, strip_markup, untagged
+from compress.calibration.text.sources import Documents, read_documents
 from compress.errors import BadInput, CompressError
+from compress.system import downloads as packages
 
 
 def written(folder: Path, name: str, content: str | bytes) -> str:
@@ -165,7 +166,7 @@ def test_hashes_follow_the_words():
 
 def test_reading_is_imported_lazily():
     heavy = "{'torch', 'transformers', 'datasets', 'pyarrow', 'gguf'}"
-    code = f"import sys, compress.calibration.text, compress.demo; print({heavy} & set(sys.modules))"
+    code = f"import sys, compress.calibration.text.sources, compress.sources.demo; print({heavy} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "set()\n"
 

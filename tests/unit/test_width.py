@@ -15,13 +15,16 @@ import transformers as hf
 from torch import Tensor
 
 import compress
-from compress.anatomy import anatomy_of, layer_shapes, model_class, set_weight, weight
-from compress.artefact import write_model
-from compress.calibration.windows import Windows
-from compress.checkpoint import Checkpoint, Draft
+from compress.anatomy.roles import anatomy_of, layer_shapes, model_class, set_weight, weight
+from compress.calibration.text.windows import Windows
+from compress.engine.stream import StreamedModel
 from compress.errors import BadInput, CompressError
-from compress.plan import ModelShape, make_plan
-from compress.pruning.width import (
+from compress.pipeline.artefact import write_model
+from compress.pipeline.plan import ModelShape, make_plan
+from compress.pipeline.recipe import parse_recipe
+from compress.pipeline.reload import reload_check, streamed_logits
+from compress.pipeline.run import execute
+from compress.pruning.parts.width import (
     Kept,
     channels_of_groups,
     finish,
@@ -30,10 +33,7 @@ from compress.pruning.width import (
     skipped,
     write_layer,
 )
-from compress.recipe import parse_recipe
-from compress.reload import reload_check, streamed_logits
-from compress.run import execute
-from compress.stream import StreamedModel
+from compress.storage.checkpoint import Checkpoint, Draft
 
 LAYERS = 4
 SIZE = {"hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "vocab_size": 60}

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from compress.calibration import tokens as tokenising
-from compress.calibration import windows
-from compress.calibration.text import Documents
-from compress.calibration.windows import calibration_windows, evaluation_windows, overlap
+from compress.calibration.text import tokens as tokenising
+from compress.calibration.text import windows
+from compress.calibration.text.sources import Documents
+from compress.calibration.text.windows import calibration_windows, evaluation_windows, overlap
 from compress.errors import BadInput
 
 LONGEST, MOST = 40, 12  # tokens in a document, documents

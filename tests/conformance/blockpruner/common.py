@@ -12,14 +12,14 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from compress.calibration.windows import Windows
-from compress.checkpoint import Checkpoint, Draft
+from compress.calibration.text.windows import Windows
+from compress.engine.stream import StreamedModel
 from compress.method import StepReport
-from compress.plan import ModelShape
+from compress.pipeline.plan import ModelShape
+from compress.pipeline.run import Run
 from compress.pruning.blockpruner import BlockPruner
-from compress.pruning.blocks import Block, block_parameters
-from compress.run import Run
-from compress.stream import StreamedModel
+from compress.pruning.parts.blocks import Block, block_parameters
+from compress.storage.checkpoint import Checkpoint, Draft
 
 VOCAB, HIDDEN, LAYERS = 48, 16, 3
 SIZE = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 4}

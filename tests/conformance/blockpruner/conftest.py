@@ -10,10 +10,10 @@ import pytest
 import torch
 import transformers as hf
 
-from compress.calibration.windows import Windows
+from compress.calibration.text.windows import Windows
 from compress.method import StepReport
-from compress.pruning import block_losses
-from compress.run import Run
+from compress.pipeline.run import Run
+from compress.pruning.parts import block_losses
 
 from .common import CASES, VOCAB, WINDOWS, Plain, applied, save
 

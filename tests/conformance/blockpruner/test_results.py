@@ -13,16 +13,16 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import compress
-from compress.artefact import Lineage
-from compress.calibration.windows import Windows
-from compress.checkpoint import Checkpoint
+from compress.calibration.text.windows import Windows
 from compress.errors import BadInput, CompressError
 from compress.method import StepReport
-from compress.plan import ModelShape
+from compress.pipeline.artefact import Lineage
+from compress.pipeline.plan import ModelShape
+from compress.pipeline.reload import streamed_logits
+from compress.pipeline.run import Run
 from compress.pruning.blockpruner import BlockPruner
-from compress.pruning.blocks import Block
-from compress.reload import streamed_logits
-from compress.run import Run
+from compress.pruning.parts.blocks import Block
+from compress.storage.checkpoint import Checkpoint
 
 from .common import (
     LAYERS,
@@ -173,7 +173,7 @@ def test_removed_blocks_cost_nothing_when_the_result_generates(
 
 
 def written(run: Run, source: Path, folder: Path) -> Any:
-    from compress.artefact import write_model
+    from compress.pipeline.artefact import write_model
 
     run.draft.flush("step")
     write_model(run.draft, source, folder, {})

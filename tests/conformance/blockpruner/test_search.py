@@ -15,16 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from compress import activations
-from compress.calibration.windows import Windows
-from compress.checkpoint import Checkpoint
+from compress.calibration.text.windows import Windows
+from compress.engine import activations
+from compress.engine.stream import StreamedModel, next_token_loss
 from compress.errors import BadInput
-from compress.plan import ModelShape
-from compress.pruning import block_losses
-from compress.pruning.block_losses import Bound, next_token_losses
+from compress.pipeline.plan import ModelShape
 from compress.pruning.blockpruner import contenders
-from compress.pruning.blocks import Block, layer_parameters
-from compress.stream import StreamedModel, next_token_loss
+from compress.pruning.parts import block_losses
+from compress.pruning.parts.block_losses import Bound, next_token_losses
+from compress.pruning.parts.blocks import Block, layer_parameters
+from compress.storage.checkpoint import Checkpoint
 
 from .common import (
     LAYERS,

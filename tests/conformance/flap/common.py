@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 import transformers as hf
 
-from compress.calibration.windows import Windows
-from compress.checkpoint import Checkpoint, Draft
+from compress.calibration.text.windows import Windows
+from compress.engine.stream import StreamedModel
 from compress.method import StepReport
+from compress.pipeline.run import Run
 from compress.pruning.flap import Flap
-from compress.run import Run
-from compress.stream import StreamedModel
+from compress.storage.checkpoint import Checkpoint, Draft
 
 from ..common import random_windows
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from compress.calibration.windows import Windows
-from compress.reload import streamed_logits
+from compress.calibration.text.windows import Windows
+from compress.pipeline.reload import streamed_logits
 
 from .common import FAMILIES, LAYERS, WINDOWS, Applied, applied
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from compress.calibration.windows import Windows
-from compress.checkpoint import Checkpoint, Draft
+from compress.calibration.text.windows import Windows
+from compress.engine.stream import Activations, StreamedModel
 from compress.errors import BadInput
-from compress.plan import ModelShape
+from compress.pipeline.plan import ModelShape
+from compress.pipeline.reload import streamed_logits
+from compress.pipeline.run import Run
 from compress.pruning.flap import Flap
-from compress.reload import streamed_logits
-from compress.run import Run
-from compress.stream import Activations, StreamedModel
+from compress.storage.checkpoint import Checkpoint, Draft
 
 from ..common import Killed, Moments, assert_same_draft
 from .common import FAMILIES, LAYERS, LENGTHS, WINDOWS, Applied, applied, windows_of

@@ -13,13 +13,13 @@ import transformers as hf
 from safetensors.torch import load_file
 from torch import Tensor
 
-from compress.calibration.windows import Windows
-from compress.checkpoint import Checkpoint, Draft
+from compress.calibration.text.windows import Windows
+from compress.engine.stream import StreamedModel
 from compress.method import StepReport
-from compress.plan import ModelShape
+from compress.pipeline.plan import ModelShape
+from compress.pipeline.run import Run
 from compress.pruning.kprune import KPrune
-from compress.run import Run
-from compress.stream import StreamedModel
+from compress.storage.checkpoint import Checkpoint, Draft
 
 LENGTHS = (12, 12, 7, 12, 9, 12, 3, 12, 11, 12)
 SEED = 5

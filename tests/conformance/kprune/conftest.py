@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress.anatomy import model_class
+from compress.anatomy.roles import model_class
 
 from .common import MODELS
 

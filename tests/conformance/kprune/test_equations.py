@@ -13,13 +13,13 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from compress import activations
-from compress.anatomy import anatomy_of, model_class
-from compress.calibration.windows import Windows
-from compress.checkpoint import Checkpoint
-from compress.plan import ModelShape
+from compress.anatomy.roles import anatomy_of, model_class
+from compress.calibration.text.windows import Windows
+from compress.engine import activations
+from compress.engine.stream import StreamedModel
+from compress.pipeline.plan import ModelShape
 from compress.pruning.kprune import KPrune
-from compress.stream import StreamedModel
+from compress.storage.checkpoint import Checkpoint
 
 from .common import SEED, Result, run, windows_of
 

@@ -12,16 +12,16 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from compress.anatomy import model_class
-from compress.artefact import write_model
-from compress.backward import Tape
-from compress.checkpoint import Checkpoint
+from compress.anatomy.roles import model_class
+from compress.engine.backward import Tape
+from compress.engine.stream import StreamedModel
 from compress.errors import BadInput
-from compress.plan import ModelShape
-from compress.pruning.knowledge import Divergence, blocks_of, measure
+from compress.pipeline.artefact import write_model
+from compress.pipeline.plan import ModelShape
+from compress.pipeline.reload import streamed_logits
 from compress.pruning.kprune import KPrune, affordable
-from compress.reload import streamed_logits
-from compress.stream import StreamedModel
+from compress.pruning.parts.knowledge import Divergence, blocks_of, measure
+from compress.storage.checkpoint import Checkpoint
 
 from .common import MODELS, SEED, SIZE, Result, run, windows_of
 

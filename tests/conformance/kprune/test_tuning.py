@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.artefact import write_model
-from compress.checkpoint import Checkpoint
 from compress.errors import BadInput
+from compress.pipeline.artefact import write_model
+from compress.pipeline.reload import streamed_logits
 from compress.pruning.kprune import Fit, choose_ridge, halves_of
-from compress.reload import streamed_logits
+from compress.storage.checkpoint import Checkpoint
 
 from .common import run, windows_of
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 import transformers
 
-from compress.calibration.windows import Windows
-from compress.checkpoint import Checkpoint, Draft, write_weights
+from compress.calibration.text.windows import Windows
+from compress.engine.stream import StreamedModel
 from compress.method import StepReport
-from compress.pruning.depth import Cut
+from compress.pipeline.run import Run
+from compress.pruning.parts.depth import Cut
 from compress.pruning.replaceme import ReplaceMe
-from compress.run import Run
-from compress.stream import StreamedModel
+from compress.storage.checkpoint import Checkpoint, Draft, write_weights
 
 from ..common import random_windows
 

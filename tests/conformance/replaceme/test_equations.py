@@ -11,11 +11,11 @@ import pytest
 import torch
 import transformers
 
-from compress.activations import Activations
-from compress.calibration.windows import Windows
-from compress.pruning.depth import Cut
+from compress.calibration.text.windows import Windows
+from compress.engine.activations import Activations
+from compress.engine.stream import Stream, StreamedModel
+from compress.pruning.parts.depth import Cut
 from compress.pruning.replaceme import ReplaceMe, Samples, least_squares
-from compress.stream import Stream, StreamedModel
 
 from .common import FAMILIES, HIDDEN, LAYERS, distances, estimate, every_family, hidden, windows_of
 

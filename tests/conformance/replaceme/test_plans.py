@@ -11,10 +11,10 @@ import torch
 import transformers
 from pydantic import ValidationError
 
-from compress.checkpoint import Checkpoint
 from compress.errors import BadInput, CompressError
-from compress.plan import ModelShape
+from compress.pipeline.plan import ModelShape
 from compress.pruning.replaceme import ReplaceMe, merge
+from compress.storage.checkpoint import Checkpoint
 
 from .common import (
     HIDDEN,

@@ -12,11 +12,11 @@ import pytest
 import torch
 import transformers
 
-from compress.activations import Activations
-from compress.calibration.windows import Windows
-from compress.checkpoint import Checkpoint
-from compress.pruning.depth import Cut
-from compress.reload import streamed_logits
+from compress.calibration.text.windows import Windows
+from compress.engine.activations import Activations
+from compress.pipeline.reload import streamed_logits
+from compress.pruning.parts.depth import Cut
+from compress.storage.checkpoint import Checkpoint
 
 from ..common import Killed, Moments, assert_same_draft
 from .common import (

@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from compress.cli import main
-from compress.recipe import parse_recipe
-from compress.run import execute
+from compress.pipeline.recipe import parse_recipe
+from compress.pipeline.run import execute
 
 from .common import Command, Ended
 

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-import compress.recipe
+import compress.pipeline.recipe
 
 from .common import REPLACEME, RTN, Command, assert_one_sentence, listing, rewrite
 
@@ -257,7 +257,7 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(
 def test_what_nobody_foresaw_is_one_sentence_too(
     error, code: int, sentence: str, command: Command, monkeypatch
 ):
-    monkeypatch.setattr(compress.recipe, "load_recipe", mock.Mock(side_effect=error))
+    monkeypatch.setattr(compress.pipeline.recipe, "load_recipe", mock.Mock(side_effect=error))
     ended = command("run", "int4")
     # After ^C click ends the line that the terminal put it on.
     assert_one_sentence(ended._replace(err=ended.err.removeprefix("\n")), code, sentence)

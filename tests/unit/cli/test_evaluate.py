@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-import compress.evaluate
-from compress.artefact import read_lineage
-from compress.models import ModelSource, find_model
-from compress.scorecard import Scorecard
+import compress.evaluation.evaluate
+from compress.pipeline.artefact import read_lineage
+from compress.report.scorecard import Scorecard
+from compress.sources.find import ModelSource, find_model
 
 from .common import RTN, Command, Ended, rewrite
 
@@ -25,7 +25,7 @@ def test_dense_against_dense_is_no_difference(command: Command, tiny: Path, copy
     """The copy has another hash, so it is streamed and scored like any other model."""
     rewrite(copy, lambda config: config.update(note="the same model"))
     measured = Scorecard.model_fields["cost"].annotation.model_fields["measured"].default
-    monkeypatch.setattr(compress.evaluate, "measure", lambda *_, **__: measured)
+    monkeypatch.setattr(compress.evaluation.evaluate, "measure", lambda *_, **__: measured)
     dense, same = command("evaluate", copy, "--baseline", tiny, *SCORING, "--json").document
     assert dense["model"]["sha256"] == dense["baseline"]["sha256"] == same["baseline"]["sha256"]
     assert same["model"]["sha256"] != dense["model"]["sha256"]
@@ -45,8 +45,8 @@ def test_an_evaluation_that_cannot_be_kept_is_shown(
     def refuse(*_: Any) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), "compression.json")
 
-    monkeypatch.setattr(compress.evaluate, "measure", lambda *_, **__: None)
-    monkeypatch.setattr(compress.evaluate, "add_evaluations", refuse)
+    monkeypatch.setattr(compress.evaluation.evaluate, "measure", lambda *_, **__: None)
+    monkeypatch.setattr(compress.evaluation.evaluate, "add_evaluations", refuse)
     ended = command("evaluate", quantized, "--baseline", tiny, *SCORING, "-q", "--json")
     assert ended.code == 0
     assert len(ended.document) == 2
@@ -57,9 +57,9 @@ def test_a_run_evaluates_its_own_result_against_the_revision_it_began_with(
     command: Command, tiny: Path, tmp_path: Path, monkeypatch
 ):
     found = []
-    monkeypatch.setattr("compress.run.find_model", lambda *_: ModelSource("us/tiny", "abc", tiny))
+    monkeypatch.setattr("compress.pipeline.run.find_model", lambda *_: ModelSource("us/tiny", "abc", tiny))
     monkeypatch.setattr(
-        "compress.evaluate.evaluate_folder", lambda *args, **kwargs: found.append((args, kwargs))
+        "compress.evaluation.evaluate.evaluate_folder", lambda *args, **kwargs: found.append((args, kwargs))
     )
     (tmp_path / "recipe.yaml").write_text("{model: us/tiny, revision: abc, steps: [], evaluate: {}}")
     monkeypatch.chdir(tmp_path)
@@ -86,8 +86,8 @@ def test_every_command_that_opens_a_model_takes_its_revision(
 
     for module in ("models", "evaluate", "run"):
         monkeypatch.setattr(f"compress.{module}.find_model", find)
-    monkeypatch.setattr(compress.evaluate, "measure", lambda *_, **__: None)
-    monkeypatch.setattr(compress.evaluate, "add_evaluations", lambda *_: None)
+    monkeypatch.setattr(compress.evaluation.evaluate, "measure", lambda *_, **__: None)
+    monkeypatch.setattr(compress.evaluation.evaluate, "add_evaluations", lambda *_: None)
     both = ["--baseline", "us/tiny", "--baseline-revision", "v0"]
     for words in (
         ["inspect", "us/tiny", "--revision", "v1"],

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from compress.cli import COMMANDS
-from compress.registry import METHODS
+from compress.pipeline.registry import METHODS
 
 from .common import REPLACEME, Command, assert_one_sentence
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from compress.artefact import read_lineage
 from compress.commands.common import make_table, stdout
+from compress.pipeline.artefact import read_lineage
 
 from .common import REPLACEME, RTN, Command, Ended, assert_one_sentence, listing
 

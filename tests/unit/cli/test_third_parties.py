@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from compress import registry
 from compress.method import Method, MethodOptions, Paper, StepReport
-from compress.registry import METHODS
+from compress.pipeline import registry
+from compress.pipeline.registry import METHODS
 
 from .common import Command, assert_one_sentence
 

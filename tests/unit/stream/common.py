@@ -10,9 +10,9 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from compress import stream as module
-from compress.anatomy import anatomy_of, model_class
-from compress.calibration.windows import Windows
+from compress.anatomy.roles import anatomy_of, model_class
+from compress.calibration.text.windows import Windows
+from compress.engine import stream as module
 
 LAYERS = 3
 SIZE = {"hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "vocab_size": 60}

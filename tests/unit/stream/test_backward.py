@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress import activations
-from compress import stream as module
-from compress.anatomy import weight as anatomy_weight
-from compress.backward import Tape
-from compress.calibration.windows import Windows
-from compress.checkpoint import Checkpoint
-from compress.stream import StreamedModel
+from compress.anatomy.roles import weight as anatomy_weight
+from compress.calibration.text.windows import Windows
+from compress.engine import activations
+from compress.engine import stream as module
+from compress.engine.backward import Tape
+from compress.engine.stream import StreamedModel
+from compress.storage.checkpoint import Checkpoint
 
 from .common import CASES, LAYERS, Subject, everything, make_windows
 

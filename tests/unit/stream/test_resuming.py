@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from compress import activations
-from compress import stream as module
-from compress.activations import Activations
-from compress.checkpoint import Checkpoint, Draft
+from compress.engine import activations
+from compress.engine import stream as module
+from compress.engine.activations import Activations
+from compress.engine.stream import Journal, StreamedModel
 from compress.errors import CompressError
-from compress.stream import Journal, StreamedModel
+from compress.storage.checkpoint import Checkpoint, Draft
 
 from .common import LAYERS, Subject, everything, make_windows
 

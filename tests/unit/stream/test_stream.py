@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 import compress
-from compress import stream as module
-from compress.anatomy import ROWS
-from compress.calibration.windows import Windows
-from compress.checkpoint import Checkpoint, Draft
+from compress.anatomy.roles import ROWS
+from compress.calibration.text.windows import Windows
+from compress.engine import stream as module
+from compress.engine.stream import StreamedModel, next_token_loss
+from compress.engine.weights import longest_input
 from compress.errors import BadInput, CompressError
-from compress.memory import give_back_memory
-from compress.modeling import longest_input
-from compress.quantization.formats import FORMATS
-from compress.quantization.quantizer import quantize_weight
-from compress.stream import StreamedModel, next_token_loss
+from compress.kernels.codes.integer import quantize_weight
+from compress.storage.checkpoint import Checkpoint, Draft
+from compress.storage.formats.base import FORMATS
+from compress.system.memory import give_back_memory
 
 from .common import CASES, LAYERS, SIZE, Subject, everything, make_windows
 
@@ -271,7 +271,7 @@ def test_packed_models_stream_as_they_load(llama: Subject, tmp_path: Path, form:
     draft.flush("step")
     folder = tmp_path / "packed"
     folder.mkdir()
-    module_files = compress.checkpoint.write_weights(draft, folder)
+    module_files = compress.storage.checkpoint.write_weights(draft, folder)
     assert list(module_files) == ["model.safetensors"]
     (folder / "config.json").write_text(json.dumps(draft.config))
 

@@ -1,0 +1,1 @@
+"""Statistics of activations, gradients and losses on calibration text."""

@@ -1,0 +1,226 @@
+"""What an encoder reads: examples and texts as inputs that begin and end with the model's special tokens.
+
+No two examples share an input, as no two ever do in use: attention would see both, and a classifier reads its
+answer off the first token. So calibration on an encoder takes one example an input, too, and pads them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from compress.anatomy.roles import Task, task_of
+from compress.calibration.text.examples import (
+    Example,
+    QuestionExample,
+    TextExample,
+    WordsExample,
+    read_task_file,
+)
+from compress.calibration.text.sources import Documents, read_documents
+from compress.calibration.text.tokens import fingerprint
+from compress.calibration.text.windows import Windows
+from compress.engine.stream import StreamedModel
+from compress.engine.weights import config_of, longest_input
+from compress.errors import BadInput
+from compress.sources.find import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from compress.pipeline.recipe import Calibration
+    from compress.storage.checkpoint import Checkpoint
+
+log = logging.getLogger(__name__)
+
+# Question answering as BERT did it on SQuAD: overlapping windows over a long context.
+ANSWERING_TOKENS = 384
+STRIDE_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of the model.
+
+    Attributes:
+        tokens: ids, with the special tokens of the model.
+        types: which of two texts each token is of; None if all are of the first.
+        places: of a token classifier, number of a word -> position of its first token; of a question
+            answerer, position of a token of the context -> where in the context it begins and ends.
+        cut: whether something of the example is missing here and in the example's other inputs.
+    """
+
+    tokens: list[int]
+    types: list[int] | None
+    places: dict[int, Any]
+    cut: bool
+
+
+def load_task_tokenizer(checkpoint: Checkpoint, task: Task) -> PreTrainedTokenizerBase:
+    """The tokenizer that makes inputs for a task.
+
+    Raises:
+        BadInput: there is none, or it cannot tell which token is of which word.
+    """
+    # Given words one by one, byte-level BPE must know that a space stands before each, the first included.
+    settings = {"add_prefix_space": True} if task == "token classification" else {}
+    tokenizer = load_tokenizer(checkpoint.folder, **settings)
+    if task != "sequence classification" and not tokenizer.is_fast:
+        raise BadInput(
+            f"The tokenizer of '{checkpoint.folder}' does not tell which token is where in the text, which "
+            f"{task} needs; save it as a fast tokenizer (tokenizer.json)."
+        )
+    return tokenizer
+
+
+def encode(
+    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, longest: int
+) -> Iterator[list[Input]]:
+    """The inputs of each example, none longer than ``longest`` tokens.
+
+    Raises:
+        BadInput: a question leaves no room for its context.
+    """
+    make = {TextExample: _text_inputs, WordsExample: _word_inputs, QuestionExample: _question_inputs}
+    longest = min(longest, tokenizer.model_max_length)
+    typed = getattr(config, "type_vocab_size", 1) > 1
+
+    def call(*texts: Any, **settings: Any) -> Any:
+        return tokenizer(*texts, return_token_type_ids=typed, verbose=False, **settings)
+
+    for example in examples:
+        yield make[type(example)](call, example, longest)
+
+
+def _text_inputs(call: Callable[..., Any], example: TextExample, longest: int) -> list[Input]:
+    texts = [example.text] if example.pair is None else [example.text, example.pair]
+    whole = call(*texts)
+    cut = len(whole.input_ids) > longest
+    if cut:
+        whole = call(*texts, truncation=True, max_length=longest)
+    return [Input(whole.input_ids, _types(whole.get("token_type_ids")), {}, cut)]
+
+
+def _word_inputs(call: Callable[..., Any], example: WordsExample, longest: int) -> list[Input]:
+    encoded = call(list(example.tokens), is_split_into_words=True, truncation=True, max_length=longest)
+    first: dict[int, int] = {}
+    for position, word in enumerate(encoded.word_ids()):
+        if word is not None:
+            first.setdefault(word, position)
+    cut = len(first) < len(example.tokens)
+    return [Input(encoded.input_ids, _types(encoded.get("token_type_ids")), first, cut)]
+
+
+def _question_inputs(call: Callable[..., Any], example: QuestionExample, longest: int) -> list[Input]:
+    longest = min(longest, ANSWERING_TOKENS)
+    room = longest - len(call(example.question, "").input_ids)
+    if room < 2:
+        raise BadInput(
+            f"The question '{example.question[:40]}…' fills the {longest} tokens the model reads and leaves "
+            "no room for its context; shorten it."
+        )
+    encoded = call(
+        example.question,
+        example.context,
+        truncation="only_second",
+        max_length=longest,
+        stride=min(STRIDE_TOKENS, room // 2),
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+    )
+    inputs = []
+    for window, tokens in enumerate(encoded.input_ids):
+        offsets = zip(encoded.sequence_ids(window), encoded.offset_mapping[window], strict=True)
+        places = {position: span for position, (text, span) in enumerate(offsets) if text == 1}
+        types = encoded.token_type_ids[window] if "token_type_ids" in encoded else None
+        inputs.append(Input(tokens, _types(types), places, cut=False))
+    return inputs
+
+
+def _types(types: list[int] | None) -> list[int] | None:
+    return types if any(types or ()) else None
+
+
+def padded(inputs: Sequence[Input], padding: int, source: str = "") -> Windows:
+    """Inputs as rows of one length, with ``padding`` on the right of the shorter ones."""
+    shape = len(inputs), max(len(one.tokens) for one in inputs)
+    tokens = torch.full(shape, padding, dtype=torch.int64)
+    types = torch.zeros(shape, dtype=torch.int64)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    for row, one in enumerate(inputs):
+        length = len(one.tokens)
+        tokens[row, :length] = torch.tensor(one.tokens)
+        mask[row, :length] = True
+        if one.types is not None:
+            types[row, :length] = torch.tensor(one.types)
+    windows = Windows(tokens, mask, source)
+    return replace(windows, token_types=types) if types.any() else windows
+
+
+def calibration_inputs(checkpoint: Checkpoint, wanted: Calibration, seed: int) -> Windows:
+    """Calibration for an encoder: one example an input, padded to the longest of those drawn.
+
+    A .jsonl file holds examples of the task of the model's head, with or without labels (see
+    :mod:`compress.calibration.text.examples`); of any other source, and for an encoder without a task head, each document is
+    an example. ``wanted.nsamples`` inputs are drawn at random, none longer than ``wanted.seqlen`` tokens.
+
+    Where there are not enough, a warning says how many there are.
+
+    Raises:
+        BadInput: the source is no good, does not fit the task, or holds conversations.
+        CompressError: the source cannot be fetched.
+    """
+    if wanted.chat_template:
+        raise BadInput("An encoder reads no conversations; calibrate it without a chat template.")
+    config = config_of(checkpoint)
+    task = task_of(config)
+    examples, documents = _calibration_examples(wanted, config, task)
+    tokenizer = load_task_tokenizer(checkpoint, task) if task else load_tokenizer(checkpoint.folder)
+    longest = min(wanted.seqlen, longest_input(StreamedModel(checkpoint).model))
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    drawn: list[Input] = []
+    used: set[int] = set()
+    for index, inputs in zip(
+        order, encode((examples[i] for i in order), tokenizer, config, longest), strict=True
+    ):
+        used.add(index)
+        drawn += inputs[: wanted.nsamples - len(drawn)]
+        if len(drawn) == wanted.nsamples:
+            break
+    if len(drawn) < wanted.nsamples:
+        log.warning(
+            "%s holds only %d of the %d inputs asked for; calibrating on those.",
+            wanted.source,
+            len(drawn),
+            wanted.nsamples,
+        )
+    return replace(
+        padded(drawn, config.pad_token_id or 0, wanted.source),
+        document_hashes=frozenset(documents.hashes[index] for index in used),
+        settings={
+            "nsamples": wanted.nsamples,
+            "seed": seed,
+            "chat_template": False,
+            "licence": documents.licence,
+            "text_sha256": documents.sha256,
+            "tokenizer": fingerprint(tokenizer),
+        },
+    )
+
+
+def _calibration_examples(
+    wanted: Calibration, config: PretrainedConfig, task: Task | None
+) -> tuple[Sequence[Example], Documents]:
+    """Examples, and their texts in the same order, by which overlap with what is evaluated is found."""
+    if task is not None and Path(wanted.source).suffix.lower() == ".jsonl":
+        file = read_task_file(wanted.source, config, task, labelled=False)
+        return file.examples, file.documents
+    documents = read_documents(wanted.source, 8 * wanted.nsamples * wanted.seqlen)
+    if not all(isinstance(entry, str) for entry in documents.entries):
+        raise BadInput(f"{wanted.source} holds conversations, which an encoder does not read; give texts.")
+    return [TextExample(text) for text in documents.entries], documents

@@ -1,0 +1,242 @@
+"""Labelled examples for the task of a model's head: a .jsonl file, one example a line.
+
+Sequence classification
+    ``{"text": ..., "label": ...}``, with ``text_pair`` where the model reads two texts.
+Token classification
+    ``{"words": [...], "labels": [...]}``, one label a word.
+Question answering
+    ``{"question": ..., "context": ..., "answers": [...]}``: the texts that count as right. An empty list says
+    that the context holds no answer (as in SQuAD 2).
+
+A label is an id or one of the names in the model's ``id2label``. For calibration labels and answers may be
+left out. Other keys are not looked at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.anatomy.roles import Task, anatomy_of, task_of
+from compress.calibration.text.sources import Documents
+from compress.errors import BadInput, unknown
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class TextExample:
+    """A text, or two, with one label."""
+
+    text: str
+    pair: str | None = None
+    label: int | None = None
+
+    @property
+    def words(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class WordsExample:
+    """Words, each with a label."""
+
+    tokens: tuple[str, ...]
+    labels: tuple[int, ...] | None = None
+
+    @property
+    def words(self) -> str:
+        return " ".join(self.tokens)
+
+
+@dataclass(frozen=True)
+class QuestionExample:
+    """A question, the context that answers it, and the answers that count as right."""
+
+    question: str
+    context: str
+    answers: tuple[str, ...] | None = None
+
+    @property
+    def words(self) -> str:
+        return self.context
+
+
+Example = TextExample | WordsExample | QuestionExample
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """The examples of a file, in its order.
+
+    Attributes:
+        path: the file, as it was asked for.
+        sha256: of the file's bytes.
+    """
+
+    task: Task
+    examples: tuple[Any, ...]
+    path: str
+    sha256: str
+
+    @property
+    def source(self) -> str:
+        return self.path
+
+    @cached_property
+    def documents(self) -> Documents:
+        """The text of each example."""
+        return Documents(tuple(example.words for example in self.examples), self.path)
+
+    @cached_property
+    def document_hashes(self) -> frozenset[str]:
+        """sha256 of each example's text, by which overlap with calibration text is found."""
+        return frozenset(self.documents.hashes)
+
+
+def task_of_encoder(config: PretrainedConfig, name: str) -> Task:
+    """The task of an encoder's head; ``name`` is the model's, for the message.
+
+    Raises:
+        BadInput: a decoder, no task head, or a head that gives no single label.
+    """
+    anatomy, task = anatomy_of(config), task_of(config)
+    if anatomy.kind != "encoder":
+        raise BadInput(
+            f"'{name}' is a decoder ({config.model_type}); a task file scores encoders with a task head, "
+            "so evaluate it on text, without --task-file."
+        )
+    if task is None:
+        raise BadInput(
+            f"'{name}' has no task head (its class is {config.architectures[0]}); give a model for sequence "
+            "classification, token classification or question answering."
+        )
+    problem = getattr(config, "problem_type", None) or "single_label_classification"
+    if task == "sequence classification" and (
+        config.num_labels < 2 or problem != "single_label_classification"
+    ):
+        raise BadInput(
+            f"'{name}' does not choose one label per text (num_labels {config.num_labels}, problem_type "
+            f"{problem}), so it has no accuracy."
+        )
+    return task
+
+
+def read_task_file(path: str | Path, config: PretrainedConfig, task: Task, labelled: bool = True) -> TaskFile:
+    """Read examples of ``task`` with the labels of ``config``.
+
+    Args:
+        labelled: whether every example must have its label or answers.
+
+    Raises:
+        BadInput: no such file, not JSON lines, no examples, a key is missing or not what it should be, or a
+            label the model does not know.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise BadInput(f"There is no task file '{path}'.")
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise BadInput(f"The task file '{path}' cannot be read ({error.strerror or error}).") from error
+    parse = {
+        "sequence classification": _sequence,
+        "token classification": _tagged_words,
+        "question answering": _question,
+    }[task]
+    names: dict[Any, int] = {}
+    for index, name in config.id2label.items():
+        names |= {str(name): int(index), int(index): int(index)}
+    examples = tuple(
+        parse(_Row(row, where, task, labelled, names)) for row, where in _rows(content, str(path))
+    )
+    if not examples:
+        raise BadInput(f"The task file '{path}' holds no examples.")
+    return TaskFile(task, examples, str(path), hashlib.sha256(content).hexdigest())
+
+
+def _rows(content: bytes, path: str) -> Iterator[tuple[dict[str, Any], str]]:
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{where} is not JSON ({error}).") from None
+        if not isinstance(row, dict):
+            raise BadInput(f"{where} is not a JSON object.")
+        yield row, where
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One line, and what to say of it."""
+
+    values: Mapping[str, Any]
+    where: str
+    task: Task
+    labelled: bool
+    names: Mapping[Any, int]  # names of labels, and their ids, to ids
+
+    def has(self, key: str) -> bool:
+        """Whether a label or the like is there; it may be missing only where none is needed."""
+        return self.labelled or key in self.values
+
+    def get(self, key: str) -> Any:
+        if key not in self.values:
+            there = ", ".join(f"'{name}'" for name in self.values) or "nothing"
+            raise BadInput(f"{self.where} lacks '{key}', which {self.task} needs; there is {there}.")
+        return self.values[key]
+
+    def text(self, key: str) -> str:
+        value = self.get(key)
+        if not isinstance(value, str) or not value.strip():
+            raise BadInput(f"{self.where}: '{key}' is not a text.")
+        return value
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        value = self.get(key)
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise BadInput(f"{self.where}: '{key}' is not a list of texts.")
+        return tuple(value)
+
+    def label(self, value: Any) -> int:
+        is_label = isinstance(value, str | int) and not isinstance(value, bool)  # which equals 0 or 1
+        if is_label and value in self.names:
+            return self.names[value]
+        shown = value if isinstance(value, str) else json.dumps(value)
+        names = [name for name in self.names if isinstance(name, str)]
+        raise BadInput(f"{self.where}: {unknown('label', shown, names)}")
+
+
+def _sequence(row: _Row) -> TextExample:
+    pair = row.text("text_pair") if row.values.get("text_pair") is not None else None
+    label = row.label(row.get("label")) if row.has("label") else None
+    return TextExample(row.text("text"), pair, label)
+
+
+def _tagged_words(row: _Row) -> WordsExample:
+    words = row.texts("words")
+    if not words:
+        raise BadInput(f"{row.where}: 'words' is empty.")
+    if not row.has("labels"):
+        return WordsExample(words)
+    labels = row.get("labels")
+    if not isinstance(labels, list) or len(labels) != len(words):
+        count = len(labels) if isinstance(labels, list) else "no list of"
+        raise BadInput(
+            f"{row.where}: there must be one label a word; {len(words)} words have {count} labels."
+        )
+    return WordsExample(words, tuple(row.label(label) for label in labels))
+
+
+def _question(row: _Row) -> QuestionExample:
+    answers = row.texts("answers") if row.has("answers") else None
+    return QuestionExample(row.text("question"), row.text("context"), answers)

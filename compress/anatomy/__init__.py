@@ -1,0 +1,1 @@
+"""Architectures as data: where the parts of a transformer are."""

@@ -1,0 +1,192 @@
+"""compress-model prune and quantize: recipes of one step, with the method's options on the command line."""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import rich_click as click
+
+from compress.commands.common import (
+    common_options,
+    device_option,
+    dtype_option,
+    revision_option,
+    seed_option,
+)
+from compress.commands.methods import shown
+from compress.commands.run import execute_and_tell
+from compress.pipeline.registry import METHODS, find_method, method_names
+
+METHOD_OPTIONS = "compress.method-options"
+"""Key of the context's ``meta`` for the options of the method in use."""
+
+
+class MethodCommand(click.RichCommand):
+    """A command whose options depend on ``--method``: they are read off the method's declaration."""
+
+    family = "pruning"
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        name = _method_name(args)
+        if name is not None and not (ctx.resilient_parsing and name not in method_names()):
+            fields = find_method(name, self.family).Options.model_fields
+            ctx.meta[METHOD_OPTIONS] = [_option(key, field) for key, field in fields.items()]
+        return super().parse_args(ctx, args)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        model, method, *others = super().get_params(ctx)
+        return [model, method, *ctx.meta.get(METHOD_OPTIONS, []), *others]
+
+
+def _method_name(args: list[str]) -> str | None:
+    for position, arg in enumerate(args):
+        if arg == "--method" and position + 1 < len(args):
+            return args[position + 1]
+        if arg.startswith("--method="):
+            return arg.partition("=")[2]
+    return None
+
+
+def _option(key: str, field: Any) -> click.Option:
+    flag = f"--{key.replace('_', '-')}"
+    text = field.description or ""
+    if not field.is_required():
+        text += f" [default: {shown(field.get_default(call_default_factory=True))}]"
+    kinds = [kind for kind in _alternatives(field.annotation) if kind is not type(None)]
+    settings: dict[str, Any] = {"help": text}
+    settings |= {"required": True} if field.is_required() else {"default": None}
+    if kinds == [bool]:
+        return click.Option([f"{flag}/--no-{flag[2:]}", key], **settings)
+    if any(get_origin(kind) is list for kind in kinds):
+        return click.Option([flag, key], multiple=True, **(settings | {"default": ()}))
+    if any(get_origin(kind) is dict for kind in kinds):
+        several = {"multiple": True, "metavar": "NAME=VALUE", "callback": _mapping, "default": ()}
+        return click.Option([flag, key], **(settings | several))
+    choices = [value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)]
+    if len(kinds) == 1 and choices:
+        return click.Option([flag, key], type=click.Choice([str(choice) for choice in choices]), **settings)
+    metavar = "NUMBER" if any(kind in (int, float) for kind in kinds) else "TEXT"
+    return click.Option([flag, key], type=str, metavar=metavar, **settings)
+
+
+def _mapping(ctx: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
+    """NAME=VALUE pairs, split at the last "=": names may be patterns. The last of two of a name counts, and
+    comes last."""
+    found: dict[str, Any] = {}
+    for pair in values:
+        name, equals, value = pair.rpartition("=")
+        if not equals or not name:
+            raise click.BadParameter(f"'{pair}' is not NAME=VALUE.", ctx, option)
+        found.pop(name, None)
+        found[name] = _number(value)
+    return found
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    if get_origin(annotation) in (Union, types.UnionType):
+        return get_args(annotation)
+    if hasattr(annotation, "__metadata__"):
+        return _alternatives(annotation.__origin__)
+    return (annotation,)
+
+
+def _command(name: str, family: str, text: str) -> click.Command:
+    options = [
+        click.argument("model"),
+        click.option(
+            "--method",
+            required=True,
+            shell_complete=lambda ctx, parameter, start: [n for n in METHODS[family] if n.startswith(start)],
+            help=f"One of: {', '.join(METHODS[family])}. With --help: its options.",
+        ),
+        click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the result."),
+        revision_option,
+        click.option(
+            "--calibration", default="bundled", show_default=True, help="Text to look at while compressing."
+        ),
+        click.option("--nsamples", type=int, default=128, show_default=True, help="Calibration windows."),
+        click.option(
+            "--seqlen", type=int, default=2048, show_default=True, help="Tokens in a calibration window."
+        ),
+        click.option("--chat-template", is_flag=True, help="Render conversations with the chat template."),
+        click.option("--dry-run", is_flag=True, help="Validate and plan; write nothing."),
+        click.option(
+            "--resume/--fresh", default=None, help="Go on with an interrupted run, or throw it away."
+        ),
+        click.option("--overwrite", is_flag=True, help="Replace the output folder if it is not empty."),
+        dtype_option,
+        seed_option,
+        device_option,
+        common_options,
+    ]
+
+    def run_one(
+        model: str,
+        method: str,
+        output: Path | None,
+        revision: str | None,
+        calibration: str,
+        nsamples: int,
+        seqlen: int,
+        chat_template: bool,
+        dry_run: bool,
+        resume: bool | None,
+        overwrite: bool,
+        dtype: str | None,
+        seed: int | None,
+        device: str,
+        as_json: bool,
+        **given: Any,
+    ) -> None:
+        from compress.pipeline.recipe import parse_recipe
+
+        find_method(method, family)
+        step = {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
+        step = {key: _number(value) for key, value in step.items() if value not in (None, [], {})}
+        recipe = parse_recipe(
+            {
+                "model": model,
+                "revision": revision,
+                "dtype": dtype,
+                "seed": seed or 0,
+                "calibration": {
+                    "source": calibration,
+                    "nsamples": nsamples,
+                    "seqlen": seqlen,
+                    "chat_template": chat_template,
+                },
+                "steps": [{"method": method, **step}],
+            }
+        )
+        execute_and_tell(recipe, output, dry_run, resume, overwrite, device, as_json)
+
+    run_one.__doc__ = text
+    for decorate in reversed(options):
+        run_one = decorate(run_one)
+    command_class = type(f"{name.title()}Command", (MethodCommand,), {"family": family})
+    return click.command(name, cls=command_class)(run_one)
+
+
+def _number(value: Any) -> Any:
+    """Numbers on the command line are numbers, as they are in a recipe."""
+    if isinstance(value, str):
+        for kind in (int, float):
+            try:
+                return kind(value)
+            except ValueError:
+                continue
+    return value
+
+
+prune = _command(
+    "prune",
+    "pruning",
+    "Prune MODEL with one method. 'prune MODEL --method NAME --help' shows the method's options.",
+)
+quantize = _command(
+    "quantize",
+    "quantization",
+    "Quantize MODEL with one method. 'quantize MODEL --method NAME --help' shows the method's options.",
+)

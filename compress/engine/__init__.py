@@ -1,0 +1,1 @@
+"""A model in motion: built without memory, filled and walked layer by layer."""

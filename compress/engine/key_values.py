@@ -1,0 +1,357 @@
+"""Keys and values in few bits: quantized in every forward pass, and stored as codes where they are cached.
+
+`quantize_key_values` puts hooks on the attention blocks of a transformers model, after which
+
+- a pass without a cache (training, evaluation, the streaming engine) computes with quantized keys and values;
+- a cache, whether ``generate`` made it, the model, or the user (an empty ``DynamicCache``), holds packed
+  integer codes and scales, and nothing of full precision.
+
+The quantizer is that of `compress.kernels.codes.minmax`: a token has one scale for its whole key vector and
+one for its whole value vector (``token``), or one for each head of them (``head``).
+
+Keys are quantized after the rotary embedding, or before it, as published. Codes from before it are rotated
+when they are read: with the model's own function, and with the cosines and sines it used, of which the cache
+keeps one copy for all layers. So what a cache gives back is what a pass without it computes with.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Literal, get_args, get_type_hints
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from compress.anatomy.roles import anatomy_of, sizes_of
+from compress.errors import BadInput, CompressError
+from compress.kernels.codes.minmax import fake_quantize, quantize
+from compress.kernels.codes.packing import pack, unpack
+
+KEY = "quantized_kv_cache"
+"""Of config.json: how keys and values are quantized. Other programs ignore it and cache in full precision."""
+
+CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
+"""What transformers calls the cache, by release and class."""
+
+
+@dataclass(frozen=True)
+class KeyValueSettings:
+    """How keys and values are quantized: the section `KEY` of config.json."""
+
+    bits: Literal[2, 3, 4, 8]
+    scale: Literal["token", "head"] = "token"
+    position: Literal["before-rope", "after-rope"] = "before-rope"
+
+    @classmethod
+    def of(cls, config: Any) -> KeyValueSettings | None:
+        """What a transformers config asks for; None if nothing.
+
+        Raises:
+            BadInput: the section is not one.
+        """
+        section = getattr(config, KEY, None)
+        if section is None:
+            return None
+        allowed = {name: get_args(kind) for name, kind in get_type_hints(cls).items()}
+        if not isinstance(section, Mapping) or any(
+            section.get(name) not in values for name, values in allowed.items()
+        ):
+            raise BadInput(f"The section '{KEY}' of config.json must give {allowed}; it is {section}.")
+        return cls(**{name: section[name] for name in allowed})
+
+    def section(self) -> dict[str, Any]:
+        """The section of config.json."""
+        return asdict(self)
+
+
+def quantize_key_values(model: PreTrainedModel, settings: KeyValueSettings, cut: float | None = None) -> None:
+    """Let a decoder compute with quantized keys and values, and cache them so, from now on.
+
+    Args:
+        model: on any device, also without memory for its weights.
+        settings: bits, scales and position.
+        cut: of the straight-through gradient (see `fake_quantize`).
+    """
+    anatomy, config = anatomy_of(model.config), model.config
+    blocks = []
+    for index, layer in enumerate(model.base_model.get_submodule(anatomy.layers)):
+        linears = anatomy.linears(layer)
+        if anatomy.key not in linears:  # attention was pruned away
+            continue
+        block = AttentionBlock(
+            settings,
+            layer.get_submodule(anatomy.attention),
+            anatomy.key_norm and layer.get_submodule(anatomy.key_norm),
+            sizes_of(config).head_dim,
+            cut,
+        )
+        if settings.position == "before-rope":
+            rows = anatomy.projection_rows(config, index)
+            for role in ("key", "value"):
+                linear = linears[getattr(anatomy, role)]
+                linear.register_forward_hook(partial(block.quantize_output, role, rows[role]))
+        blocks.append(block)
+    # The module that runs the layers, which is not always what the class calls its base model (OPT).
+    runner = model.base_model.get_submodule(anatomy.layers.rpartition(".")[0])
+    runner.register_forward_pre_hook(partial(_give_cache, blocks), with_kwargs=True)
+
+
+class AttentionBlock:
+    """What quantizes the keys and values of one attention block.
+
+    Args:
+        settings: bits, scales and position.
+        attention: the transformers module.
+        key_norm: its norm between the projection and the rotary embedding, where it has one.
+        head_dim: width of a head.
+        cut: of the straight-through gradient.
+
+    Attributes:
+        cached: whether the pass that is running has a cache.
+        codes: role -> codes and scales of the tokens in it, where keys are quantized before they are rotated.
+        rotation: cosines and sines of these tokens, [B or 1, T, width] each.
+    """
+
+    def __init__(
+        self,
+        settings: KeyValueSettings,
+        attention: nn.Module,
+        key_norm: nn.Module | None,
+        head_dim: int,
+        cut: float | None,
+    ) -> None:
+        self.settings, self.attention, self.key_norm = settings, attention, key_norm
+        self.head_dim, self.cut = head_dim, cut
+        self.cache_name = _name_in(inspect.signature(attention.forward).parameters)
+        # Every architecture with rotary embeddings calls its own function of this name.
+        self.rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+        self.cached = False
+        self.codes: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.rotation: tuple[torch.Tensor, torch.Tensor] | None = None
+        attention.register_forward_pre_hook(self._before, with_kwargs=True)
+
+    @property
+    def before_rope(self) -> bool:
+        return self.settings.position == "before-rope"
+
+    def grouped(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Vectors of tokens [B, T, heads, head_dim] -> [B, T, scales of a token, values of a scale]."""
+        return vectors.flatten(-2).unsqueeze(-2) if self.settings.scale == "token" else vectors
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """In the place of a cache, where nothing is to be remembered: [B, heads, T, head_dim], quantized."""
+        return self._fake(keys), self._fake(values)
+
+    def quantize_output(
+        self, role: str, rows: torch.Tensor, linear: nn.Module, inputs: Any, output: torch.Tensor
+    ) -> torch.Tensor:
+        """Behind a projection, fused or not: its ``rows`` [heads, head_dim] of the output, quantized."""
+        rows = rows.to(output.device)
+        vectors = self.grouped(output[..., rows])
+        if self.cached:
+            self.codes[role] = quantize(vectors, self.settings.bits)
+            quantized = _dequantize(*self.codes[role]).to(output.dtype)
+        else:
+            quantized = fake_quantize(vectors, self.settings.bits, cut=self.cut)
+        return output.index_copy(-1, rows.flatten(), quantized.flatten(-2))
+
+    def take(self, keys: torch.Tensor, values: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Codes and scales of the keys and values a cache is given: [B, heads, T, head_dim]."""
+        if self.before_rope:
+            codes, self.codes = self.codes, {}
+            return codes
+        both = {"key": keys, "value": values}
+        return {
+            role: quantize(self.grouped(states.transpose(1, 2)), self.settings.bits)
+            for role, states in both.items()
+        }
+
+    def finish(self, keys: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+        """Keys read from codes [B, T, heads, head_dim] -> as attention takes them [B, heads, T, head_dim]."""
+        if self.before_rope and self.key_norm is not None:
+            keys = self.key_norm(keys)
+        keys = keys.transpose(1, 2)
+        return keys if rotation is None else self.rotate(keys, keys, *rotation)[1]
+
+    def _fake(self, states: torch.Tensor) -> torch.Tensor:
+        vectors = states.transpose(1, 2)
+        quantized = fake_quantize(self.grouped(vectors), self.settings.bits, cut=self.cut)
+        return quantized.reshape(vectors.shape).transpose(1, 2)
+
+    def _before(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        self.cached = kwargs.get(self.cache_name) is not None
+        if self.before_rope:
+            self.rotation = kwargs.get("position_embeddings")
+            if self.cached and self.rotate is not None and self.rotation is None:
+                raise CompressError(
+                    f"{type(self.attention).__name__} is not given its position embeddings, so cached keys "
+                    "cannot be rotated; update transformers, or quantize keys after-rope."
+                )
+        elif not self.cached:
+            kwargs = {**kwargs, self.cache_name: self}
+        return args, kwargs
+
+
+class Rotations:
+    """Cosines and sines [B or 1, T, width] of the cached tokens, for all layers that rotate alike."""
+
+    def __init__(self) -> None:
+        self.last: torch.Tensor | None = None
+        self.parts: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def extended(self, rotation: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """With those of this forward pass, which the first layer that has them brings."""
+        if self.last is not rotation[0]:
+            self.last = rotation[0]
+            if self.parts is None:
+                self.parts = rotation
+            else:
+                batch = max(len(self.parts[0]), len(rotation[0]))
+                both = zip(self.parts, rotation, strict=True)
+                self.parts = tuple(
+                    torch.cat([part.expand(batch, -1, -1) for part in pair], dim=1) for pair in both
+                )
+        return self.parts
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts or ())
+
+
+class QuantizedLayer(DynamicLayer):
+    """The cache of one attention block: packed codes and scales.
+
+    Windows of sliding attention are kept whole, and the mask cuts them; so a cache can be longer than its own
+    of transformers, but what attention sees is the same.
+
+    Args:
+        block: quantizes what comes in.
+        rotations: of the whole cache; this layer finds its own there.
+    """
+
+    is_croppable = False
+
+    def __init__(self, block: AttentionBlock, rotations: list[Rotations]) -> None:
+        super().__init__()
+        self.block, self.rotations = block, rotations
+        self._forget()
+
+    def _forget(self) -> None:
+        self.packed: dict[str, torch.Tensor] = {}
+        self.scales: dict[str, torch.Tensor] = {}
+        self.length = 0
+        self.mine: Rotations | None = None
+        self.rotations.clear()
+
+    @torch.no_grad()
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append the codes of new tokens [B, heads, T, head_dim]; all keys and values so far."""
+        block, bits = self.block, self.block.settings.bits
+        heads, head_dim, dtype = key_states.shape[1], block.head_dim, key_states.dtype
+        found = {}
+        for role, (codes, scales) in block.take(key_states, value_states).items():
+            batch, tokens = codes.shape[:2]
+            rows = (codes + 2 ** (bits - 1)).to(torch.uint8).reshape(batch * tokens, -1)
+            packed = pack(rows, bits).view(batch, tokens, -1)
+            if self.length:
+                packed = torch.cat([self.packed[role], packed], dim=1)
+                scales = torch.cat([self.scales[role], scales], dim=1)
+            self.packed[role], self.scales[role] = packed, scales
+            rows = unpack(packed.flatten(0, 1), bits, heads * head_dim).view(*scales.shape[:3], -1)
+            vectors = _dequantize(rows.float() - 2 ** (bits - 1), scales)
+            found[role] = vectors.reshape(*scales.shape[:2], heads, head_dim).to(dtype)
+        self.length += key_states.shape[-2]
+        return block.finish(found["key"], self._rotation()), found["value"].transpose(1, 2)
+
+    def _rotation(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        new = self.block.rotation
+        if not self.block.before_rope or new is None or self.block.rotate is None:
+            return None
+        if self.mine is None:
+            self.mine = next((known for known in self.rotations if known.last is new[0]), None)
+            if self.mine is None:
+                self.mine = Rotations()
+                self.rotations.append(self.mine)
+        return self.mine.extended(new)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales; the rotations, shared by the layers, are counted once for a cache."""
+        return sum(tensor.nbytes for held in (self.packed, self.scales) for tensor in held.values())
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def reset(self) -> None:
+        self._forget()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """For beam search. Beams of one prompt have the same positions, so rotations stay as they are."""
+        for held in (self.packed, self.scales):
+            for role, tensor in held.items():
+                held[role] = tensor.index_select(0, beam_idx.to(tensor.device))
+
+    def _refuse(self, *_: Any, **__: Any) -> None:
+        raise CompressError("A cache of quantized keys and values can neither be cropped nor rearranged.")
+
+    crop = batch_repeat_interleave = batch_select_indices = _refuse
+
+
+def cache_bytes(cache: DynamicCache) -> int:
+    """Bytes a cache of quantized keys and values takes, rotations included."""
+    layers = [layer for layer in cache.layers if isinstance(layer, QuantizedLayer)]
+    rotations = layers[0].rotations if layers else []
+    return sum(layer.nbytes for layer in layers) + sum(held.nbytes for held in rotations)
+
+
+def _give_cache(
+    blocks: list[AttentionBlock], model: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Before the base model runs: whatever cache it is given, or would make, holds codes."""
+    name = next((name for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+    use_cache = kwargs.get("use_cache")
+    if name is None and (model.config.use_cache if use_cache is None else use_cache):
+        name = _name_in(inspect.signature(model.forward).parameters)
+        kwargs = {**kwargs, name: DynamicCache(config=model.config)}
+    if name is not None:
+        _hold_codes(kwargs[name], blocks)
+    return args, kwargs
+
+
+def _hold_codes(cache: Any, blocks: list[AttentionBlock]) -> None:
+    """Give an empty ``DynamicCache`` the layers that store codes, unless it has them."""
+    if any(isinstance(layer, QuantizedLayer) for layer in getattr(cache, "layers", ())):
+        return
+    if type(cache) is not DynamicCache or cache.offloading or cache.get_seq_length():
+        raise CompressError(
+            "This model stores keys and values as low-bit codes; give it an empty DynamicCache, or none."
+        )
+    rotations: list[Rotations] = []
+    # The place an attention block has in a cache is not its layer's number where others were pruned away.
+    places = {block.attention.layer_idx: block for block in blocks}
+    cache.layers = [
+        QuantizedLayer(places[place], rotations) if place in places else DynamicLayer()
+        for place in range(1 + max(places, default=-1))
+    ]
+    cache.layer_class_to_replicate = None
+
+
+def _dequantize(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return codes * scales
+
+
+def _name_in(parameters: Mapping[str, Any]) -> str:
+    name = next((name for name in CACHE_NAMES if name in parameters), None)
+    if name is None:
+        raise CompressError("This release of transformers gives attention no cache under a known name.")
+    return name

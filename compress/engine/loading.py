@@ -1,0 +1,109 @@
+"""``compress.load``: any model folder as an ordinary transformers model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from compress.engine.weights import Weights, config_of, skeleton
+from compress.errors import BadInput
+from compress.kernels.layers.stacked import StackedLinear
+from compress.storage.checkpoint import DTYPE_NAMES, Checkpoint
+from compress.storage.formats.stacks import counts_after, prefix, sizes, stack_of, steps_within
+from compress.system.memory import parse_memory
+
+
+def load(
+    path: str | Path,
+    device: str = "cpu",
+    dtype: str | torch.dtype | None = None,
+    memory: str | int | None = None,
+) -> PreTrainedModel:
+    """Load a model folder, quantized or not, ready for ``generate``.
+
+    Packed linears stay packed and run through the kernels of this package; no dequantized copy is kept.
+
+    Args:
+        path: a folder written by compress-model, or any Hugging Face folder of a supported architecture.
+        device: such as "cpu" or "cuda:0".
+        dtype: of activations and of the weights that are not packed; None takes the one in config.json.
+        memory: such as "90MB" or a number of bytes. Of a model that is stored in blocks (bitstack, nested),
+            read no more of them than fit, everything else of the model counted. None takes all.
+
+    Returns:
+        The transformers model in evaluation mode; ``config`` has no quantization section. One stored in
+        blocks has a function ``resize`` (see `Resize`).
+
+    Raises:
+        BadInput: not a model folder, damaged files, an architecture the anatomy table does not know, or a
+            model that has no size which fits.
+    """
+    whole = checkpoint = Checkpoint.open(path)
+    dtype = _dtype(dtype or config_of(whole).dtype or torch.float32)
+    if memory is not None:
+        checkpoint = prefix(whole, steps_within(whole, parse_memory(memory), dtype))
+    model = assemble(checkpoint, device, dtype)
+    model.config._name_or_path = model.name_or_path = str(path)
+    if (Path(path) / "generation_config.json").exists() and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    linears = [module for module in model.modules() if isinstance(module, StackedLinear)]
+    if linears:
+        model.resize = Resize(whole, linears, dtype)
+    return model
+
+
+def assemble(
+    checkpoint: Checkpoint, device: str = "cpu", dtype: str | torch.dtype | None = None
+) -> PreTrainedModel:
+    """The whole model of an open checkpoint in memory; arguments, result and errors as `load`."""
+    config = config_of(checkpoint)
+    dtype = _dtype(dtype or config.dtype or torch.float32)  # before the skeleton, which sets its own
+    model = skeleton(config, device)
+    weights = Weights(checkpoint, model, device, dtype)
+    weights.fill(model, "")
+    model.config.dtype = weights.dtype
+    return model
+
+
+class Resize:
+    """``model.resize("120MB")``: give a running model more of its blocks, or take some away.
+
+    Blocks that are dropped leave memory at once; those that are added are read from the files it was loaded
+    from. The others are not touched.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, linears: list[StackedLinear], dtype: torch.dtype) -> None:
+        self._checkpoint, self._linears, self._dtype = checkpoint, linears, dtype
+
+    def __call__(self, memory: str | int | None) -> int:
+        """Let the model take at most ``memory``, everything counted as in `load`; None gives it all blocks.
+
+        Returns:
+            The bytes it takes.
+
+        Raises:
+            BadInput: not even its smallest size fits; the model stays as it was.
+        """
+        wanted = None if memory is None else parse_memory(memory)
+        steps = steps_within(self._checkpoint, wanted, self._dtype)
+        counts = counts_after(self._checkpoint, steps)
+        form = stack_of(self._checkpoint)
+        # First what makes room, so that the model never takes more than the larger of both sizes.
+        for linear in self._linears:
+            del linear.blocks[counts[linear.stored] :]
+        for linear in self._linears:
+            there, count = len(linear.blocks), counts[linear.stored]
+            if there < count:
+                device = linear.blocks[0].signs.device
+                added = form.read(linear.stored, self._checkpoint, there, count)
+                linear.blocks.extend(block.to(device) for block in added)
+        return sizes(self._checkpoint, self._dtype)[steps]
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in DTYPE_NAMES or not found.is_floating_point:
+        raise BadInput(f"'{dtype}' is not a floating-point dtype; use float32, bfloat16 or float16.")
+    return found

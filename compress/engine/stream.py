@@ -1,0 +1,450 @@
+"""The streaming engine: a model walked layer by layer over text, with one layer in memory at a time.
+
+    model = StreamedModel(checkpoint)
+    dense = model.stream(calibration)                 # hidden states before layer 0
+    for layer in model.walk(journal, dense):          # layer.module is in memory during the loop body only
+        dense.advance(layer, observe={"mlp.down_proj": look})
+
+Hidden states are float32 and live in memory up to a limit, above it in files. After every layer the
+journal makes them durable, so that a killed walk goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from compress.anatomy.roles import Anatomy
+from compress.calibration.text.windows import Windows
+from compress.engine.activations import Activations
+from compress.engine.weights import Weights, check_finite, config_of, first, longest_input, skeleton
+from compress.errors import BadInput
+from compress.storage.checkpoint import Checkpoint, Draft, write_tensors
+from compress.system.files import write_atomically
+from compress.system.memory import give_back_memory
+
+Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], None]
+"""Called with a submodule's input [B, S, in], its output [B, S, out], the mask of real tokens [B, S] and the
+number of the first window."""
+
+BATCH_TOKENS = 4096
+
+
+@dataclass
+class Layer:
+    """One layer in memory.
+
+    Attributes:
+        index: position in the model, from 0.
+        name: full name, such as ``model.layers.3``.
+        module: the transformers module, float32.
+        linears: path inside the layer -> module, in the order of the data flow.
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    linears: dict[str, nn.Module]
+
+
+class Stream:
+    """Text on its way through a model: the hidden states before the layer that comes next."""
+
+    def __init__(self, windows: Windows, hidden: Activations, batch_size: int, device: str) -> None:
+        self.windows = windows
+        self.device = device
+        self.hidden = hidden
+        self.starts = range(0, len(windows.tokens), batch_size)
+        self.batch_size = batch_size
+        self.calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+
+    def batches(
+        self, starts: Iterable[int] | None = None
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """(first window, hidden states [B, S, D], mask [B, S]) of each batch, in the order of ``starts``."""
+        for start in self.starts if starts is None else starts:
+            stop = min(start + self.batch_size, len(self.windows.tokens))
+            yield start, self.hidden.read(start, stop), self.windows.mask[start:stop]
+
+    def call(self, layer: Layer, start: int, hidden: torch.Tensor) -> torch.Tensor:
+        """``layer(hidden)`` with the attention mask and positions the model gives to it, on its device."""
+        args, kwargs = self.calls[start][layer.index]
+        return first(layer.module(hidden.to(self.device), *args, **kwargs))
+
+    @torch.no_grad()
+    def advance(
+        self,
+        layer: Layer,
+        observe: Mapping[str, Observer] | None = None,
+        into: Activations | None = None,
+    ) -> None:
+        """hidden := layer(hidden), showing the observed submodules' inputs and outputs on the way.
+
+        Args:
+            layer: the layer in memory, changed or not.
+            observe: path inside the layer ("" is the layer itself) -> observer.
+            into: where the output goes; without it, it takes the place of ``hidden``.
+
+        Raises:
+            CompressError: the layer puts out NaN or infinite values.
+        """
+        target = self.hidden if into is None else into
+        for start, hidden, mask in self.batches():
+            with _hooks(layer, observe or {}, mask.to(self.device), start):
+                output = self.call(layer, start, hidden)
+            check_finite(output, f"Layer {layer.name}")
+            target.write(start, output)
+        target.flip()
+
+    @torch.no_grad()
+    def look(self, layer: Layer, observe: Mapping[str, Observer]) -> None:
+        """Show what `advance` would, and leave ``hidden`` as it is.
+
+        What the layer does behind the last of the observed submodules is not computed.
+        """
+        for start, hidden, mask in self.batches():
+            waiting = set(observe)
+
+            def show(path: str, waiting: set[str], *seen: Any) -> None:
+                observe[path](*seen)
+                waiting.discard(path)
+                if not waiting:
+                    raise _SeenAll
+
+            observers = {path: partial(show, path, waiting) for path in observe}
+            with suppress(_SeenAll), _hooks(layer, observers, mask.to(self.device), start):
+                self.call(layer, start, hidden)
+
+
+class _SeenAll(Exception):
+    """Leaves a layer's forward pass."""
+
+
+@contextmanager
+def _hooks(layer: Layer, observe: Mapping[str, Observer], mask: torch.Tensor, start: int) -> Iterator[None]:
+    with ExitStack() as stack:
+        for path, observer in observe.items():
+            stack.enter_context(_hook(layer.module.get_submodule(path), observer, mask, start))
+        yield
+
+
+@contextmanager
+def _hook(module: nn.Module, observer: Observer, mask: torch.Tensor, start: int) -> Iterator[None]:
+    def windowed(values: torch.Tensor) -> torch.Tensor:
+        # OPT gives its MLP the tokens of all windows in one row, [B * S, D].
+        return values.view(*mask.shape, -1) if values.ndim == 2 else values
+
+    handle = module.register_forward_hook(
+        lambda _, inputs, output: observer(windowed(inputs[0]), windowed(first(output)), mask, start)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class Journal:
+    """What a walk has finished, in a folder: enough to go on after a kill.
+
+    ``state`` is a dict of tensors that the loop body keeps its results in; it is saved and restored with
+    the streams and the draft, so a body that reads and writes nothing else is resumable. A walk whose journal
+    is finished does nothing but bring all of these to where they were at its end.
+    """
+
+    def __init__(self, folder: Path, draft: Draft | None = None) -> None:
+        self.folder = folder
+        self.draft = draft
+        self.state: dict[str, torch.Tensor] = {}
+
+    def activations(self, name: str, shape: tuple[int, int, int]) -> Activations:
+        """Room for activations [N, S, D] that spills into the journal's folder."""
+        return Activations(shape, self.folder / name)
+
+    def restore(self, held: list[Activations]) -> int:
+        """Bring ``state`` and the activations back; the number of layers finished (0 at the beginning)."""
+        path = self.folder / "progress.json"
+        if not path.exists():
+            return 0
+        progress = json.loads(path.read_text())
+        for activations, name in zip(held, progress["activations"], strict=True):
+            activations.restore(name)
+        self.state.clear()
+        self.state.update(load_file(self.folder / progress["state"]))
+        if self.draft is not None:
+            # Not what the draft was flushed with last: the kill may have come between that and progress.json.
+            self.draft.restore(self.folder / progress["draft"])
+        return progress["finished"]
+
+    def commit(self, finished: int, held: list[Activations]) -> None:
+        """Make everything up to layer ``finished`` (exclusive) durable."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # Two of each file in turn: those that progress.json names are never the ones being written.
+        turn = finished % 2
+        state, draft = f"state-{turn}.safetensors", f"draft-{turn}.json"
+        if self.draft is not None:
+            self.draft.flush(f"{self.folder.name}-{finished:05d}", self.folder / draft)
+        write_tensors(self.state, self.folder / state)
+        names = [item.save() for item in held]
+        progress = {"finished": finished, "state": state, "draft": draft, "activations": names}
+        write_atomically(self.folder / "progress.json", json.dumps(progress))
+
+
+class StreamedModel:
+    """A model whose weights stay on disk; at most one layer, or the parts around the layers, is in memory.
+
+    Args:
+        checkpoint: where the weights are.
+        device: where layers and hidden states are computed.
+        progress: called with a text and the share done (0 to 1) after each layer of a walk.
+
+    Raises:
+        BadInput: the architecture is not in the anatomy table.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: str = "cpu",
+        progress: Callable[[str, float], None] | None = None,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.device = device
+        self.progress = progress
+        self.config = config_of(checkpoint)
+        self.model = skeleton(self.config, device)
+        self.weights = Weights(checkpoint, self.model, device, torch.float32)
+        self.anatomy: Anatomy = self.weights.anatomy
+        parent, _, leaf = self.anatomy.layers.rpartition(".")
+        self._parent = self.model.base_model.get_submodule(parent)
+        self._leaf = leaf
+        self._layers = list(getattr(self._parent, leaf))
+        setattr(self._parent, leaf, nn.ModuleList())
+        self._returns_tuple: bool | None = None
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[Layer]:
+        """One layer in memory for the length of a ``with`` block."""
+        name, module = self.anatomy.layer_name(index), self._layers[index]
+        give_back_memory()
+        self.weights.fill(module, name)
+        try:
+            yield Layer(index, name, module, self.anatomy.linears(module))
+        finally:
+            self.weights.empty(module)
+
+    def walk(
+        self,
+        journal: Journal | None,
+        *streams: Stream | Activations,
+        stop: int | None = None,
+        label: str = "",
+    ) -> Iterator[Layer]:
+        """Layers 0 to ``stop`` (all), each in memory during the loop body.
+
+        After the body, ``journal`` makes ``streams``, ``journal.state`` and what was written to the draft
+        durable; if it already knows finished layers, the walk starts behind them.
+        """
+        stop = self.num_layers if stop is None else stop
+        held = [item.hidden if isinstance(item, Stream) else item for item in streams]
+        begin = 0
+        if journal is not None:
+            begin = journal.restore(held)
+        for index in range(begin, stop):
+            with self.layer(index) as layer:
+                yield layer
+            if journal is not None:
+                journal.commit(index + 1, held)
+            if self.progress is not None:
+                self.progress(label or "walking", (index + 1) / stop)
+
+    @torch.no_grad()
+    def stream(
+        self, windows: Windows, folder: Path | None = None, batch_tokens: int = BATCH_TOKENS
+    ) -> Stream:
+        """Start text on its way: embed it, and learn what the model gives every layer besides hidden states.
+
+        Args:
+            windows: token ids [N, S] and mask.
+            folder: hidden states above the memory limit go into files there.
+            batch_tokens: tokens in a batch; results do not depend on it beyond rounding.
+
+        Raises:
+            BadInput: token ids beyond the vocabulary, or windows longer than the model's table of positions.
+        """
+        if int(windows.tokens.max()) >= self.config.vocab_size:
+            raise BadInput(
+                "The text has token ids outside the model's vocabulary; the tokenizer is another model's."
+            )
+        count, length = windows.tokens.shape
+        # Tables beside that of the tokens hold positions. Rotary ones are computed, and know no end.
+        if len(self.anatomy.embeddings) > 1 and length > (longest := longest_input(self.model)):
+            raise BadInput(
+                f"The model has positions for {longest} tokens, and the windows are {length} long; use a "
+                "smaller seqlen (calibration) or context (evaluation)."
+            )
+        batch_size = max(1, batch_tokens // length)
+        stream = None
+        padded = not bool(windows.mask.all())
+        with self._outside(skip_head=True):
+            calls_of: dict[int, list[Any]] = {}
+            for start in range(0, count, batch_size):
+                tokens = windows.tokens[start : start + batch_size].to(self.device)
+                mask = windows.mask[start : start + batch_size].to(self.device) if padded else None
+                types = windows.token_types
+                types = None if types is None else types[start : start + batch_size].to(self.device)
+                hidden, calls = self._embed(tokens, mask, types)
+                if stream is None:
+                    store = Activations((count, length, hidden.shape[-1]), folder and folder / "hidden")
+                    stream = Stream(windows, store, batch_size, self.device)
+                # Without padding every batch of the same size is given the same mask and positions.
+                stream.calls[start] = calls if padded else calls_of.setdefault(len(tokens), calls)
+                stream.hidden.write(start, hidden)
+        stream.hidden.flip()
+        return stream
+
+    def _embed(
+        self, tokens: torch.Tensor, mask: torch.Tensor | None, types: torch.Tensor | None
+    ) -> tuple[torch.Tensor, list[Any]]:
+        calls: list[Any] = []
+        hidden: list[torch.Tensor] = []
+
+        def record(given: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            hidden.append(given)
+            calls.append((args, kwargs))
+            return given
+
+        with self._stand_ins(self._layers, record):
+            given = self._no_cache if types is None else {"token_type_ids": types}  # of encoders only
+            self.model.base_model(tokens, attention_mask=mask, **given)
+        return hidden[0], calls
+
+    @contextmanager
+    def head(self) -> Iterator[Head]:
+        """``with model.head() as head``: everything behind the layers in memory."""
+        with self._outside(skip_embedding=True):
+            yield Head(self)
+
+    def _behind(self, model: nn.Module, hidden: torch.Tensor) -> Any:
+        """The output of ``model``, this one or its base model, with ``hidden`` behind the last layer."""
+
+        def replay(*_: Any, **__: Any) -> torch.Tensor:
+            return hidden.to(self.device)
+
+        width = self.model.get_input_embeddings().embedding_dim
+        dummy = torch.zeros((*hidden.shape[:2], width), device=self.device)
+        # One stand-in for all layers puts the real hidden states in the place of the dummy.
+        with self._stand_ins(self._layers[:1], replay):
+            return model(inputs_embeds=dummy, **self._no_cache)
+
+    @property
+    def _no_cache(self) -> dict[str, Any]:
+        return {"use_cache": False} if self.anatomy.kind == "decoder" else {}
+
+    @contextmanager
+    def _outside(self, skip_head: bool = False, skip_embedding: bool = False) -> Iterator[None]:
+        """Everything but the layers in memory."""
+        embedding = self.model.base_model.get_submodule(self.anatomy.embeddings[0])
+        head = self.model.get_submodule(self.anatomy.head) if self.anatomy.head else None
+        skip = ()
+        if skip_head and head is not None:
+            skip = (head,)
+        elif skip_embedding and head is not None and embedding is not head:
+            skip = (embedding,)
+        self.weights.fill(self.model, "", skip=skip)
+        try:
+            yield
+        finally:
+            self.weights.empty(self.model)
+
+    @contextmanager
+    def _stand_ins(self, layers: list[nn.Module], act: Callable[..., torch.Tensor]) -> Iterator[None]:
+        """Functions in the place of the layers, so that the model's own code does what is around them."""
+
+        def forward(layer: nn.Module, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._returns_tuple is None:
+                self._returns_tuple = _returns_tuple(layer, hidden, args, kwargs)
+            output = act(hidden, *args, **kwargs)
+            return (output,) if self._returns_tuple else output
+
+        stand_ins = nn.ModuleList(_StandIn(layer, forward) for layer in layers)
+        setattr(self._parent, self._leaf, stand_ins)
+        try:
+            yield
+        finally:
+            setattr(self._parent, self._leaf, nn.ModuleList())
+
+
+class Head:
+    """Everything behind the layers of a model, in memory as long as `StreamedModel.head` is open."""
+
+    def __init__(self, model: StreamedModel) -> None:
+        self._model = model
+
+    def __call__(self, hidden: torch.Tensor) -> Any:
+        """Hidden states [B, S, D] after the last layer -> the model's output (``.logits`` [B, S, V] for a
+        causal model), which can be differentiated with respect to hidden states that ask for gradients."""
+        return self._model._behind(self._model.model, hidden)
+
+    @torch.no_grad()
+    def features(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, S, D] after the last layer -> what the projection to the vocabulary is given."""
+        return first(self._model._behind(self._model.model.base_model, hidden).to_tuple())
+
+    @property
+    def projection(self) -> nn.Module:
+        """The projection to the vocabulary; what models do with its output differs."""
+        return self._model.model.get_submodule(self._model.anatomy.head)
+
+
+@torch.no_grad()
+def next_token_loss(model: StreamedModel, windows: Windows) -> torch.Tensor:
+    """Negative log-likelihood (nats, float64) of every real token given those before it: [tokens]."""
+    stream = model.stream(windows)
+    for layer in model.walk(None, stream):
+        stream.advance(layer)
+    losses = []
+    with model.head() as head:
+        for index, (tokens, mask) in enumerate(zip(windows.tokens, windows.mask, strict=True)):
+            logits = head(stream.hidden.read(index, index + 1)).logits[0, :-1].float().cpu()
+            loss = nn.functional.cross_entropy(logits, tokens[1:], reduction="none").double()
+            losses.append(loss[mask[1:] & mask[:-1]])
+    return torch.cat(losses)
+
+
+class _StandIn(nn.Module):
+    """Takes a layer's place, and looks like the layer to code that asks for its attributes."""
+
+    def __init__(self, layer: nn.Module, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        object.__setattr__(self, "_layer", layer)
+        object.__setattr__(self, "_forward", forward)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_layer"), name)
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(self._layer, hidden, *args, **kwargs)
+
+
+def _returns_tuple(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: Any) -> bool:
+    """Whether the layer wraps its output, found out by running it on the meta device, without memory."""
+
+    def to_meta(value: Any) -> Any:
+        return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+    args, kwargs = tree_map(to_meta, ((hidden, *args), kwargs))
+    return isinstance(layer(*args, **kwargs), tuple)

@@ -1,0 +1,1 @@
+"""What a compression cost: fidelity, tasks, memory and speed."""

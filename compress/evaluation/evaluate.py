@@ -1,0 +1,320 @@
+"""Evaluating a model beside the dense one: fidelity streamed layer by layer, cost in a fresh process."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from compress.calibration.text.examples import TaskFile
+from compress.calibration.text.windows import Windows, evaluation_windows
+from compress.engine.stream import Stream, StreamedModel
+from compress.errors import BadInput
+from compress.evaluation.fidelity import FidelityAccumulator
+from compress.evaluation.measure import measure
+from compress.evaluation.task import TaskEvaluation
+from compress.evaluation.task_score import score
+from compress.kernels.layers.stacked import StackedLinear
+from compress.kernels.ops import kernel_name
+from compress.pipeline.artefact import add_evaluations, now, read_lineage, versions
+from compress.pipeline.plan import ModelShape
+from compress.report.scorecard import Cost, ModelIdentity, Protocol, Scorecard
+from compress.sources.find import ModelSource, find_model, load_tokenizer
+from compress.storage.checkpoint import Checkpoint, write_tensors
+from compress.storage.formats.stacks import STACKS, prefix, steps_within
+from compress.system.cache import cache_folder
+from compress.system.device import check_device
+from compress.system.memory import parse_memory
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, float], None]
+
+TASK_REPETITIONS = 100
+"""Of the timed forward pass on one input of a task, which takes milliseconds."""
+
+
+def evaluate_folder(
+    model: str,
+    *,
+    revision: str | None = None,
+    baseline: str | None = None,
+    baseline_revision: str | None = None,
+    task_file: str | None = None,
+    text: str = "bundled:evaluation",
+    context: int = 512,
+    limit: int | None = 32,
+    device: str = "cpu",
+    memory: str | int | None = None,
+    progress: Progress = lambda text, share: None,
+) -> list[Scorecard]:
+    """Evaluate a model and, if compress-model wrote it, add the result to its compression.json (a warning
+    says so where that cannot be written).
+
+    Returns the scorecard of the dense model (which is not measured again if its own compression.json has this
+    very evaluation) and, if ``baseline`` is another model, that of ``model``.
+
+    Args:
+        model: folder, hub id or ``demo``.
+        revision: branch, tag or commit of a model on the hub.
+        baseline: the dense model; the model itself if not given.
+        baseline_revision: of a baseline on the hub.
+        task_file: labelled examples for an encoder with a task head (see :mod:`compress.calibration.text.examples`), scored
+            in place of text.
+        text: what to score; sources as for calibration.
+        context: tokens in a window; windows do not overlap, and the first token of each is not scored.
+        limit: number of windows at most.
+        device: where to compute and to measure.
+        memory: such as "90MB": evaluate the largest size of a model stored in blocks that fits.
+        progress: told a text and the share done.
+
+    Raises:
+        BadInput: not a causal language model (with ``task_file``: no encoder with a task head), vocabularies
+            or labels differ, the file is no good, the model was calibrated on this text, or it has no size
+            that fits ``memory``.
+        CompressError: text or model cannot be fetched, or the model puts out NaN.
+    """
+    check_device(device)
+    source = find_model(model, revision)
+    dense_source = find_model(baseline, baseline_revision) if baseline else source
+    checkpoint, dense = Checkpoint.open(source.folder), Checkpoint.open(dense_source.folder)
+    if memory is not None:
+        checkpoint = prefix(checkpoint, steps_within(checkpoint, parse_memory(memory)))
+    if task_file is None:
+        found = _score_text(source, checkpoint, dense_source, dense, text, context, limit, device, progress)
+    else:
+        found = _score_task(source, checkpoint, dense, task_file, device, progress)
+    dense_identity = ModelIdentity(name=_name(dense_source), sha256=dense.sha256)
+
+    def scorecard(
+        of: ModelSource, opened: Checkpoint, scores: dict[str, Any], size: str | int | None = None
+    ) -> Scorecard:
+        name = _name(of) if size is None else f"{_name(of)} in {size}"
+        return Scorecard(
+            model=ModelIdentity(name=name, sha256=opened.sha256),
+            baseline=dense_identity,
+            loads_with=ModelShape.of(opened).loads_with,
+            **scores,
+            cost=_cost(of, opened, device, progress, found.timed, size),
+            when=now(),
+            versions=versions(),
+        )
+
+    same = dense.sha256 == checkpoint.sha256
+    known = None if same else _known(dense_source, dense_identity, found.dense)
+    cards = [known or scorecard(dense_source, dense, found.dense)]
+    if not same:
+        cards.append(scorecard(source, checkpoint, found.model, memory))
+    if read_lineage(source.folder) is not None:
+        try:
+            add_evaluations(source.folder, [card.model_dump(mode="json") for card in cards])
+        except OSError as error:  # minutes of measuring are not lost because a folder is read-only
+            log.warning("The evaluation is not kept in '%s' (%s).", source.folder, error.strerror or error)
+    return cards
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What scoring found, as the fields of the two scorecards, and what to time."""
+
+    dense: dict[str, Any]
+    model: dict[str, Any]
+    timed: dict[str, int]  # for `measure`
+
+
+def _score_text(
+    source: ModelSource,
+    checkpoint: Checkpoint,
+    dense_source: ModelSource,
+    dense: Checkpoint,
+    text: str,
+    context: int,
+    limit: int | None,
+    device: str,
+    progress: Progress,
+) -> _Found:
+    windows = evaluation_windows(load_tokenizer(dense_source.folder), text, context, limit)
+    _check_not_calibrated_on(source, windows)
+    accumulator = compare_streams(dense, checkpoint, windows, device, progress)
+    protocol = Protocol(
+        text=text,
+        text_sha256=windows.sha256,
+        context_tokens=context,
+        stride_tokens=context,
+        windows=len(windows),
+        tokens_scored=accumulator.tokens_scored,
+        compute_dtype="float32",
+        seed=0,
+        kernel=_kernel(dense, device),
+    )
+    other = protocol.model_copy(update={"kernel": _kernel(checkpoint, device)})
+    return _Found(
+        dense={"protocol": protocol, "fidelity": accumulator.dense_fidelity()},
+        model={"protocol": other, "fidelity": accumulator.fidelity()},
+        timed={},
+    )
+
+
+def _score_task(
+    source: ModelSource,
+    checkpoint: Checkpoint,
+    dense: Checkpoint,
+    task_file: str,
+    device: str,
+    progress: Progress,
+) -> _Found:
+    evaluation = TaskEvaluation(task_file, dense, device)
+    _check_not_calibrated_on(source, evaluation.file)
+
+    def predictions(of: Checkpoint, label: str) -> list[Any]:
+        return evaluation.predictions(of, lambda share: progress(label, share))
+
+    expected = predictions(dense, "scoring the dense model")
+    given = expected if dense.sha256 == checkpoint.sha256 else predictions(checkpoint, "scoring the model")
+
+    def scores(of: Checkpoint, found: list[Any] | None) -> dict[str, Any]:
+        return {
+            "task_protocol": evaluation.protocol.model_copy(update={"kernel": _kernel(of, device)}),
+            "task": score(evaluation.file, expected, found, evaluation.flops(of)),
+        }
+
+    return _Found(
+        dense=scores(dense, None),
+        model=scores(checkpoint, given),
+        timed={"prefill_tokens": evaluation.protocol.mean_tokens, "repetitions": TASK_REPETITIONS},
+    )
+
+
+def _known(source: ModelSource, identity: ModelIdentity, scores: dict[str, Any]) -> Scorecard | None:
+    """The dense model's own scorecard in its compression.json, if it was made by the same protocol."""
+    lineage = read_lineage(source.folder)
+    cards = [Scorecard.model_validate(card) for card in (lineage.evaluations if lineage else [])]
+    wanted = (identity, scores.get("protocol"), scores.get("task_protocol"))
+    return next(
+        (card for card in reversed(cards) if (card.model, card.protocol, card.task_protocol) == wanted), None
+    )
+
+
+def _cost(
+    source: ModelSource,
+    checkpoint: Checkpoint,
+    device: str,
+    progress: Progress,
+    timed: dict[str, int],
+    memory: str | int | None,
+) -> Cost:
+    label = f"measuring memory and speed of {_name(source)}"
+    progress(label, 0.0)
+    files = {item.file for item in checkpoint.sources.values()}
+    wanted = None if memory is None else parse_memory(memory)
+    cost = Cost(
+        # Of a prefix the tensors, since its files hold more.
+        weight_bytes=checkpoint.nbytes
+        if memory is not None
+        else sum(Path(file).stat().st_size for file in files),
+        parameters=ModelShape.of(checkpoint).parameters,
+        measured=measure(source.folder, device=device, memory=wanted, **timed),
+    )
+    progress(label, 1.0)
+    return cost
+
+
+def compare_streams(
+    dense: Checkpoint,
+    model: Checkpoint,
+    windows: Windows,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> FidelityAccumulator:
+    """Score ``model`` beside ``dense`` on ``windows``.
+
+    Both are streamed, so models larger than memory are the ordinary case; logits are float32 and are compared
+    window by window. What comes out of the dense model's last layer is kept in the cache for the next model.
+    """
+    streamed = StreamedModel(dense, device, progress)
+    if streamed.anatomy.kind != "decoder" or streamed.anatomy.head is None:
+        raise BadInput(
+            f"'{dense.folder}' is not a causal language model, so it has no perplexity; score an encoder "
+            "with a task head on labelled examples with --task-file."
+        )
+    dense_hidden = _cached_dense(streamed, windows)
+    same = dense.sha256 == model.sha256
+    other = streamed if same else StreamedModel(model, device, progress)
+    hidden = dense_hidden if same else last_hidden(other, windows, "scoring the model")
+    accumulator = FidelityAccumulator(streamed.config.vocab_size)
+    with streamed.head() as dense_head, nullcontext(dense_head) if same else other.head() as head:
+        for index in range(len(windows)):
+            accumulator.add(
+                logits_of(dense_head, dense_hidden[index]),
+                logits_of(head, hidden[index]),
+                windows.tokens[index],
+                windows.mask[index],
+            )
+    return accumulator
+
+
+def logits_of(
+    head: Callable[[torch.Tensor], Any], hidden: torch.Tensor
+) -> Callable[[int, int], torch.Tensor]:
+    """The logits of some positions when they are asked for: those of a whole window can be gigabytes."""
+    return lambda start, stop: head(hidden[None, start:stop]).logits[0].cpu()
+
+
+def last_hidden(model: StreamedModel, windows: Windows, label: str) -> torch.Tensor:
+    stream: Stream = model.stream(windows)
+    for layer in model.walk(None, stream, label=label):
+        stream.advance(layer)
+    return stream.hidden.read(0, len(windows))
+
+
+def _cached_dense(model: StreamedModel, windows: Windows) -> torch.Tensor:
+    """Hidden states after the dense model's last layer, float32 [N, S, D]; the latest ones are kept."""
+    key = hashlib.sha256(
+        f"{model.checkpoint.sha256} {windows.sha256} {torch.__version__}".encode()
+    ).hexdigest()
+    folder = cache_folder() / "dense-hidden"
+    file = folder / f"{key[:32]}.safetensors"
+    if file.exists():
+        return load_file(file)["hidden"]
+    hidden = last_hidden(model, windows, "scoring the dense model")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("*.safetensors"):
+            old.unlink(missing_ok=True)
+        write_tensors({"hidden": hidden}, file)
+    except OSError as error:
+        log.debug("The dense model's hidden states are not kept for next time: %s", error)
+    return hidden
+
+
+def _check_not_calibrated_on(source: ModelSource, scored: Windows | TaskFile) -> None:
+    lineage = read_lineage(source.folder)
+    chain = lineage.chain() if lineage else []
+    calibrated = {name for link in chain for name in (link.calibration or {}).get("document_sha256", [])}
+    if common := calibrated & scored.document_hashes:
+        raise BadInput(
+            f"'{source.id}' was calibrated on {len(common)} of the documents of '{scored.source}'; "
+            "evaluate it on another text."
+        )
+
+
+def _name(source: ModelSource) -> str:
+    return Path(source.id).name if Path(source.id).is_dir() else source.id
+
+
+def _kernel(checkpoint: Checkpoint, device: str) -> str:
+    quantization = checkpoint.config.get("quantization_config")
+    if quantization is None:
+        return "torch"
+    if quantization.get("quant_method") in STACKS:
+        return StackedLinear.kernel
+    from compress.storage.formats.base import Formats
+
+    return ", ".join(dict.fromkeys(kernel_name(device, bits) for bits in Formats(quantization).bits))

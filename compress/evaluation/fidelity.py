@@ -1,0 +1,292 @@
+"""How close a compressed model stays to the dense one, token by token.
+
+Both models read the same windows of text. At every position t whose next token is real, the two
+distributions over the vocabulary are compared, with p the dense and q the compressed one:
+
+    negative log-likelihood   -ln q[token t+1]                 perplexity = exp of its mean
+    KL(p || q)                sum_v p_v (ln p_v - ln q_v)      full vocabulary, nats
+    agreement                 argmax p = argmax q
+    delta p                   q[token t+1] - p[token t+1]
+
+The set of statistics follows what llama.cpp's perplexity tool made customary, and "Accuracy Is Not All
+You Need" (arXiv:2407.09141); the intervals are ours: means over tokens are ratio estimators clustered by
+window (Cochran, Sampling Techniques, section 6.3), since neighbouring tokens are not independent.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from compress.errors import BadInput, CompressError
+from compress.report.scorecard import Fidelity, Figure
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    Logits = Tensor | Callable[[int, int], Tensor]
+
+CHUNK_ELEMENTS = 2**21
+"""Logits worked on at a time: 8 MiB in float32, and about ten times that with the temporaries."""
+
+CONFIDENCE = 0.95
+LN_LARGEST = math.log(sys.float_info.max)
+
+
+class _Window(NamedTuple):
+    """Sums over the scored tokens of one window, and the KL of each of them."""
+
+    nll_dense: float
+    nll_model: float
+    squared_delta_p: float
+    agreements: int
+    kl: np.ndarray  # float64 [tokens scored]
+
+
+class FidelityAccumulator:
+    """Takes the logits of both models window by window and gives their :class:`Fidelity`.
+
+    Sums are float64 and exactly rounded (``math.fsum``), so the result does not depend on the order in
+    which windows arrive.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self._windows: list[_Window] = []
+
+    @property
+    def windows(self) -> int:
+        """Windows with at least one scored token."""
+        return len(self._windows)
+
+    @property
+    def tokens_scored(self) -> int:
+        return sum(len(window.kl) for window in self._windows)
+
+    def add(self, dense: Logits, model: Logits, tokens: Tensor, mask: Tensor) -> None:
+        """Score one window.
+
+        Args:
+            dense, model: logits [S, V] of any floating dtype, or a function ``(start, stop)`` that gives
+                the rows [stop - start, V] when they are wanted, so that [S, V] need never be in memory.
+            tokens: int64 [S].
+            mask: bool [S], True for a real token. Position t counts where tokens t and t+1 are real.
+
+        Raises:
+            BadInput: the shapes do not fit, or the two models have different vocabularies.
+            CompressError: a logit is NaN or infinite.
+        """
+        import numpy as np
+        import torch
+
+        if tokens.ndim != 1 or tokens.shape != mask.shape:
+            raise BadInput(
+                f"A window needs tokens and mask of one shape [S], not {list(tokens.shape)} and "
+                f"{list(mask.shape)}."
+            )
+        mask = mask.bool()
+        scored = (mask[:-1] & mask[1:]).nonzero().squeeze(1).cpu()
+        targets = tokens.cpu()[1:]
+        if len(scored) == 0:
+            return
+        if not 0 <= int(targets[scored].min()) <= int(targets[scored].max()) < self.vocab_size:
+            raise BadInput(
+                f"The text has token ids outside the vocabulary of {self.vocab_size} entries: "
+                "use the tokenizer that belongs to the model."
+            )
+
+        # Filled in place: small tensors kept from each chunk would sit in the holes that its large ones
+        # leave, and the heap would grow by a chunk every time.
+        found = np.empty((4, len(scored)))
+        done = 0
+        rows = max(1, CHUNK_ELEMENTS // self.vocab_size)
+        with torch.inference_mode():
+            for start in range(0, len(targets), rows):
+                stop = min(start + rows, len(targets))
+                here = scored[(scored >= start) & (scored < stop)]
+                if len(here):
+                    p = self._rows(dense, start, stop, here, len(tokens), "dense")
+                    q = self._rows(model, start, stop, here, len(tokens), "compressed")
+                    for kept, values in zip(
+                        found, compare_tokens(p, q, targets[here].to(p.device)), strict=True
+                    ):
+                        kept[done : done + len(here)] = values.cpu().numpy()
+                    done += len(here)
+        ln_p, ln_q, kl, agree = found
+        if not np.isfinite(kl).all():
+            raise CompressError(
+                "The two models' logits are too far apart to compare: the KL divergence overflows; "
+                "check the compressed model's weights."
+            )
+        delta_p = np.exp(ln_q) - np.exp(ln_p)
+        self._windows.append(
+            _Window(
+                nll_dense=math.fsum(-ln_p),
+                nll_model=math.fsum(-ln_q),
+                squared_delta_p=math.fsum(delta_p**2),
+                agreements=int(agree.sum()),
+                kl=kl,
+            )
+        )
+
+    def _rows(self, logits: Logits, start: int, stop: int, here: Tensor, length: int, whose: str) -> Tensor:
+        """The scored rows of positions start to stop, in float32."""
+        if callable(logits):
+            rows = logits(start, stop)
+            expected = [stop - start, self.vocab_size]
+        else:
+            rows = logits
+            expected = [length, self.vocab_size]
+        if list(rows.shape) != expected:
+            raise BadInput(
+                f"The {whose} model gives logits of shape {list(rows.shape)} where {expected} was expected: "
+                "both models must read the same windows with the same vocabulary."
+            )
+        rows = rows[(here - start if callable(logits) else here).to(rows.device)].float()
+        if not rows.sum().isfinite():  # one pass; a NaN or infinity anywhere makes the sum one
+            raise CompressError(
+                f"The {whose} model gives logits that are NaN or infinite: its weights are damaged or "
+                "overflow in this dtype."
+            )
+        return rows
+
+    def fidelity(self) -> Fidelity:
+        """Of the compressed model.
+
+        Raises:
+            BadInput: no token was scored.
+            CompressError: perplexity is beyond what a float64 holds.
+        """
+        return _fidelity(self._scored_windows())
+
+    def dense_fidelity(self) -> Fidelity:
+        """Of the dense model: its perplexity, and by definition no distance to itself.
+
+        Raises:
+            BadInput: no token was scored.
+        """
+        perplexity = _fidelity(self._scored_windows(), whose="dense").perplexity
+        nothing = Figure(value=0, unit="nats/token")
+        return Fidelity(
+            perplexity=perplexity,
+            perplexity_ratio=Figure(value=1),
+            kl_mean=nothing,
+            kl_standard_error=0.0,
+            kl_median=nothing,
+            kl_p99=nothing,
+            kl_max=nothing,
+            top1_agreement=Figure(value=1, unit="fraction"),
+            rms_delta_p=Figure(value=0, unit="fraction"),
+        )
+
+    def _scored_windows(self) -> list[_Window]:
+        if not self._windows:
+            raise BadInput("The text has no token to score: it needs a window of at least two real tokens.")
+        return self._windows
+
+
+def compare_tokens(dense: Tensor, model: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ln p[target], ln q[target], KL(p || q) (float64 [T]) and whether the argmaxes agree (bool [T]).
+
+    ``dense`` and ``model`` are float32 [T, V], ``targets`` int64 [T]. Logits are shifted by their maximum,
+    which is exact where the probability is. Sums over the vocabulary are torch's cascaded float32 sums
+    (relative error about 1e-7, many times faster than in float64); everything after them is float64:
+
+        KL = sum_v e^{z_v} (z_v - y_v) / Z_p + ln Z_q - ln Z_p    for shifted logits z (dense) and y (model)
+    """
+    z, y = dense - dense.amax(-1, keepdim=True), model - model.amax(-1, keepdim=True)
+    exp_z = z.exp()
+    sum_p = exp_z.sum(-1).double()
+    ln_sum_p, ln_sum_q = sum_p.log(), y.exp().sum(-1).double().log()
+    ln_p = z.gather(-1, targets[:, None]).squeeze(-1).double() - ln_sum_p
+    ln_q = y.gather(-1, targets[:, None]).squeeze(-1).double() - ln_sum_q
+    agree = z.argmax(-1) == y.argmax(-1)
+    kl = exp_z.mul_(z.sub_(y)).sum(-1).double() / sum_p + ln_sum_q - ln_sum_p
+    return ln_p, ln_q, kl.clamp(min=0), agree  # rounding may take a KL of about 1e-8 below zero
+
+
+def _fidelity(windows: list[_Window], *, whose: str = "compressed") -> Fidelity:
+    import numpy as np
+
+    counts = [len(window.kl) for window in windows]
+    total = sum(counts)
+    kl = np.sort(np.concatenate([window.kl for window in windows]))
+    median, p99 = np.quantile(kl, [0.5, 0.99]).tolist()
+    nll = mean_by_window([w.nll_dense if whose == "dense" else w.nll_model for w in windows], counts)
+    if nll.mean > LN_LARGEST:
+        raise CompressError(
+            f"The perplexity of the {whose} model is too large to state ({nll.mean:.0f} nats per token): "
+            "the model is broken."
+        )
+    ln_ratio = mean_by_window([w.nll_model - w.nll_dense for w in windows], counts)
+    mean_kl = mean_by_window([math.fsum(w.kl) for w in windows], counts)
+    squared_delta_p = mean_by_window([w.squared_delta_p for w in windows], counts)
+    agreements = sum(w.agreements for w in windows)
+
+    return Fidelity(
+        perplexity=nll.figure(_exp),
+        perplexity_ratio=ln_ratio.figure(_exp),
+        kl_mean=mean_kl.figure(lambda mean: max(0.0, mean), unit="nats/token"),
+        kl_standard_error=mean_kl.standard_error,
+        kl_median=Figure(value=median, unit="nats/token"),
+        kl_p99=Figure(value=p99, unit="nats/token"),
+        kl_max=Figure(value=float(kl[-1]), unit="nats/token"),
+        top1_agreement=wilson(agreements, total),
+        rms_delta_p=squared_delta_p.figure(lambda mean: math.sqrt(max(0.0, mean)), unit="fraction"),
+    )
+
+
+def wilson(successes: int, total: int) -> Figure:
+    """A share of independent trials with Wilson's interval."""
+    from scipy.stats import binomtest
+
+    share, interval = (
+        successes / total,
+        binomtest(successes, total).proportion_ci(CONFIDENCE, method="wilson"),
+    )
+    # At 0 % and 100 % rounding may cross the estimate.
+    return Figure(value=share, low=min(interval.low, share), high=max(interval.high, share), unit="fraction")
+
+
+class MeanByWindow(NamedTuple):
+    """A mean over tokens with the standard error that windows as clusters give it."""
+
+    mean: float
+    standard_error: float | None  # none with a single window
+    windows: int
+
+    def figure(self, transform: Callable[[float], float], unit: str = "") -> Figure:
+        """The transformed mean, with Student's t interval transformed end by end (transform: increasing)."""
+        if self.standard_error is None:
+            return Figure(value=transform(self.mean), unit=unit)
+        from scipy.stats import t
+
+        reach = float(t.ppf((1 + CONFIDENCE) / 2, self.windows - 1)) * self.standard_error
+        return Figure(
+            value=transform(self.mean),
+            low=transform(self.mean - reach),
+            high=transform(self.mean + reach),
+            unit=unit,
+        )
+
+
+def mean_by_window(sums: list[float], counts: list[int]) -> MeanByWindow:
+    """Mean over all tokens of a quantity whose sum (and number of tokens) in each window is given.
+
+    Standard error of the ratio estimator m = sum_w S_w / C:
+    se^2 = W / (W - 1) * sum_w (S_w - m c_w)^2 / C^2, with W windows and C = sum_w c_w tokens.
+    """
+    total, windows = sum(counts), len(counts)
+    mean = math.fsum(sums) / total
+    if windows < 2:
+        return MeanByWindow(mean, None, windows)
+    squares = math.fsum((s - mean * c) ** 2 for s, c in zip(sums, counts, strict=True))
+    return MeanByWindow(mean, math.sqrt(windows / (windows - 1) * squares) / total, windows)
+
+
+def _exp(mean: float) -> float:
+    """exp, with the upper end of a wild interval held at the largest number there is."""
+    return math.exp(min(mean, LN_LARGEST))

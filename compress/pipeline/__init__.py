@@ -1,0 +1,1 @@
+"""From a recipe to a plan, a run and an artefact."""

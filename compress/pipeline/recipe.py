@@ -1,0 +1,258 @@
+"""Recipes: what to do to which model, validated before anything is read or written."""
+
+from __future__ import annotations
+
+import importlib.resources
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from compress.errors import BadInput, unknown
+from compress.method import Method, MethodOptions
+from compress.pipeline.registry import find_method
+
+ORDER = ("unlearning", "pruning", "quantization")
+WHY_ORDER = {
+    (
+        "pruning",
+        "unlearning",
+    ): "unlearning measures and edits the whole model, so what was pruned before would be missed",
+    (
+        "quantization",
+        "unlearning",
+    ): "unlearning edits weights finer than a quantization step, which are gone by then",
+    ("quantization", "pruning"): "pruning edits and moves weights, which packed low-bit codes do not allow",
+}
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Calibration(_Section):
+    """The text that methods look at while they compress."""
+
+    source: str = Field(
+        "bundled",
+        description="bundled, wikipedia, brown, a file, hub:DATASET[:CONFIG[:SPLIT[:FIELD]]], or generate: "
+        "written by the model itself",
+    )
+    nsamples: PositiveInt = Field(128, description="number of windows")
+    seqlen: PositiveInt = Field(2048, description="tokens in a window")
+    seed: int | None = Field(None, description="order of the documents; the recipe's seed if not given")
+    chat_template: bool = Field(False, description="render conversations with the tokenizer's chat template")
+
+
+class Evaluation(_Section):
+    """The evaluation after the run, against the recipe's model."""
+
+    suite: Literal["quick"] = Field(
+        "quick", description="perplexity, KL divergence, agreement, bytes, memory, speed"
+    )
+    task_file: str | None = Field(
+        None, description="labelled examples (.jsonl) for an encoder with a task head, in place of text"
+    )
+    text: str = Field("bundled:evaluation", description="text to score; sources as for calibration")
+    context: PositiveInt = Field(512, description="tokens in a window; the stride is the same")
+    windows: PositiveInt = Field(32, description="number of windows at most")
+
+
+class Recipe(_Section):
+    """A validated recipe. ``steps`` are (method, options) in the order they are done."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    model: str
+    revision: str | None = None
+    dtype: Dtype | None = Field(
+        None, description="of the tensors that are not quantized; as in the model if not given"
+    )
+    seed: int = 0
+    calibration: Calibration = Calibration()
+    steps: list[tuple[Method, MethodOptions]] = []
+    evaluate: Evaluation | None = None
+
+    @property
+    def needs_calibration(self) -> bool:
+        return any(method.needs_calibration for method, _ in self.steps)
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with every default written out, as plain data: ``recipe.yaml`` of an artefact."""
+        data = self.model_dump(mode="json", exclude={"steps"}, exclude_none=True)
+        steps = [{"method": method.name, **options.model_dump(mode="json")} for method, options in self.steps]
+        return {
+            key: steps if key == "steps" else data[key]
+            for key in [*data, "steps"]
+            if key in data or key == "steps"
+        }
+
+
+def bundled_recipes() -> dict[str, Path]:
+    """Name -> file of the recipes that come with the package."""
+    folder = Path(str(importlib.resources.files("compress.pipeline"))) / "recipes"
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(
+    source: str | Path, overrides: dict[str, Any] | None = None, settings: list[str] | None = None
+) -> Recipe:
+    """Read and validate a recipe.
+
+    Args:
+        source: a YAML file, or the name of a bundled recipe.
+        overrides: top-level keys that replace the file's.
+        settings: ``steps.0.ratio=0.3`` strings (values are YAML).
+
+    Raises:
+        BadInput: no such file, not YAML, unknown keys or methods, values out of range, an unsound order.
+    """
+    data = _read(Path(source), seen=())
+    for setting in settings or []:
+        _set(data, setting)
+    changes = {key: value for key, value in (overrides or {}).items() if value is not None}
+    return parse_recipe(_changed(data, changes))
+
+
+def _changed(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``data`` with top-level ``changes``; a revision is one of its own model."""
+    return {
+        key: value for key, value in data.items() if key != "revision" or "model" not in changes
+    } | changes
+
+
+def parse_recipe(data: dict[str, Any]) -> Recipe:
+    """Validate a recipe given as plain data. Raises BadInput as `load_recipe` does."""
+    data = dict(data)
+    raw_steps = data.pop("steps", None) or []
+    if not isinstance(raw_steps, list):
+        raise BadInput("In the recipe, 'steps' must be a list of {method: NAME, option: value}.")
+    if data.get("model") is None:
+        raise BadInput("The recipe names no model; add 'model: NAME' or use -m.")
+    steps = [_step(number, raw) for number, raw in enumerate(raw_steps)]
+    _check_order([method for method, _ in steps])
+    return validated(Recipe, {**data, "steps": steps}, "recipe")
+
+
+def _step(number: int, raw: Any) -> tuple[Method, MethodOptions]:
+    if not isinstance(raw, dict) or not isinstance(raw.get("method"), str):
+        raise BadInput(f"Step {number} of the recipe names no method; write {{method: NAME, option: value}}.")
+    method = find_method(raw["method"])
+    options = {key: value for key, value in raw.items() if key != "method"}
+    return method, validated(method.Options, options, f"steps.{number} ({method.name})")
+
+
+def _check_order(methods: list[Method]) -> None:
+    for before, after in pairwise(methods):
+        if ORDER.index(before.family) > ORDER.index(after.family):
+            why = WHY_ORDER[before.family, after.family]
+            raise BadInput(
+                f"'{after.name}' ({after.family}) must come before '{before.name}' ({before.family}): {why}; "
+                "put the steps in the order unlearn, prune, quantize."
+            )
+    quantizers = [method.name for method in methods if method.family == "quantization"]
+    if len(quantizers) > 1:
+        raise BadInput(f"Weights can be quantized once, but the recipe has {' and '.join(quantizers)}.")
+
+
+def validated(model: type[BaseModel], values: dict[str, Any], where: str) -> Any:
+    """``model(**values)``, with pydantic's complaints as one sentence that names the key."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        errors = error.errors()
+        first, (path, section) = errors[0], _located(model, errors[0]["loc"])
+        if first["type"] == "extra_forbidden":
+            name = str(first["loc"][-1])
+            raise BadInput(f"In {where}: {unknown('option', name, section.model_fields)}") from None
+        if first["type"] == "missing":
+            raise BadInput(f"In {where}: the option '{path}' is required.") from None
+        # A value that may be of several types is complained about once for each of them.
+        same = [other for other in errors if _located(model, other["loc"])[0] == path]
+        complaints = dict.fromkeys(other["msg"].removeprefix("Value error, ") for other in same)
+        what = " or ".join(complaints).replace(" or Input should be ", " or ")
+        got = f" (got {first['input']!r})" if not isinstance(first["input"], dict) else ""
+        raise BadInput(f"In {where}: {f'{path}: ' if path else ''}{what}{got}.") from None
+
+
+def _located(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str, type[BaseModel]]:
+    """``section.option`` of pydantic's location, which also names types, and the model the option is in."""
+    path: list[str] = []
+    for part in location:
+        if isinstance(part, int):
+            path.append(str(part))
+        elif part in model.model_fields:
+            path.append(part)
+            annotation = model.model_fields[part].annotation
+            kinds = (annotation, *getattr(annotation, "__args__", ()))
+            model = next((kind for kind in kinds if _is_section(kind)), model)
+    return ".".join(path), model
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML's readers silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                mark = node.value[number][0].start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"'{key}' is given twice", mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if not path.is_file():  # a folder may well have the name of a bundled recipe
+        bundled = bundled_recipes()
+        if path.name not in bundled or len(path.parts) > 1:
+            if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+                raise BadInput(f"There is no recipe file '{path}'.")
+            raise unknown("recipe", str(path), bundled)
+        path = bundled[path.name]
+    path = path.resolve()
+    if path in seen:
+        raise BadInput(f"The recipe '{path}' includes itself.")
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise BadInput(f"The recipe '{path}' cannot be read: {' '.join(str(error).split())}.") from None
+    if not isinstance(data, dict):
+        raise BadInput(f"The recipe '{path}' is not a YAML mapping.")
+    if (included := data.pop("include", None)) is not None:
+        if not isinstance(included, str):
+            raise BadInput(f"In the recipe '{path}', 'include' must be one file name.")
+        base = path.parent / included
+        data = _changed(_read(base if base.exists() else Path(included), (*seen, path)), data)
+    return data
+
+
+def _set(data: dict[str, Any], setting: str) -> None:
+    key, equals, text = setting.partition("=")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value, equals = None, ""
+    if not equals or not key:
+        raise BadInput(f"'{setting}' is not a setting; write KEY=VALUE, for example steps.0.bits=4.")
+    *parents, last = key.split(".")
+    place: Any = data
+    for part in parents:
+        if isinstance(place, dict):
+            place = place.setdefault(part, {})
+        elif isinstance(place, list) and part.isdecimal() and int(part) < len(place):
+            place = place[int(part)]
+        else:
+            raise BadInput(f"The recipe has no '{key}' to set.")
+    if isinstance(place, dict):
+        place[last] = value
+    elif isinstance(place, list) and last.isdecimal() and int(last) < len(place):
+        place[int(last)] = value
+    else:
+        raise BadInput(f"The recipe has no '{key}' to set.")

@@ -1,0 +1,76 @@
+"""The check that what was written computes what was in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from compress.anatomy.roles import model_class
+from compress.calibration.text.windows import Windows
+from compress.engine.stream import StreamedModel
+from compress.engine.weights import config_of
+from compress.errors import CompressError
+from compress.pipeline.artefact import ReloadCheck
+from compress.storage.checkpoint import Checkpoint
+from compress.system.memory import available_memory
+
+PROBE_TOKENS = 48
+PARITY = 1e-3
+"""Largest difference of logits that is let through."""
+
+
+@torch.no_grad()
+def streamed_logits(checkpoint: Checkpoint, windows: Windows, device: str = "cpu") -> torch.Tensor:
+    """Logits [N, S, V] (float32) of a causal model, or the first output of another, layer by layer."""
+    model = StreamedModel(checkpoint, device)
+    stream = model.stream(windows)
+    for layer in model.walk(None, stream):
+        stream.advance(layer)
+    with model.head() as head:
+        return torch.cat([first_output(head(hidden)).cpu() for _, hidden, _ in stream.batches()])
+
+
+def first_output(output: Any) -> torch.Tensor:
+    """The logits of a model output, or its first tensor if it has none."""
+    return output["logits"] if "logits" in output else output[0]
+
+
+def reload_check(current: Checkpoint, folder: Path, device: str) -> ReloadCheck:
+    """Compare the logits of the model before it was written with those of the folder, read afresh.
+
+    A plain model that fits into a quarter of the free memory is loaded by transformers itself, as its users
+    will; any other one is streamed from its files.
+    """
+    reloaded = Checkpoint.open(folder)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, config_of(current).vocab_size, (2, PROBE_TOKENS // 2), generator=generator)
+    probe = Windows(tokens, torch.ones_like(tokens, dtype=torch.bool), source="random tokens")
+    before = streamed_logits(current, probe, device)
+    plain = "quantization_config" not in current.config
+    if plain and 4 * sum(info.numel for info in current.tensors.values()) < available_memory() / 4:
+        loaded_by = "transformers"
+        after = _plain_logits(current, folder, tokens)
+    else:
+        loaded_by = "compress-model, layer by layer"
+        after = streamed_logits(reloaded, probe, device)
+    difference = float((before - after).abs().max())
+    if not difference <= PARITY:
+        raise CompressError(
+            f"The written model does not compute what it did in memory (logits differ by {difference:.3g}); "
+            "nothing was published."
+        )
+    return ReloadCheck(loaded_by=loaded_by, max_difference=difference, tokens=tokens.numel())
+
+
+@torch.no_grad()
+def _plain_logits(current: Checkpoint, folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    # The code is this package's own, just written (`modeling_source`), and the one that users will run.
+    ours = "pruned" in current.config
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=ours)
+    name = next((name for name in getattr(config, "auto_map", {}) if name != "AutoConfig"), None)
+    cls = getattr(transformers, name) if ours else model_class(config_of(current))
+    model = cls.from_pretrained(folder, dtype=torch.float32, trust_remote_code=ours).eval()
+    return first_output(model(tokens))

@@ -1,0 +1,304 @@
+"""Executing a recipe: plan, then step after step, then one artefact, checked by reloading it.
+
+All work happens in a hidden folder beside the output, which the finished artefact leaves by a rename. A
+killed run leaves only that folder behind, and the same command goes on from its last finished layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import compress
+from compress.anatomy.roles import anatomy_of
+from compress.calibration.text.encoder_inputs import calibration_inputs
+from compress.calibration.text.generate import SOURCE, generated_windows
+from compress.calibration.text.windows import Windows, calibration_windows
+from compress.engine.stream import Journal, StreamedModel
+from compress.engine.weights import config_of
+from compress.errors import BadInput
+from compress.method import Method, MethodOptions
+from compress.pipeline.artefact import (
+    Lineage,
+    Parent,
+    Result,
+    Step,
+    check_output,
+    now,
+    read_lineage,
+    versions,
+    write_lineage,
+    write_model,
+)
+from compress.pipeline.plan import ModelShape, Plan, make_plan
+from compress.pipeline.recipe import Recipe, validated
+from compress.pipeline.reload import reload_check
+from compress.pipeline.workspace import Workspace
+from compress.sources.find import ModelSource, find_model, load_tokenizer
+from compress.storage.checkpoint import DTYPE_NAMES, Checkpoint, Draft
+from compress.system.device import check_device
+from compress.system.files import write_atomically
+from compress.system.memory import peak_memory, reset_peak_memory
+
+if TYPE_CHECKING:
+    from compress.quantization.parts.mixing import Mix
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass
+class Run:
+    """What a method is given besides the model.
+
+    Attributes:
+        draft: the model under construction; the method writes its changes there.
+        calibration: windows of tokens, or None if the method needs none.
+        seed: for every random choice.
+        folder: room for the step's files; it goes away with the run.
+        device: where to compute.
+        progress: told a text and the share done.
+    """
+
+    draft: Draft
+    calibration: Windows | None
+    seed: int
+    folder: Path
+    device: str
+    progress: Progress
+
+    def journal(self, name: str) -> Journal:
+        """The journal of one walk of the step."""
+        return Journal(self.folder / name, self.draft)
+
+    def generator(self) -> torch.Generator:
+        """A fresh random generator with the run's seed."""
+        return torch.Generator().manual_seed(self.seed)
+
+
+def open_model(recipe: Recipe) -> tuple[ModelSource, Checkpoint]:
+    """The recipe's model, found and opened with the recipe's dtype."""
+    source = find_model(recipe.model, recipe.revision)
+    dtype = DTYPE_NAMES[getattr(torch, recipe.dtype)] if recipe.dtype else None
+    return source, Checkpoint.open(source.folder, dtype)
+
+
+def execute(
+    recipe: Recipe,
+    output: Path,
+    *,
+    resume: bool | None = None,
+    overwrite: bool = False,
+    device: str = "cpu",
+    progress: Progress = lambda text, share: None,
+) -> Lineage:
+    """Run a recipe and write its artefact to ``output``.
+
+    Args:
+        recipe: what to do.
+        output: a folder that does not exist, is empty, or may be replaced (``overwrite``).
+        resume: True goes on with an interrupted run, False throws it away, None goes on if it is the same
+            run and refuses otherwise.
+        device: where to compute.
+        progress: told a text and the share of the current part that is done.
+
+    Raises:
+        BadInput: the recipe does not fit the model, the text, the device or the output folder.
+        CompressError: the work failed: no disk space, broken activations, or a reload that does not match.
+    """
+    output = output.absolute()
+    workspace = Workspace(output)
+    if output.parent.is_dir():
+        with workspace.locked():
+            workspace.tidy()
+    check_output(output, overwrite)
+    check_device(device)
+    source, checkpoint = open_model(recipe)
+    if source.folder.resolve().is_relative_to(output.resolve()):
+        raise BadInput(f"The output '{output}' holds the model to compress; use another -o.")
+    plan = make_plan(checkpoint, recipe.steps)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with workspace.locked():
+        check_output(output, overwrite)  # again: another run may have finished meanwhile
+        if resume is False:
+            workspace.discard()
+        # Steps write what they change, beside what is put together from it in the end.
+        workspace.check_disk(plan.after.nbytes * (2 if recipe.steps else 1))
+        return _execute(recipe, source, checkpoint, plan, workspace, device, progress)
+
+
+def _execute(
+    recipe: Recipe,
+    source: ModelSource,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    workspace: Workspace,
+    device: str,
+    progress: Progress,
+) -> Lineage:
+    windows = _calibration(recipe, checkpoint, device, progress) if recipe.needs_calibration else None
+    workspace.enter(_fingerprint(recipe, checkpoint, windows))
+    try:
+        current, records = checkpoint, []
+        for number, (method, options) in enumerate(recipe.steps):
+            folder = workspace.folder / f"{number}-{method.name}"
+            folder.mkdir(exist_ok=True)
+            run = Run(Draft(current, folder), windows, recipe.seed, folder, device, progress)
+            records.append(_step(method, options, current, run))
+            current = run.draft
+        workspace.clear_artefact()
+        progress("writing the model", 0.0)
+        files = write_model(current, source.folder, workspace.artefact, recipe.resolved())
+        progress("reloading the model", 0.0)
+        check = reload_check(current, workspace.artefact, device)
+        inherited = read_lineage(source.folder)
+        shape = ModelShape.of(current)  # which may differ from the plan where a method decides widths by data
+        lineage = Lineage(
+            name=workspace.output.name,
+            created=now(),
+            parent=Parent(
+                id=source.id,
+                revision=source.revision,
+                sha256=checkpoint.sha256,
+                bytes=plan.before.nbytes,
+                parameters=plan.before.parameters,
+                lineage=inherited and inherited.model_copy(update={"evaluations": []}),
+            ),
+            dtype=recipe.dtype,
+            seed=recipe.seed,
+            calibration=windows.describe() if windows is not None else None,
+            steps=records,
+            result=Result(
+                bytes=shape.nbytes,
+                predicted_bytes=plan.after.nbytes,
+                parameters=shape.parameters,
+                bits_per_parameter=8 * shape.nbytes / shape.parameters,
+                layers=shape.num_layers,
+                loads_with=shape.loads_with,
+                files=files,
+            ),
+            reload=check,
+            device=device,
+            versions=versions(),
+        )
+        write_lineage(workspace.artefact, lineage)
+        workspace.publish()
+    except BadInput:
+        workspace.discard()
+        raise
+    return lineage
+
+
+def mixed(
+    recipe: Recipe,
+    widths: Sequence[int],
+    memory: int,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    progress: Progress = lambda text, share: None,
+) -> Mix:
+    """Choose the bits of every linear for the one quantization step of a recipe, in ``folder`` (see `mix`).
+
+    Raises:
+        BadInput: the recipe is another one, a width is none, or as `mix`.
+    """
+    from compress.quantization.parts.layout import WeightOptions
+    from compress.quantization.parts.mixing import mix
+
+    if len(recipe.steps) != 1 or not isinstance(recipe.steps[0][1], WeightOptions):
+        raise BadInput(
+            "Bits can be chosen for a recipe of one step, whose method takes bits and a group size (rtn, "
+            "hqq, awq, gptq or apiq); run other steps first, and start from their result."
+        )
+    method, options = recipe.steps[0]
+    for bits in widths:
+        validated(type(options), options.model_dump() | {"bits": bits}, method.name)
+    check_device(device)
+    checkpoint = open_model(recipe)[1]
+    model = StreamedModel(checkpoint, device, progress)
+    windows = _calibration(recipe, checkpoint, device, progress)
+    return mix(
+        model,
+        options,
+        widths,
+        memory,
+        windows,
+        recipe.seed,
+        folder,
+        calibrated=method.needs_calibration,
+    )
+
+
+def _calibration(recipe: Recipe, checkpoint: Checkpoint, device: str, progress: Progress) -> Windows:
+    wanted = recipe.calibration
+    seed = recipe.seed if wanted.seed is None else wanted.seed
+    encoder = anatomy_of(config_of(checkpoint)).kind == "encoder"
+    if encoder and wanted.source == SOURCE:
+        raise BadInput("An encoder cannot generate calibration text; name a text or a file.")
+    if encoder:
+        return calibration_inputs(checkpoint, wanted, seed)
+    if wanted.source == SOURCE:
+        if wanted.chat_template:
+            raise BadInput("Generated calibration text has no conversations; leave the chat template out.")
+        return generated_windows(checkpoint, wanted.nsamples, wanted.seqlen, seed, device, progress)
+    return calibration_windows(
+        load_tokenizer(checkpoint.folder),
+        wanted.source,
+        nsamples=wanted.nsamples,
+        seqlen=wanted.seqlen,
+        seed=seed,
+        chat_template=wanted.chat_template,
+    )
+
+
+def _fingerprint(recipe: Recipe, checkpoint: Checkpoint, windows: Windows | None) -> dict[str, Any]:
+    """What must be equal for an interrupted run to be this run."""
+    steps = {k: v for k, v in recipe.resolved().items() if k not in ("evaluate", "model", "revision")}
+    return {
+        "compress-model": compress.__version__,
+        "model": checkpoint.sha256,
+        "recipe": hashlib.sha256(json.dumps(steps).encode()).hexdigest(),  # patterns have an order
+        "calibration": windows.sha256 if windows is not None else None,
+    }
+
+
+def _step(method: Method, options: MethodOptions, current: Checkpoint, run: Run) -> Step:
+    """Do a step whose draft is equal to its parent, or find it done. The journals of a step that was killed
+    half-way bring its draft to where they go on."""
+    done = run.folder / "done.json"
+    if done.exists():
+        run.draft.restore()
+        return Step.model_validate_json(done.read_text())
+    resumed = any(run.folder.glob("*/progress.json"))
+    log.info("%s: %s", method.name, options.model_dump_json())
+    reset_peak_memory()
+    started = time.perf_counter()
+    report = method.apply(StreamedModel(current, run.device, run.progress), options, run)
+    run.draft.flush("step")
+    record = Step(
+        method=method.name,
+        family=method.family,
+        paper=str(method.paper),
+        options=options.model_dump(mode="json"),
+        summary=report.summary,
+        details=report.details,
+        seconds=round(time.perf_counter() - started, 3),
+        peak_memory_bytes=peak_memory(),
+        resumed=resumed,
+    )
+    write_atomically(done, record.model_dump_json())
+    for journal in run.folder.glob("*/"):  # activations can be large, and the next step has its own
+        shutil.rmtree(journal)
+    log.info("%s: %s (%.0f s)", method.name, report.summary, record.seconds)
+    return record

@@ -1,0 +1,126 @@
+"""The hidden folder beside the output in which a run does its work, and who may write there."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from compress.errors import BadInput, CompressError
+from compress.pipeline.artefact import publish, recover
+from compress.system.files import write_atomically
+
+log = logging.getLogger(__name__)
+
+ROOM = 1.05  # free disk space asked for, over the predicted bytes
+
+
+class Workspace:
+    """The work folder of the run that writes ``output``: ``.NAME.partial`` beside it.
+
+    It holds ``run.json`` (what makes an interrupted run the same run), a folder for each step, and at the end
+    ``artefact``, which leaves by one rename; ``publishing`` says that this is about to happen.
+
+    Raises:
+        BadInput: ``output`` ends in no name (``/``, ``..``), so nothing can lie beside it.
+    """
+
+    def __init__(self, output: Path) -> None:
+        if output.name in ("", ".."):
+            raise BadInput(f"The output '{output}' does not end in a folder's name; use another -o.")
+        self.output = output
+        self.folder = output.with_name(f".{output.name}.partial")
+
+    @property
+    def artefact(self) -> Path:
+        """Where the finished folder is put together."""
+        return self.folder / "artefact"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs away from the output. The lock goes with the process, however it ends.
+
+        Raises:
+            BadInput: another run has it.
+        """
+        lock = FileLock(self.output.with_name(f".{self.output.name}.lock"))
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise BadInput(
+                f"Another run is writing to '{self.output}'; wait for it, or use another -o."
+            ) from None
+        try:
+            yield
+        finally:
+            # While it is still ours: afterwards the file may be another run's.
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+
+    def tidy(self) -> None:
+        """Put right what a run that was killed in its first or last moments left behind."""
+        recover(self.output)
+        published = (self.folder / "publishing").exists() and not self.artefact.exists()
+        if published or not (self.folder / "run.json").exists():
+            self.discard()
+
+    def discard(self) -> None:
+        """Remove the work folder; killed half-way, what is left is no interrupted run any more."""
+        (self.folder / "run.json").unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def enter(self, fingerprint: dict[str, Any]) -> None:
+        """Make the work folder, or re-enter that of an interrupted run.
+
+        Args:
+            fingerprint: what must be equal for an interrupted run to be this run.
+
+        Raises:
+            BadInput: the interrupted run is not this one.
+        """
+        path = self.folder / "run.json"
+        if path.exists():
+            before = json.loads(path.read_text())
+            changed = [key for key, value in fingerprint.items() if before.get(key) != value]
+            if changed:
+                raise BadInput(
+                    f"'{self.folder}' holds an interrupted run with another {' and '.join(changed)}; "
+                    "use --fresh to throw it away, or another -o."
+                )
+            log.info("Going on with the interrupted run in %s.", self.folder)
+            return
+        self.discard()
+        self.folder.mkdir()
+        write_atomically(path, json.dumps(fingerprint))
+
+    def check_disk(self, nbytes: int) -> None:
+        """Refuse before starting if the disk has not ``nbytes`` and a little more.
+
+        Raises:
+            CompressError: there is too little room, counting what an interrupted run takes already.
+        """
+        wanted = int(ROOM * nbytes)
+        taken = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+        free = shutil.disk_usage(self.folder.parent).free + taken
+        if free < wanted:
+            raise CompressError(
+                f"The disk of '{self.folder.parent}' has {free / 1e6:,.0f} MB free, but this run needs about "
+                f"{wanted / 1e6:,.0f} MB; free some space or write the result to another disk."
+            )
+
+    def clear_artefact(self) -> None:
+        """Take away what an interrupted run had put together."""
+        (self.folder / "publishing").unlink(missing_ok=True)
+        shutil.rmtree(self.artefact, ignore_errors=True)
+
+    def publish(self) -> None:
+        """Let the artefact appear as the output, and remove the work folder."""
+        (self.folder / "publishing").touch()  # with this and without the artefact, the run is over
+        publish(self.artefact, self.output)
+        self.discard()

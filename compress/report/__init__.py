@@ -1,0 +1,1 @@
+"""Scorecards, their comparison, and how both are shown."""

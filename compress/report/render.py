@@ -1,0 +1,204 @@
+"""A comparison as terminal table, Markdown, CSV, JSON and HTML. Figures format themselves, not here."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import unknown
+from compress.report.compare import Column, Comparison, Row
+from compress.report.scorecard import Figure
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FORMATS = ("table", "markdown", "csv", "json", "html")
+FILE_WIDTH = 160
+"""Columns of a terminal table that goes into a file."""
+
+
+def render(comparison: Comparison, format: str) -> str:
+    """The comparison as text in one of :data:`FORMATS`, ending with a newline.
+
+    Raises:
+        BadInput: there is no such format.
+    """
+    if format == "table":
+        from rich.console import Console
+
+        file = io.StringIO()
+        print_table(comparison, Console(file=file, width=FILE_WIDTH, color_system=None))
+        return file.getvalue()
+    if format not in FORMATS:
+        raise unknown("format", format, FORMATS)
+    return {"markdown": to_markdown, "csv": to_csv, "json": to_json, "html": to_html}[format](comparison)
+
+
+def print_table(comparison: Comparison, console: Console) -> None:
+    """As many tables as the console's width needs, each with the models' names, then the caption."""
+    from rich.cells import cell_len
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    name, *others = comparison.columns
+
+    def width(column: Column) -> int:
+        lines = column.heading.splitlines() + [row.text(column) for row in comparison.rows]
+        longest = max(map(cell_len, lines))
+        # Names fold at a third of the width; 3 = two of padding and one of divider.
+        return (min(longest, console.width // 3) if column == name else longest) + 3
+
+    groups: list[list[Column]] = []
+    left = 0
+    for column in others:
+        if width(column) > left:
+            groups.append([name])
+            left = console.width - width(name)
+        groups[-1].append(column)
+        left -= width(column)
+
+    for columns in groups:
+        table = Table(box=_rules(), show_edge=False, header_style="bold", pad_edge=True)
+        for column in columns:
+            justify = "right" if _is_number(comparison, column) else "left"
+            folds = (
+                {"max_width": width(column) - 3, "overflow": "fold"} if column == name else {"no_wrap": True}
+            )
+            table.add_column(column.heading, justify=justify, **folds)
+        for row in comparison.rows:
+            table.add_row(*(Text(row.text(c)) for c in columns), style="dim" if row.is_dense else None)
+        console.print(table)
+        console.print()
+    for line in comparison.caption:
+        console.print(Padding(Text(line, style="dim"), (0, 1), expand=False))
+
+
+def _rules() -> Any:
+    from rich import box
+
+    return box.SIMPLE_HEAD
+
+
+def _is_number(comparison: Comparison, column: Column) -> bool:
+    return not any(isinstance(row.cells[column.key], str) for row in comparison.rows)
+
+
+def to_markdown(comparison: Comparison) -> str:
+    """A table for a README, with the caption as a list under it."""
+
+    def escaped(text: str) -> str:
+        for special in "\\|*_`<[$~":
+            text = text.replace(special, f"\\{special}")
+        return " ".join(text.split())
+
+    columns = comparison.columns
+    lines = [
+        [escaped(column.heading) for column in columns],
+        ["---:" if _is_number(comparison, column) else ":---" for column in columns],
+        *([escaped(row.text(column)) for column in columns] for row in comparison.rows),
+    ]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return table + "\n\n" + "\n".join(f"- {escaped(line)}" for line in comparison.caption) + "\n"
+
+
+def to_csv(comparison: Comparison) -> str:
+    """One line a model, base units (bytes, fractions of 1), every digit, empty where nothing was measured.
+
+    The protocol, which other formats state in a caption, stands in columns of every line.
+    """
+    header, lines = [], []
+    for row in comparison.rows:
+        record: dict[str, Any] = {}
+        for column in comparison.columns:
+            cell = row.cells[column.key]
+            record[column.key] = cell.cells[0] if isinstance(cell, Figure) else cell
+            if _has_interval(comparison, column):
+                _, low, high = cell.cells if isinstance(cell, Figure) else ("", "", "")
+                record |= {f"{column.key}_low": low, f"{column.key}_high": high}
+        record |= _provenance(row, any(other.scorecard.task for other in comparison.rows))
+        header = list(record)
+        lines.append(record)
+    file = io.StringIO()
+    writer = csv.DictWriter(file, header, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return file.getvalue()
+
+
+def _has_interval(comparison: Comparison, column: Column) -> bool:
+    cells = (row.cells[column.key] for row in comparison.rows)
+    return any(isinstance(cell, Figure) and cell.low is not None for cell in cells)
+
+
+def _provenance(row: Row, with_task: bool) -> dict[str, Any]:
+    """Where the numbers of a row come from: context, stride, text, denominators, machine, and task."""
+    card, protocol, measured = row.scorecard, row.scorecard.protocol, row.scorecard.cost.measured
+    asked = (
+        "text",
+        "text_sha256",
+        "context_tokens",
+        "stride_tokens",
+        "windows",
+        "tokens_scored",
+        "compute_dtype",
+    )
+    timed = (
+        "prefill_tokens",
+        "decode_tokens",
+        "threads",
+        "device",
+        "storage_dtype",
+        "baseline_resident_bytes",
+    )
+    examples = ("file", "file_sha256", "examples", "inputs", "cut", "longest_tokens", "mean_tokens")
+    task = card.task_protocol
+    return {
+        "model_sha256": card.model.sha256,
+        "baseline": card.baseline.name,
+        "baseline_sha256": card.baseline.sha256,
+        **{name: getattr(protocol, name, None) for name in (*asked, "seed")},
+        **{name: getattr(measured, name, None) for name in timed},
+        **({name: getattr(task, name, None) for name in ("task", *examples)} if with_task else {}),
+        "when": card.when.isoformat(),
+    }
+
+
+def to_json(comparison: Comparison) -> str:
+    """The figures as stored (value, low, high, unit, spread) with the whole scorecard of each row."""
+    rows = [
+        {
+            "cells": {
+                key: cell.model_dump(mode="json") if isinstance(cell, Figure) else cell
+                for key, cell in row.cells.items()
+            },
+            "dense": row.is_dense,
+            "scorecard": row.scorecard.model_dump(mode="json"),
+        }
+        for row in comparison.rows
+    ]
+    document = {"schema_version": 1, "rows": rows, "caption": comparison.caption}
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+
+def to_html(comparison: Comparison) -> str:
+    """One self-contained page: plot, table, caption; nothing is fetched from anywhere."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    from compress.report.plot import quality_against_size
+
+    environment = Environment(
+        loader=PackageLoader("compress.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("compare.html").render(
+        comparison=comparison,
+        numbers={column.key: _is_number(comparison, column) for column in comparison.columns},
+        plot=Markup(quality_against_size(comparison)),  # the plot escapes its own texts
+    )

@@ -1,0 +1,292 @@
+"""What one evaluation found, as one document: the scorecard.
+
+``compression.json`` keeps a list of these, ``compress-model evaluate --json`` prints one, and
+``compress-model compare`` puts several side by side. Every number is a :class:`Figure`, which knows its
+unit and its uncertainty and is the only place that turns numbers into text.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal, NamedTuple, Self
+
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeInt,
+    PositiveInt,
+    model_validator,
+)
+
+MISSING = "–"
+"""How a figure that was not measured is shown: never as 0."""
+
+UnitName = Literal[
+    "", "bits", "bytes", "flops", "fraction", "nats/token", "parameters", "seconds", "tokens/s"
+]
+Spread = Literal["95% interval", "interquartile range"]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Unit(NamedTuple):
+    """How a unit is shown: ``shown = stored * factor``, under ``heading``."""
+
+    factor: float
+    heading: str
+
+
+UNITS: dict[str, Unit] = {
+    "": Unit(1, ""),
+    "bits": Unit(1, "bits"),
+    "bytes": Unit(1e-6, "MB"),  # decimal megabytes, as download sizes are given; captions say so
+    "flops": Unit(1e-9, "GFLOPs"),
+    "fraction": Unit(100, "%"),
+    "nats/token": Unit(1, "nats/token"),
+    "parameters": Unit(1e-6, "M"),
+    "seconds": Unit(1e3, "ms"),
+    "tokens/s": Unit(1, "tok/s"),
+}
+
+
+class Document(BaseModel):
+    """Base of everything on a scorecard: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Figure(Document):
+    """One number with its unit and, where it has one, its interval.
+
+    Stored in base units (bytes, fractions of 1); shown in the unit of :data:`UNITS` (MB = 10^6 bytes, %).
+    An exact number, or one whose uncertainty is unknown, has no interval.
+    """
+
+    value: FiniteFloat
+    low: FiniteFloat | None = None
+    high: FiniteFloat | None = None
+    unit: UnitName = ""
+    spread: Spread = "95% interval"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if (self.low is None) != (self.high is None):
+            raise ValueError("an interval needs both ends")
+        if self.low is not None and not self.low <= self.value <= self.high:
+            raise ValueError(f"{self.value} lies outside its interval [{self.low}, {self.high}]")
+        return self
+
+    @property
+    def text(self) -> str:
+        """For people, without the unit (it stands in the heading): two digits of the uncertainty decide.
+
+        A confidence interval reads ``12.34 ± 0.05`` (the wider side), or ``12.34 +0.07/−0.05`` where the
+        sides differ by more than 15 %; an interquartile range reads ``35.2 (34.9–35.6)``.
+        """
+        factor = UNITS[self.unit].factor
+        value = self.value * factor
+        low = value if self.low is None else self.low * factor
+        high = value if self.high is None else self.high * factor
+        width = max(high - value, value - low)
+        size = max(abs(value), width)
+        exponent = 0 if size == 0 or 1e-4 <= size < 1e6 else math.floor(math.log10(size))
+        value, low, high, width = (number * 10.0**-exponent for number in (value, low, high, width))
+        if width <= 1e-9 * abs(value):
+            exact = _fixed(value, _decimals(value, digits=4))
+            return f"{exact}e{exponent}" if exponent else exact
+
+        decimals = _decimals(width, digits=2)
+        middle = _fixed(value, decimals)
+        up, down = high - value, value - low
+        if self.spread == "interquartile range":
+            text = f"{middle} ({_fixed(low, decimals)}–{_fixed(high, decimals)})"
+        elif max(up, down) <= 1.15 * min(up, down):
+            text = f"{middle} ± {_fixed(width, decimals)}"
+        else:
+            text = f"{middle} +{_fixed(up, decimals if up else 0)}/−{_fixed(down, decimals if down else 0)}"
+        return f"({text})e{exponent}" if exponent else text
+
+    def __str__(self) -> str:
+        """The text with its unit, for a sentence: ``269.1 MB``."""
+        return f"{self.text} {UNITS[self.unit].heading}".rstrip()
+
+    @property
+    def cells(self) -> tuple[str, str, str]:
+        """Value, low and high for a CSV file: base units, every digit, empty where there is none."""
+        return tuple("" if number is None else _exact(number) for number in (self.value, self.low, self.high))
+
+
+def _exact(number: float) -> str:
+    return str(int(number)) if number.is_integer() and abs(number) < 2**53 else repr(number)
+
+
+def _decimals(number: float, *, digits: int) -> int:
+    """Decimals that show this many significant digits of the number."""
+    return max(0, digits - 1 - math.floor(math.log10(abs(number)))) if number else 0
+
+
+def _fixed(number: float, decimals: int) -> str:
+    return f"{number:,.{decimals}f}".replace("-", "−")
+
+
+class ModelIdentity(Document):
+    """Which model: a name for people, and the hash of its weights for comparing."""
+
+    name: str = Field(min_length=1)
+    sha256: Sha256
+
+
+class Protocol(Document):
+    """How the text was scored. Two scorecards compare only where these agree (the kernel may differ)."""
+
+    text: str = Field(description="where the text comes from")
+    text_sha256: Sha256
+    context_tokens: PositiveInt = Field(description="length of a window")
+    stride_tokens: PositiveInt = Field(description="distance between the starts of two windows")
+    windows: PositiveInt
+    tokens_scored: PositiveInt = Field(description="denominator of every per-token mean")
+    compute_dtype: str
+    seed: int
+    kernel: str = Field(description="what ran the low-bit layers")
+
+
+class Fidelity(Document):
+    """How close a model stays to the dense one. Per-token statistics over ``Protocol.tokens_scored`` tokens.
+
+    KL(dense || model) is over the full vocabulary, in nats. Means carry 95 % intervals of Student's t with
+    the variance between windows, because the tokens of one window are not independent.
+    """
+
+    perplexity: Figure = Field(description="exp of the mean negative log-likelihood")
+    perplexity_ratio: Figure = Field(description="to dense, on the same tokens: exp of the mean ln-ratio")
+    kl_mean: Figure
+    kl_standard_error: FiniteFloat | None = Field(description="of kl_mean, clustered by window; nats/token")
+    kl_median: Figure
+    kl_p99: Figure
+    kl_max: Figure
+    top1_agreement: Figure = Field(description="share of tokens with the same argmax; Wilson interval")
+    rms_delta_p: Figure = Field(description="root mean square change of the true token's probability")
+
+
+class TaskProtocol(Document):
+    """Which labelled examples were scored, and how. Two scorecards compare only where these agree (the
+    file's name and the kernel may differ)."""
+
+    task: Literal["sequence classification", "token classification", "question answering"]
+    file: str
+    file_sha256: Sha256
+    examples: PositiveInt
+    inputs: PositiveInt = Field(description="what the model was run on: long contexts give several")
+    cut: NonNegativeInt = Field(description="examples of which the end was cut off")
+    longest_tokens: PositiveInt = Field(description="length of the longest input")
+    mean_tokens: PositiveInt = Field(description="mean length of an input; FLOPs and latency are for it")
+    compute_dtype: str
+    kernel: str = Field(description="what ran the low-bit layers")
+
+
+class TaskScore(Document):
+    """How well a model does the task of its head, by the metrics of that task, and beside the dense model.
+
+    Which intervals and tests: :mod:`compress.evaluation.task_score`.
+    """
+
+    accuracy: Figure | None = Field(None, description="share of right labels, of texts or of words")
+    macro_f1: Figure | None = Field(None, description="of words: mean F1 of the labels that occur")
+    exact_match: Figure | None = Field(None, description="share of right answers, normalised as in SQuAD")
+    f1: Figure | None = Field(None, description="mean overlap of answers, normalised as in SQuAD")
+    agreement: Figure = Field(description="share of predictions equal to the dense model's")
+    gained: NonNegativeInt = Field(description="examples wholly right that the dense model gets wrong")
+    lost: NonNegativeInt = Field(description="examples wrong that the dense model gets wholly right")
+    mcnemar_p: Figure | None = Field(None, description="two-sided exact p for gained against lost")
+    flops: Figure = Field(description="of one input of mean length")
+
+
+class Measurement(Document):
+    """Speed and memory of a model alone in a fresh process, batch size 1."""
+
+    peak_resident_bytes: PositiveInt = Field(description="largest resident set, libraries included")
+    baseline_resident_bytes: PositiveInt = Field(description="the same before the model was loaded")
+    peak_device_bytes: NonNegativeInt | None = Field(None, description="allocated on a GPU, at most")
+    prefill: Figure = Field(description="median over the repetitions, with their interquartile range")
+    prefill_tokens: PositiveInt = Field(description="length of the prompt really timed")
+    prefill_repetitions: PositiveInt
+    decode: Figure | None = Field(None, description="greedy, with key-value cache; none for encoders")
+    decode_tokens: PositiveInt | None = Field(None, description="tokens really generated per repetition")
+    decode_repetitions: PositiveInt | None = None
+    threads: PositiveInt
+    device: str = Field(description="name of the processor or GPU")
+    kernel: str
+    storage_dtype: str = Field(description="dtypes of the weights as held in memory, largest share first")
+
+    @property
+    def latency(self) -> Figure:
+        """Seconds of one forward pass over ``prefill_tokens``."""
+        rate = self.prefill
+        low, high = (None if end is None else self.prefill_tokens / end for end in (rate.high, rate.low))
+        value = self.prefill_tokens / rate.value
+        return Figure(value=value, low=low, high=high, unit="seconds", spread=rate.spread)
+
+    @property
+    def peak_memory(self) -> Figure:
+        return Figure(value=self.peak_resident_bytes, unit="bytes")
+
+    @property
+    def added_memory(self) -> Figure:
+        """What the model adds to an interpreter that has its libraries imported."""
+        return Figure(value=max(0, self.peak_resident_bytes - self.baseline_resident_bytes), unit="bytes")
+
+
+class Cost(Document):
+    """What a model costs: bytes of its weight files, parameters, and (if measured) speed and memory."""
+
+    weight_bytes: PositiveInt = Field(description="size of the weight files on disk")
+    parameters: PositiveInt = Field(description="weights the model has, however many bits each one takes")
+    measured: Measurement | None = None
+
+    @property
+    def size(self) -> Figure:
+        return Figure(value=self.weight_bytes, unit="bytes")
+
+    @property
+    def parameter_count(self) -> Figure:
+        return Figure(value=self.parameters, unit="parameters")
+
+    @property
+    def bits_per_parameter(self) -> Figure:
+        """Effective: scales, zero points and unquantized layers are in the bytes, so they count."""
+        return Figure(value=8 * self.weight_bytes / self.parameters, unit="bits")
+
+
+class Scorecard(Document):
+    """One evaluation of one model.
+
+    ``protocol`` and ``fidelity`` are absent where no text was scored, ``task_protocol`` and ``task`` where no
+    labelled file was.
+    """
+
+    schema_version: Literal[1] = 1
+    model: ModelIdentity
+    baseline: ModelIdentity = Field(description="the dense model; the model itself if it is the dense one")
+    loads_with: str | None = Field(None, description="the software that can load the model")
+    protocol: Protocol | None = None
+    fidelity: Fidelity | None = None
+    task_protocol: TaskProtocol | None = None
+    task: TaskScore | None = None
+    cost: Cost
+    when: AwareDatetime
+    versions: dict[str, str]
+
+    @model_validator(mode="after")
+    def _scores_have_their_protocols(self) -> Self:
+        if (self.protocol is None) != (self.fidelity is None):
+            raise ValueError("fidelity and protocol come together")
+        if (self.task_protocol is None) != (self.task is None):
+            raise ValueError("task and task_protocol come together")
+        return self
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether this is the scorecard of the baseline itself."""
+        return self.model.sha256 == self.baseline.sha256

@@ -1,0 +1,1 @@
+"""A model at rest: checkpoints, adapters, lineage and the formats of low-bit weights."""

@@ -1,0 +1,1 @@
+"""How low-bit weights are stored, and which other programs load them."""

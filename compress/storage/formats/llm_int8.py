@@ -1,0 +1,119 @@
+"""How LLM.int8() weights are stored: as transformers saves what bitsandbytes has made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from compress.errors import BadInput
+from compress.kernels.codes.integer import CHANNEL
+from compress.storage.checkpoint import TensorInfo
+from compress.storage.formats.base import Format, Get, expect
+
+LARGEST = 127
+
+
+@dataclass
+class Int8Weight:
+    """A weight [out, in], or some rows of one, as whole numbers of 8 bits.
+
+    Attributes:
+        codes: int8 [out, in], from -127 to 127.
+        absmax: the largest magnitude of each row: float32 [out].
+        threshold: inputs from this magnitude on are not rounded; 0 rounds all.
+    """
+
+    codes: torch.Tensor
+    absmax: torch.Tensor
+    threshold: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def dequantize(self) -> torch.Tensor:
+        """absmax / 127 times the code, in float32 [out, in]."""
+        return self.codes.float() * (self.absmax / LARGEST)[:, None]
+
+    def split(self, rows: list[int]) -> list[Int8Weight]:
+        """Blocks of so many rows."""
+        parts = zip(self.codes.split(rows), self.absmax.split(rows), strict=True)
+        return [Int8Weight(codes, absmax, self.threshold) for codes, absmax in parts]
+
+    def same_as(self, other: Int8Weight) -> bool:
+        """Whether both hold the same bits."""
+        return (
+            self.threshold == other.threshold
+            and torch.equal(self.codes, other.codes)
+            and torch.equal(self.absmax, other.absmax)
+        )
+
+
+class Int8Format(Format):
+    """What transformers saves of a model loaded with ``BitsAndBytesConfig(load_in_8bit=True)``.
+
+    ``weight`` int8 [out, in]; ``SCB`` float32 [out], the largest magnitude of each row; ``weight_format``
+    uint8 [], 0 for codes row after row. The threshold is in config.json.
+    """
+
+    name = "bitsandbytes"
+    marker = "SCB"
+
+    def __init__(self, threshold: float) -> None:
+        super().__init__(8, CHANNEL, symmetric=True)
+        self.threshold = threshold
+
+    def scale_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
+        return torch.float32
+
+    def tensors(self, name: str, weight: Int8Weight) -> dict[str, torch.Tensor]:
+        return {
+            f"{name}.weight": weight.codes,
+            f"{name}.SCB": weight.absmax,
+            f"{name}.weight_format": torch.tensor(0, dtype=torch.uint8),
+        }
+
+    def tensor_infos(self, name: str, shape: tuple[int, int], weight_dtype: str) -> dict[str, TensorInfo]:
+        return {
+            f"{name}.weight": TensorInfo("I8", shape),
+            f"{name}.SCB": TensorInfo("F32", (shape[0],)),
+            f"{name}.weight_format": TensorInfo("U8", ()),
+        }
+
+    def read(self, name: str, get: Get) -> Int8Weight:
+        codes, absmax = get(f"{name}.weight"), get(f"{name}.SCB")
+        if codes.dtype != torch.int8 or codes.ndim != 2:
+            raise BadInput(f"The tensor '{name}.weight' is {codes.dtype} where int8 [out, in] was expected.")
+        expect(f"{name}.SCB", absmax, (len(codes),))
+        if int(get(f"{name}.weight_format")) != 0:
+            raise BadInput(f"The codes of '{name}' are laid out for one kind of GPU and cannot be read here.")
+        return Int8Weight(codes, absmax.float(), self.threshold)
+
+    @classmethod
+    def describe(
+        cls,
+        linears: Mapping[str, Int8Format],
+        around: Mapping[str, Int8Format],
+        skipped: Sequence[str] = (),
+        outside: Sequence[str] = (),
+    ) -> dict[str, Any]:
+        form = next(iter(linears.values()))
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_8bit": True,
+            "load_in_4bit": False,
+            "llm_int8_threshold": form.threshold,
+            "llm_int8_has_fp16_weight": False,
+            "llm_int8_enable_fp32_cpu_offload": False,
+            "llm_int8_skip_modules": [*outside, *skipped],
+        }
+
+    @classmethod
+    def groups_of(cls, config: Mapping[str, Any]) -> list[tuple[list[str], Format]]:
+        if config.get("llm_int8_has_fp16_weight"):
+            raise BadInput("Of bitsandbytes' 8-bit checkpoints only those with int8 weights can be read.")
+        return [(["Linear"], cls(float(config.get("llm_int8_threshold", 6.0))))]

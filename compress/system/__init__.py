@@ -1,0 +1,1 @@
+"""What the operating system gives: files, memory, devices, the cache and downloads."""

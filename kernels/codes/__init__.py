@@ -1,0 +1,1 @@
+"""Low-bit numbers: how weights become codes, and how codes are packed."""

@@ -1,0 +1,1 @@
+"""What pruning methods are made of."""

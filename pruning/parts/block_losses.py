@@ -1,0 +1,296 @@
+"""The losses of a model without one more block, for every block at once.
+
+Two savings make this cheaper than a forward pass for each block, and neither changes which block is best:
+
+Prefix reuse. Without block b of layer l the layers before l compute what they compute in the model as it is.
+So one walk over the layers carries the hidden states of the model as it is (the prefix), and from layer l on
+those of a branch for each of its blocks. L layers take about L^2 layer passes instead of 2 L^2.
+
+A lower bound of the loss. The projection to the vocabulary is a large part of a small model, and every branch
+needs all of it. Take a branch's logits z_v = w_v h, the set K of the tokens that the model as it is finds
+most probable at this position (the next token among them), and its distribution q over all other tokens, with
+entropy H(q). By Jensen's inequality
+
+    ln sum_v e^{z_v}  >=  ln( sum_{v in K} e^{z_v} + exp( h . sum_{v not in K} q_v w_v + H(q) ) )
+
+which takes |K| + 1 dot products instead of one for every v. The nearer the branch is to the model as it is,
+the less the two sides differ. Only where a block's bound is the least of all is its loss itself computed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+
+from compress.anatomy.roles import weight
+from compress.calibration.text.windows import Windows
+from compress.engine import activations
+from compress.engine.activations import Activations
+from compress.engine.stream import Head, Layer, Stream, StreamedModel
+from compress.pruning.parts.blocks import Block
+from compress.pruning.parts.width import skipped
+
+CHUNK_ELEMENTS = 2**23  # float32 worked on at a time behind the layers: 32 MiB
+LIKELY_TOKENS = 256  # in K
+ROUNDING = 1e-4  # nats that a bound is set lower, so that rounding never lifts it above the loss
+
+
+class BlockLosses:
+    """What is known of the losses of a model without one more block: means over a window's tokens, in nats.
+
+    Attributes:
+        blocks: the candidates, C of them.
+        loss: float64 [C, N], for each block and window the loss where ``exact``, else a bound below it.
+        exact: bool [C, N].
+        current: float64 [N], the losses of the model as it is, of the windows measured.
+        evaluated: pairs of block and window that went through the model.
+
+    Args:
+        windows: each with a token to predict.
+        removed: the blocks that the model as it is lacks already.
+        costs: for each candidate, what the rise of the loss by its removal is divided by.
+        folder: for the hidden states of a single window, should they be too many for memory.
+        label: what the progress bar says.
+    """
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        windows: Windows,
+        removed: Sequence[Block],
+        costs: Mapping[Block, float],
+        folder: Path,
+        label: str = "",
+    ) -> None:
+        self.model, self.windows, self.folder, self.label = model, windows, folder, label
+        self.removed = set(removed)
+        self.blocks = list(costs)
+        self.costs = torch.tensor(list(costs.values()), dtype=torch.float64)
+        self.loss = torch.zeros(len(costs), len(windows), dtype=torch.float64)
+        self.exact = torch.zeros(len(costs), len(windows), dtype=torch.bool)
+        self.current = torch.zeros(len(windows), dtype=torch.float64)
+        self.evaluated = 0
+
+    def rises(self, alive: list[int], seen: torch.Tensor) -> torch.Tensor:
+        """Rise of the loss per cost, or a bound below it: float64 [len(alive), len(seen)]."""
+        return (self.loss[alive][:, seen] - self.current[seen]) / self.costs[alive, None]
+
+    def least(self, alive: list[int], seen: torch.Tensor) -> int:
+        """The block whose rise, or its bound, is least in the mean over ``seen``; of equals, the first."""
+        return min(zip(self.rises(alive, seen).mean(1).tolist(), alive, strict=True))[1]
+
+    @torch.no_grad()
+    def measure(self, alive: list[int], rows: torch.Tensor, before: torch.Tensor) -> None:
+        """Find the losses, or bounds below them, on some windows.
+
+        Args:
+            alive: indices of blocks.
+            rows: int64, indices of windows.
+            before: those measured before; over these and the new ones together the least rise is made exact.
+        """
+        for chunk in self._chunks(rows, len(alive)):
+            before = torch.cat([before, chunk])
+            with self._through(alive, chunk) as (prefix, branches), self.model.head() as head:
+                bounded = self._bound(head, prefix, branches, alive, chunk)
+                if not bounded:
+                    self._settle(head, branches, alive, alive, chunk)
+                while not self.exact[(least := self.least(alive, before)), chunk].all():
+                    self._settle(head, branches, alive, [least], chunk)
+        self.evaluated += len(alive) * len(rows)
+
+    @torch.no_grad()
+    def best(self, alive: list[int], seen: torch.Tensor) -> int:
+        """The block with the least mean rise over the windows ``seen``; its losses there are exact then."""
+        while True:
+            least = self.least(alive, seen)
+            missing = seen[~self.exact[least, seen]]
+            if not len(missing):
+                return least
+            for chunk in self._chunks(missing, 1):
+                with self._through([least], chunk, False) as (_, branches), self.model.head() as head:
+                    self._settle(head, branches, [least], [least], chunk)
+
+    def _chunks(self, rows: torch.Tensor, branches: int) -> tuple[torch.Tensor, ...]:
+        """Windows in such numbers that the hidden states of all branches fit into memory."""
+        floats = branches * self.windows.tokens.shape[1] * self.model.config.hidden_size
+        return rows.split(max(1, activations.MEMORY_LIMIT // (4 * floats)))
+
+    @contextmanager
+    def _through(
+        self, alive: list[int], rows: torch.Tensor, prefix: bool = True
+    ) -> Iterator[tuple[Stream, Branches]]:
+        """Windows behind the last layer of the model as it is (if ``prefix``), and without each block."""
+        stream = self.model.stream(self.windows.select(rows), self.folder / "prefix")
+        branches = Branches(len(alive), stream, self.folder / "branches")
+        blocks = [self.blocks[index] for index in alive]
+        for layer in self.model.walk(None, stream, label=self.label):
+            with ExitStack() as without:
+                for block in self.removed:
+                    if block.layer == layer.index:
+                        without.enter_context(skipped(layer, self.model.anatomy, block.part))
+                for number, block in enumerate(blocks):
+                    if block.layer < layer.index:
+                        branches.advance(number, layer)
+                    elif block.layer == layer.index:
+                        with skipped(layer, self.model.anatomy, block.part):
+                            branches.begin(number, layer)
+                if prefix or any(block.layer > layer.index for block in blocks):
+                    stream.advance(layer)
+            branches.flip()
+        yield stream, branches
+
+    def _bound(
+        self, head: Head, prefix: Stream, branches: Branches, alive: list[int], rows: torch.Tensor
+    ) -> bool:
+        """The losses of the model as it is, and bounds for the branches.
+
+        Returns:
+            False if there are no bounds, because the model does more to its logits, such as capping them.
+        """
+        _, length, width = prefix.hidden.shape
+        group = max(1, CHUNK_ELEMENTS // (length * width))
+        bounded = True
+        for place, row in enumerate(rows.tolist()):
+            at, targets = self._predictions(row)
+            bound = Bound(head, prefix.hidden.read(place, place + 1)[0, at], targets)
+            self.current[row] = bound.loss
+            bounded = bounded and bound.holds
+            for start in range(0, len(alive) if bounded else 0, group):
+                numbers = range(start, min(start + group, len(alive)))
+                hidden = torch.stack([branches.read(number, place)[at] for number in numbers])
+                values = bound.of(head.features(hidden)) - ROUNDING
+                self.loss[alive[start : start + group], row] = values.nan_to_num(nan=math.inf)
+        return bounded
+
+    def _predictions(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The positions of a window whose loss counts, and the tokens that follow them: int64 [T] both."""
+        at = predicted(self.windows)[row].nonzero()[:, 0]
+        return at, self.windows.tokens[row, at + 1]
+
+    def _settle(
+        self, head: Head, branches: Branches, alive: list[int], wanted: list[int], rows: torch.Tensor
+    ) -> None:
+        """The losses of some of the branches, exactly."""
+        for index, (place, row) in itertools.product(wanted, enumerate(rows.tolist())):
+            at, targets = self._predictions(row)
+            hidden = branches.read(alive.index(index), place)[at]
+            losses = [
+                next_token_losses(head(part[None]).logits[0].float(), following.to(self.model.device)).cpu()
+                for part, following in split_rows(head, hidden, targets)
+            ]
+            self.loss[index, row] = torch.cat(losses).mean().nan_to_num(nan=math.inf)
+            self.exact[index, row] = True
+
+
+class Branches:
+    """The hidden states of some windows in models without a block each, before the layer that comes next."""
+
+    def __init__(self, count: int, prefix: Stream, file: Path) -> None:
+        self._prefix = prefix
+        windows, *window = prefix.hidden.shape
+        self._hidden = Activations((count * windows, *window), file)
+        self._windows = windows
+
+    def begin(self, number: int, layer: Layer) -> None:
+        """Let a branch leave the prefix with ``layer``, which lacks a block now."""
+        for start, hidden, _ in self._prefix.batches():
+            self._write(number, start, self._prefix.call(layer, start, hidden))
+
+    def advance(self, number: int, layer: Layer) -> None:
+        """Take a branch through a layer."""
+        for start in self._prefix.starts:
+            stop = min(start + self._prefix.batch_size, self._windows)
+            hidden = self._hidden.read(number * self._windows + start, number * self._windows + stop)
+            self._write(number, start, self._prefix.call(layer, start, hidden))
+
+    def _write(self, number: int, start: int, hidden: torch.Tensor) -> None:
+        self._hidden.write(number * self._windows + start, hidden)
+
+    def flip(self) -> None:
+        """What was written is what is read from now on."""
+        self._hidden.flip()
+
+    def read(self, number: int, window: int) -> torch.Tensor:
+        """One window of a branch: float32 [S, D]."""
+        place = number * self._windows + window
+        return self._hidden.read(place, place + 1)[0]
+
+
+class Bound:
+    """Bounds below the losses of branches on one window (see above), from the model as it is.
+
+    Attributes:
+        loss: of the model as it is.
+        holds: whether its logits are a projection of the features, so that there are bounds.
+
+    Args:
+        head: in memory.
+        hidden: [T, D], of the model as it is, behind the last layer.
+        targets: int64 [T], the tokens to predict.
+    """
+
+    def __init__(self, head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> None:
+        self._weight, self._bias = weight(head.projection), head.projection.bias
+        parts = [self._look(head, *part) for part in split_rows(head, hidden, targets)]
+        losses, self._likely, self._mean, self._entropy = (
+            torch.cat(part) for part in zip(*parts, strict=True)
+        )
+        self.loss = float(losses.mean())
+        # For the model as it is, the bound is the loss.
+        self.holds = abs(float(self.of(head.features(hidden[None]))) - self.loss) < ROUNDING / 10
+
+    def _look(self, head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Of some positions: losses, K [T, |K|] with the next token first, sum_v q_v w_v [T, D], and H(q)."""
+        logits = head(hidden[None]).logits[0].float()
+        targets = targets.to(logits.device)
+        losses = next_token_losses(logits, targets)
+        p = logits.softmax(1).scatter_(1, targets[:, None], 2.0)
+        likely = p.topk(min(LIKELY_TOKENS, p.shape[1] - 1)).indices
+        q = p.scatter_(1, likely, 0.0)
+        mass = q.sum(1, keepdim=True)
+        q.div_(mass.clamp(min=torch.finfo(q.dtype).tiny))
+        entropy = torch.special.entr(q).sum(1)
+        if self._bias is not None:
+            entropy += q @ self._bias
+        return losses, likely, q @ self._weight, entropy.masked_fill(mass[:, 0] == 0, -math.inf)
+
+    def of(self, features: torch.Tensor) -> torch.Tensor:
+        """Bounds, but for rounding, for branches that give [B, T, D] to the projection: float64 [B], on the
+        CPU."""
+        total = torch.zeros(len(features), dtype=torch.float64, device=features.device)
+        rows = max(1, CHUNK_ELEMENTS // 8 // (self._likely.shape[1] * features.shape[2]))
+        for start in range(0, features.shape[1], rows):
+            here = slice(start, start + rows)
+            likely, part = self._likely[here], features[:, here].transpose(0, 1)
+            known = part @ self._weight[likely].transpose(1, 2)
+            if self._bias is not None:
+                known += self._bias[likely][:, None]
+            rest = (part @ self._mean[here, :, None])[..., 0] + self._entropy[here, None]
+            total += (torch.logaddexp(known.logsumexp(2), rest) - known[..., 0]).double().sum(0)
+        return (total / features.shape[1]).cpu()
+
+
+def split_rows(
+    head: Head, hidden: torch.Tensor, targets: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Positions in such numbers that their logits may be in memory."""
+    rows = max(1, CHUNK_ELEMENTS // len(weight(head.projection)))
+    return zip(hidden.split(rows), targets.split(rows), strict=True)
+
+
+def next_token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """ln sum_v e^{z_v} - z_target for float32 logits [T, V] and targets [T]: float64 [T].
+
+    Not log_softmax, whose float32 sum over a large vocabulary is wrong by more than two blocks may differ.
+    """
+    return logits.logsumexp(1).double() - logits.gather(1, targets[:, None])[:, 0].double()
+
+
+def predicted(windows: Windows) -> torch.Tensor:
+    """Whether the token at a position and the next one are real, so that its loss counts: bool [N, S - 1]."""
+    return windows.mask[:, :-1] & windows.mask[:, 1:]

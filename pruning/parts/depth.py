@@ -1,0 +1,115 @@
+"""Taking whole layers out of a model: what every depth-pruning method shares."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+import torch
+
+from compress.anatomy.roles import without_layers
+from compress.errors import BadInput
+from compress.pipeline.plan import ModelShape
+from compress.storage.checkpoint import Draft
+
+
+class Cut(NamedTuple):
+    """The ``count`` layers behind ``layer`` are removed; what stands for them goes into ``layer``."""
+
+    layer: int
+    count: int
+
+    @property
+    def removed(self) -> range:
+        return range(self.layer + 1, self.layer + self.count + 1)
+
+
+def choose_cuts(distances: torch.Tensor, transforms: int, n: int) -> list[Cut]:
+    """The lowest-distance cuts of n layers that do not overlap, greedily; adjacent ones are merged into one.
+
+    A cut that would leave no room for the others is passed over. Layer 0 is never removed.
+
+    Args:
+        distances: [num_layers - n]; entry i is the distance over layers i+1 to i+n.
+        transforms: how many cuts; they fit if transforms * n < num_layers.
+        n: layers in a cut.
+    """
+    free = [False] + [True] * (len(distances) + n - 1)
+    chosen: list[Cut] = []
+    for layer in torch.argsort(distances, stable=True).tolist():
+        cut = Cut(layer, n)
+        without = [value and index not in cut.removed for index, value in enumerate(free)]
+        still_to_come = transforms - len(chosen) - 1
+        if all(free[index] for index in cut.removed) and 0 <= still_to_come <= _room(without, n):
+            chosen.append(cut)
+            free = without
+    merged: list[Cut] = []
+    for cut in sorted(chosen):
+        if merged and merged[-1].removed[-1] == cut.layer:
+            # The layer that would take this map is itself removed, so the map before it takes both.
+            merged[-1] = Cut(merged[-1].layer, merged[-1].count + cut.count)
+        else:
+            merged.append(cut)
+    return merged
+
+
+def _room(free: list[bool], n: int) -> int:
+    """How many cuts of n consecutive free layers fit."""
+    room = length = 0
+    for value in free:
+        length = length + 1 if value else 0
+        if length == n:
+            room, length = room + 1, 0
+    return room
+
+
+def plan_without_layers(shape: ModelShape, removed: Collection[int]) -> ModelShape:
+    """The shape of the model when the layers ``removed`` are gone and the others are numbered anew.
+
+    Raises:
+        BadInput: the model is quantized, or these layers cannot be removed (see `without_layers`).
+    """
+    if "quantization_config" in shape.config:
+        raise BadInput("The model is quantized already, and packed layers cannot be pruned; prune first.")
+    before = shape.pretrained_config.to_dict()
+    after = without_layers(shape.pretrained_config, removed).to_dict()
+    # Only what removing layers changes: config.json keeps the rest as it was written.
+    changed = {key: value for key, value in after.items() if before.get(key) != value}
+    tensors = {new: shape.tensors[old] for old, new in _renamed(shape, removed).items()}
+    return ModelShape(shape.config | changed, tensors, shape.folder)
+
+
+def remove_layers(draft: Draft, removed: Collection[int]) -> dict[str, str]:
+    """Take the layers ``removed`` out of a draft equal to its parent; tensors stay in the parent's files.
+
+    Returns:
+        Old name -> new name of every tensor that is kept.
+
+    Raises:
+        BadInput: as `plan_without_layers`.
+    """
+    before = ModelShape.of(draft.parent)
+    after = plan_without_layers(before, removed)
+    renamed = _renamed(before, removed)
+    for name in before.tensors:
+        draft.drop(name)
+    for old, new in renamed.items():
+        draft.alias(new, old)
+    draft.config = after.config
+    return renamed
+
+
+def _renamed(shape: ModelShape, removed: Collection[int]) -> dict[str, str]:
+    """Old tensor name -> new tensor name."""
+    kept = [index for index in range(shape.num_layers) if index not in removed]
+    number = {str(old): new for new, old in enumerate(kept)}
+    prefix = shape.anatomy.in_model(shape.anatomy.layers) + "."
+    renamed = {}
+    for name in shape.tensors:
+        if not name.startswith(prefix):
+            renamed[name] = name
+            continue
+        index, _, rest = name.removeprefix(prefix).partition(".")
+        if index in number:
+            renamed[name] = f"{prefix}{number[index]}.{rest}"
+    return renamed

@@ -1,0 +1,247 @@
+"""The knowledge in attention heads and neurons that K-prune measures (arXiv:2308.03449, section 4).
+
+A *channel* is one input of a block's output projection W_out. A neuron is one channel, a head as many as it
+is wide. All sums are over real tokens, in float64.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from compress.anatomy.roles import anatomy_of, layer_shapes, task_of, weight
+from compress.calibration.text.windows import Windows
+from compress.engine.activations import Activations
+from compress.engine.backward import Tape
+from compress.engine.flops import unit_flops
+from compress.engine.stream import Layer, Observer
+from compress.pruning.parts.width import channels_of_groups
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class Block:
+    """A sublayer: the attention or the MLP of one layer.
+
+    Attributes:
+        index: of the layer.
+        name: which of its blocks.
+        path: of the output projection inside the layer.
+        channels: int64 [units, channels of a unit], which inputs of the output projection are whose.
+        flops: of one unit in one sequence.
+        heads: query heads in a unit; 1 for neurons.
+    """
+
+    index: int
+    name: Literal["attention", "mlp"]
+    path: str
+    channels: torch.Tensor
+    flops: int
+    heads: int = 1
+
+    @property
+    def total(self) -> int:
+        """FLOPs of all units."""
+        return self.flops * len(self.channels)
+
+
+def blocks_of(config: PretrainedConfig, tokens: int) -> list[Block]:
+    """The blocks of a model bottom-up, those that are gone already left out; ``tokens`` are in a sequence."""
+    anatomy, blocks = anatomy_of(config), []
+    for index, shape in enumerate(layer_shapes(config)):
+        group, neuron = unit_flops(config, index, tokens)
+        if shape.num_key_value_heads:
+            channels = channels_of_groups(anatomy, config, index)
+            heads = shape.num_attention_heads // shape.num_key_value_heads
+            blocks.append(Block(index, "attention", anatomy.attention_output, channels, group, heads))
+        if shape.intermediate_size:
+            channels = torch.arange(shape.intermediate_size)[:, None]
+            blocks.append(Block(index, "mlp", anatomy.down, channels, neuron))
+    return blocks
+
+
+class Divergence:
+    """How far the student's predictions are from the teacher's, a loss for each window.
+
+    A window has R predictions: one for the real tokens each (causal and masked language models, token
+    classification), one (sequence classification), begin and end of the answer (question answering), one for
+    each label (several labels at once). With logits z and temperature g,
+
+        KL = g^2 mean over R of KL(softmax(z_teacher / g) || softmax(z_student / g)),
+
+    and where the model predicts numbers (regression), it is their mean squared error.
+
+    Args:
+        config: of the model, whose class says what it predicts.
+        windows: the text; padding has no predictions.
+        temperature: g.
+        seed: of the labels that `scores` draws.
+    """
+
+    def __init__(self, config: PretrainedConfig, windows: Windows, temperature: float, seed: int) -> None:
+        self.task = task_of(config)
+        self.windows = windows
+        self.temperature = temperature
+        self.seed = seed
+        labels = getattr(config, "num_labels", None)
+        kind = getattr(config, "problem_type", None)
+        sequence = self.task == "sequence classification"
+        self.regression = sequence and (kind == "regression" or (kind is None and labels == 1))
+        self.many_labels = sequence and kind == "multi_label_classification"
+
+    def divergences(self, output: Any, start: int, teacher: Any) -> torch.Tensor:
+        """The sum of the KL (or squared error) of the windows from ``start`` on."""
+        total = 0.0
+        pairs = zip(self._predictions(output, start), self._predictions(teacher, start), strict=True)
+        for student, wanted in pairs:
+            if self.regression:
+                total = total + (student - wanted).square().mean()
+                continue
+            log_p, log_q = self._log_softmax(wanted), self._log_softmax(student)
+            kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+            total = total + self.temperature**2 * kl.mean()
+        return total
+
+    def scores(self, output: Any, start: int, *_: Any) -> torch.Tensor:
+        """What stands for `divergences` while student and teacher are the same model.
+
+        There the KL has its minimum, so its gradient vanishes and (1/2)(dKL/dm)^2 says nothing. What it
+        stands for, the second-order term of the KL, is there known exactly: its curvature is the Fisher
+        information, (1/2) E[(d log p_y / dm)^2] for labels y that the teacher draws. With one y for each of
+        the R predictions the gradient of
+
+            (g / sqrt(R)) sum over R of log softmax(z / g)_y
+
+        has a square with that expectation, because scores have mean zero and labels are independent. For
+        regression it is sqrt(2 / R) sum of e z with random signs e. Labels and signs depend on the seed and
+        on the window's tokens, not on the order of windows or on batches.
+        """
+        total = 0.0
+        for row, values in enumerate(self._predictions(output, start), start):
+            drawn = self._uniform(row, len(values)).to(values.device)
+            if self.regression:
+                total = total + math.sqrt(2 / len(values)) * (values * (2 * (drawn < 0.5) - 1)).sum()
+                continue
+            log_p = self._log_softmax(values)
+            cumulative = log_p.detach().double().exp().cumsum(-1)
+            labels = torch.searchsorted(cumulative, drawn[:, None] * cumulative[:, -1:])
+            total = total + self.temperature / math.sqrt(len(values)) * log_p.gather(-1, labels).sum()
+        return total
+
+    def _predictions(self, output: Any, start: int) -> Iterator[torch.Tensor]:
+        """For every window: logits [R, classes], or numbers [R] (regression)."""
+        answers = self.task == "question answering"
+        count = len(output.start_logits if answers else output.logits)
+        for row in range(count):
+            mask = self.windows.mask[start + row]
+            if answers:
+                yield torch.stack([output.start_logits[row][mask], output.end_logits[row][mask]])
+            elif self.regression:
+                yield output.logits[row]
+            elif self.many_labels:
+                yield torch.stack([output.logits[row], torch.zeros_like(output.logits[row])], -1)
+            elif self.task == "sequence classification":
+                yield output.logits[row, None]
+            else:
+                yield output.logits[row][mask]
+
+    def _log_softmax(self, logits: torch.Tensor) -> torch.Tensor:
+        return torch.log_softmax(logits / self.temperature, -1)
+
+    def _uniform(self, row: int, count: int) -> torch.Tensor:
+        """Random numbers that belong to the window: float64 [count], from 0 to 1."""
+        tokens = self.windows.tokens[row][self.windows.mask[row]].tolist()
+        digest = hashlib.sha256(repr((self.seed, tokens)).encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        return torch.rand(count, generator=generator, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What the units of a block know: float64 [units] each.
+
+    Attributes:
+        representational: K_rep, mean over real tokens of a^2, times mean over the outputs of W_out^2.
+        predictive: K_pred, mean over windows of (1/2) (dKL/dm)^2, one mask m per channel and window.
+
+    Both are means over the channels of a head or neuron. Key-value heads know the sum of what their query
+    heads know, as they cost the sum: the mean over all of a group's channels would count its FLOPs for all of
+    its heads and its knowledge for one.
+    """
+
+    representational: torch.Tensor
+    predictive: torch.Tensor
+
+
+def measure(
+    tape: Tape, blocks: Sequence[Block], divergence: Divergence, teacher: Activations | None
+) -> list[Knowledge]:
+    """The knowledge of the units of every block in the model on the tape, with nothing masked.
+
+    Args:
+        tape: from the layer of the first block on.
+        blocks: the blocks to measure.
+        divergence: from the teacher.
+        teacher: hidden states behind its last layer; None if the student is the teacher.
+    """
+    windows = divergence.windows
+    squares = [torch.zeros(block.channels.numel(), dtype=torch.float64) for block in blocks]
+    gradients = [torch.zeros_like(values) for values in squares]
+    here: dict[int, dict[str, int]] = {}  # layer -> path of an output projection -> number of the block
+    for number, block in enumerate(blocks):
+        here.setdefault(block.index, {})[block.path] = number
+
+    def observe(layer: Layer) -> Mapping[str, Observer]:
+        def look(number: int, path: str) -> Observer:
+            matrix = weight(layer.linears[path]).double().square().mean(0).cpu()
+
+            def add(inputs: torch.Tensor, _: torch.Tensor, mask: torch.Tensor, __: int) -> None:
+                squares[number] += inputs[mask].double().square().sum(0).cpu() * matrix
+
+            return add
+
+        return {path: look(number, path) for path, number in here.get(layer.index, {}).items()}
+
+    @contextmanager
+    def masks(layer: Layer, count: int) -> Iterator[Mapping[str, torch.Tensor]]:
+        leaves = {}
+        with ExitStack() as stack:
+            for path, number in here.get(layer.index, {}).items():
+                linear = layer.linears[path]
+                width = blocks[number].channels.numel()
+                leaves[path] = torch.ones(count, 1, width, device=linear.weight.device, requires_grad=True)
+                stack.callback(_masked(linear, leaves[path]).remove)
+            yield leaves
+
+    def take(layer: Layer, _: int, found: Mapping[str, torch.Tensor]) -> None:
+        for path, gradient in found.items():
+            gradients[here[layer.index][path]] += 0.5 * gradient.double().square().sum((0, 1)).cpu()
+
+    tape.forward(observe)
+    tape.differentiate(divergence.scores if teacher is None else divergence.divergences, teacher)
+    tape.backward(masks, take)
+    return [
+        Knowledge(
+            block.heads * (square / windows.num_tokens)[block.channels].mean(1),
+            block.heads * (gradient / len(windows))[block.channels].mean(1),
+        )
+        for block, square, gradient in zip(blocks, squares, gradients, strict=True)
+    ]
+
+
+def _masked(linear: torch.nn.Module, mask: torch.Tensor) -> Any:
+    """Multiply the inputs of a linear by ``mask`` [B, 1, channels]; the handle that ends it."""
+
+    def multiply(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        (given,) = inputs  # OPT gives its MLP the tokens of all windows in one row
+        return ((given.view(len(mask), -1, given.shape[-1]) * mask).view(given.shape),)
+
+    return linear.register_forward_pre_hook(multiply)

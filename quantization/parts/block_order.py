@@ -1,0 +1,161 @@
+"""Which linear of a model in stacks gets its next block first: one universal order (see `stacks`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from compress.anatomy.roles import weight
+from compress.calibration.statistics.fisher import Fisher, expected_loss, sampled_loss
+from compress.calibration.text.windows import Windows
+from compress.engine.stream import Journal, StreamedModel
+from compress.kernels.layers.stacked import StackedLinear
+from compress.pruning.parts.block_losses import Branches, next_token_losses, predicted
+from compress.storage.checkpoint import Checkpoint
+from compress.storage.formats.stacks import StackFormat, with_blocks
+
+if TYPE_CHECKING:
+    from compress.pipeline.run import Run
+    from compress.quantization.parts.stacker import Stacking, StackOptions
+
+LENGTH = 128
+"""Tokens of a window that the order is found on: many short windows tell more than a few long ones."""
+
+
+def find_order(model: StreamedModel, stacking: Stacking, options: StackOptions, run: Run) -> list[int]:
+    """The index of a linear for every step.
+
+    Args:
+        model: the dense one.
+        stacking: with all blocks in its draft, on disk.
+        options: say how.
+        run: gives the text, the seed and the folder.
+    """
+    windows = run.calibration.part(options.order_windows, LENGTH)
+    if options.importance == "perplexity":
+        found = perplexities(stacking, windows, run)
+        return [int(index) for level in found for index in level.argsort(stable=True)]
+    losses = expected_losses(model, stacking, windows, run)
+    form, infos = stacking.form, stacking.draft.tensors
+    costs = [
+        [sum(infos[key].nbytes for key in form.names(name, index)) for index in range(form.blocks)]
+        for name in stacking.modules
+    ]
+    return by_gain([losses[name].tolist() for name in stacking.modules], costs)
+
+
+def by_gain(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[float]]) -> list[int]:
+    """The order in which blocks lower the total loss most for their bytes.
+
+    The loss of a linear as a function of its bytes is replaced by its lower convex hull, because a block that
+    gains little may have to come before one that gains much. On a hull the gain for each byte falls from
+    block to block, so all blocks can be sorted by it.
+
+    Args:
+        losses: for every linear, that with 1, 2, ... blocks.
+        costs: for every linear, the bytes of each block.
+
+    Returns:
+        The index of a linear for every block but the first ones.
+    """
+    ranked: list[tuple[float, int]] = []
+    for linear, (loss, cost) in enumerate(zip(losses, costs, strict=True)):
+        hull: list[tuple[float, float, int]] = []  # gain, bytes, blocks
+        for index in range(1, len(loss)):
+            segment = (loss[index - 1] - loss[index], cost[index], 1)
+            while hull and segment[0] * hull[-1][1] > hull[-1][0] * segment[1]:
+                segment = tuple(a + b for a, b in zip(hull.pop(), segment, strict=True))
+            hull.append(segment)
+        ranked += [(gain / size, linear) for gain, size, blocks in hull for _ in range(blocks)]
+    return [linear for _, linear in sorted(ranked, key=lambda entry: -entry[0])]
+
+
+def expected_losses(
+    model: StreamedModel, stacking: Stacking, windows: Windows, run: Run
+) -> dict[str, torch.Tensor]:
+    """How much loss every linear causes alone with 1, 2, ... of its blocks, to second order (see
+    `expected_loss`).
+
+    Returns:
+        Full name of a linear -> float64 [blocks], nats for each token.
+    """
+    form, found = stacking.form, {}
+    fisher = Fisher(model, windows, sampled_loss(model, windows, run.seed), run.folder / "order")
+    for layer in model.walk(None, label="finding the order"):
+        information = fisher.read(layer)
+        for path, linear in layer.linears.items():
+            stored = model.weights.find(f"{layer.name}.{path}.weight")
+            if not stacking.wants(stored):
+                continue
+            name, left = stored.removesuffix(".weight"), weight(linear).clone()
+            stack = form.linear(left.shape[1], left.shape[0], form.read(name, stacking.draft)).to(left.device)
+            losses = []
+            for index in range(form.blocks):
+                left -= stack.dense(slice(index, index + 1))
+                losses.append(expected_loss(information[path], left, windows))
+            found[name] = torch.tensor(losses, dtype=torch.float64)
+    return found
+
+
+def perplexities(stacking: Stacking, windows: Windows, run: Run) -> torch.Tensor:
+    """As published: with all linears at b blocks, the perplexity when each one alone gets its next block.
+
+    All linears of a level go through the model together, each from its own layer on. NaN counts as infinite.
+
+    Returns:
+        float64 [blocks - 1, linears].
+    """
+    journal = Journal(run.folder / "perplexities")
+    levels = stacking.form.blocks - 1
+    done = journal.restore([])
+    for level in range(done, levels):
+        counts = dict.fromkeys(stacking.modules, level + 1)
+        config = stacking.draft.config | {
+            "quantization_config": stacking.form.quantization_config(stacking.modules, [])
+        }
+        lower = StreamedModel(with_blocks(stacking.draft, config, counts), run.device)
+        found = _raised(lower, stacking, windows, run.folder / "perplexities")
+        journal.state[f"level-{level}"] = found.nan_to_num(nan=torch.inf)
+        journal.commit(level + 1, [])
+        run.progress("trying every linear", (level + 1) / levels)
+    return torch.stack([journal.state[f"level-{level}"] for level in range(levels)])
+
+
+@torch.no_grad()
+def _raised(model: StreamedModel, stacking: Stacking, windows: Windows, folder: Path) -> torch.Tensor:
+    """Perplexities with one more block of each linear in turn: float64 [linears]."""
+    numbers = {name: number for number, name in enumerate(stacking.modules)}
+    stream = model.stream(windows, folder / "prefix")
+    branches = Branches(len(numbers), stream, folder / "branches")
+    begun: list[int] = []
+    for layer in model.walk(None, stream):
+        for number in begun:
+            branches.advance(number, layer)
+        for linear in layer.linears.values():
+            if isinstance(linear, StackedLinear):
+                begun.append(numbers[linear.stored])
+                with _one_more(linear, stacking.form, stacking.draft):
+                    branches.begin(begun[-1], layer)
+        stream.advance(layer)
+        branches.flip()
+    losses = torch.zeros(len(numbers), dtype=torch.float64)
+    scored = predicted(windows)
+    with model.head() as head:
+        for number in range(len(numbers)):
+            for window, tokens in enumerate(windows.tokens):
+                at = scored[window].nonzero()[:, 0]
+                logits = head(branches.read(number, window)[None]).logits[0, at].float()
+                losses[number] += next_token_losses(logits, tokens[at + 1].to(logits.device)).sum().cpu()
+    return (losses / scored.sum()).exp()
+
+
+@contextmanager
+def _one_more(linear: StackedLinear, form: StackFormat, checkpoint: Checkpoint) -> Iterator[None]:
+    count = len(linear.blocks)
+    linear.blocks.extend(form.read(linear.stored, checkpoint, count, count + 1))
+    yield
+    del linear.blocks[count:]

@@ -1,0 +1,201 @@
+"""Training a model to say what another one says: logit distillation, as LLM-QAT does it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from compress.errors import CompressError
+from compress.storage.checkpoint import write_tensors
+
+if TYPE_CHECKING:
+    from compress.calibration.text.windows import Windows
+    from compress.engine.activations import Activations
+    from compress.engine.stream import Head, StreamedModel
+    from compress.pipeline.run import Run
+
+log = logging.getLogger(__name__)
+
+PASS_TOKENS = 2048
+"""Tokens of a step that go through the model at once. Logits of more would take gigabytes, and what is done
+to the weights in every pass costs little beside so many tokens."""
+
+SAVE_SECONDS = 300.0
+"""Between two states of the training that a killed run goes on from."""
+
+
+class Student(Protocol):
+    """What is trained."""
+
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that change."""
+
+    def logits(self, windows: Windows, rows: torch.Tensor) -> torch.Tensor:
+        """Logits of the windows ``rows``: float32 [B, S, V]."""
+
+
+class TrainingOptions(Protocol):
+    """What a method's options say about training."""
+
+    batch_size: int
+    learning_rate: float
+    max_gradient_norm: float
+
+
+@dataclass
+class Teacher:
+    """What the model said before: exact logits from its last hidden states and its own norm and head."""
+
+    head: Head
+    hidden: Activations
+
+    @torch.no_grad()
+    def log_probabilities(self, window: int) -> torch.Tensor:
+        """[S, V] in float32."""
+        return self.head(self.hidden.read(window, window + 1)).logits[0].float().log_softmax(-1)
+
+
+def last_hidden(model: StreamedModel, run: Run) -> Activations:
+    """The teacher's hidden states behind the last layer, float32 [N, S, D]; one layer is in memory."""
+    stream = model.stream(run.calibration, run.folder / "teacher")
+    for layer in model.walk(run.journal("teacher"), stream, label="asking the teacher"):
+        stream.advance(layer)
+    return stream.hidden
+
+
+def divergence(student: Student, teacher: Teacher, windows: Windows, rows: torch.Tensor) -> torch.Tensor:
+    """KL(teacher ‖ student) in nats: the mean over the real tokens of the windows ``rows``.
+
+    Published code divides the sum by the number of windows, which makes the gradient as long as the windows.
+    """
+    total = torch.zeros(())
+    for window, logits in zip(rows.tolist(), student.logits(windows, rows), strict=True):
+        mask = windows.mask[window].to(logits.device)
+        expected = teacher.log_probabilities(window)[mask]
+        given = logits[mask].log_softmax(-1)
+        total = total.to(given) + nn.functional.kl_div(given, expected, reduction="sum", log_target=True)
+    return total / windows.mask[rows].sum()
+
+
+def distil(
+    student: Student, teacher: Teacher, windows: Windows, steps: int, options: TrainingOptions, run: Run
+) -> dict[str, Any]:
+    """Minimise the divergence with AdamW (no weight decay) along a cosine from ``learning_rate`` to 0.
+
+    Windows are drawn in a random order that the run's seed decides. A killed run goes on from the state saved
+    last.
+
+    Returns:
+        What is to be known of it: ``losses`` of every step, the means of the first and the last tenth, tokens
+        seen, seconds.
+
+    Raises:
+        CompressError: the loss became NaN or infinite.
+    """
+    from transformers import get_scheduler
+
+    parameters = student.trained()
+    groups = [{"params": parameters, "initial_lr": options.learning_rate}]
+    optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, weight_decay=0.0, fused=True)
+    file = run.folder / "training" / "state.safetensors"
+    losses = _restore(file, parameters, optimizer)
+    schedule = get_scheduler(
+        "cosine",
+        optimizer,
+        num_warmup_steps=0,
+        num_training_steps=steps,
+        scheduler_specific_kwargs={"last_epoch": len(losses) - 1},
+    )
+    tenth, tokens, begun = max(1, steps // 10), 0, len(losses)
+    started = saved = time.perf_counter()
+    for step, rows in enumerate(batches(len(windows), options.batch_size, steps, run.generator())):
+        if step < begun:
+            continue
+        losses.append(_accumulate(student, teacher, windows, rows))
+        if not math.isfinite(losses[-1]):
+            raise CompressError(
+                f"The loss is {losses[-1]} at step {step + 1}; lower the learning_rate or max_gradient_norm."
+            )
+        nn.utils.clip_grad_norm_(parameters, options.max_gradient_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        tokens += int(windows.mask[rows].sum())
+        run.progress("training", (step + 1) / steps)
+        if (step + 1) % tenth == 0:
+            log.info("step %d of %d: loss %.4f nats a token", step + 1, steps, _mean(losses[-tenth:]))
+        if time.perf_counter() - saved > SAVE_SECONDS and step + 1 < steps:
+            _save(file, parameters, optimizer, losses)
+            saved = time.perf_counter()
+    seconds = time.perf_counter() - started
+    return {
+        "steps": steps,
+        "trained_parameters": sum(parameter.numel() for parameter in parameters),
+        "first_loss": _mean(losses[:tenth]),
+        "last_loss": _mean(losses[-tenth:]),
+        "losses": [round(value, 6) for value in losses],
+        "tokens": tokens,  # these two are of the run that finished it
+        "seconds": round(seconds, 1),
+    }
+
+
+def _accumulate(student: Student, teacher: Teacher, windows: Windows, rows: torch.Tensor) -> float:
+    """The divergence of the windows ``rows``, whose gradient is added up in the parameters."""
+    size = max(1, PASS_TOKENS // windows.tokens.shape[1])
+    total = 0.0
+    for part in rows.split(size):
+        share = windows.mask[part].sum() / windows.mask[rows].sum()
+        loss = divergence(student, teacher, windows, part) * share.item()
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def batches(count: int, size: int, steps: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Indices of the windows of each step: all windows in a random order, then in another one."""
+    done = 0
+    while True:
+        for rows in torch.randperm(count, generator=generator).split(size):
+            if done == steps:
+                return
+            yield rows
+            done += 1
+
+
+def _save(
+    file: Path, parameters: list[nn.Parameter], optimizer: torch.optim.AdamW, losses: list[float]
+) -> None:
+    tensors = {"losses": torch.tensor(losses, dtype=torch.float64)}
+    for number, parameter in enumerate(parameters):
+        tensors[f"{number}.parameter"] = parameter
+        for name in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{number}.{name}"] = optimizer.state[parameter][name]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(tensors, file)
+
+
+@torch.no_grad()
+def _restore(file: Path, parameters: list[nn.Parameter], optimizer: torch.optim.AdamW) -> list[float]:
+    """The losses so far; parameters and moments as they were then. Nothing happens without a file."""
+    if not file.exists():
+        return []
+    held = load_file(file)
+    losses = held["losses"].tolist()
+    for number, parameter in enumerate(parameters):
+        parameter.copy_(held[f"{number}.parameter"])
+        moments = {name: held[f"{number}.{name}"].to(parameter).clone() for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.tensor(float(len(losses))), **moments}
+    return losses
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,124 @@
+"""Scales of input channels that are folded exactly into what computes those channels.
+
+For linears W_i that read the same x, W_i x = (W_i diag(s)) (diag(s)^-1 x): if x comes from a norm, or
+linearly from rows of another projection, 1/s goes into its parameters, and the model computes what it did.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from compress.anatomy.roles import layer_shapes, set_weight, sizes_of, weight
+from compress.engine.stream import Layer, StreamedModel
+from compress.engine.weights import all_finite
+from compress.errors import CompressError
+from compress.storage.checkpoint import DTYPES, Draft
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What computes the input channels of some linears.
+
+    Attributes:
+        producer: path inside the layer, of a norm or a linear.
+        rows: int64 [units], the outputs of the producer that become input channels.
+        units: int64 [in], which of ``rows`` input channel j comes from. With grouped-query attention all
+            query heads of a group share the rows of their value head, and so must share scales.
+    """
+
+    producer: str
+    rows: torch.Tensor
+    units: torch.Tensor
+
+
+def fold_of(model: StreamedModel, index: int, paths: list[str]) -> Fold | None:
+    """How scales of the input channels of ``paths``, which share their input, can be folded in a layer.
+
+    Returns:
+        None where they cannot be: behind a norm that the residual stream reads, too (post-norm models),
+        behind a norm without weights, and behind the activation function of an MLP without gate.
+    """
+    anatomy, config = model.anatomy, model.config
+    if anatomy.attention_output in paths:
+        shape, width = layer_shapes(config)[index], sizes_of(config).head_dim
+        groups = shape.num_key_value_heads
+        rows = anatomy.projection_rows(config, index)["value"].flatten()
+        units = torch.arange(groups * width).view(groups, 1, width)
+        per_group = shape.num_attention_heads // max(groups, 1)
+        return Fold(anatomy.value, rows, units.expand(-1, per_group, -1).flatten())
+    if anatomy.down in paths:
+        if anatomy.gate is None:
+            return None
+        rows = anatomy.projection_rows(config, index)["up"]
+        return Fold(anatomy.up, rows, torch.arange(len(rows)))
+    norm = anatomy.attention_norm if anatomy.query in paths else anatomy.mlp_norm
+    has_weight = model.weights.find(f"{anatomy.layer_name(index)}.{norm}.weight") is not None
+    if not anatomy.norm_first or not has_weight:
+        return None
+    channels = torch.arange(sizes_of(config).hidden_size)
+    return Fold(norm, channels, channels)
+
+
+@torch.no_grad()
+def fold(
+    model: StreamedModel, layer: Layer, where: Fold, paths: list[str], scales: torch.Tensor
+) -> torch.Tensor:
+    """Multiply the input channels of ``paths`` by ``scales`` (positive, [units]), and divide the producer.
+
+    Where the producer is a norm, the scales are first moved to those that make its new weight exact in the
+    dtype it is stored in, and to 1 where its weight is 0.
+
+    Returns:
+        The scales of the input channels [in] as they are now, float32.
+    """
+    producer = layer.module.get_submodule(where.producer)
+    bias = getattr(producer, "bias", None)
+    if where.producer in layer.linears:
+        scales = scales.to(producer.weight)
+        matrix = weight(producer).clone()
+        matrix[where.rows] /= scales[:, None]
+        if bias is not None:
+            bias = bias.clone()
+            bias[where.rows] /= scales
+        set_weight(producer, matrix, bias)
+    else:
+        offset, stored = model.anatomy.norm_offset, _stored_dtype(model, layer, f"{where.producer}.weight")
+        old = producer.weight + offset
+        new = (old / scales.to(old) - offset).to(stored).to(old)
+        usable = (old != 0) & (new + offset != 0)
+        scales = torch.where(usable, old / (new + offset), 1)
+        producer.weight = nn.Parameter(torch.where(usable, new, producer.weight), requires_grad=False)
+        if bias is not None:
+            producer.bias = nn.Parameter(bias / scales, requires_grad=False)
+    channels = scales[where.units]
+    for path in paths:
+        set_weight(layer.linears[path], weight(layer.linears[path]) * channels)
+    return channels
+
+
+def write_changed(draft: Draft, model: StreamedModel, layer: Layer, modules: set[str]) -> None:
+    """Write the parameters of some modules of the layer into the draft, in the dtypes they are stored in.
+
+    What the draft has no more, since it is packed, is left out.
+
+    Raises:
+        CompressError: a value is too large for that dtype.
+    """
+    for path in sorted(modules):
+        for leaf, parameter in layer.module.get_submodule(path).named_parameters(recurse=False):
+            stored = model.weights.find(f"{layer.name}.{path}.{leaf}")
+            if stored not in draft:
+                continue
+            value = parameter.detach().to(_stored_dtype(model, layer, f"{path}.{leaf}"))
+            if not all_finite(value):
+                raise CompressError(
+                    f"'{stored}' is too large for {value.dtype} when scales are folded into it."
+                )
+            draft.write({stored: value})
+
+
+def _stored_dtype(model: StreamedModel, layer: Layer, name: str) -> torch.dtype:
+    return DTYPES[model.checkpoint.tensors[model.weights.find(f"{layer.name}.{name}")].dtype]

@@ -13,9 +13,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from compress.engine.journal import Journal
+    from compress.engine.shape import ModelShape
     from compress.engine.stream import StreamedModel
-    from compress.pipeline.plan import ModelShape
-    from compress.pipeline.run import Run
+    from compress.engine.windows import Windows
+    from compress.storage.draft import Draft
+    from compress.system.progress import Progress
+
 
 Family = Literal["unlearning", "pruning", "quantization"]
 
@@ -47,6 +55,39 @@ class StepReport:
     details: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass
+class StepContext:
+    """What a method is given besides the model.
+
+    Attributes:
+        draft: the model under construction; the method writes its changes there.
+        calibration: windows of tokens, or None if the method needs none.
+        seed: for every random choice.
+        folder: room for the step's files; it goes away with the run.
+        device: where to compute.
+        progress: told a text and the share done.
+    """
+
+    draft: Draft
+    calibration: Windows | None
+    seed: int
+    folder: Path
+    device: str
+    progress: Progress
+
+    def journal(self, name: str) -> Journal:
+        """The journal of one walk of the step."""
+        from compress.engine.journal import Journal
+
+        return Journal(self.folder / name, self.draft)
+
+    def generator(self) -> torch.Generator:
+        """A fresh random generator with the run's seed."""
+        import torch
+
+        return torch.Generator().manual_seed(self.seed)
+
+
 class Method(ABC):
     """One compression method. Subclasses are stateless: everything is in the arguments."""
 
@@ -67,8 +108,8 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def apply(self, model: StreamedModel, options: Any, run: Run) -> StepReport:
-        """Do it: read ``model`` layer by layer and write what changes into ``run.draft``.
+    def apply(self, model: StreamedModel, options: Any, context: StepContext) -> StepReport:
+        """Do it: read ``model`` layer by layer and write what changes into ``context.draft``.
 
         Raises:
             BadInput: weights or calibration data are unusable (NaN, too few tokens, ...).

@@ -13,14 +13,13 @@ import torch
 from pydantic import Field, PositiveInt, model_validator
 from scipy.stats import t as student
 
-from compress.calibration.text.windows import Windows
+from compress.calibration.statistics.losses import LN_LARGEST, predicted
+from compress.engine.shape import ModelShape
 from compress.engine.stream import StreamedModel
+from compress.engine.windows import Windows
 from compress.errors import BadInput, CompressError
-from compress.evaluation.fidelity import LN_LARGEST
 from compress.method import Method, MethodOptions, Paper, StepReport
-from compress.pipeline.artefact import LINEAGE, read_lineage
-from compress.pipeline.plan import ModelShape
-from compress.pruning.parts.block_losses import BlockLosses, predicted
+from compress.pruning.parts.block_losses import BlockLosses
 from compress.pruning.parts.blocks import (
     PARTS,
     Block,
@@ -29,9 +28,10 @@ from compress.pruning.parts.blocks import (
     plan_without_blocks,
     remove_blocks,
 )
+from compress.storage.lineage import LINEAGE, read_lineage
 
 if TYPE_CHECKING:
-    from compress.pipeline.run import Run
+    from compress.method import StepContext
 
 FIRST_WINDOWS = 4  # a race begins on so many windows, and doubles them
 
@@ -138,15 +138,15 @@ class BlockPruner(Method):
             removed.append(min(left, key=lambda block: sizes[block]))
         return plan_without_blocks(shape, removed)
 
-    def apply(self, model: StreamedModel, options: Options, run: Run) -> StepReport:
+    def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
         shape = ModelShape.of(model.checkpoint)
         sizes, total = block_parameters(shape), layer_parameters(shape)
-        windows = run.calibration.select(predicted(run.calibration).any(1))
+        windows = context.calibration.select(predicted(context.calibration).any(1))
         if not len(windows):
             raise BadInput("The calibration windows hold no token to predict; give longer ones.")
         limit = options.max_perplexity or math.inf
-        earlier = _earlier(options, model, run.calibration)
-        journal = run.journal("search")
+        earlier = _earlier(options, model, context.calibration)
+        journal = context.journal("search")
         journal.restore([])
         done = journal.state.get("removals", torch.empty(0)).tolist()
         removals = [Removal(int(row[0]), PARTS[int(row[1])], *row[2:4], *map(int, row[4:])) for row in done]
@@ -160,8 +160,8 @@ class BlockPruner(Method):
             else:
                 costs = {block: sizes[block] / total if options.cost == "parameters" else 1 for block in left}
                 label = f"choosing block {len(removals) + 1} to remove"
-                losses = BlockLosses(model, windows, removed, costs, run.folder / "search", label)
-                following = self.search(losses, options, run)
+                losses = BlockLosses(model, windows, removed, costs, context.folder / "search", label)
+                following = self.search(losses, options, context)
             if following.perplexity > limit:
                 break
             removals.append(following)
@@ -173,11 +173,11 @@ class BlockPruner(Method):
                 f"The perplexity on the calibration windows is {following.before:.2f} before anything is "
                 "removed; give a larger max_perplexity."
             )
-        remove_blocks(run.draft, removed)
+        remove_blocks(context.draft, removed)
         kept = [_kept(removed[: count + 1], sizes, total) for count in range(len(removed))]
         details = {
             "model_sha256": model.checkpoint.sha256,
-            "calibration_sha256": run.calibration.sha256,
+            "calibration_sha256": context.calibration.sha256,
             "windows": len(windows),
             "removed": [
                 {**removal._asdict(), "kept": share} for removal, share in zip(removals, kept, strict=True)
@@ -185,12 +185,12 @@ class BlockPruner(Method):
         }
         return StepReport(_summary(removals, kept, len(windows)), details)
 
-    def search(self, losses: BlockLosses, options: Options, run: Run) -> Removal:
+    def search(self, losses: BlockLosses, options: Options, context: StepContext) -> Removal:
         """One round of the search: the block to remove next."""
         count = losses.loss.shape[1]
         rows, alive = torch.arange(count), list(range(len(losses.blocks)))
         if options.search == "racing":
-            rows = torch.randperm(count, generator=run.generator())
+            rows = torch.randperm(count, generator=context.generator())
         stages = _stages(count) if options.search == "racing" else [count]
         for start, stop in pairwise([0, *stages]):
             losses.measure(alive, rows[start:stop], rows[:start])

@@ -8,11 +8,11 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 from torch import nn
 
-from compress.anatomy.roles import set_weight, weight
+from compress.anatomy import set_weight, weight
 from compress.calibration.statistics.moments import Moments, Products
+from compress.engine.shape import ModelShape
 from compress.errors import BadInput
 from compress.method import Method, MethodOptions, Paper, StepReport
-from compress.pipeline.plan import ModelShape
 from compress.pruning.parts.allocation import (
     Scores,
     Units,
@@ -41,7 +41,7 @@ from compress.pruning.parts.width import Kept, finish, narrow, plan_widths, shal
 
 if TYPE_CHECKING:
     from compress.engine.stream import Layer, Stream, StreamedModel
-    from compress.pipeline.run import Run
+    from compress.method import StepContext
 
 
 class Flap(Method):
@@ -140,22 +140,22 @@ class Flap(Method):
         kept = [width.kept for width in widths]
         return plan_widths(shape, kept, biased, uniform=options.shape == "uniform")
 
-    def apply(self, model: StreamedModel, options: Options, run: Run) -> StepReport:
+    def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
         shape = ModelShape.of(model.checkpoint)
         if options.compensate == "least-squares":
-            _check_tokens(shape, run)
+            _check_tokens(shape, context)
         units = units_of(shape)
-        statistics = channel_statistics(model, options.metric, run)
+        statistics = channel_statistics(model, options.metric, context)
         scores = []
         for index in range(model.num_layers):
             attention, mlp = channels_of(model, index, statistics)
             scores.append(unit_scores(model, index, standardised(attention.square()), standardised(mlp)))
         kept = choose(scores, units, options)
-        self.prune(model, kept, statistics, options, run)
-        finish(run.draft, model, kept)
+        self.prune(model, kept, statistics, options, context)
+        finish(context.draft, model, kept)
         summary, details = removal(kept, units)
         how = f"{options.chosen_structure}, {options.metric}, compensation: {options.compensate}"
-        details |= {"structure": options.chosen_structure, "tokens": run.calibration.num_tokens}
+        details |= {"structure": options.chosen_structure, "tokens": context.calibration.num_tokens}
         return StepReport(f"{summary} ({how}).", details)
 
     def prune(
@@ -164,15 +164,15 @@ class Flap(Method):
         kept: list[Kept],
         statistics: dict[str, torch.Tensor],
         options: Options,
-        run: Run,
+        context: StepContext,
     ) -> None:
         """Narrow every layer to what is kept, make up for the rest, and write it to the draft."""
         streams = []
         if options.compensate == "least-squares" or (
             options.compensate == "bias" and options.propagate == "pruned"
         ):
-            streams.append(model.stream(run.calibration, run.folder / "pruning"))
-        for layer in model.walk(run.journal("pruning"), *streams, label="pruning"):
+            streams.append(model.stream(context.calibration, context.folder / "pruning"))
+        for layer in model.walk(context.journal("pruning"), *streams, label="pruning"):
             layer.module = shallow_copy(layer.module)
             layer.linears = model.anatomy.linears(layer.module)
             pruned = pruned_inputs(model, layer, kept[layer.index])
@@ -184,7 +184,7 @@ class Flap(Method):
             narrow(model, layer, kept[layer.index])
             if streams and options.propagate == "pruned":
                 streams[0].advance(layer)
-            write_layer(run.draft, model, layer)
+            write_layer(context.draft, model, layer)
 
     def compensate(
         self,
@@ -291,10 +291,10 @@ def refit(linear: nn.Module, seen: Products, ridge: float) -> None:
     set_weight(linear, new, bias)
 
 
-def _check_tokens(shape: ModelShape, run: Run) -> None:
+def _check_tokens(shape: ModelShape, context: StepContext) -> None:
     outputs = (shape.anatomy.attention_output, shape.anatomy.down)
     most = max(columns for name, (_, columns) in shape.linears().items() if name.endswith(outputs))
-    if (tokens := run.calibration.num_tokens) < most:
+    if (tokens := context.calibration.num_tokens) < most:
         raise BadInput(
             f"Least squares needs at least {most:,} calibration tokens for this model, better several times "
             f"as many; there are {tokens:,}, so use more windows, or compensate: bias."

@@ -10,20 +10,20 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 
-from compress.anatomy.roles import Anatomy, layer_shapes, set_weight, task_of, weight
-from compress.calibration.text.windows import Windows
+from compress.anatomy import Anatomy, layer_shapes, set_weight, task_of, weight
 from compress.engine.activations import Activations
 from compress.engine.backward import Tape
 from compress.engine.stream import Layer, Observer, Stream, StreamedModel
+from compress.engine.windows import Windows
 from compress.errors import BadInput, CompressError
 from compress.method import Method, MethodOptions, Paper, StepReport
 from compress.pruning.parts.knowledge import Block, Divergence, blocks_of, measure
 from compress.pruning.parts.width import Kept, finish, narrow, plan_widths, write_layer
-from compress.storage.checkpoint import DTYPES
+from compress.storage.tensors import DTYPES
 
 if TYPE_CHECKING:
-    from compress.pipeline.plan import ModelShape
-    from compress.pipeline.run import Run
+    from compress.engine.shape import ModelShape
+    from compress.method import StepContext
 
 
 class KPrune(Method):
@@ -105,19 +105,19 @@ class KPrune(Method):
             kept[0] = replace(kept[0], neurons=torch.arange(len(kept[0].neurons) + 1))
         return plan_widths(shape, kept)
 
-    def apply(self, model: StreamedModel, options: Options, run: Run) -> StepReport:
-        windows = run.calibration
+    def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
+        windows = context.calibration
         blocks = blocks_of(model.config, windows.tokens.shape[1])
         total = sum(block.total for block in blocks)
-        journal = run.journal("prune")
+        journal = context.journal("prune")
         journal.state["budget"] = torch.tensor(total - round(options.ratio * total))
-        pruning = Pruning(model, blocks, journal.state, options, run)
+        pruning = Pruning(model, blocks, journal.state, options, context)
         for layer in model.walk(journal, pruning.dense, pruning.student, label="pruning"):
             held = pruning.prune(layer)
             pruning.student.advance(held)
-            write_layer(run.draft, model, held)
+            write_layer(context.draft, model, held)
         kept = [pruning.kept(index) for index in range(model.num_layers)]
-        finish(run.draft, model, kept)
+        finish(context.draft, model, kept)
         left = sum(block.flops * len(pruning.units(block)) for block in blocks)
         ridges = {_key(block): journal.state.get(f"ridge.{_key(block)}") for block in blocks}
         details = {
@@ -149,7 +149,7 @@ class Pruning:
         state: of the journal: ``budget``, bool [units] for every block that has been pruned, and the ridge
             of those that were tuned, -1 where the present values were better than any.
         options: of the method.
-        run: calibration text, and room for files.
+        context: calibration text, and room for files.
     """
 
     def __init__(
@@ -158,14 +158,22 @@ class Pruning:
         blocks: Sequence[Block],
         state: dict[str, torch.Tensor],
         options: KPrune.Options,
-        run: Run,
+        context: StepContext,
     ) -> None:
-        self.model, self.blocks, self.state, self.options, self.run = model, blocks, state, options, run
-        windows = run.calibration
-        self.divergence = Divergence(model.config, windows, options.temperature, run.seed)
+        self.model, self.blocks, self.state, self.options, self.context = (
+            model,
+            blocks,
+            state,
+            options,
+            context,
+        )
+        windows = context.calibration
+        self.divergence = Divergence(model.config, windows, options.temperature, context.seed)
         self.teacher = self._teacher() if options.ratio else None
-        self.dense, self.student = (model.stream(windows, run.folder / name) for name in ("dense", "student"))
-        shape, room = self.dense.hidden.shape, run.folder / "targets"
+        self.dense, self.student = (
+            model.stream(windows, context.folder / name) for name in ("dense", "student")
+        )
+        shape, room = self.dense.hidden.shape, context.folder / "targets"
         self.targets = {name: Activations(shape, room / name) for name in ("attention", "mlp")}
         self.scratch = Activations(shape, room / "scratch")
         self.halves = halves_of(windows)
@@ -174,8 +182,10 @@ class Pruning:
 
     def _teacher(self) -> Activations:
         """The dense model's hidden states behind its last layer."""
-        stream = self.model.stream(self.run.calibration, self.run.folder / "teacher")
-        for layer in self.model.walk(self.run.journal("teacher"), stream, label="running the dense model"):
+        stream = self.model.stream(self.context.calibration, self.context.folder / "teacher")
+        for layer in self.model.walk(
+            self.context.journal("teacher"), stream, label="running the dense model"
+        ):
             stream.advance(layer)
         return stream.hidden
 
@@ -225,7 +235,7 @@ class Pruning:
         budget = int(self.state["budget"])
         if sum(block.total for block in blocks) <= budget:
             return torch.ones(len(blocks[0].channels), dtype=torch.bool)
-        tape = Tape(self.model, self.student, self.run.folder / "tape", held)
+        tape = Tape(self.model, self.student, self.context.folder / "tape", held)
         found = measure(tape, blocks, self.divergence, self.teacher if self.pruned else None)
         scores = []
         for block, known in zip(blocks, found, strict=True):

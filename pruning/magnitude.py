@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from pydantic import Field, PositiveInt
 
-from compress.anatomy.roles import weight
+from compress.anatomy import projection_rows, weight
+from compress.engine.shape import ModelShape
 from compress.method import Method, MethodOptions, Paper, StepReport
-from compress.pipeline.plan import ModelShape
 from compress.pruning.parts.allocation import (
     Scores,
     best,
@@ -25,7 +25,7 @@ from compress.pruning.parts.width import channels_of_groups, plan_widths, prune
 
 if TYPE_CHECKING:
     from compress.engine.stream import Layer, StreamedModel
-    from compress.pipeline.run import Run
+    from compress.method import StepContext
 
 
 class Magnitude(Method):
@@ -60,9 +60,9 @@ class Magnitude(Method):
         widths_of = even_widths if options.allocation == "per-layer" else spread_widths
         return plan_widths(shape, [width.kept for width in widths_of(units, options.ratio, multiple)])
 
-    def apply(self, model: StreamedModel, options: Options, run: Run) -> StepReport:
+    def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
         units, multiple = units_of(ModelShape.of(model.checkpoint)), options.width_multiple
-        journal = run.journal("scores")
+        journal = context.journal("scores")
         for layer in model.walk(journal, label="scoring weights"):
             for kind, values in mean_squares(model, layer)._asdict().items():
                 if options.allocation == "standardised":
@@ -76,7 +76,7 @@ class Magnitude(Method):
             kept = best(scores, even_widths(units, options.ratio, multiple))
         else:
             kept = rank(scores, units, options.ratio, multiple)
-        prune(model, kept, run)
+        prune(model, kept, context)
         summary, details = removal(kept, units)
         return StepReport(f"{summary} (magnitude, {options.allocation}).", details)
 
@@ -84,7 +84,7 @@ class Magnitude(Method):
 def mean_squares(model: StreamedModel, layer: Layer) -> Scores:
     """The score of every unit of the layer."""
     anatomy, config = model.anatomy, model.config
-    rows = anatomy.projection_rows(config, layer.index)
+    rows = projection_rows(config, layer.index)
     squares = {path: weight(linear).double().square() for path, linear in layer.linears.items()}
 
     def score(output: str, channels: torch.Tensor, *roles: str) -> torch.Tensor:

@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
-from compress.anatomy.roles import sizes_of
-from compress.calibration.text.windows import Windows
+from compress.anatomy import sizes_of
+from compress.calibration.statistics.losses import next_token_loss
 from compress.engine.activations import Activations
-from compress.engine.stream import Layer, Stream, StreamedModel, next_token_loss
+from compress.engine.stream import Layer, Stream, StreamedModel
+from compress.engine.windows import Windows
 from compress.errors import BadInput, CompressError
 from compress.method import Method, MethodOptions, Paper, StepReport
 from compress.pruning.parts.depth import Cut, choose_cuts, plan_without_layers, remove_layers
-from compress.storage.checkpoint import Draft
+from compress.storage.draft import Draft
 
 if TYPE_CHECKING:
-    from compress.pipeline.plan import ModelShape
-    from compress.pipeline.run import Run
+    from compress.engine.shape import ModelShape
+    from compress.method import StepContext
 
 
 class ReplaceMe(Method):
@@ -105,15 +106,15 @@ class ReplaceMe(Method):
         # Layers of one model have the same size, so any of them stand for those that will be chosen.
         return plan_without_layers(shape, range(1, options.layers + 1))
 
-    def apply(self, model: StreamedModel, options: Options, run: Run) -> StepReport:
-        fit, held_out = _split(run.calibration, options)
+    def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
+        fit, held_out = _split(context.calibration, options)
         size = sizes_of(model.config).hidden_size
         if options.transform == "least-squares" and fit.num_tokens < size and not options.l2:
             raise BadInput(
                 f"Least squares needs at least {size} calibration tokens for this model, better {size**2:,}; "
                 f"there are {fit.num_tokens}, so use more windows, or l2."
             )
-        distances = self.distances(model, fit, options, run)
+        distances = self.distances(model, fit, options, context)
         cuts = choose_cuts(distances, options.transforms, options.layers // options.transforms)
         removed = sorted(index for cut in cuts for index in cut.removed)
         details = {
@@ -123,24 +124,26 @@ class ReplaceMe(Method):
         }
         transforms: dict[int, torch.Tensor] = {}
         if options.transform != "none":
-            transforms = self.estimate(model, fit, cuts, options, run)
-        merge(run.draft, model, removed, transforms)
+            transforms = self.estimate(model, fit, cuts, options, context)
+        merge(context.draft, model, removed, transforms)
         if len(held_out):
-            details["held_out"] = _compare(model, removed, held_out, run)
+            details["held_out"] = _compare(model, removed, held_out, context)
             if details["held_out"]["chosen"] == "none":
                 transforms = {}
-                merge(run.draft, model, removed, transforms)
+                merge(context.draft, model, removed, transforms)
         return StepReport(_summary(options, removed, bool(transforms), details), details)
 
-    def distances(self, model: StreamedModel, windows: Windows, options: Options, run: Run) -> torch.Tensor:
+    def distances(
+        self, model: StreamedModel, windows: Windows, options: Options, context: StepContext
+    ) -> torch.Tensor:
         """Distance of L_i and L_{i+n} for every i: float64 [num_layers - n], in half turns (0 to 1)."""
         n = options.layers // options.transforms
         count, length = windows.tokens.shape
         last = None
         if options.distance == "last-token":
             last, length = windows.mask.long().cumsum(1).argmax(1), 1
-        stream = model.stream(windows, run.folder / "distances")
-        journal = run.journal("distances")
+        stream = model.stream(windows, context.folder / "distances")
+        journal = context.journal("distances")
         # L_{i-n} to L_i, in turn.
         shape = (count, length, stream.hidden.shape[-1])
         recent = [journal.activations(f"recent-{slot}", shape) for slot in range(n + 1)]
@@ -164,12 +167,12 @@ class ReplaceMe(Method):
         return journal.state["distances"]
 
     def estimate(
-        self, model: StreamedModel, windows: Windows, cuts: list[Cut], options: Options, run: Run
+        self, model: StreamedModel, windows: Windows, cuts: list[Cut], options: Options, context: StepContext
     ) -> dict[int, torch.Tensor]:
         """T for every cut: layer i -> float64 [hidden_size, hidden_size]."""
         solve = least_squares if options.transform == "least-squares" else cosine
-        stream = model.stream(windows, run.folder / "estimate")
-        journal = run.journal("estimate")
+        stream = model.stream(windows, context.folder / "estimate")
+        journal = context.journal("estimate")
         mlp, rest = (journal.activations(name, stream.hidden.shape) for name in ("mlp", "rest"))
         begins = {cut.layer for cut in cuts}
         ends = {cut.removed[-1]: cut.layer for cut in cuts}
@@ -181,8 +184,8 @@ class ReplaceMe(Method):
             else:
                 stream.advance(layer)
             if layer.index in ends:
-                samples = Samples(mlp, rest, stream, run.device)
-                journal.state[f"T.{ends[layer.index]}"] = solve(samples, options, run.generator())
+                samples = Samples(mlp, rest, stream, context.device)
+                journal.state[f"T.{ends[layer.index]}"] = solve(samples, options, context.generator())
         return {cut.layer: journal.state[f"T.{cut.layer}"] for cut in cuts}
 
     @staticmethod
@@ -311,18 +314,20 @@ def _split(windows: Windows, options: ReplaceMe.Options) -> tuple[Windows, Windo
     return windows.select(~chosen), windows.select(chosen)
 
 
-def _compare(model: StreamedModel, removed: list[int], windows: Windows, run: Run) -> dict[str, Any]:
+def _compare(
+    model: StreamedModel, removed: list[int], windows: Windows, context: StepContext
+) -> dict[str, Any]:
     """Perplexity on the held-out windows with the transform and without any, and which one is chosen."""
-    plain = Draft(run.draft.parent, run.folder / "without")
+    plain = Draft(context.draft.parent, context.folder / "without")
     merge(plain, model, removed, {})
 
     def loss(draft: Draft) -> float:
         try:
-            return float(next_token_loss(StreamedModel(draft, run.device), windows).mean())
+            return float(next_token_loss(StreamedModel(draft, context.device), windows).mean())
         except CompressError:  # activations overflow: no transform may come to this
             return math.inf
 
-    with_transform, without = loss(run.draft), loss(plain)
+    with_transform, without = loss(context.draft), loss(plain)
     return {
         "windows": len(windows),
         "perplexity_with_transform": _perplexity(with_transform),

@@ -14,8 +14,8 @@ from compress.method import Method, MethodOptions, Paper, StepReport
 from compress.pruning.parts.depth import plan_without_layers, remove_layers
 
 if TYPE_CHECKING:
-    from compress.pipeline.plan import ModelShape
-    from compress.pipeline.run import Run
+    from compress.engine.shape import ModelShape
+    from compress.method import StepContext
 
 
 class ShortGPT(Method):
@@ -46,27 +46,27 @@ class ShortGPT(Method):
         # Which ones is not known before; in a plain model all have the same size.
         return plan_without_layers(shape, range(1, options.layers + 1))
 
-    def apply(self, model: StreamedModel, options: Options, run: Run) -> StepReport:
-        influence = self.block_influence(model, run)
+    def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
+        influence = self.block_influence(model, context)
         order = torch.argsort(influence, stable=True).tolist()
         removed = sorted(order[: options.layers])
-        remove_layers(run.draft, removed)
+        remove_layers(context.draft, removed)
         details = {
             "block_influence": [round(value, 6) for value in influence.tolist()],
             "removed": removed,
-            "tokens": run.calibration.num_tokens,
+            "tokens": context.calibration.num_tokens,
         }
         return StepReport(f"removed layers {', '.join(map(str, removed))}.", details)
 
-    def block_influence(self, model: StreamedModel, run: Run) -> torch.Tensor:
+    def block_influence(self, model: StreamedModel, context: StepContext) -> torch.Tensor:
         """BI of every layer: float64 [num_layers]."""
-        stream = model.stream(run.calibration, run.folder / "influence")
-        journal = run.journal("influence")
+        stream = model.stream(context.calibration, context.folder / "influence")
+        journal = context.journal("influence")
         journal.state["similarity"] = torch.zeros(model.num_layers, dtype=torch.float64)
         for layer in model.walk(journal, stream, label="measuring block influence"):
             total = journal.state["similarity"][layer.index]
             stream.advance(layer, observe={"": partial(_add_similarity, total)})
-        return 1 - journal.state["similarity"] / run.calibration.num_tokens
+        return 1 - journal.state["similarity"] / context.calibration.num_tokens
 
 
 def _add_similarity(

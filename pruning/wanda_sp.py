@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, PositiveInt
 
+from compress.engine.shape import ModelShape
 from compress.method import Method, MethodOptions, Paper, StepReport
-from compress.pipeline.plan import ModelShape
 from compress.pruning.parts.allocation import best, check_ratio, even_widths, removal, units_of
 from compress.pruning.parts.channels import channel_statistics, channels_of, unit_scores
 from compress.pruning.parts.width import plan_widths, prune
 
 if TYPE_CHECKING:
     from compress.engine.stream import StreamedModel
-    from compress.pipeline.run import Run
+    from compress.method import StepContext
 
 
 class WandaSp(Method):
@@ -44,14 +44,14 @@ class WandaSp(Method):
         widths = even_widths(units, options.ratio, options.width_multiple)
         return plan_widths(shape, [width.kept for width in widths])
 
-    def apply(self, model: StreamedModel, options: Options, run: Run) -> StepReport:
+    def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
         units = units_of(ModelShape.of(model.checkpoint))
-        statistics = channel_statistics(model, "WIFN", run)
+        statistics = channel_statistics(model, "WIFN", context)
         scores = [
             unit_scores(model, index, *channels_of(model, index, statistics))
             for index in range(model.num_layers)
         ]
         kept = best(scores, even_widths(units, options.ratio, options.width_multiple))
-        prune(model, kept, run)
+        prune(model, kept, context)
         summary, details = removal(kept, units)
         return StepReport(f"{summary} (Wanda-sp).", details)

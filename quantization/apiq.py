@@ -12,22 +12,24 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch.func import functional_call
 from torch.nn.utils import clip_grad_norm_
 
-from compress.anatomy.roles import Anatomy, anatomy_of, set_weight, weight
+from compress.anatomy import Anatomy, anatomy_of, linears_by_input, set_weight, weight
 from compress.calibration.statistics.fisher import Fisher, text_loss
+from compress.calibration.statistics.hessian import Hessian
 from compress.engine.activations import Activations
+from compress.engine.stream import advance_keeping
 from compress.errors import BadInput
 from compress.method import Method, Paper, StepReport
-from compress.quantization.gptq import Hessian, advance_keeping, linears_by_input
 from compress.quantization.parts.clipped import ClippedLinear
-from compress.quantization.parts.layout import Packing, WeightOptions, plan_packed
+from compress.quantization.parts.layout import WeightOptions, plan_packed
+from compress.quantization.parts.packer import Packer
 from compress.storage import adapter
-from compress.storage.checkpoint import DTYPES, TensorInfo
+from compress.storage.tensors import DTYPES, TensorInfo
 from compress.system.memory import give_back_memory
 
 if TYPE_CHECKING:
+    from compress.engine.shape import ModelShape
     from compress.engine.stream import Layer, Observer, Stream, StreamedModel
-    from compress.pipeline.plan import ModelShape
-    from compress.pipeline.run import Run
+    from compress.method import StepContext
 
 GRADIENT_NORM = 1.0
 """Gradients are cut to this norm; they are those of losses relative to plain rounding's."""
@@ -112,30 +114,32 @@ class ApiQ(Method):
         )
         return packed.derive({**packed.config, adapter.KEY: settings}, add=infos)
 
-    def apply(self, model: StreamedModel, options: Options, run: Run) -> StepReport:
-        length = run.calibration.tokens.shape[1]
+    def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
+        length = context.calibration.tokens.shape[1]
         size = {"batch_tokens": options.batch * length} if options.mode == "block" else {}
-        dense = model.stream(run.calibration, run.folder / "dense", **size)
-        quantized = model.stream(run.calibration, run.folder / "quantized", **size)
+        dense = model.stream(context.calibration, context.folder / "dense", **size)
+        quantized = model.stream(context.calibration, context.folder / "quantized", **size)
         fisher = None
         if options.saliency != "none":
-            fisher = Fisher(model, run.calibration, text_loss(run.calibration), run.folder / "fisher")
-        journal = run.journal("learning")
-        packing = Packing(run.draft, options, journal.state)
+            fisher = Fisher(
+                model, context.calibration, text_loss(context.calibration), context.folder / "fisher"
+            )
+        journal = context.journal("learning")
+        packer = Packer(context.draft, options, journal.state)
         for layer in model.walk(journal, dense, quantized, label=f"ApiQ to {options.bits} bits"):
-            generator = torch.Generator().manual_seed(run.seed * model.num_layers + layer.index)
+            generator = torch.Generator().manual_seed(context.seed * model.num_layers + layer.index)
             stored = {path: model.weights.find(f"{layer.name}.{path}.weight") for path in layer.linears}
-            stored = {path: name for path, name in stored.items() if packing.wants(name)}
+            stored = {path: name for path, name in stored.items() if packer.wants(name)}
             linears = {
                 path: ClippedLinear(
                     weight(layer.linears[path]),
                     options.rank,
                     options.alpha,
-                    bits=packing.format_of(name).bits,
-                    group_size=packing.format_of(name).group_size,
-                    symmetric=packing.format_of(name).symmetric,
-                    scale_dtype=packing.scale_dtype(name),
-                    adapter_dtype=DTYPES[adapter_dtype(packing.before.tensors[name].dtype)],
+                    bits=packer.format_of(name).bits,
+                    group_size=packer.format_of(name).group_size,
+                    symmetric=packer.format_of(name).symmetric,
+                    scale_dtype=packer.scale_dtype(name),
+                    adapter_dtype=DTYPES[adapter_dtype(packer.before.tensors[name].dtype)],
                     generator=generator,
                     name=name.removesuffix(".weight"),
                 )
@@ -143,24 +147,24 @@ class ApiQ(Method):
             }
             saliency = Saliency(options, fisher.read(layer) if fisher is not None else {})
             learning = Learning(
-                model.anatomy, layer, linears, dense, quantized, saliency, options, run.folder / "targets"
+                model.anatomy, layer, linears, dense, quantized, saliency, options, context.folder / "targets"
             )
             losses = learning.layer_wise() if options.mode == "layer" else learning.block_wise(generator)
             journal.state[f"{LOSS}{layer.index}"] = torch.tensor(losses, dtype=torch.float64)
             for path, linear in linears.items():
-                packing.write(stored[path], linear.weight, linear.rounded())
+                packer.write(stored[path], linear.weight, linear.rounded())
                 names = (f"{layer.name}.{path}{part}" for part in (adapter.A, adapter.B))
-                run.draft.write(dict(zip(names, linear.adapter(), strict=True)))
-        return self._finish(packing, model, run, options)
+                context.draft.write(dict(zip(names, linear.adapter(), strict=True)))
+        return self._finish(packer, model, context, options)
 
     @staticmethod
-    def _finish(packing: Packing, model: StreamedModel, run: Run, options: Options) -> StepReport:
+    def _finish(packer: Packer, model: StreamedModel, context: StepContext, options: Options) -> StepReport:
         """The report of the packed weights, with the adapters counted, and with the losses."""
-        losses = [packing.errors.pop(f"{LOSS}{index}").tolist() for index in range(model.num_layers)]
-        report = packing.finish()
-        weights = sum(packing.before.tensors[f"{name}.weight"].numel for name in packing.errors)
-        planned = ApiQ().plan(packing.before, options)
-        run.draft.config[adapter.KEY] = planned.config[adapter.KEY]
+        losses = [packer.errors.pop(f"{LOSS}{index}").tolist() for index in range(model.num_layers)]
+        report = packer.finish()
+        weights = sum(packer.before.tensors[f"{name}.weight"].numel for name in packer.errors)
+        planned = ApiQ().plan(packer.before, options)
+        context.draft.config[adapter.KEY] = planned.config[adapter.KEY]
         nbytes = sum(info.nbytes for name, info in planned.tensors.items() if adapter.is_adapter(name))
         bits = report.details["bits_per_weight"] + 8 * nbytes / weights
         left = [after / before if before else 1.0 for before, after in losses]

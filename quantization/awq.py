@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from compress.anatomy.roles import weight
+from compress.anatomy import linears_by_input, weight
+from compress.calibration.statistics.hessian import Hessian
 from compress.kernels.codes.integer import (
     CHANNEL,
     QuantizedWeight,
@@ -16,15 +17,15 @@ from compress.kernels.codes.integer import (
     quantize_weight,
 )
 from compress.method import Method, Paper, StepReport
-from compress.quantization.gptq import Hessian, linears_by_input
 from compress.quantization.parts.folding import Fold, fold, fold_of, write_changed
-from compress.quantization.parts.layout import Packing, WeightOptions, plan_packed
+from compress.quantization.parts.layout import WeightOptions, plan_packed
+from compress.quantization.parts.packer import Packer
 from compress.storage.formats.base import Format
 
 if TYPE_CHECKING:
+    from compress.engine.shape import ModelShape
     from compress.engine.stream import StreamedModel
-    from compress.pipeline.plan import ModelShape
-    from compress.pipeline.run import Run
+    from compress.method import StepContext
 
 ALPHAS = torch.linspace(0, 1, 20, dtype=torch.float64).tolist()
 """Section 3.2."""
@@ -72,19 +73,19 @@ class AWQ(Method):
     def plan(self, shape: ModelShape, options: WeightOptions) -> ModelShape:
         return plan_packed(shape, options)
 
-    def apply(self, model: StreamedModel, options: WeightOptions, run: Run) -> StepReport:
-        stream = model.stream(run.calibration, run.folder / "stream")
-        journal = run.journal("rounding")
-        packing = Packing(run.draft, options, journal.state)
+    def apply(self, model: StreamedModel, options: WeightOptions, context: StepContext) -> StepReport:
+        stream = model.stream(context.calibration, context.folder / "stream")
+        journal = context.journal("rounding")
+        packer = Packer(context.draft, options, journal.state)
         for layer in model.walk(journal, stream, label=f"AWQ to {options.bits} bits"):
-            groups = linears_by_input(model.anatomy, layer)
+            groups = linears_by_input(model.anatomy, layer.linears)
             inputs = [Inputs() for _ in groups]
             stream.advance(layer, {paths[0]: seen.add for paths, seen in zip(groups, inputs, strict=True)})
             stored = {path: model.weights.find(f"{layer.name}.{path}.weight") for path in layer.linears}
             grids = {
-                path: Grid(packing.format_of(name), packing.scale_dtype(name), name)
+                path: Grid(packer.format_of(name), packer.scale_dtype(name), name)
                 for path, name in stored.items()
-                if packing.wants(name)
+                if packer.wants(name)
             }
             changed: set[str] = set()
             for paths, seen in zip(groups, inputs, strict=True):
@@ -97,13 +98,13 @@ class AWQ(Method):
             for paths, seen in zip(groups, inputs, strict=True):
                 for path in (path for path in paths if path in grids):
                     dense = weight(layer.linears[path])
-                    packing.write(stored[path], dense, clipped(dense, seen.gram, grids[path]))
-            write_changed(run.draft, model, layer, changed)
-        return self._report(model, packing)
+                    packer.write(stored[path], dense, clipped(dense, seen.gram, grids[path]))
+            write_changed(context.draft, model, layer, changed)
+        return self._report(model, packer)
 
     @staticmethod
-    def _report(model: StreamedModel, packing: Packing) -> StepReport:
-        report, anatomy = packing.finish(), model.anatomy
+    def _report(model: StreamedModel, packer: Packer) -> StepReport:
+        report, anatomy = packer.finish(), model.anatomy
         first = (anatomy.query, anatomy.attention_output, anatomy.up, anatomy.down)
         unscaled = [path for path in first if fold_of(model, 0, [path]) is None]
         report.details["unscaled"] = unscaled

@@ -7,18 +7,17 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import Field, PositiveInt
 
-from compress.anatomy.roles import weight
+from compress.anatomy import linears_by_input, weight
 from compress.kernels.codes.packing import pack_signs
 from compress.method import Method, Paper, StepReport
-from compress.quantization.gptq import linears_by_input
 from compress.quantization.parts.block_order import find_order
-from compress.quantization.parts.stacker import Stacking, StackOptions, plan_stacked
+from compress.quantization.parts.stacker import Stacker, StackOptions, plan_stacked
 from compress.storage.formats.stacks import BitStackFormat
 
 if TYPE_CHECKING:
+    from compress.engine.shape import ModelShape
     from compress.engine.stream import StreamedModel
-    from compress.pipeline.plan import ModelShape
-    from compress.pipeline.run import Run
+    from compress.method import StepContext
 
 OVERSAMPLING = 16
 POWER_ITERATIONS = 5
@@ -58,24 +57,26 @@ class BitStack(Method):
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
         return plan_stacked(shape, options, BitStackFormat(options.blocks, options.rank))
 
-    def apply(self, model: StreamedModel, options: Options, run: Run) -> StepReport:
-        stream = model.stream(run.calibration, run.folder / "stream")
-        journal = run.journal("decomposition")
+    def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
+        stream = model.stream(context.calibration, context.folder / "stream")
+        journal = context.journal("decomposition")
         form = BitStackFormat(options.blocks, options.rank)
-        stacking = Stacking(run.draft, options, form, journal.state)
+        stacker = Stacker(context.draft, options, form, journal.state)
         for layer in model.walk(journal, stream, label="decomposing"):
-            groups = linears_by_input(model.anatomy, layer)
+            groups = linears_by_input(model.anatomy, layer.linears)
             norms = [ColumnNorms() for _ in groups]
             stream.advance(layer, {paths[0]: norm.add for paths, norm in zip(groups, norms, strict=True)})
             for paths, norm in zip(groups, norms, strict=True):
                 for path in paths:
                     stored = model.weights.find(f"{layer.name}.{path}.weight")
-                    if stacking.wants(stored):
+                    if stacker.wants(stored):
                         dense = weight(layer.linears[path])
                         # Each linear has the same random numbers, so that a resumed run goes on with them.
-                        blocks = decompose(dense, norm.scale, options.blocks, options.rank, run.generator())
-                        stacking.write(stored, dense, blocks)
-        return stacking.finish(find_order(model, stacking, options, run))
+                        blocks = decompose(
+                            dense, norm.scale, options.blocks, options.rank, context.generator()
+                        )
+                        stacker.write(stored, dense, blocks)
+        return stacker.finish(find_order(model, stacker, options, context))
 
 
 class ColumnNorms:

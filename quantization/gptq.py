@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field
 
-from compress.anatomy.roles import Anatomy, set_weight, weight
-from compress.engine import activations
+from compress.anatomy import linears_by_input, set_weight, weight
+from compress.calibration.statistics.hessian import Hessian, inverse_root
 from compress.engine.activations import Activations
+from compress.engine.stream import advance_keeping
 from compress.errors import BadInput
 from compress.kernels.codes.integer import CHANNEL, QuantizedWeight, choose_grid, nearest_codes
 from compress.method import Method, Paper, StepReport
-from compress.quantization.parts.layout import Packing, WeightOptions, plan_packed
+from compress.quantization.parts.layout import WeightOptions, plan_packed
+from compress.quantization.parts.packer import Packer
 from compress.storage.formats.base import Format
 
 if TYPE_CHECKING:
-    from compress.engine.stream import Layer, Observer, Stream, StreamedModel
-    from compress.pipeline.plan import ModelShape
-    from compress.pipeline.run import Run
+    from compress.engine.shape import ModelShape
+    from compress.engine.stream import Layer, Stream, StreamedModel
+    from compress.method import StepContext
+
 
 BLOCK = 128
 """Columns between two updates of all columns behind them, and rows of H in one product; only speed and memory
@@ -77,24 +78,26 @@ class GPTQ(Method):
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
         return plan_packed(shape, options)
 
-    def apply(self, model: StreamedModel, options: Options, run: Run) -> StepReport:
-        stream = model.stream(run.calibration, run.folder / "stream")
+    def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
+        stream = model.stream(context.calibration, context.folder / "stream")
         dense = None
         if options.asymmetric_calibration:
-            dense = model.stream(run.calibration, run.folder / "dense")
-        journal = run.journal("rounding")
-        packing = Packing(run.draft, options, journal.state)
+            dense = model.stream(context.calibration, context.folder / "dense")
+        journal = context.journal("rounding")
+        packer = Packer(context.draft, options, journal.state)
         streams = [stream] if dense is None else [stream, dense]
         for layer in model.walk(journal, *streams, label=f"GPTQ to {options.bits} bits"):
-            groups = linears_by_input(model.anatomy, layer)
+            groups = linears_by_input(model.anatomy, layer.linears)
             inputs: dict[str, Activations] = {}
             if dense is not None:
-                inputs = advance_keeping(dense, layer, [paths[0] for paths in groups], run.folder / "inputs")
+                inputs = advance_keeping(
+                    dense, layer, [paths[0] for paths in groups], context.folder / "inputs"
+                )
             for together in [[paths] for paths in groups] if options.true_sequential else [groups]:
                 hessians = [Hessian(inputs.get(paths[0])) for paths in together]
-                self._quantize(model, layer, stream, together, hessians, packing, options)
+                self._quantize(model, layer, stream, together, hessians, packer, options)
             stream.advance(layer)
-        return packing.finish()
+        return packer.finish()
 
     @staticmethod
     def _quantize(
@@ -103,7 +106,7 @@ class GPTQ(Method):
         stream: Stream,
         groups: list[list[str]],
         hessians: list[Hessian],
-        packing: Packing,
+        packer: Packer,
         options: Options,
     ) -> None:
         """Measure the inputs of some linears, then round them in memory and into the draft."""
@@ -113,8 +116,8 @@ class GPTQ(Method):
             # Linears with the same input go through the columns together, if they are rounded alike.
             alike: dict[Any, list[str]] = {}
             for path, name in stored.items():
-                if packing.wants(name):
-                    alike.setdefault((packing.format_of(name), packing.scale_dtype(name)), []).append(path)
+                if packer.wants(name):
+                    alike.setdefault((packer.format_of(name), packer.scale_dtype(name)), []).append(path)
             for (form, scale_dtype), wanted in alike.items():
                 dense = [weight(layer.linears[path]) for path in wanted]
                 rounded = quantize(
@@ -129,94 +132,8 @@ class GPTQ(Method):
                 for path, before, part in zip(
                     wanted, dense, rounded.split([len(rows) for rows in dense]), strict=True
                 ):
-                    packing.write(stored[path], before, part)
+                    packer.write(stored[path], before, part)
                     set_weight(layer.linears[path], part.dequantize())
-
-
-class Hessian:
-    """H = X^T X of a linear's inputs without padding and, if asked for, D = (X~ - X)^T X: float64 [in, in].
-
-    Args:
-        dense: X~ [N, S, in], the inputs of the same linear in the dense model; without them there is no D.
-
-    Attributes:
-        sum: H.
-        difference: D.
-        tokens: how many rows X has.
-    """
-
-    def __init__(self, dense: Activations | None = None) -> None:
-        self.dense = dense
-        self.sum: torch.Tensor | None = None
-        self.difference: torch.Tensor | None = None
-        self.tokens = 0
-
-    def add(self, inputs: torch.Tensor, _: torch.Tensor, mask: torch.Tensor, start: int) -> None:
-        """Products in float32, summed up in float64, some rows at a time: the whole takes much memory."""
-        rows = inputs[mask].float()
-        self.tokens += len(rows)
-        if self.sum is None:
-            self.sum = torch.zeros(2 * rows.shape[1:], dtype=torch.float64, device=rows.device)
-            self.difference = None if self.dense is None else torch.zeros_like(self.sum)
-        off = None
-        if self.dense is not None:
-            off = self.dense.read(start, start + len(inputs)).to(rows.device)[mask] - rows
-        for at in range(0, rows.shape[1], BLOCK):
-            block = slice(at, at + BLOCK)
-            product = rows[:, block].T @ rows[:, at:]  # X^T X is symmetric
-            self.sum[block, at:] += product
-            self.sum[at + BLOCK :, block] += product[:, BLOCK:].T
-            if off is not None:
-                self.difference[block] += off[:, block].T @ rows
-
-
-def advance_keeping(
-    stream: Stream,
-    layer: Layer,
-    paths: list[str],
-    folder: Path,
-    observe: Mapping[str, Observer] | None = None,
-) -> dict[str, Activations]:
-    """Take a stream through a layer, and keep what some of its linears are given on the way.
-
-    Args:
-        stream: before the layer.
-        layer: in memory.
-        paths: the linears.
-        folder: for inputs above the limit of memory, which they share.
-        observe: as in `Stream.advance`.
-
-    Returns:
-        Path of a linear -> its inputs [N, S, in].
-    """
-    observe, windows = observe or {}, stream.windows.tokens.shape
-    limit = activations.MEMORY_LIMIT // max(1, len(paths))
-    kept = {
-        path: Activations((*windows, weight(layer.linears[path]).shape[1]), folder / path, limit)
-        for path in paths
-    }
-
-    def observer(path: str) -> Observer:
-        def show(given: torch.Tensor, output: torch.Tensor, mask: torch.Tensor, start: int) -> None:
-            if path in kept:
-                kept[path].write(start, given)
-            if path in observe:
-                observe[path](given, output, mask, start)
-
-        return show
-
-    stream.advance(layer, {path: observer(path) for path in {**kept, **observe}})
-    for inputs in kept.values():
-        inputs.flip()
-    return kept
-
-
-def linears_by_input(anatomy: Anatomy, layer: Layer) -> list[list[str]]:
-    """The linears of a layer in the order of the data flow, those with the same input together."""
-    roles = (("query", "key", "value"), ("attention_output",), ("gate", "up"), ("down",))
-    groups = (dict.fromkeys(getattr(anatomy, role) for role in same) for same in roles)
-    found = [[path for path in paths if path in layer.linears] for paths in groups]
-    return [paths for paths in found if paths]
 
 
 def quantize(
@@ -281,37 +198,6 @@ def quantize(
     return QuantizedWeight(
         codes.T.contiguous(), scales, zeros.to(torch.uint8), form.bits, form.group_size, form.symmetric
     )
-
-
-def inverse_root(hessian: torch.Tensor, diagonal: torch.Tensor, order: torch.Tensor) -> torch.Tensor | None:
-    """U, upper triangular, with H^-1 = U^T U for columns in an order; None if H is not positive.
-
-    H = R R^T with R upper triangular, so U = R^-1. With rows and columns back to front R is lower triangular,
-    as Cholesky's factor is. H is as large as everything else here, so it is copied as seldom as can be.
-
-    Args:
-        hessian: H, float64 [in, in].
-        diagonal: takes the place of H's own, [in].
-        order: [in].
-    """
-    backwards = order.flip(0)
-    reversed_hessian = hessian[backwards[:, None], backwards]
-    reversed_hessian.diagonal().copy_(diagonal[backwards])
-    lower, failed = torch.linalg.cholesky_ex(reversed_hessian)
-    del reversed_hessian
-    return None if failed else invert_(lower).flip(0, 1)
-
-
-def invert_(lower: torch.Tensor) -> torch.Tensor:
-    """The inverse of a lower triangular matrix, in its place. By halves: [[A, 0], [B, C]] becomes
-    [[A^-1, 0], [-C^-1 B A^-1, C^-1]]."""
-    half = len(lower) // 2
-    if half < BLOCK:
-        identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-        return lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
-    first, last = invert_(lower[:half, :half]), invert_(lower[half:, half:])
-    lower[half:, :half] = -(last @ lower[half:, :half] @ first)
-    return lower
 
 
 def compensation(difference: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:

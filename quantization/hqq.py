@@ -14,12 +14,13 @@ from compress.kernels.codes.integer import (
     storable,
 )
 from compress.method import Method, Paper, StepReport
-from compress.quantization.parts.layout import Packing, WeightOptions, plan_packed
+from compress.quantization.parts.layout import WeightOptions, plan_packed
+from compress.quantization.parts.packer import Packer
 
 if TYPE_CHECKING:
+    from compress.engine.shape import ModelShape
     from compress.engine.stream import StreamedModel
-    from compress.pipeline.plan import ModelShape
-    from compress.pipeline.run import Run
+    from compress.method import StepContext
 
 P = 0.7
 """The norm: sum |e|^P."""
@@ -68,15 +69,15 @@ class HQQ(Method):
     def plan(self, shape: ModelShape, options: WeightOptions) -> ModelShape:
         return plan_packed(shape, options)
 
-    def apply(self, model: StreamedModel, options: WeightOptions, run: Run) -> StepReport:
-        journal = run.journal("rounding")
-        packing = Packing(run.draft, options, journal.state)
+    def apply(self, model: StreamedModel, options: WeightOptions, context: StepContext) -> StepReport:
+        journal = context.journal("rounding")
+        packer = Packer(context.draft, options, journal.state)
         for layer in model.walk(journal, label=f"HQQ to {options.bits} bits"):
-            for stored, dense in packing.linears(model, layer):
-                form = packing.format_of(stored)
-                grid = (form.bits, form.group_size, form.symmetric, packing.scale_dtype(stored))
-                packing.write(stored, dense, half_quadratic(dense, *grid, stored))
-        return packing.finish()
+            for stored, dense in packer.linears(model, layer):
+                form = packer.format_of(stored)
+                grid = (form.bits, form.group_size, form.symmetric, packer.scale_dtype(stored))
+                packer.write(stored, dense, half_quadratic(dense, *grid, stored))
+        return packer.finish()
 
 
 def half_quadratic(

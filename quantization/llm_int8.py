@@ -8,14 +8,16 @@ import torch
 from pydantic import Field, NonNegativeFloat
 
 from compress.errors import BadInput
+from compress.kernels.codes.int8 import Int8Weight
 from compress.method import Method, MethodOptions, Paper, StepReport
-from compress.quantization.parts.layout import Layout, Packing, layout_of_one, packed_shape
-from compress.storage.formats.llm_int8 import Int8Format, Int8Weight
+from compress.quantization.parts.layout import Layout, layout_of_one, packed_shape
+from compress.quantization.parts.packer import Packer
+from compress.storage.formats.llm_int8 import Int8Format
 
 if TYPE_CHECKING:
+    from compress.engine.shape import ModelShape
     from compress.engine.stream import StreamedModel
-    from compress.pipeline.plan import ModelShape
-    from compress.pipeline.run import Run
+    from compress.method import StepContext
 
 
 class Int8Options(MethodOptions):
@@ -39,8 +41,8 @@ class LLMInt8(Method):
       |x| >= ``threshold``. They are multiplied as they are by the same columns of W, dequantized, and the
       others in 8 bits.
 
-    Weights are rounded now, by the library and from float16, as its own; inputs when the model runs, see
-    `compress.kernels.layers.int8_linear`. Since O depends on all tokens of a call, so do results, a little. The
+    Weights are rounded now, by the library and from float16, as its own; inputs when the model runs (see
+    the module ``int8_linear``). Since O depends on all tokens of a call, so do results, a little. The
     weights in the columns O are rounded, too: the paper keeps them in 16 bits, the library does not, and
     needs no calibration for it.
     """
@@ -56,13 +58,13 @@ class LLMInt8(Method):
     def plan(self, shape: ModelShape, options: Int8Options) -> ModelShape:
         return packed_shape(shape, layout_of(shape, options))
 
-    def apply(self, model: StreamedModel, options: Int8Options, run: Run) -> StepReport:
-        journal = run.journal("rounding")
-        packing = Packing(run.draft, options, journal.state, layout_of)
+    def apply(self, model: StreamedModel, options: Int8Options, context: StepContext) -> StepReport:
+        journal = context.journal("rounding")
+        packer = Packer(context.draft, options, journal.state, layout_of)
         for layer in model.walk(journal, label="rounding to 8 bits"):
-            for stored, dense in packing.linears(model, layer):
-                packing.write(stored, dense, quantize_int8(dense, options.threshold, stored))
-        return packing.finish()
+            for stored, dense in packer.linears(model, layer):
+                packer.write(stored, dense, quantize_int8(dense, options.threshold, stored))
+        return packer.finish()
 
 
 def layout_of(shape: ModelShape, options: Int8Options) -> Layout:

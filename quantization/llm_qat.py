@@ -15,26 +15,20 @@ from transformers.pytorch_utils import Conv1D
 
 from compress.engine.key_values import KEY, KeyValueSettings, quantize_key_values
 from compress.engine.loading import assemble
+from compress.engine.logits import streamed_logits
 from compress.errors import BadInput, CompressError
 from compress.kernels.codes.minmax import CUT, fake_quantize, quantize_channels
 from compress.method import Method, MethodOptions, Paper, StepReport
-from compress.pipeline.reload import streamed_logits
 from compress.quantization.parts.distillation import Teacher, distil, last_hidden
-from compress.quantization.parts.layout import (
-    Bits,
-    Layout,
-    Packing,
-    WeightOptions,
-    packed_shape,
-    plan_layout,
-)
-from compress.storage.checkpoint import DTYPES
+from compress.quantization.parts.layout import Bits, Layout, WeightOptions, packed_shape, plan_layout
+from compress.quantization.parts.packer import Packer
+from compress.storage.tensors import DTYPES
 
 if TYPE_CHECKING:
-    from compress.calibration.text.windows import Windows
+    from compress.engine.shape import ModelShape
     from compress.engine.stream import StreamedModel
-    from compress.pipeline.plan import ModelShape
-    from compress.pipeline.run import Run
+    from compress.engine.windows import Windows
+    from compress.method import StepContext
 
 WeightBits = Literal[3, 4, 8]
 """Of MinMax weights; for 2 and 1 the paper has other quantizers."""
@@ -126,23 +120,23 @@ class LLMQAT(Method):
         planned = packed_shape(shape, layout_of(shape, options))
         return planned.derive(declare(planned.config, options))
 
-    def apply(self, model: StreamedModel, options: Options, run: Run) -> StepReport:
-        windows = run.calibration
+    def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
+        windows = context.calibration
         batches = math.ceil(len(windows) / options.batch_size)
         steps = options.epochs * batches if options.steps is None else options.steps
-        packing = Packing(run.draft, options, {}, layout_of)
-        reference = last_hidden(model, run) if steps else None
-        student = Student(model, packing, options, run)
+        packer = Packer(context.draft, options, {}, layout_of)
+        reference = last_hidden(model, context) if steps else None
+        student = Student(model, packer, options, context)
         training: dict[str, Any] = {"steps": 0}
         if steps:
             with model.head() as head:
                 teacher = Teacher(head, reference)
-                training = distil(student, teacher, windows, steps, options, run)
-        student.write(packing, run)
-        report = packing.finish()
-        student.take_tables(packing)
-        run.draft.config = declare(run.draft.config, options)
-        report.details |= {"training": training, "written_kl": check_written(student, run)}
+                training = distil(student, teacher, windows, steps, options, context)
+        student.write(packer, context)
+        report = packer.finish()
+        student.take_tables(packer)
+        context.draft.config = declare(context.draft.config, options)
+        report.details |= {"training": training, "written_kl": check_written(student, context)}
         bits = f"W{options.weight_bits}A{options.activation_bits}KV{options.kv_bits}"
         how = "rounded to nearest without training"
         if steps:
@@ -231,24 +225,26 @@ class Student:
         linears: stored name of a quantized linear's weight -> the module.
     """
 
-    def __init__(self, model: StreamedModel, packing: Packing, options: LLMQAT.Options, run: Run) -> None:
+    def __init__(
+        self, model: StreamedModel, packer: Packer, options: LLMQAT.Options, context: StepContext
+    ) -> None:
         self.names = model.weights
-        self.model = assemble(model.checkpoint, run.device, torch.float32)
+        self.model = assemble(model.checkpoint, context.device, torch.float32)
         cut = CUT if options.gradient_cut else None
         lora = options.train == "lora"
         self.model.requires_grad_(not lora)
-        generator = run.generator()
+        generator = context.generator()
         self.linears: dict[str, nn.Module] = {}
         for full in sorted(self.names.packable):
             stored = self.names.find(f"{full}.weight")
-            if stored is None or not packing.wants(stored):  # the block is pruned away, or the linear kept
+            if stored is None or not packer.wants(stored):  # the block is pruned away, or the linear kept
                 continue
             linear = self.linears[stored] = self.model.get_submodule(full)
             latent = LatentWeight(
                 linear.weight,
                 isinstance(linear, Conv1D),
-                packing.format_of(stored).bits,
-                packing.scale_dtype(stored),
+                packer.format_of(stored).bits,
+                packer.scale_dtype(stored),
                 cut,
                 options.lora_rank if lora else None,
                 generator,
@@ -273,26 +269,26 @@ class Student:
         return self.model(windows.tokens[rows].to(device), use_cache=False, **padding).logits.float()
 
     @torch.no_grad()
-    def write(self, packing: Packing, run: Run) -> None:
+    def write(self, packer: Packer, context: StepContext) -> None:
         """Put packed codes into the draft, and what else was trained in the dtype it is stored in."""
         for stored, linear in self.linears.items():
             parts = linear.parametrizations.weight
             latent = parts[0].latent(parts.original).cpu()
             codes = quantize_channels(latent, parts[0].bits, parts[0].scale_dtype, stored)
-            packing.write(stored, latent, codes)
+            packer.write(stored, latent, codes)
         for name, parameter in self.model.named_parameters():
             if ".parametrizations." in name or not parameter.requires_grad:
                 continue
             stored = self.names.find(name)
-            value = parameter.to(DTYPES[run.draft.tensors[stored].dtype])
-            run.draft.write({stored: value})
+            value = parameter.to(DTYPES[context.draft.tensors[stored].dtype])
+            context.draft.write({stored: value})
             parameter.copy_(value)  # so that the student is what was written
 
     @torch.no_grad()
-    def take_tables(self, packing: Packing) -> None:
+    def take_tables(self, packer: Packer) -> None:
         """Take over a head and an embedding that were rounded in the end."""
-        for name, form in packing.layout.around.items():
-            rounded = form.read(name, packing.draft.read).dequantize()
+        for name, form in packer.layout.around.items():
+            rounded = form.read(name, packer.draft.read).dequantize()
             for own, parameter in self.model.named_parameters():
                 if self.names.find(own) == f"{name}.weight":
                     parameter.copy_(rounded)
@@ -305,17 +301,17 @@ def _quantize_input(
 
 
 @torch.no_grad()
-def check_written(student: Student, run: Run) -> float:
+def check_written(student: Student, context: StepContext) -> float:
     """KL(trained ‖ written) of one window in nats a token, the written model read back from its codes.
 
     Raises:
         CompressError: it is more than rounding explains.
     """
-    first = torch.arange(len(run.calibration)) == 0
-    window = run.calibration.select(first)
+    first = torch.arange(len(context.calibration)) == 0
+    window = context.calibration.select(first)
     mask = window.mask[0]
     trained = student.logits(window, torch.tensor([0]))[0].cpu()[mask].log_softmax(-1)
-    written = streamed_logits(run.draft, window, run.device)[0][mask].log_softmax(-1)
+    written = streamed_logits(context.draft, window, context.device)[0][mask].log_softmax(-1)
     found = float((trained.exp() * (trained - written)).sum(-1).mean())
     if not found <= PARITY:
         raise CompressError(

@@ -8,21 +8,21 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 
-from compress.anatomy.roles import weight
+from compress.anatomy import linears_by_input, weight
+from compress.calibration.statistics.hessian import Hessian, inverse_root
 from compress.errors import BadInput
 from compress.kernels.codes.integer import CHANNEL
 from compress.kernels.codes.packing import pack_signs
 from compress.kernels.layers.stacked import spread
 from compress.method import Method, Paper, StepReport
-from compress.quantization.gptq import Hessian, inverse_root, linears_by_input
 from compress.quantization.parts.block_order import find_order
-from compress.quantization.parts.stacker import Stacking, StackOptions, plan_stacked
+from compress.quantization.parts.stacker import Stacker, StackOptions, plan_stacked
 from compress.storage.formats.stacks import NestedFormat
 
 if TYPE_CHECKING:
+    from compress.engine.shape import ModelShape
     from compress.engine.stream import StreamedModel
-    from compress.pipeline.plan import ModelShape
-    from compress.pipeline.run import Run
+    from compress.method import StepContext
 
 COLUMNS = 32
 """Columns between two updates of all columns behind them; only the speed depends on it."""
@@ -80,20 +80,20 @@ class Nested(Method):
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
         return plan_stacked(shape, options, self._format(options))
 
-    def apply(self, model: StreamedModel, options: Options, run: Run) -> StepReport:
-        stream = model.stream(run.calibration, run.folder / "stream")
-        journal = run.journal("rounding")
+    def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
+        stream = model.stream(context.calibration, context.folder / "stream")
+        journal = context.journal("rounding")
         form = self._format(options)
-        stacking = Stacking(run.draft, options, form, journal.state)
+        stacker = Stacker(context.draft, options, form, journal.state)
         for layer in model.walk(journal, stream, label="rounding plane by plane"):
-            groups = linears_by_input(model.anatomy, layer)
+            groups = linears_by_input(model.anatomy, layer.linears)
             hessians = [Hessian() for _ in groups]
             stream.advance(
                 layer, {paths[0]: hessian.add for paths, hessian in zip(groups, hessians, strict=True)}
             )
             for paths, hessian in zip(groups, hessians, strict=True):
                 stored = {path: model.weights.find(f"{layer.name}.{path}.weight") for path in paths}
-                wanted = [path for path in paths if stacking.wants(stored[path])]
+                wanted = [path for path in paths if stacker.wants(stored[path])]
                 if not wanted:
                     continue
                 # Linears with the same input go through the columns together.
@@ -109,8 +109,8 @@ class Nested(Method):
                 rows = [len(each) for each in dense]
                 parts = zip(wanted, dense, codes.split(rows), scales.split(rows), strict=True)
                 for path, whole, own, steps in parts:
-                    stacking.write(stored[path], whole, planes(own, steps, options.bits))
-        return stacking.finish(find_order(model, stacking, options, run))
+                    stacker.write(stored[path], whole, planes(own, steps, options.bits))
+        return stacker.finish(find_order(model, stacker, options, context))
 
     @staticmethod
     def _format(options: Options) -> NestedFormat:

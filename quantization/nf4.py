@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import Field
 
+from compress.kernels.codes.nf4 import BLOCK, NF4Weight, unpack_high_first
 from compress.method import Method, MethodOptions, Paper, StepReport
-from compress.quantization.parts.layout import Layout, Packing, layout_of_one, packed_shape
-from compress.storage.checkpoint import DTYPES
-from compress.storage.formats.nf4 import BLOCK, NF4Format, NF4Weight, unpack_high_first
+from compress.quantization.parts.layout import Layout, layout_of_one, packed_shape
+from compress.quantization.parts.packer import Packer
+from compress.storage.formats.nf4 import NF4Format
+from compress.storage.tensors import DTYPES
 
 if TYPE_CHECKING:
+    from compress.engine.shape import ModelShape
     from compress.engine.stream import StreamedModel
-    from compress.pipeline.plan import ModelShape
-    from compress.pipeline.run import Run
+    from compress.method import StepContext
 
 
 class NF4Options(MethodOptions):
@@ -46,14 +48,14 @@ class NF4(Method):
     def plan(self, shape: ModelShape, options: NF4Options) -> ModelShape:
         return packed_shape(shape, layout_of(shape, options))
 
-    def apply(self, model: StreamedModel, options: NF4Options, run: Run) -> StepReport:
-        journal = run.journal("rounding")
-        packing = Packing(run.draft, options, journal.state, layout_of)
+    def apply(self, model: StreamedModel, options: NF4Options, context: StepContext) -> StepReport:
+        journal = context.journal("rounding")
+        packer = Packer(context.draft, options, journal.state, layout_of)
         for layer in model.walk(journal, label="rounding to NF4"):
-            for stored, dense in packing.linears(model, layer):
+            for stored, dense in packer.linears(model, layer):
                 dtype = DTYPES[model.checkpoint.tensors[stored].dtype]
-                packing.write(stored, dense, quantize_nf4(dense, dtype, options.double_quant))
-        return packing.finish()
+                packer.write(stored, dense, quantize_nf4(dense, dtype, options.double_quant))
+        return packer.finish()
 
 
 def layout_of(shape: ModelShape, options: NF4Options) -> Layout:

@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from compress.anatomy.roles import weight
+from compress.anatomy import linears_by_input, weight
 from compress.kernels.codes.floating import FloatType, ScaleRounding, quantize_float
 from compress.method import Method, MethodOptions, Paper, StepReport
-from compress.quantization.gptq import linears_by_input
-from compress.quantization.parts.layout import Layout, Packing, layout_of_one, packed_shape
+from compress.quantization.parts.layout import Layout, layout_of_one, packed_shape
+from compress.quantization.parts.packer import Packer
 from compress.storage.formats.floating import FloatFormat
 
 if TYPE_CHECKING:
+    from compress.engine.shape import ModelShape
     from compress.engine.stream import StreamedModel
-    from compress.pipeline.plan import ModelShape
-    from compress.pipeline.run import Run
+    from compress.method import StepContext
 
 
 class FloatOptions(MethodOptions):
@@ -54,26 +54,26 @@ class RoundToFloat(Method):
     def plan(self, shape: ModelShape, options: FloatOptions) -> ModelShape:
         return packed_shape(shape, layout_of(shape, options))
 
-    def apply(self, model: StreamedModel, options: FloatOptions, run: Run) -> StepReport:
-        journal = run.journal("rounding")
-        packing = Packing(run.draft, options, journal.state, layout_of)
+    def apply(self, model: StreamedModel, options: FloatOptions, context: StepContext) -> StepReport:
+        journal = context.journal("rounding")
+        packer = Packer(context.draft, options, journal.state, layout_of)
         for layer in model.walk(journal, label=f"rounding to {options.type}"):
-            for paths in linears_by_input(model.anatomy, layer):
+            for paths in linears_by_input(model.anatomy, layer.linears):
                 stored = {path: model.weights.find(f"{layer.name}.{path}.weight") for path in paths}
                 dense = {
-                    name: weight(layer.linears[path]) for path, name in stored.items() if packing.wants(name)
+                    name: weight(layer.linears[path]) for path, name in stored.items() if packer.wants(name)
                 }
                 largest = max((matrix.abs().max() for matrix in dense.values()), default=None)
                 for name, matrix in dense.items():
-                    scale_dtype = packing.scale_dtype(name)
-                    packing.write(
+                    scale_dtype = packer.scale_dtype(name)
+                    packer.write(
                         name,
                         matrix,
                         quantize_float(
                             matrix, options.type, scale_dtype, options.scale_rounding, largest, name
                         ),
                     )
-        report = packing.finish()
+        report = packer.finish()
         report.summary = f"{options.type}: {report.summary}"
         return report
 

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 from compress.kernels.codes.integer import quantize_weight
 from compress.method import Method, Paper, StepReport
-from compress.quantization.parts.layout import Packing, WeightOptions, plan_packed
+from compress.quantization.parts.layout import WeightOptions, plan_packed
+from compress.quantization.parts.packer import Packer
 
 if TYPE_CHECKING:
+    from compress.engine.shape import ModelShape
     from compress.engine.stream import StreamedModel
-    from compress.pipeline.plan import ModelShape
-    from compress.pipeline.run import Run
+    from compress.method import StepContext
 
 
 class RoundToNearest(Method):
@@ -36,13 +37,13 @@ class RoundToNearest(Method):
     def plan(self, shape: ModelShape, options: WeightOptions) -> ModelShape:
         return plan_packed(shape, options)
 
-    def apply(self, model: StreamedModel, options: WeightOptions, run: Run) -> StepReport:
-        journal = run.journal("rounding")
-        packing = Packing(run.draft, options, journal.state)
+    def apply(self, model: StreamedModel, options: WeightOptions, context: StepContext) -> StepReport:
+        journal = context.journal("rounding")
+        packer = Packer(context.draft, options, journal.state)
         for layer in model.walk(journal, label=f"rounding to {options.bits} bits"):
-            for stored, dense in packing.linears(model, layer):
-                form = packing.format_of(stored)
-                grid = (form.bits, form.group_size, form.symmetric, packing.scale_dtype(stored))
+            for stored, dense in packer.linears(model, layer):
+                form = packer.format_of(stored)
+                grid = (form.bits, form.group_size, form.symmetric, packer.scale_dtype(stored))
                 name = stored.removesuffix(".weight")
-                packing.write(stored, dense, quantize_weight(dense, *grid, name))
-        return packing.finish()
+                packer.write(stored, dense, quantize_weight(dense, *grid, name))
+        return packer.finish()

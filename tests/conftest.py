@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from compress.pipeline.artefact import Step
+    from compress.storage.lineage import Step
 
 # As the command line does: spinning threads lose whole time slices on a shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -171,7 +171,7 @@ def dense(request: pytest.FixtureRequest, shared_decoder: Callable[..., Path]) -
 def carry_out(tmp_path: Path) -> Callable[..., tuple[Path, Step]]:
     """A method of quantization on a model: the folder of the result, which holds what was planned, and what
     is known of the step."""
-    from compress.pipeline.plan import ModelShape
+    from compress.engine.shape import ModelShape
     from compress.pipeline.recipe import parse_recipe
     from compress.pipeline.run import execute
     from compress.storage.checkpoint import Checkpoint
@@ -196,7 +196,7 @@ def carry_out(tmp_path: Path) -> Callable[..., tuple[Path, Step]]:
 def measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models are measured by the program that a fresh process would run, but in this one, and not for long.
 
-    What a fresh process is for, memory, is in tests/unit/test_measure.py.
+    What a fresh process is for, memory, is in tests/unit/evaluation/test_measure.py.
     """
     from compress.evaluation import measure
 

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from compress.calibration.text.windows import Windows
 from compress.engine.backward import Loss, Tape
+from compress.engine.logits import first_output
 from compress.engine.stream import Layer, StreamedModel
-from compress.pipeline.reload import first_output
-from compress.storage.checkpoint import write_tensors
+from compress.engine.windows import Windows
+from compress.storage.writer import write_tensors
 
 
 class Fisher:

@@ -2,7 +2,7 @@
 
 ``bundled``, ``bundled:evaluation``
     The World Factbook, a document per country; a quarter of the countries is held out for evaluation (see
-    ``scripts/make_factbook.py``). Public domain.
+    ``scripts/data/make_factbook.py``). Public domain.
 ``wikipedia``, ``wikipedia:heldout``
     Articles of 2016 in the PyPI package gensim 4.4.0: the first 60, which development perplexity is measured
     on, and the rest.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress.anatomy.roles import Task, task_of
+from compress.anatomy import Task, task_of
 from compress.calibration.text.examples import (
     Example,
     QuestionExample,
@@ -24,16 +24,17 @@ from compress.calibration.text.examples import (
 )
 from compress.calibration.text.sources import Documents, read_documents
 from compress.calibration.text.tokens import fingerprint
-from compress.calibration.text.windows import Windows
+from compress.engine.config import config_of
+from compress.engine.skeleton import longest_input
 from compress.engine.stream import StreamedModel
-from compress.engine.weights import config_of, longest_input
+from compress.engine.tokenizer import load_tokenizer
+from compress.engine.windows import Windows
 from compress.errors import BadInput
-from compress.sources.find import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from compress.pipeline.recipe import Calibration
+    from compress.calibration.text.settings import Calibration
     from compress.storage.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -166,8 +167,9 @@ def calibration_inputs(checkpoint: Checkpoint, wanted: Calibration, seed: int) -
     """Calibration for an encoder: one example an input, padded to the longest of those drawn.
 
     A .jsonl file holds examples of the task of the model's head, with or without labels (see
-    :mod:`compress.calibration.text.examples`); of any other source, and for an encoder without a task head, each document is
-    an example. ``wanted.nsamples`` inputs are drawn at random, none longer than ``wanted.seqlen`` tokens.
+    :mod:`compress.calibration.text.examples`). Of any other source, and for an encoder without a task head,
+    each document is an example. ``wanted.nsamples`` inputs are drawn at random, none longer than
+    ``wanted.seqlen`` tokens.
 
     Where there are not enough, a warning says how many there are.
 

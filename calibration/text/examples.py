@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.anatomy.roles import Task, anatomy_of, task_of
+from compress.anatomy import Task, anatomy_of, task_of
 from compress.calibration.text.sources import Documents
 from compress.errors import BadInput, unknown
 

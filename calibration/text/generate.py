@@ -28,11 +28,12 @@ import torch
 from safetensors.torch import load_file
 
 from compress.calibration.text.tokens import fingerprint, first_tokens
-from compress.calibration.text.windows import Windows
 from compress.engine.loading import assemble
+from compress.engine.tokenizer import load_tokenizer
+from compress.engine.windows import Windows
 from compress.errors import BadInput, CompressError
-from compress.sources.find import load_tokenizer
-from compress.storage.checkpoint import Checkpoint, write_tensors
+from compress.storage.checkpoint import Checkpoint
+from compress.storage.writer import write_tensors
 from compress.system.cache import CACHE_VARIABLE, cache_folder
 
 if TYPE_CHECKING:

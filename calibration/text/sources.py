@@ -2,7 +2,7 @@
 
 A source is one of
 
-- a named text of ``compress.calibration.text.corpora`` (``bundled``, ``bundled:evaluation``, ``wikipedia``, ...);
+- a named text of the module ``corpora`` (``bundled``, ``bundled:evaluation``, ``wikipedia``, ...);
 - a ``.txt`` file: the whole file is one document (blank lines are part of it, they do not split it);
 - a ``.jsonl`` file: each line an object with ``text`` (a document) or ``messages`` (a conversation: a list of
   ``{"role": ..., "content": ...}``);

@@ -10,7 +10,7 @@ How documents become windows of ``seqlen`` tokens for calibration:
 - a tokenizer that begins texts with a BOS token gets exactly one, at the beginning of each window; no other
   special tokens are added.
 
-This is for decoders; encoders read one example an input (see :mod:`compress.calibration.text.encoder_inputs`).
+This is for decoders; encoders read one example an input (see the module ``encoder_inputs``).
 
 For evaluation every document is cut on its own into windows that do not overlap, and the last, shorter one of
 each is padded, so that every token counts once. The first token of a window has no prediction.
@@ -18,11 +18,9 @@ each is padded, so that every token counts once. The first token of a window has
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -30,83 +28,16 @@ import torch
 
 from compress.calibration.text.sources import Documents, read_documents
 from compress.calibration.text.tokens import chunks, fingerprint, first_tokens, separator
+from compress.engine.windows import Windows
 from compress.errors import BadInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
 log = logging.getLogger(__name__)
 
 POOL = 8  # windows are taken out of this many times as many, so that a few long documents do not fill them
-
-
-@dataclass(frozen=True, eq=False)
-class Windows:
-    """Rows of tokens of one length.
-
-    Attributes:
-        tokens: int64 [N, S], token ids.
-        mask: bool [N, S], True for real tokens, False for padding, which is always on the right.
-        source: where the text came from, as it was asked for.
-        document_hashes: sha256 of each document that has tokens here; see ``overlap``.
-        settings: how the windows were made, for provenance: JSON values only.
-        token_types: int64 [N, S], which of two texts a token is of, for models that are told (BERT); None
-            leaves all of them in the first.
-    """
-
-    tokens: torch.Tensor
-    mask: torch.Tensor
-    source: str
-    document_hashes: frozenset[str] = frozenset()
-    settings: dict[str, Any] = field(default_factory=dict)
-    token_types: torch.Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def part(self, count: int, length: int) -> Windows:
-        """The first ``count`` windows, cut to their first ``length`` tokens."""
-        part = (slice(count), slice(length))
-        types = self.token_types
-        return replace(
-            self,
-            tokens=self.tokens[part],
-            mask=self.mask[part],
-            token_types=None if types is None else types[part],
-        )
-
-    @property
-    def num_tokens(self) -> int:
-        """Real tokens in all windows together."""
-        return int(self.mask.sum())
-
-    @cached_property
-    def sha256(self) -> str:
-        """sha256 over shape, tokens (as little-endian int64), mask, and token types if there are any."""
-        digest = hashlib.sha256(repr(tuple(self.tokens.shape)).encode())
-        digest.update(self.tokens.contiguous().numpy().astype("<i8").tobytes())
-        digest.update(self.mask.contiguous().numpy().tobytes())
-        if self.token_types is not None:
-            digest.update(self.token_types.contiguous().numpy().astype("<i8").tobytes())
-        return digest.hexdigest()
-
-    def select(self, chosen: torch.Tensor) -> Windows:
-        """The windows where ``chosen`` (bool [N]) is True; document hashes stay those of all."""
-        types = None if self.token_types is None else self.token_types[chosen]
-        return replace(self, tokens=self.tokens[chosen], mask=self.mask[chosen], token_types=types)
-
-    def describe(self) -> dict[str, Any]:
-        """Provenance for ``compression.json``: JSON values only."""
-        windows, seqlen = self.tokens.shape
-        return {
-            "source": self.source,
-            "windows": windows,
-            "seqlen": seqlen,
-            "tokens": self.num_tokens,
-            **self.settings,
-            "sha256": self.sha256,
-            "document_sha256": sorted(self.document_hashes),
-        }
 
 
 def overlap(calibration: Windows, evaluation: Windows) -> frozenset[str]:

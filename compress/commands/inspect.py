@@ -15,12 +15,12 @@ from compress.commands.common import common_options, make_table, print_json, rev
 @common_options
 def inspect(model: str, revision: str | None, as_json: bool) -> None:
     """Show where MODEL comes from, its shapes, and how many bytes each part takes."""
-    from compress.anatomy.roles import layer_shapes
-    from compress.pipeline.artefact import read_lineage
-    from compress.pipeline.plan import ModelShape
+    from compress.anatomy import layer_shapes
+    from compress.engine.shape import ModelShape
     from compress.sources.find import find_model
     from compress.storage.checkpoint import Checkpoint
     from compress.storage.formats.stacks import STACKS, sizes
+    from compress.storage.lineage import read_lineage
 
     source = find_model(model, revision)
     checkpoint = Checkpoint.open(source.folder)

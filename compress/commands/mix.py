@@ -67,8 +67,8 @@ def mix(
     import yaml
 
     from compress.errors import BadInput
+    from compress.pipeline.mixing import choose_bits
     from compress.pipeline.recipe import load_recipe
-    from compress.pipeline.run import mixed
     from compress.system.files import write_atomically
     from compress.system.memory import parse_memory
 
@@ -79,7 +79,9 @@ def mix(
     # Beside the output, since what is measured may be larger than a /tmp that lies in memory.
     beside = tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent)
     with progress_shown() as progress, beside as folder:
-        found = mixed(loaded, widths, parse_memory(memory), Path(folder), device=device, progress=progress)
+        found = choose_bits(
+            loaded, widths, parse_memory(memory), Path(folder), device=device, progress=progress
+        )
     method = loaded.steps[0][0]
     document = loaded.model_copy(update={"steps": [(method, found.options)]}).resolved()
     write_atomically(output, yaml.safe_dump(document, sort_keys=False))

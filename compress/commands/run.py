@@ -82,7 +82,7 @@ def execute_and_tell(
         )
         if recipe.evaluate is not None:
             from compress.evaluation.evaluate import evaluate_folder
-            from compress.pipeline.artefact import read_lineage
+            from compress.storage.lineage import read_lineage
 
             wanted = recipe.evaluate
             evaluate_folder(

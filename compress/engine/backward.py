@@ -20,8 +20,8 @@ import torch
 
 from compress.engine import activations
 from compress.engine.activations import Activations
+from compress.engine.checks import check_finite
 from compress.engine.stream import Layer, Observer, Stream, StreamedModel
-from compress.engine.weights import check_finite
 
 Loss = Callable[..., torch.Tensor]
 """Called with the model's output for some windows, the number of the first and, where there is a reference,

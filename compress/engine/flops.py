@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from compress.anatomy.roles import anatomy_of, layer_shapes, sizes_of, task_of
+from compress.anatomy import anatomy_of, layer_shapes, sizes_of, task_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

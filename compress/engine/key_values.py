@@ -28,7 +28,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from compress.anatomy.roles import anatomy_of, sizes_of
+from compress.anatomy import anatomy_of, projection_rows, sizes_of
 from compress.errors import BadInput, CompressError
 from compress.kernels.codes.minmax import fake_quantize, quantize
 from compress.kernels.codes.packing import pack, unpack
@@ -92,7 +92,7 @@ def quantize_key_values(model: PreTrainedModel, settings: KeyValueSettings, cut:
             cut,
         )
         if settings.position == "before-rope":
-            rows = anatomy.projection_rows(config, index)
+            rows = projection_rows(config, index)
             for role in ("key", "value"):
                 linear = linears[getattr(anatomy, role)]
                 linear.register_forward_hook(partial(block.quantize_output, role, rows[role]))

@@ -7,11 +7,14 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from compress.engine.weights import Weights, config_of, skeleton
+from compress.engine.config import config_of
+from compress.engine.skeleton import skeleton
+from compress.engine.weights import Weights
 from compress.errors import BadInput
 from compress.kernels.layers.stacked import StackedLinear
-from compress.storage.checkpoint import DTYPE_NAMES, Checkpoint
+from compress.storage.checkpoint import Checkpoint
 from compress.storage.formats.stacks import counts_after, prefix, sizes, stack_of, steps_within
+from compress.storage.tensors import DTYPE_NAMES
 from compress.system.memory import parse_memory
 
 

@@ -11,7 +11,6 @@ journal makes them durable, so that a killed walk goes on where it was.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -20,17 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from compress.anatomy.roles import Anatomy
-from compress.calibration.text.windows import Windows
+from compress.anatomy import Anatomy, weight
+from compress.engine import activations
 from compress.engine.activations import Activations
-from compress.engine.weights import Weights, check_finite, config_of, first, longest_input, skeleton
+from compress.engine.checks import check_finite, first
+from compress.engine.config import config_of
+from compress.engine.journal import Journal
+from compress.engine.skeleton import longest_input, skeleton
+from compress.engine.weights import Weights
+from compress.engine.windows import Windows
 from compress.errors import BadInput
-from compress.storage.checkpoint import Checkpoint, Draft, write_tensors
-from compress.system.files import write_atomically
+from compress.storage.checkpoint import Checkpoint
 from compress.system.memory import give_back_memory
 
 Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], None]
@@ -151,52 +153,6 @@ def _hook(module: nn.Module, observer: Observer, mask: torch.Tensor, start: int)
         yield
     finally:
         handle.remove()
-
-
-class Journal:
-    """What a walk has finished, in a folder: enough to go on after a kill.
-
-    ``state`` is a dict of tensors that the loop body keeps its results in; it is saved and restored with
-    the streams and the draft, so a body that reads and writes nothing else is resumable. A walk whose journal
-    is finished does nothing but bring all of these to where they were at its end.
-    """
-
-    def __init__(self, folder: Path, draft: Draft | None = None) -> None:
-        self.folder = folder
-        self.draft = draft
-        self.state: dict[str, torch.Tensor] = {}
-
-    def activations(self, name: str, shape: tuple[int, int, int]) -> Activations:
-        """Room for activations [N, S, D] that spills into the journal's folder."""
-        return Activations(shape, self.folder / name)
-
-    def restore(self, held: list[Activations]) -> int:
-        """Bring ``state`` and the activations back; the number of layers finished (0 at the beginning)."""
-        path = self.folder / "progress.json"
-        if not path.exists():
-            return 0
-        progress = json.loads(path.read_text())
-        for activations, name in zip(held, progress["activations"], strict=True):
-            activations.restore(name)
-        self.state.clear()
-        self.state.update(load_file(self.folder / progress["state"]))
-        if self.draft is not None:
-            # Not what the draft was flushed with last: the kill may have come between that and progress.json.
-            self.draft.restore(self.folder / progress["draft"])
-        return progress["finished"]
-
-    def commit(self, finished: int, held: list[Activations]) -> None:
-        """Make everything up to layer ``finished`` (exclusive) durable."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # Two of each file in turn: those that progress.json names are never the ones being written.
-        turn = finished % 2
-        state, draft = f"state-{turn}.safetensors", f"draft-{turn}.json"
-        if self.draft is not None:
-            self.draft.flush(f"{self.folder.name}-{finished:05d}", self.folder / draft)
-        write_tensors(self.state, self.folder / state)
-        names = [item.save() for item in held]
-        progress = {"finished": finished, "state": state, "draft": draft, "activations": names}
-        write_atomically(self.folder / "progress.json", json.dumps(progress))
 
 
 class StreamedModel:
@@ -410,21 +366,6 @@ class Head:
         return self._model.model.get_submodule(self._model.anatomy.head)
 
 
-@torch.no_grad()
-def next_token_loss(model: StreamedModel, windows: Windows) -> torch.Tensor:
-    """Negative log-likelihood (nats, float64) of every real token given those before it: [tokens]."""
-    stream = model.stream(windows)
-    for layer in model.walk(None, stream):
-        stream.advance(layer)
-    losses = []
-    with model.head() as head:
-        for index, (tokens, mask) in enumerate(zip(windows.tokens, windows.mask, strict=True)):
-            logits = head(stream.hidden.read(index, index + 1)).logits[0, :-1].float().cpu()
-            loss = nn.functional.cross_entropy(logits, tokens[1:], reduction="none").double()
-            losses.append(loss[mask[1:] & mask[:-1]])
-    return torch.cat(losses)
-
-
 class _StandIn(nn.Module):
     """Takes a layer's place, and looks like the layer to code that asks for its attributes."""
 
@@ -448,3 +389,44 @@ def _returns_tuple(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: An
 
     args, kwargs = tree_map(to_meta, ((hidden, *args), kwargs))
     return isinstance(layer(*args, **kwargs), tuple)
+
+
+def advance_keeping(
+    stream: Stream,
+    layer: Layer,
+    paths: list[str],
+    folder: Path,
+    observe: Mapping[str, Observer] | None = None,
+) -> dict[str, Activations]:
+    """Take a stream through a layer, and keep what some of its linears are given on the way.
+
+    Args:
+        stream: before the layer.
+        layer: in memory.
+        paths: the linears.
+        folder: for inputs above the limit of memory, which they share.
+        observe: as in `Stream.advance`.
+
+    Returns:
+        Path of a linear -> its inputs [N, S, in].
+    """
+    observe, windows = observe or {}, stream.windows.tokens.shape
+    limit = activations.MEMORY_LIMIT // max(1, len(paths))
+    kept = {
+        path: Activations((*windows, weight(layer.linears[path]).shape[1]), folder / path, limit)
+        for path in paths
+    }
+
+    def observer(path: str) -> Observer:
+        def show(given: torch.Tensor, output: torch.Tensor, mask: torch.Tensor, start: int) -> None:
+            if path in kept:
+                kept[path].write(start, given)
+            if path in observe:
+                observe[path](given, output, mask, start)
+
+        return show
+
+    stream.advance(layer, {path: observer(path) for path in {**kept, **observe}})
+    for inputs in kept.values():
+        inputs.flip()
+    return kept

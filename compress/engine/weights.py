@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, MODEL_MAPPING, PretrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
+from transformers import PreTrainedModel
 
-from compress.anatomy.roles import ROWS, Anatomy, anatomy_of, model_class, weight
-from compress.engine import pruned as pruned_module
-from compress.engine.key_values import KeyValueSettings, quantize_key_values
-from compress.engine.pruned import reshape
-from compress.errors import BadInput, CompressError, unknown
+from compress.anatomy import Anatomy, anatomy_of, weight
+from compress.engine.checks import all_finite
+from compress.errors import BadInput
 from compress.kernels.codes.floating import FloatWeight
+from compress.kernels.codes.int8 import Int8Weight
 from compress.kernels.codes.integer import QuantizedWeight
+from compress.kernels.codes.nf4 import NF4Weight
 from compress.kernels.layers.adapted import AdaptedLinear
 from compress.kernels.layers.embedding import PackedEmbedding
 from compress.kernels.layers.float_linear import FloatLinear
@@ -28,10 +22,8 @@ from compress.kernels.layers.nf4_linear import NF4Linear
 from compress.kernels.layers.stacked import StackedLinear
 from compress.storage import adapter
 from compress.storage.checkpoint import Checkpoint
-from compress.storage.formats.base import Formats
-from compress.storage.formats.llm_int8 import Int8Weight
-from compress.storage.formats.nf4 import NF4Weight
 from compress.storage.formats.stacks import StackFormat
+from compress.storage.formats.table import Formats
 
 LowBitLinear = PackedLinear | FloatLinear | NF4Linear | Int8Linear
 LINEARS = {FloatWeight: FloatLinear, NF4Weight: NF4Linear, Int8Weight: Int8Linear}
@@ -39,126 +31,6 @@ LINEARS = {FloatWeight: FloatLinear, NF4Weight: NF4Linear, Int8Weight: Int8Linea
 
 # BERT's first checkpoints call the parameters of a LayerNorm so.
 OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
-
-NOT_THE_ARCHITECTURE = ("quantization_config", "auto_map", adapter.KEY)
-"""Sections of config.json about how weights are stored."""
-
-PRUNED_TYPE = "pruned_"
-PRUNED_CLASS = "Pruned"
-"""What stands before the model type and the class names of a model whose layers differ, so that no program
-takes it for the plain architecture."""
-
-PRUNED_FILE = "modeling_pruned.py"
-CLASSES = """
-
-from transformers import {config}, {model}
-
-
-class Pruned{config}({config}):
-    model_type = "pruned_{model_type}"
-
-
-class Pruned{model}({model}):
-    config_class = Pruned{config}
-
-    def __init__(self, config, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
-        reshape(self, config.pruned)
-"""
-
-
-def config_of(checkpoint: Checkpoint) -> PretrainedConfig:
-    """The transformers config of a checkpoint, without its quantization section.
-
-    Raises:
-        BadInput: the model type is missing, unknown to transformers, or its values do not validate.
-    """
-    values = {k: v for k, v in checkpoint.config.items() if k not in NOT_THE_ARCHITECTURE}
-    model_type = values.pop("model_type", None)
-    if "pruned" in values and isinstance(model_type, str):
-        model_type = model_type.removeprefix(PRUNED_TYPE)
-        names = values.get("architectures") or []
-        values["architectures"] = [name.removeprefix(PRUNED_CLASS) for name in names]
-    if not isinstance(model_type, str):
-        raise BadInput(f"{checkpoint.folder / 'config.json'} names no model_type.")
-    if model_type not in CONFIG_MAPPING:
-        raise unknown("model type", model_type, CONFIG_MAPPING.keys())
-    try:
-        config = CONFIG_MAPPING[model_type].from_dict(values)
-    except Exception as error:  # transformers raises its validators' own types here
-        reason = " ".join(str(error).split())
-        raise BadInput(
-            f"{checkpoint.folder / 'config.json'} is not a valid {model_type} config: {reason}"
-        ) from None
-    if _lacks_vocabulary_head(config, checkpoint):
-        config.architectures = [MODEL_MAPPING[type(config)].__name__]
-    return config
-
-
-def _lacks_vocabulary_head(config: PretrainedConfig, checkpoint: Checkpoint) -> bool:
-    """Whether an encoder's config names a vocabulary head that its files do not hold.
-
-    Published sentence encoders keep the class they were pretrained as in their config.
-    """
-    if config.model_type not in ROWS or ROWS[config.model_type].kind != "encoder":
-        return False
-    head = anatomy_of(config).head
-    return head is not None and not any(
-        name.startswith(f"{head.partition('.')[0]}.") for name in checkpoint.tensors
-    )
-
-
-def mark_pruned(
-    values: Mapping[str, Any], config: PretrainedConfig, pruned: dict[str, Any]
-) -> dict[str, Any]:
-    """config.json of a model whose layers differ, from that of the plain one (``values``, ``config``)."""
-    model = model_class(config)
-    classes = vars(modeling_auto).items()  # to list all of transformers takes half a second
-    autos = sorted(
-        name for name, auto in classes if name.startswith("AutoModel") and _builds(auto, config, model)
-    )
-    module = PRUNED_FILE.removesuffix(".py")
-    return {
-        **values,
-        "model_type": f"{PRUNED_TYPE}{config.model_type}",
-        "architectures": [f"{PRUNED_CLASS}{model.__name__}"],
-        "auto_map": {"AutoConfig": f"{module}.{PRUNED_CLASS}{type(config).__name__}"}
-        | dict.fromkeys(autos, f"{module}.{PRUNED_CLASS}{model.__name__}"),
-        "pruned": pruned,
-    }
-
-
-def _builds(auto: Any, config: PretrainedConfig, model: type[PreTrainedModel]) -> bool:
-    """Whether an AutoModel class makes a ``model`` of this config."""
-    mapping = getattr(auto, "_model_mapping", None)  # its truth value would import every model there is
-    return mapping is not None and type(config) in mapping and mapping[type(config)] is model
-
-
-def modeling_source(config: PretrainedConfig) -> str:
-    """The file by which transformers alone loads a model whose layers differ."""
-    names = {"config": type(config).__name__, "model": model_class(config).__name__}
-    text = Path(pruned_module.__file__).read_text(encoding="utf-8")
-    return text + CLASSES.format(model_type=config.model_type, **names)
-
-
-def skeleton(config: PretrainedConfig, device: str | torch.device = "cpu") -> PreTrainedModel:
-    """The model of a config, in evaluation mode, with every parameter on the meta device (no memory) and
-    every non-persistent buffer (rotary frequencies, embedding scales) computed on ``device``."""
-    with torch.device("meta"):
-        model = model_class(config)._from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for module in model.modules():
-            names = [name for name, buffer in module.named_buffers(recurse=False) if buffer is not None]
-            if names:
-                for name in names:
-                    module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
-                model._init_weights(module)
-    if (pruned := getattr(config, "pruned", None)) is not None:
-        reshape(model, pruned)
-    if (settings := KeyValueSettings.of(config)) is not None:
-        quantize_key_values(model, settings)
-    model.requires_grad_(False)
-    return model.eval()
 
 
 class Weights:
@@ -344,30 +216,3 @@ class Weights:
     def _replace(module: nn.Module, path: str, child: nn.Module) -> None:
         parent, _, leaf = path.rpartition(".")
         setattr(module.get_submodule(parent), leaf, child)
-
-
-def longest_input(model: PreTrainedModel) -> int:
-    """Tokens the model has positions for; RoBERTa and its like lose two of theirs to padding."""
-    longest = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return longest - module.padding_idx - 1
-    return longest
-
-
-def first(output: Any) -> torch.Tensor:
-    """The hidden states a layer returned: some architectures wrap them in a tuple."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-def all_finite(values: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite. Mostly one pass: only a sum that is not asks for more."""
-    return bool(values.sum(dtype=torch.float32).isfinite()) or bool(values.isfinite().all())
-
-
-def check_finite(hidden: torch.Tensor, where: str) -> None:
-    """Raises CompressError if ``hidden`` holds NaN or infinity."""
-    if not all_finite(hidden):
-        raise CompressError(
-            f"{where} puts out NaN or infinite values: the model is broken or overflows there."
-        )

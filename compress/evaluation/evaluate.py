@@ -14,8 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from compress.calibration.text.examples import TaskFile
-from compress.calibration.text.windows import Windows, evaluation_windows
+from compress.calibration.text.windows import evaluation_windows
+from compress.engine.shape import ModelShape
 from compress.engine.stream import Stream, StreamedModel
+from compress.engine.tokenizer import load_tokenizer
+from compress.engine.windows import Windows
 from compress.errors import BadInput
 from compress.evaluation.fidelity import FidelityAccumulator
 from compress.evaluation.measure import measure
@@ -23,12 +26,13 @@ from compress.evaluation.task import TaskEvaluation
 from compress.evaluation.task_score import score
 from compress.kernels.layers.stacked import StackedLinear
 from compress.kernels.ops import kernel_name
-from compress.pipeline.artefact import add_evaluations, now, read_lineage, versions
-from compress.pipeline.plan import ModelShape
+from compress.report.card import add_evaluations
 from compress.report.scorecard import Cost, ModelIdentity, Protocol, Scorecard
-from compress.sources.find import ModelSource, find_model, load_tokenizer
-from compress.storage.checkpoint import Checkpoint, write_tensors
+from compress.sources.find import ModelSource, find_model
+from compress.storage.checkpoint import Checkpoint
 from compress.storage.formats.stacks import STACKS, prefix, steps_within
+from compress.storage.lineage import now, read_lineage, versions
+from compress.storage.writer import write_tensors
 from compress.system.cache import cache_folder
 from compress.system.device import check_device
 from compress.system.memory import parse_memory
@@ -66,8 +70,8 @@ def evaluate_folder(
         revision: branch, tag or commit of a model on the hub.
         baseline: the dense model; the model itself if not given.
         baseline_revision: of a baseline on the hub.
-        task_file: labelled examples for an encoder with a task head (see :mod:`compress.calibration.text.examples`), scored
-            in place of text.
+        task_file: labelled examples for an encoder with a task head, scored in place of text (see
+            :mod:`compress.calibration.text.examples`).
         text: what to score; sources as for calibration.
         context: tokens in a window; windows do not overlap, and the first token of each is not scored.
         limit: number of windows at most.
@@ -315,6 +319,6 @@ def _kernel(checkpoint: Checkpoint, device: str) -> str:
         return "torch"
     if quantization.get("quant_method") in STACKS:
         return StackedLinear.kernel
-    from compress.storage.formats.base import Formats
+    from compress.storage.formats.table import Formats
 
     return ", ".join(dict.fromkeys(kernel_name(device, bits) for bits in Formats(quantization).bits))

@@ -16,11 +16,12 @@ window (Cochran, Sampling Techniques, section 6.3), since neighbouring tokens ar
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+from compress.calibration.statistics.losses import LN_LARGEST
 from compress.errors import BadInput, CompressError
+from compress.evaluation.statistics import bounded_exp, mean_by_window, wilson
 from compress.report.scorecard import Fidelity, Figure
 
 if TYPE_CHECKING:
@@ -29,11 +30,9 @@ if TYPE_CHECKING:
 
     Logits = Tensor | Callable[[int, int], Tensor]
 
+
 CHUNK_ELEMENTS = 2**21
 """Logits worked on at a time: 8 MiB in float32, and about ten times that with the temporaries."""
-
-CONFIDENCE = 0.95
-LN_LARGEST = math.log(sys.float_info.max)
 
 
 class _Window(NamedTuple):
@@ -227,8 +226,8 @@ def _fidelity(windows: list[_Window], *, whose: str = "compressed") -> Fidelity:
     agreements = sum(w.agreements for w in windows)
 
     return Fidelity(
-        perplexity=nll.figure(_exp),
-        perplexity_ratio=ln_ratio.figure(_exp),
+        perplexity=nll.figure(bounded_exp),
+        perplexity_ratio=ln_ratio.figure(bounded_exp),
         kl_mean=mean_kl.figure(lambda mean: max(0.0, mean), unit="nats/token"),
         kl_standard_error=mean_kl.standard_error,
         kl_median=Figure(value=median, unit="nats/token"),
@@ -237,56 +236,3 @@ def _fidelity(windows: list[_Window], *, whose: str = "compressed") -> Fidelity:
         top1_agreement=wilson(agreements, total),
         rms_delta_p=squared_delta_p.figure(lambda mean: math.sqrt(max(0.0, mean)), unit="fraction"),
     )
-
-
-def wilson(successes: int, total: int) -> Figure:
-    """A share of independent trials with Wilson's interval."""
-    from scipy.stats import binomtest
-
-    share, interval = (
-        successes / total,
-        binomtest(successes, total).proportion_ci(CONFIDENCE, method="wilson"),
-    )
-    # At 0 % and 100 % rounding may cross the estimate.
-    return Figure(value=share, low=min(interval.low, share), high=max(interval.high, share), unit="fraction")
-
-
-class MeanByWindow(NamedTuple):
-    """A mean over tokens with the standard error that windows as clusters give it."""
-
-    mean: float
-    standard_error: float | None  # none with a single window
-    windows: int
-
-    def figure(self, transform: Callable[[float], float], unit: str = "") -> Figure:
-        """The transformed mean, with Student's t interval transformed end by end (transform: increasing)."""
-        if self.standard_error is None:
-            return Figure(value=transform(self.mean), unit=unit)
-        from scipy.stats import t
-
-        reach = float(t.ppf((1 + CONFIDENCE) / 2, self.windows - 1)) * self.standard_error
-        return Figure(
-            value=transform(self.mean),
-            low=transform(self.mean - reach),
-            high=transform(self.mean + reach),
-            unit=unit,
-        )
-
-
-def mean_by_window(sums: list[float], counts: list[int]) -> MeanByWindow:
-    """Mean over all tokens of a quantity whose sum (and number of tokens) in each window is given.
-
-    Standard error of the ratio estimator m = sum_w S_w / C:
-    se^2 = W / (W - 1) * sum_w (S_w - m c_w)^2 / C^2, with W windows and C = sum_w c_w tokens.
-    """
-    total, windows = sum(counts), len(counts)
-    mean = math.fsum(sums) / total
-    if windows < 2:
-        return MeanByWindow(mean, None, windows)
-    squares = math.fsum((s - mean * c) ** 2 for s, c in zip(sums, counts, strict=True))
-    return MeanByWindow(mean, math.sqrt(windows / (windows - 1) * squares) / total, windows)
-
-
-def _exp(mean: float) -> float:
-    """exp, with the upper end of a wild interval held at the largest number there is."""
-    return math.exp(min(mean, LN_LARGEST))

@@ -141,7 +141,7 @@ def time_prefill(
 
     As in generation, the head runs on the last position only where the model allows that.
     """
-    from compress.engine.weights import longest_input
+    from compress.engine.skeleton import longest_input
 
     wanted = {"use_cache": True} if model.can_generate() else {}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -163,7 +163,7 @@ def time_decode(
     model: PreTrainedModel, device: torch.device, tokens: int, repetitions: int
 ) -> tuple[list[float], int]:
     """Seconds of each repetition, and how many tokens each one generated after a short prompt."""
-    from compress.engine.weights import longest_input
+    from compress.engine.skeleton import longest_input
 
     longest = longest_input(model)
     prompt = token_ids(model, min(PROMPT_TOKENS, max(1, longest // 2)), device)

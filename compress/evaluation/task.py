@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress.anatomy.roles import Task
+from compress.anatomy import Task
 from compress.calibration.text.encoder_inputs import Input, encode, load_task_tokenizer, padded
 from compress.calibration.text.examples import read_task_file, task_of_encoder
+from compress.engine.checks import check_finite
+from compress.engine.config import config_of
 from compress.engine.flops import flops
+from compress.engine.logits import first_output
+from compress.engine.skeleton import longest_input
 from compress.engine.stream import StreamedModel
-from compress.engine.weights import check_finite, config_of, longest_input
 from compress.errors import BadInput
-from compress.pipeline.reload import first_output
 from compress.report.scorecard import Figure, TaskProtocol
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from compress.calibration.text.examples import QuestionExample, WordsExample
-from compress.evaluation.fidelity import mean_by_window, wilson
+from compress.evaluation.statistics import mean_by_window, wilson
 from compress.report.scorecard import Figure, TaskScore
 
 if TYPE_CHECKING:

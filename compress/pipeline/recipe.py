@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
+from compress.calibration.text.settings import Calibration, Section
 from compress.errors import BadInput, unknown
 from compress.method import Method, MethodOptions
 from compress.pipeline.registry import find_method
@@ -29,25 +30,7 @@ WHY_ORDER = {
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Calibration(_Section):
-    """The text that methods look at while they compress."""
-
-    source: str = Field(
-        "bundled",
-        description="bundled, wikipedia, brown, a file, hub:DATASET[:CONFIG[:SPLIT[:FIELD]]], or generate: "
-        "written by the model itself",
-    )
-    nsamples: PositiveInt = Field(128, description="number of windows")
-    seqlen: PositiveInt = Field(2048, description="tokens in a window")
-    seed: int | None = Field(None, description="order of the documents; the recipe's seed if not given")
-    chat_template: bool = Field(False, description="render conversations with the tokenizer's chat template")
-
-
-class Evaluation(_Section):
+class Evaluation(Section):
     """The evaluation after the run, against the recipe's model."""
 
     suite: Literal["quick"] = Field(
@@ -61,7 +44,7 @@ class Evaluation(_Section):
     windows: PositiveInt = Field(32, description="number of windows at most")
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A validated recipe. ``steps`` are (method, options) in the order they are done."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
@@ -73,7 +56,7 @@ class Recipe(_Section):
     )
     seed: int = 0
     calibration: Calibration = Calibration()
-    steps: list[tuple[Method, MethodOptions]] = []
+    steps: list[tuple[Method, MethodOptions]] = Field([])
     evaluate: Evaluation | None = None
 
     @property

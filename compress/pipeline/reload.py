@@ -3,39 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 
-from compress.anatomy.roles import model_class
-from compress.calibration.text.windows import Windows
-from compress.engine.stream import StreamedModel
-from compress.engine.weights import config_of
+from compress.anatomy import model_class
+from compress.engine.config import config_of
+from compress.engine.logits import first_output, streamed_logits
+from compress.engine.windows import Windows
 from compress.errors import CompressError
-from compress.pipeline.artefact import ReloadCheck
 from compress.storage.checkpoint import Checkpoint
+from compress.storage.lineage import ReloadCheck
 from compress.system.memory import available_memory
 
 PROBE_TOKENS = 48
 PARITY = 1e-3
 """Largest difference of logits that is let through."""
-
-
-@torch.no_grad()
-def streamed_logits(checkpoint: Checkpoint, windows: Windows, device: str = "cpu") -> torch.Tensor:
-    """Logits [N, S, V] (float32) of a causal model, or the first output of another, layer by layer."""
-    model = StreamedModel(checkpoint, device)
-    stream = model.stream(windows)
-    for layer in model.walk(None, stream):
-        stream.advance(layer)
-    with model.head() as head:
-        return torch.cat([first_output(head(hidden)).cpu() for _, hidden, _ in stream.batches()])
-
-
-def first_output(output: Any) -> torch.Tensor:
-    """The logits of a model output, or its first tensor if it has none."""
-    return output["logits"] if "logits" in output else output[0]
 
 
 def reload_check(current: Checkpoint, folder: Path, device: str) -> ReloadCheck:

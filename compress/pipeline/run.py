@@ -11,79 +11,35 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 import compress
-from compress.anatomy.roles import anatomy_of
-from compress.calibration.text.encoder_inputs import calibration_inputs
-from compress.calibration.text.generate import SOURCE, generated_windows
-from compress.calibration.text.windows import Windows, calibration_windows
-from compress.engine.stream import Journal, StreamedModel
-from compress.engine.weights import config_of
+from compress.calibration.text.prepare import prepare_calibration
+from compress.engine.shape import ModelShape
+from compress.engine.stream import StreamedModel
+from compress.engine.windows import Windows
 from compress.errors import BadInput
-from compress.method import Method, MethodOptions
-from compress.pipeline.artefact import (
-    Lineage,
-    Parent,
-    Result,
-    Step,
-    check_output,
-    now,
-    read_lineage,
-    versions,
-    write_lineage,
-    write_model,
-)
-from compress.pipeline.plan import ModelShape, Plan, make_plan
-from compress.pipeline.recipe import Recipe, validated
+from compress.method import Method, MethodOptions, StepContext
+from compress.pipeline.artefact import check_output, write_model
+from compress.pipeline.plan import Plan, make_plan
+from compress.pipeline.recipe import Recipe
 from compress.pipeline.reload import reload_check
 from compress.pipeline.workspace import Workspace
-from compress.sources.find import ModelSource, find_model, load_tokenizer
-from compress.storage.checkpoint import DTYPE_NAMES, Checkpoint, Draft
+from compress.report.card import write_lineage
+from compress.sources.find import ModelSource, find_model
+from compress.storage.checkpoint import Checkpoint
+from compress.storage.draft import Draft
+from compress.storage.lineage import Lineage, Parent, Result, Step, now, read_lineage, versions
+from compress.storage.tensors import DTYPE_NAMES
 from compress.system.device import check_device
 from compress.system.files import write_atomically
 from compress.system.memory import peak_memory, reset_peak_memory
-
-if TYPE_CHECKING:
-    from compress.quantization.parts.mixing import Mix
+from compress.system.progress import Progress
 
 log = logging.getLogger(__name__)
-
-Progress = Callable[[str, float], None]
-
-
-@dataclass
-class Run:
-    """What a method is given besides the model.
-
-    Attributes:
-        draft: the model under construction; the method writes its changes there.
-        calibration: windows of tokens, or None if the method needs none.
-        seed: for every random choice.
-        folder: room for the step's files; it goes away with the run.
-        device: where to compute.
-        progress: told a text and the share done.
-    """
-
-    draft: Draft
-    calibration: Windows | None
-    seed: int
-    folder: Path
-    device: str
-    progress: Progress
-
-    def journal(self, name: str) -> Journal:
-        """The journal of one walk of the step."""
-        return Journal(self.folder / name, self.draft)
-
-    def generator(self) -> torch.Generator:
-        """A fresh random generator with the run's seed."""
-        return torch.Generator().manual_seed(self.seed)
 
 
 def open_model(recipe: Recipe) -> tuple[ModelSource, Checkpoint]:
@@ -146,16 +102,20 @@ def _execute(
     device: str,
     progress: Progress,
 ) -> Lineage:
-    windows = _calibration(recipe, checkpoint, device, progress) if recipe.needs_calibration else None
+    windows = (
+        prepare_calibration(recipe.calibration, recipe.seed, checkpoint, device, progress)
+        if recipe.needs_calibration
+        else None
+    )
     workspace.enter(_fingerprint(recipe, checkpoint, windows))
     try:
         current, records = checkpoint, []
         for number, (method, options) in enumerate(recipe.steps):
             folder = workspace.folder / f"{number}-{method.name}"
             folder.mkdir(exist_ok=True)
-            run = Run(Draft(current, folder), windows, recipe.seed, folder, device, progress)
-            records.append(_step(method, options, current, run))
-            current = run.draft
+            context = StepContext(Draft(current, folder), windows, recipe.seed, folder, device, progress)
+            records.append(_step(method, options, current, context))
+            current = context.draft
         workspace.clear_artefact()
         progress("writing the model", 0.0)
         files = write_model(current, source.folder, workspace.artefact, recipe.resolved())
@@ -199,69 +159,6 @@ def _execute(
     return lineage
 
 
-def mixed(
-    recipe: Recipe,
-    widths: Sequence[int],
-    memory: int,
-    folder: Path,
-    *,
-    device: str = "cpu",
-    progress: Progress = lambda text, share: None,
-) -> Mix:
-    """Choose the bits of every linear for the one quantization step of a recipe, in ``folder`` (see `mix`).
-
-    Raises:
-        BadInput: the recipe is another one, a width is none, or as `mix`.
-    """
-    from compress.quantization.parts.layout import WeightOptions
-    from compress.quantization.parts.mixing import mix
-
-    if len(recipe.steps) != 1 or not isinstance(recipe.steps[0][1], WeightOptions):
-        raise BadInput(
-            "Bits can be chosen for a recipe of one step, whose method takes bits and a group size (rtn, "
-            "hqq, awq, gptq or apiq); run other steps first, and start from their result."
-        )
-    method, options = recipe.steps[0]
-    for bits in widths:
-        validated(type(options), options.model_dump() | {"bits": bits}, method.name)
-    check_device(device)
-    checkpoint = open_model(recipe)[1]
-    model = StreamedModel(checkpoint, device, progress)
-    windows = _calibration(recipe, checkpoint, device, progress)
-    return mix(
-        model,
-        options,
-        widths,
-        memory,
-        windows,
-        recipe.seed,
-        folder,
-        calibrated=method.needs_calibration,
-    )
-
-
-def _calibration(recipe: Recipe, checkpoint: Checkpoint, device: str, progress: Progress) -> Windows:
-    wanted = recipe.calibration
-    seed = recipe.seed if wanted.seed is None else wanted.seed
-    encoder = anatomy_of(config_of(checkpoint)).kind == "encoder"
-    if encoder and wanted.source == SOURCE:
-        raise BadInput("An encoder cannot generate calibration text; name a text or a file.")
-    if encoder:
-        return calibration_inputs(checkpoint, wanted, seed)
-    if wanted.source == SOURCE:
-        if wanted.chat_template:
-            raise BadInput("Generated calibration text has no conversations; leave the chat template out.")
-        return generated_windows(checkpoint, wanted.nsamples, wanted.seqlen, seed, device, progress)
-    return calibration_windows(
-        load_tokenizer(checkpoint.folder),
-        wanted.source,
-        nsamples=wanted.nsamples,
-        seqlen=wanted.seqlen,
-        seed=seed,
-        chat_template=wanted.chat_template,
-    )
-
-
 def _fingerprint(recipe: Recipe, checkpoint: Checkpoint, windows: Windows | None) -> dict[str, Any]:
     """What must be equal for an interrupted run to be this run."""
     steps = {k: v for k, v in recipe.resolved().items() if k not in ("evaluate", "model", "revision")}
@@ -273,19 +170,19 @@ def _fingerprint(recipe: Recipe, checkpoint: Checkpoint, windows: Windows | None
     }
 
 
-def _step(method: Method, options: MethodOptions, current: Checkpoint, run: Run) -> Step:
+def _step(method: Method, options: MethodOptions, current: Checkpoint, context: StepContext) -> Step:
     """Do a step whose draft is equal to its parent, or find it done. The journals of a step that was killed
     half-way bring its draft to where they go on."""
-    done = run.folder / "done.json"
+    done = context.folder / "done.json"
     if done.exists():
-        run.draft.restore()
+        context.draft.restore()
         return Step.model_validate_json(done.read_text())
-    resumed = any(run.folder.glob("*/progress.json"))
+    resumed = any(context.folder.glob("*/progress.json"))
     log.info("%s: %s", method.name, options.model_dump_json())
     reset_peak_memory()
     started = time.perf_counter()
-    report = method.apply(StreamedModel(current, run.device, run.progress), options, run)
-    run.draft.flush("step")
+    report = method.apply(StreamedModel(current, context.device, context.progress), options, context)
+    context.draft.flush("step")
     record = Step(
         method=method.name,
         family=method.family,
@@ -298,7 +195,7 @@ def _step(method: Method, options: MethodOptions, current: Checkpoint, run: Run)
         resumed=resumed,
     )
     write_atomically(done, record.model_dump_json())
-    for journal in run.folder.glob("*/"):  # activations can be large, and the next step has its own
+    for journal in context.folder.glob("*/"):  # activations can be large, and the next step has its own
         shutil.rmtree(journal)
     log.info("%s: %s (%.0f s)", method.name, report.summary, record.seconds)
     return record

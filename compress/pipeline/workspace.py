@@ -13,8 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from compress.errors import BadInput, CompressError
-from compress.pipeline.artefact import publish, recover
-from compress.system.files import write_atomically
+from compress.system.files import fsync, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -124,3 +123,37 @@ class Workspace:
         (self.folder / "publishing").touch()  # with this and without the artefact, the run is over
         publish(self.artefact, self.output)
         self.discard()
+
+
+def publish(work: Path, output: Path) -> None:
+    """Let the finished folder ``work`` appear as ``output`` by renaming it. An old ``output`` is replaced.
+
+    Raises:
+        CompressError: it cannot be renamed; then an old ``output`` is where it was.
+    """
+    for path in (*work.iterdir(), work):
+        fsync(path)
+    old = _old(output)
+    try:
+        if output.exists():
+            output.rename(old)
+        work.rename(output)
+    except OSError as error:
+        recover(output)
+        raise CompressError(
+            f"The finished model could not be moved to '{output}': {error.strerror}."
+        ) from error
+    fsync(output.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(output: Path) -> None:
+    """Bring back or clear away what a `publish` that was killed between its two renames left behind."""
+    old = _old(output)
+    if not output.exists() and old.exists():
+        old.rename(output)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _old(output: Path) -> Path:
+    return output.with_name(f".{output.name}.old")

@@ -1,6 +1,6 @@
 """Scorecards side by side: read them, refuse what does not compare, lay out one table.
 
-The renderers in :mod:`compress.report.render` only arrange what :func:`compare` decided; they format no number.
+The renderers in :mod:`compress.report.render` arrange what :func:`compare` decided; they format no number.
 """
 
 from __future__ import annotations

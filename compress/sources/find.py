@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from compress.errors import BadInput, CompressError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
@@ -78,20 +74,3 @@ def _download(name: str, revision: str | None) -> ModelSource:
             f"({type(error).__name__}); check the name, or give the path of a folder."
         ) from error
     return ModelSource(name, folder.name, folder)
-
-
-def load_tokenizer(folder: Path, **settings: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, with ``settings`` of its own kind.
-
-    Raises:
-        BadInput: there is none, or it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **settings)
-    except Exception as error:  # transformers raises many types for missing and broken tokenizer files
-        reason = " ".join(str(error).split())[:200]
-        raise BadInput(
-            f"The model folder '{folder}' has no tokenizer that can be loaded ({reason})."
-        ) from error

@@ -8,14 +8,10 @@ ordinary Hugging Face shards, holding one tensor at a time.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,50 +20,8 @@ from safetensors import SafetensorError, safe_open
 
 from compress.errors import BadInput
 from compress.storage import adapter
-from compress.system.files import atomic, file_sha256, write_atomically
-
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-CASTABLE = {"F64", "F32", "F16", "BF16"}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Dtype (safetensors spelling, such as ``BF16``) and shape of a stored tensor."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        return prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return self.numel * DTYPES[self.dtype].itemsize
-
-
-@dataclass(frozen=True)
-class TensorSource:
-    """Where a tensor lies: the key in a safetensors file, and the dtype it was stored with there."""
-
-    file: str
-    key: str
-    stored_dtype: str
+from compress.storage.tensors import CASTABLE, DTYPES, TensorInfo, TensorSource
+from compress.system.files import file_sha256
 
 
 class Checkpoint:
@@ -182,81 +136,6 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-class Draft(Checkpoint):
-    """A child of ``parent`` under construction, kept in ``folder``.
-
-    It starts equal to its parent. `write`, `alias` and `drop` change the table; `flush` makes everything
-    up to now durable, so that a killed run finds it again with `restore`.
-    """
-
-    TABLE = "draft.json"
-
-    def __init__(self, parent: Checkpoint, folder: Path) -> None:
-        super().__init__(folder, copy.deepcopy(parent.config), dict(parent.tensors), dict(parent.sources))
-        self.parent = parent
-        self._buffer: dict[str, torch.Tensor] = {}
-
-    def restore(self, table: Path | None = None) -> None:
-        """Go back to what the `flush` that wrote ``table`` (draft.json if not given) made durable."""
-        saved = json.loads((table or self.folder / self.TABLE).read_text(encoding="utf-8"))
-        self.config = saved["config"]
-        self.tensors = {k: TensorInfo(v[0], tuple(v[1])) for k, v in saved["tensors"].items()}
-        self.sources = {k: TensorSource(*v) for k, v in saved["sources"].items()}
-        self._buffer.clear()
-
-    def reset(self) -> None:
-        """Start over: equal to the parent again."""
-        self.config = copy.deepcopy(self.parent.config)
-        self.tensors, self.sources = dict(self.parent.tensors), dict(self.parent.sources)
-        self._buffer.clear()
-
-    def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Add or replace tensors; copies of them are kept in memory until the next `flush`."""
-        for name, tensor in tensors.items():
-            self._buffer[name] = tensor = _own(tensor)
-            self.tensors[name] = TensorInfo(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
-            self.sources.pop(name, None)
-
-    def alias(self, name: str, parent_name: str) -> None:
-        """Let ``name`` stand for the parent's tensor ``parent_name``."""
-        self._buffer.pop(name, None)
-        self.tensors[name] = self.parent.tensors[parent_name]
-        self.sources[name] = self.parent.sources[parent_name]
-
-    def drop(self, name: str) -> None:
-        """Leave the tensor out."""
-        self._buffer.pop(name, None)
-        self.tensors.pop(name, None)
-        self.sources.pop(name, None)
-
-    def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        names = list(names)
-        found = {name: self._buffer[name].clone() for name in names if name in self._buffer}
-        return found | super().read_many(name for name in names if name not in found)
-
-    def flush(self, tag: str, table: Path | None = None) -> None:
-        """Write what is buffered into ``{tag}.safetensors``, then the table. Writing a tag again replaces it.
-
-        Args:
-            tag: name of the file of tensors.
-            table: where the table goes, draft.json if not given. A journal gives its own, so that the tables
-                of its last two layers stand side by side.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self._buffer:
-            file = self.folder / f"{tag}.safetensors"
-            write_tensors(self._buffer, file)
-            for name in self._buffer:
-                self.sources[name] = TensorSource(str(file.absolute()), name, self.tensors[name].dtype)
-            self._buffer.clear()
-        document = {
-            "config": self.config,
-            "tensors": {k: [v.dtype, v.shape] for k, v in self.tensors.items()},
-            "sources": {k: [v.file, v.key, v.stored_dtype] for k, v in self.sources.items()},
-        }
-        write_atomically(table or self.folder / self.TABLE, json.dumps(document))
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder.
 
@@ -312,100 +191,3 @@ def _open(file: Path) -> Any:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise BadInput(f"{file} is damaged or not a safetensors file ({error}).") from None
-
-
-def write_weights(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 10**9) -> dict[str, str]:
-    """Write every tensor into Hugging Face shards, one tensor in memory at a time.
-
-    Those of an adapter go into a folder of their own.
-
-    Args:
-        checkpoint: what to write.
-        folder: an existing folder; gets model.safetensors, or numbered shards and their index.
-        max_shard_bytes: size limit of a shard in bytes; a single larger tensor gets its own.
-
-    Returns:
-        File name -> sha256.
-    """
-    hashes: dict[str, str] = {}
-    if adapted := {n: i for n, i in checkpoint.tensors.items() if adapter.is_adapter(n)}:
-        keys = {f"{adapter.PREFIX}{name}": info for name, info in adapted.items()}
-        (folder / adapter.KEY).mkdir(exist_ok=True)
-        hashes[f"{adapter.KEY}/{adapter.WEIGHTS}"] = _write_file(
-            keys,
-            lambda key: checkpoint.read(key.removeprefix(adapter.PREFIX)),
-            folder / adapter.KEY / adapter.WEIGHTS,
-        )
-    base = {name: info for name, info in checkpoint.tensors.items() if name not in adapted}
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, info in base.items():
-        if shards[-1] and size + info.nbytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += info.nbytes
-    if len(shards) == 1:
-        file = "model.safetensors"
-        return {file: _write_file(base, checkpoint.read, folder / file), **hashes}
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        infos = {name: checkpoint.tensors[name] for name in names}
-        hashes[file] = _write_file(infos, checkpoint.read, folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    total = sum(info.nbytes for info in base.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
-    return hashes
-
-
-def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file atomically.
-
-    Unlike with the library's own writer, tensors may share memory, and a full disk is an ordinary OSError.
-    """
-    infos = {
-        name: TensorInfo(DTYPE_NAMES[value.dtype], tuple(value.shape)) for name, value in tensors.items()
-    }
-    with atomic(path) as temporary:
-        _write_file(infos, lambda name: _own(tensors[name]), temporary)
-
-
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy on the CPU that shares no memory with anything."""
-    return tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
-
-
-def _write_file(infos: Mapping[str, TensorInfo], read: Callable[[str], torch.Tensor], path: Path) -> str:
-    """The safetensors format, streamed: the library's own writer wants all tensors in memory at once."""
-    # Wide dtypes first, as the library orders them, so that every tensor is aligned to its item size; those
-    # of one width in the order they are given, which is that in which a model in blocks is read.
-    names = sorted(infos, key=lambda name: -DTYPES[infos[name].dtype].itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name in names:
-        info = infos[name]
-        header[name] = {
-            "dtype": info.dtype,
-            "shape": list(info.shape),
-            "data_offsets": [offset, offset + info.nbytes],
-        }
-        offset += info.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
-
-        def put(data: Any) -> None:
-            file.write(data)
-            digest.update(data)
-
-        put(len(text).to_bytes(8, "little"))
-        put(text)
-        for name in names:
-            tensor = read(name).contiguous().reshape(-1).view(torch.uint8)
-            put(memoryview(tensor.numpy()))
-        file.flush()
-        os.fsync(file.fileno())
-    return digest.hexdigest()

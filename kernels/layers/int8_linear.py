@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from compress.kernels.codes.int8 import LARGEST, Int8Weight
 from compress.kernels.reference.ops import BLOCK
-from compress.storage.formats.llm_int8 import LARGEST, Int8Weight
 
 SCALE = 1 / LARGEST**2
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from compress.kernels.codes.nf4 import BLOCK, NF4Weight, pack_high_first, unpack_high_first
 from compress.kernels.reference.ops import BLOCK as ELEMENTS
-from compress.storage.formats.nf4 import BLOCK, NF4Weight, pack_high_first, unpack_high_first
 
 
 class NF4Linear(nn.Module):

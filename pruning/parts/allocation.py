@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from compress.anatomy.roles import LayerShape, layer_shapes, weight
+from compress.anatomy import LayerShape, layer_shapes, projection_rows, weight
+from compress.engine.shape import ModelShape
 from compress.errors import BadInput
-from compress.pipeline.plan import ModelShape
 from compress.pruning.parts.width import Kept
 
 
@@ -79,7 +79,7 @@ def units_of(shape: ModelShape) -> list[Units]:
 
 def _units(shape: ModelShape, index: int, layer: torch.nn.Module, widths: LayerShape) -> Units:
     anatomy, linears = shape.anatomy, shape.anatomy.linears(layer)
-    rows = anatomy.projection_rows(shape.pretrained_config, index)
+    rows = projection_rows(shape.pretrained_config, index)
 
     def cost(units: int, output: str, *roles: str) -> float:
         if not units:

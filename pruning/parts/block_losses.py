@@ -27,11 +27,12 @@ from pathlib import Path
 
 import torch
 
-from compress.anatomy.roles import weight
-from compress.calibration.text.windows import Windows
+from compress.anatomy import weight
+from compress.calibration.statistics.losses import next_token_losses, predicted
 from compress.engine import activations
-from compress.engine.activations import Activations
-from compress.engine.stream import Head, Layer, Stream, StreamedModel
+from compress.engine.branches import Branches
+from compress.engine.stream import Head, Stream, StreamedModel
+from compress.engine.windows import Windows
 from compress.pruning.parts.blocks import Block
 from compress.pruning.parts.width import skipped
 
@@ -187,40 +188,6 @@ class BlockLosses:
             self.exact[index, row] = True
 
 
-class Branches:
-    """The hidden states of some windows in models without a block each, before the layer that comes next."""
-
-    def __init__(self, count: int, prefix: Stream, file: Path) -> None:
-        self._prefix = prefix
-        windows, *window = prefix.hidden.shape
-        self._hidden = Activations((count * windows, *window), file)
-        self._windows = windows
-
-    def begin(self, number: int, layer: Layer) -> None:
-        """Let a branch leave the prefix with ``layer``, which lacks a block now."""
-        for start, hidden, _ in self._prefix.batches():
-            self._write(number, start, self._prefix.call(layer, start, hidden))
-
-    def advance(self, number: int, layer: Layer) -> None:
-        """Take a branch through a layer."""
-        for start in self._prefix.starts:
-            stop = min(start + self._prefix.batch_size, self._windows)
-            hidden = self._hidden.read(number * self._windows + start, number * self._windows + stop)
-            self._write(number, start, self._prefix.call(layer, start, hidden))
-
-    def _write(self, number: int, start: int, hidden: torch.Tensor) -> None:
-        self._hidden.write(number * self._windows + start, hidden)
-
-    def flip(self) -> None:
-        """What was written is what is read from now on."""
-        self._hidden.flip()
-
-    def read(self, number: int, window: int) -> torch.Tensor:
-        """One window of a branch: float32 [S, D]."""
-        place = number * self._windows + window
-        return self._hidden.read(place, place + 1)[0]
-
-
 class Bound:
     """Bounds below the losses of branches on one window (see above), from the model as it is.
 
@@ -281,16 +248,3 @@ def split_rows(
     """Positions in such numbers that their logits may be in memory."""
     rows = max(1, CHUNK_ELEMENTS // len(weight(head.projection)))
     return zip(hidden.split(rows), targets.split(rows), strict=True)
-
-
-def next_token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """ln sum_v e^{z_v} - z_target for float32 logits [T, V] and targets [T]: float64 [T].
-
-    Not log_softmax, whose float32 sum over a large vocabulary is wrong by more than two blocks may differ.
-    """
-    return logits.logsumexp(1).double() - logits.gather(1, targets[:, None])[:, 0].double()
-
-
-def predicted(windows: Windows) -> torch.Tensor:
-    """Whether the token at a position and the next one are real, so that its loss counts: bool [N, S - 1]."""
-    return windows.mask[:, :-1] & windows.mask[:, 1:]

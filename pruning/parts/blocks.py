@@ -7,12 +7,12 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from compress.anatomy.roles import layer_shapes
+from compress.anatomy import layer_shapes
+from compress.engine.shape import ModelShape
 from compress.engine.stream import Layer
-from compress.pipeline.plan import ModelShape
 from compress.pruning.parts.depth import plan_without_layers, remove_layers
 from compress.pruning.parts.width import Kept, head_of_its_class, plan_widths, skipped
-from compress.storage.checkpoint import Draft
+from compress.storage.draft import Draft
 
 PARTS = ("attention", "mlp")
 

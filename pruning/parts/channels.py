@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from compress.anatomy.roles import weight
+from compress.anatomy import weight
 from compress.calibration.statistics.moments import Moments, Products
 from compress.engine.stream import Layer, Observer, StreamedModel
 from compress.pruning.parts.allocation import Scores
 from compress.pruning.parts.width import Kept, channels_of_groups
 
 if TYPE_CHECKING:
-    from compress.pipeline.run import Run
+    from compress.method import StepContext
 
 Metric = Literal["IFV", "WIFV", "WIFN"]
 
@@ -29,15 +29,15 @@ METRICS: dict[str, Callable[[torch.Tensor, Moments], torch.Tensor]] = {
 """Of every input channel, from the weight [out, in] and the moments of the inputs."""
 
 
-def channel_statistics(model: StreamedModel, metric: Metric, run: Run) -> dict[str, torch.Tensor]:
+def channel_statistics(model: StreamedModel, metric: Metric, context: StepContext) -> dict[str, torch.Tensor]:
     """What the output projections are given by the dense model.
 
     Returns:
         "{layer}.{path}.metric" and "{layer}.{path}.mean" -> float64 [channels]: the metric of every input
         channel, and its mean over tokens.
     """
-    stream = model.stream(run.calibration, run.folder / "statistics")
-    journal = run.journal("statistics")
+    stream = model.stream(context.calibration, context.folder / "statistics")
+    journal = context.journal("statistics")
     for layer in model.walk(journal, stream, label="taking statistics"):
         seen = {
             path: Moments(weight(layer.linears[path]).shape[1], model.device)

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from compress.anatomy.roles import without_layers
+from compress.anatomy import without_layers
+from compress.engine.shape import ModelShape
 from compress.errors import BadInput
-from compress.pipeline.plan import ModelShape
-from compress.storage.checkpoint import Draft
+from compress.storage.draft import Draft
 
 
 class Cut(NamedTuple):

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from compress.anatomy.roles import anatomy_of, layer_shapes, task_of, weight
-from compress.calibration.text.windows import Windows
+from compress.anatomy import anatomy_of, layer_shapes, task_of, weight
 from compress.engine.activations import Activations
 from compress.engine.backward import Tape
 from compress.engine.flops import unit_flops
 from compress.engine.stream import Layer, Observer
+from compress.engine.windows import Windows
 from compress.pruning.parts.width import channels_of_groups
 
 if TYPE_CHECKING:

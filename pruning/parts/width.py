@@ -17,16 +17,27 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from compress.anatomy.roles import Anatomy, LayerShape, anatomy_of, layer_shapes, set_weight, sizes_of, weight
+from compress.anatomy import (
+    Anatomy,
+    LayerShape,
+    anatomy_of,
+    layer_shapes,
+    projection_rows,
+    set_weight,
+    sizes_of,
+    weight,
+)
+from compress.engine.checks import all_finite
 from compress.engine.pruned import put, reshape_layer, without
+from compress.engine.pruned_config import mark_pruned
+from compress.engine.shape import ModelShape
 from compress.engine.stream import Layer, StreamedModel
-from compress.engine.weights import all_finite, mark_pruned
 from compress.errors import BadInput, CompressError
-from compress.pipeline.plan import ModelShape
-from compress.storage.checkpoint import DTYPES, Draft, TensorInfo
+from compress.storage.draft import Draft
+from compress.storage.tensors import DTYPES, TensorInfo
 
 if TYPE_CHECKING:
-    from compress.pipeline.run import Run
+    from compress.method import StepContext
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,7 @@ def narrow(model: StreamedModel, layer: Layer, kept: Kept) -> None:
     """
     anatomy, config = model.anatomy, model.config
     before = layer_shapes(config)[layer.index]
-    rows = anatomy.projection_rows(config, layer.index)
+    rows = projection_rows(config, layer.index)
     columns = {
         anatomy.attention_output: channels_of_groups(anatomy, config, layer.index)[kept.groups].flatten(),
         anatomy.down: kept.neurons,
@@ -143,12 +154,12 @@ def write_layer(draft: Draft, model: StreamedModel, layer: Layer) -> None:
                 draft.write({stored: new})
 
 
-def prune(model: StreamedModel, kept: Sequence[Kept], run: Run) -> None:
+def prune(model: StreamedModel, kept: Sequence[Kept], context: StepContext) -> None:
     """Narrow every layer and write the model: for methods that leave the weights that stay as they are."""
-    for layer in model.walk(run.journal("pruning"), label="pruning"):
+    for layer in model.walk(context.journal("pruning"), label="pruning"):
         narrow(model, layer, kept[layer.index])
-        write_layer(run.draft, model, layer)
-    finish(run.draft, model, kept)
+        write_layer(context.draft, model, layer)
+    finish(context.draft, model, kept)
 
 
 def finish(draft: Draft, model: StreamedModel, kept: Sequence[Kept]) -> None:

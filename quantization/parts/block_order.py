@@ -9,43 +9,47 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from compress.anatomy.roles import weight
+from compress.anatomy import weight
 from compress.calibration.statistics.fisher import Fisher, expected_loss, sampled_loss
-from compress.calibration.text.windows import Windows
-from compress.engine.stream import Journal, StreamedModel
+from compress.calibration.statistics.losses import next_token_losses, predicted
+from compress.engine.branches import Branches
+from compress.engine.journal import Journal
+from compress.engine.stream import StreamedModel
+from compress.engine.windows import Windows
 from compress.kernels.layers.stacked import StackedLinear
-from compress.pruning.parts.block_losses import Branches, next_token_losses, predicted
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.formats.stacks import StackFormat, with_blocks
 
 if TYPE_CHECKING:
-    from compress.pipeline.run import Run
-    from compress.quantization.parts.stacker import Stacking, StackOptions
+    from compress.method import StepContext
+    from compress.quantization.parts.stacker import Stacker, StackOptions
 
 LENGTH = 128
 """Tokens of a window that the order is found on: many short windows tell more than a few long ones."""
 
 
-def find_order(model: StreamedModel, stacking: Stacking, options: StackOptions, run: Run) -> list[int]:
+def find_order(
+    model: StreamedModel, stacker: Stacker, options: StackOptions, context: StepContext
+) -> list[int]:
     """The index of a linear for every step.
 
     Args:
         model: the dense one.
-        stacking: with all blocks in its draft, on disk.
+        stacker: with all blocks in its draft, on disk.
         options: say how.
-        run: gives the text, the seed and the folder.
+        context: gives the text, the seed and the folder.
     """
-    windows = run.calibration.part(options.order_windows, LENGTH)
+    windows = context.calibration.part(options.order_windows, LENGTH)
     if options.importance == "perplexity":
-        found = perplexities(stacking, windows, run)
+        found = perplexities(stacker, windows, context)
         return [int(index) for level in found for index in level.argsort(stable=True)]
-    losses = expected_losses(model, stacking, windows, run)
-    form, infos = stacking.form, stacking.draft.tensors
+    losses = expected_losses(model, stacker, windows, context)
+    form, infos = stacker.form, stacker.draft.tensors
     costs = [
         [sum(infos[key].nbytes for key in form.names(name, index)) for index in range(form.blocks)]
-        for name in stacking.modules
+        for name in stacker.modules
     ]
-    return by_gain([losses[name].tolist() for name in stacking.modules], costs)
+    return by_gain([losses[name].tolist() for name in stacker.modules], costs)
 
 
 def by_gain(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[float]]) -> list[int]:
@@ -75,7 +79,7 @@ def by_gain(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[float]])
 
 
 def expected_losses(
-    model: StreamedModel, stacking: Stacking, windows: Windows, run: Run
+    model: StreamedModel, stacker: Stacker, windows: Windows, context: StepContext
 ) -> dict[str, torch.Tensor]:
     """How much loss every linear causes alone with 1, 2, ... of its blocks, to second order (see
     `expected_loss`).
@@ -83,16 +87,16 @@ def expected_losses(
     Returns:
         Full name of a linear -> float64 [blocks], nats for each token.
     """
-    form, found = stacking.form, {}
-    fisher = Fisher(model, windows, sampled_loss(model, windows, run.seed), run.folder / "order")
+    form, found = stacker.form, {}
+    fisher = Fisher(model, windows, sampled_loss(model, windows, context.seed), context.folder / "order")
     for layer in model.walk(None, label="finding the order"):
         information = fisher.read(layer)
         for path, linear in layer.linears.items():
             stored = model.weights.find(f"{layer.name}.{path}.weight")
-            if not stacking.wants(stored):
+            if not stacker.wants(stored):
                 continue
             name, left = stored.removesuffix(".weight"), weight(linear).clone()
-            stack = form.linear(left.shape[1], left.shape[0], form.read(name, stacking.draft)).to(left.device)
+            stack = form.linear(left.shape[1], left.shape[0], form.read(name, stacker.draft)).to(left.device)
             losses = []
             for index in range(form.blocks):
                 left -= stack.dense(slice(index, index + 1))
@@ -101,7 +105,7 @@ def expected_losses(
     return found
 
 
-def perplexities(stacking: Stacking, windows: Windows, run: Run) -> torch.Tensor:
+def perplexities(stacker: Stacker, windows: Windows, context: StepContext) -> torch.Tensor:
     """As published: with all linears at b blocks, the perplexity when each one alone gets its next block.
 
     All linears of a level go through the model together, each from its own layer on. NaN counts as infinite.
@@ -109,26 +113,26 @@ def perplexities(stacking: Stacking, windows: Windows, run: Run) -> torch.Tensor
     Returns:
         float64 [blocks - 1, linears].
     """
-    journal = Journal(run.folder / "perplexities")
-    levels = stacking.form.blocks - 1
+    journal = Journal(context.folder / "perplexities")
+    levels = stacker.form.blocks - 1
     done = journal.restore([])
     for level in range(done, levels):
-        counts = dict.fromkeys(stacking.modules, level + 1)
-        config = stacking.draft.config | {
-            "quantization_config": stacking.form.quantization_config(stacking.modules, [])
+        counts = dict.fromkeys(stacker.modules, level + 1)
+        config = stacker.draft.config | {
+            "quantization_config": stacker.form.quantization_config(stacker.modules, [])
         }
-        lower = StreamedModel(with_blocks(stacking.draft, config, counts), run.device)
-        found = _raised(lower, stacking, windows, run.folder / "perplexities")
+        lower = StreamedModel(with_blocks(stacker.draft, config, counts), context.device)
+        found = _raised(lower, stacker, windows, context.folder / "perplexities")
         journal.state[f"level-{level}"] = found.nan_to_num(nan=torch.inf)
         journal.commit(level + 1, [])
-        run.progress("trying every linear", (level + 1) / levels)
+        context.progress("trying every linear", (level + 1) / levels)
     return torch.stack([journal.state[f"level-{level}"] for level in range(levels)])
 
 
 @torch.no_grad()
-def _raised(model: StreamedModel, stacking: Stacking, windows: Windows, folder: Path) -> torch.Tensor:
+def _raised(model: StreamedModel, stacker: Stacker, windows: Windows, folder: Path) -> torch.Tensor:
     """Perplexities with one more block of each linear in turn: float64 [linears]."""
-    numbers = {name: number for number, name in enumerate(stacking.modules)}
+    numbers = {name: number for number, name in enumerate(stacker.modules)}
     stream = model.stream(windows, folder / "prefix")
     branches = Branches(len(numbers), stream, folder / "branches")
     begun: list[int] = []
@@ -138,7 +142,7 @@ def _raised(model: StreamedModel, stacking: Stacking, windows: Windows, folder: 
         for linear in layer.linears.values():
             if isinstance(linear, StackedLinear):
                 begun.append(numbers[linear.stored])
-                with _one_more(linear, stacking.form, stacking.draft):
+                with _one_more(linear, stacker.form, stacker.draft):
                     branches.begin(begun[-1], layer)
         stream.advance(layer)
         branches.flip()

@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from compress.errors import CompressError
-from compress.storage.checkpoint import write_tensors
+from compress.storage.writer import write_tensors
 
 if TYPE_CHECKING:
-    from compress.calibration.text.windows import Windows
     from compress.engine.activations import Activations
     from compress.engine.stream import Head, StreamedModel
-    from compress.pipeline.run import Run
+    from compress.engine.windows import Windows
+    from compress.method import StepContext
 
 log = logging.getLogger(__name__)
 
@@ -64,10 +64,10 @@ class Teacher:
         return self.head(self.hidden.read(window, window + 1)).logits[0].float().log_softmax(-1)
 
 
-def last_hidden(model: StreamedModel, run: Run) -> Activations:
+def last_hidden(model: StreamedModel, context: StepContext) -> Activations:
     """The teacher's hidden states behind the last layer, float32 [N, S, D]; one layer is in memory."""
-    stream = model.stream(run.calibration, run.folder / "teacher")
-    for layer in model.walk(run.journal("teacher"), stream, label="asking the teacher"):
+    stream = model.stream(context.calibration, context.folder / "teacher")
+    for layer in model.walk(context.journal("teacher"), stream, label="asking the teacher"):
         stream.advance(layer)
     return stream.hidden
 
@@ -87,7 +87,12 @@ def divergence(student: Student, teacher: Teacher, windows: Windows, rows: torch
 
 
 def distil(
-    student: Student, teacher: Teacher, windows: Windows, steps: int, options: TrainingOptions, run: Run
+    student: Student,
+    teacher: Teacher,
+    windows: Windows,
+    steps: int,
+    options: TrainingOptions,
+    context: StepContext,
 ) -> dict[str, Any]:
     """Minimise the divergence with AdamW (no weight decay) along a cosine from ``learning_rate`` to 0.
 
@@ -106,7 +111,7 @@ def distil(
     parameters = student.trained()
     groups = [{"params": parameters, "initial_lr": options.learning_rate}]
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, weight_decay=0.0, fused=True)
-    file = run.folder / "training" / "state.safetensors"
+    file = context.folder / "training" / "state.safetensors"
     losses = _restore(file, parameters, optimizer)
     schedule = get_scheduler(
         "cosine",
@@ -117,7 +122,7 @@ def distil(
     )
     tenth, tokens, begun = max(1, steps // 10), 0, len(losses)
     started = saved = time.perf_counter()
-    for step, rows in enumerate(batches(len(windows), options.batch_size, steps, run.generator())):
+    for step, rows in enumerate(batches(len(windows), options.batch_size, steps, context.generator())):
         if step < begun:
             continue
         losses.append(_accumulate(student, teacher, windows, rows))
@@ -130,7 +135,7 @@ def distil(
         schedule.step()
         optimizer.zero_grad()
         tokens += int(windows.mask[rows].sum())
-        run.progress("training", (step + 1) / steps)
+        context.progress("training", (step + 1) / steps)
         if (step + 1) % tenth == 0:
             log.info("step %d of %d: loss %.4f nats a token", step + 1, steps, _mean(losses[-tenth:]))
         if time.perf_counter() - saved > SAVE_SECONDS and step + 1 < steps:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from compress.anatomy.roles import layer_shapes, set_weight, sizes_of, weight
+from compress.anatomy import layer_shapes, projection_rows, set_weight, sizes_of, weight
+from compress.engine.checks import all_finite
 from compress.engine.stream import Layer, StreamedModel
-from compress.engine.weights import all_finite
 from compress.errors import CompressError
-from compress.storage.checkpoint import DTYPES, Draft
+from compress.storage.draft import Draft
+from compress.storage.tensors import DTYPES
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,14 @@ def fold_of(model: StreamedModel, index: int, paths: list[str]) -> Fold | None:
     if anatomy.attention_output in paths:
         shape, width = layer_shapes(config)[index], sizes_of(config).head_dim
         groups = shape.num_key_value_heads
-        rows = anatomy.projection_rows(config, index)["value"].flatten()
+        rows = projection_rows(config, index)["value"].flatten()
         units = torch.arange(groups * width).view(groups, 1, width)
         per_group = shape.num_attention_heads // max(groups, 1)
         return Fold(anatomy.value, rows, units.expand(-1, per_group, -1).flatten())
     if anatomy.down in paths:
         if anatomy.gate is None:
             return None
-        rows = anatomy.projection_rows(config, index)["up"]
+        rows = projection_rows(config, index)["up"]
         return Fold(anatomy.up, rows, torch.arange(len(rows)))
     norm = anatomy.attention_norm if anatomy.query in paths else anatomy.mlp_norm
     has_weight = model.weights.find(f"{anatomy.layer_name(index)}.{norm}.weight") is not None

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import torch
 
-from compress.anatomy.roles import weight
+from compress.anatomy import weight
 from compress.calibration.statistics.fisher import Fisher, expected_loss, sampled_loss
-from compress.calibration.text.windows import Windows
+from compress.engine.shape import ModelShape
 from compress.engine.stream import StreamedModel
+from compress.engine.windows import Windows
 from compress.errors import BadInput
 from compress.kernels.codes.integer import quantize_weight
-from compress.pipeline.plan import ModelShape
 from compress.quantization.parts.block_order import LENGTH, by_gain
 from compress.quantization.parts.layout import WeightOptions, plan_layout, plan_packed
-from compress.storage.checkpoint import DTYPES
 from compress.storage.formats.base import Format
+from compress.storage.tensors import DTYPES
 
 WINDOWS = 32
 """Of `LENGTH` tokens, that sensitivities are measured on."""

@@ -9,14 +9,15 @@ from typing import Literal
 import torch
 from pydantic import Field, PositiveInt
 
+from compress.engine.shape import ModelShape
 from compress.errors import BadInput
 from compress.kernels.codes.integer import CHANNEL
 from compress.kernels.layers.stacked import Block
 from compress.method import MethodOptions, StepReport
-from compress.pipeline.plan import ModelShape
-from compress.quantization.parts.layout import Bits, around_bits, linears_outside, matches, round_by_rows
-from compress.storage.checkpoint import Draft
-from compress.storage.formats.base import CompressedTensors
+from compress.quantization.parts.layout import Bits, around_bits, linears_outside, matches
+from compress.quantization.parts.packer import round_by_rows
+from compress.storage.draft import Draft
+from compress.storage.formats.compressed_tensors import CompressedTensors
 from compress.storage.formats.stacks import StackFormat, sizes
 
 
@@ -85,7 +86,7 @@ def _around(shape: ModelShape, options: StackOptions) -> tuple[dict[str, Compres
     return {name: CompressedTensors(width, CHANNEL, symmetric=True) for name, width in bits.items()}, copies
 
 
-class Stacking:
+class Stacker:
     """Puts stacks into a draft as they were planned, and remembers what each block leaves over.
 
     Args:

@@ -3,7 +3,7 @@
 
 Both decompose the same linears of three layers, and after every block the residual norms are compared.
 
-    python scripts/bench_bitstack.py [--blocks 4] [--model demo] [--json]
+    python scripts/benchmarks/bitstack.py [--blocks 4] [--model demo] [--json]
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from collections.abc import Callable
 
 import torch
 
-from compress.anatomy.roles import weight
+from compress.anatomy import linears_by_input, weight
 from compress.calibration.text.windows import calibration_windows
 from compress.engine.stream import StreamedModel
+from compress.engine.tokenizer import load_tokenizer
 from compress.quantization.bitstack import BitStack, ColumnNorms, low_rank
-from compress.quantization.gptq import linears_by_input
-from compress.sources.find import find_model, load_tokenizer
+from compress.sources.find import find_model
 from compress.storage.checkpoint import Checkpoint
 
 RANK = BitStack.Options().rank
@@ -65,7 +65,7 @@ def main() -> None:
         if layer.index not in chosen:
             stream.advance(layer)
             continue
-        groups = linears_by_input(model.anatomy, layer)
+        groups = linears_by_input(model.anatomy, layer.linears)
         norms = [ColumnNorms() for _ in groups]
         stream.advance(layer, {paths[0]: norm.add for paths, norm in zip(groups, norms, strict=True)})
         for paths, norm in zip(groups, norms, strict=True):

@@ -7,7 +7,7 @@ the same blocks at least 1.8 times as fast, or this exits with 1. Racing is comp
 more and shorter windows, which it needs to drop anything. Times are wall clock; the processor time of all
 threads stands beside them, which other programs on the machine disturb less.
 
-    python scripts/bench_blockpruner.py [--rounds 3] [--windows 4] [--tokens 256]
+    python scripts/benchmarks/blockpruner.py [--rounds 3] [--windows 4] [--tokens 256]
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from compress.calibration.text.windows import Windows, calibration_windows
+from compress.calibration.text.windows import calibration_windows
 from compress.engine.stream import StreamedModel
-from compress.pipeline.run import Run
+from compress.engine.tokenizer import load_tokenizer
+from compress.engine.windows import Windows
+from compress.method import StepContext
 from compress.pruning.blockpruner import BlockPruner
 from compress.sources.demo import demo_folder
-from compress.sources.find import load_tokenizer
-from compress.storage.checkpoint import Checkpoint, Draft
+from compress.storage.checkpoint import Checkpoint
+from compress.storage.draft import Draft
 
 WANTED = 1.8
 Removals = list[tuple[int, str, float]]  # layer, "attention" or "mlp", perplexity without it
@@ -101,7 +103,7 @@ def ours(folder: Path, windows: Windows, **options: Any) -> tuple[Clock, list[di
     with tempfile.TemporaryDirectory() as work:
         started = Clock.now()
         checkpoint = Checkpoint.open(folder)
-        run = Run(Draft(checkpoint, Path(work)), windows, 0, Path(work), "cpu", lambda *_: None)
+        run = StepContext(Draft(checkpoint, Path(work)), windows, 0, Path(work), "cpu", lambda *_: None)
         found = BlockPruner().apply(StreamedModel(checkpoint), BlockPruner.Options(**options), run)
         return started.since(), found.details["removed"]
 

@@ -5,7 +5,7 @@ For every method and width: the cosine between the dense model's and the quantiz
 (mean over the real tokens, as all-mpnet-base-v2 is used) on paragraphs of Wikipedia articles; methods
 that calibrate do so on documents of Brown. The model is 404 MB of PyPI packages, kept in the cache.
 
-    python scripts/bench_embeddings.py [--bits 4 3 2] [--methods rtn gptq] [--folder FOLDER]
+    python scripts/benchmarks/embeddings.py [--bits 4 3 2] [--methods rtn gptq] [--folder FOLDER]
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import yaml
 
 import compress
 from compress.calibration.text.sources import read_documents
-from compress.sources.find import load_tokenizer
+from compress.engine.tokenizer import load_tokenizer
 from compress.system.cache import cached
 from compress.system.downloads import check_sha256, member, pip_download
 

@@ -2,12 +2,12 @@
 """K-prune on a fine-tuned MiniLM at 40, 60 and 80 % fewer FLOPs, beside masks without weight tuning and
 beside magnitude pruning, in one table.
 
-The model tells sarcastic headlines (compress/sarcasm.py; made in the cache if it is not there). All methods
-see the same headlines without labels, all are scored on the same labelled ones, each in a process of its own
+The model tells sarcastic headlines; scripts/data/make_sarcasm_model.py makes it if it is not in the cache. All
+methods see the same headlines without labels, all are scored on the same labelled ones, each in a process of its own
 through the command line. FLOPs are those of the layers on an input of mean length. Magnitude pruning counts
 parameters, so its ratio is searched until its FLOPs are the same.
 
-    python scripts/bench_kprune.py [--ratios 0.4 0.6 0.8] [--methods kprune magnitude] [--folder FOLDER]
+    python scripts/benchmarks/kprune.py [--ratios 0.4 0.6 0.8] [--methods kprune magnitude] [--folder FOLDER]
 
 What is in the folder already is not done again, so an interrupted benchmark goes on.
 """
@@ -26,6 +26,8 @@ import yaml
 
 if TYPE_CHECKING:
     from compress.report.scorecard import Scorecard
+
+MAKE = Path(__file__).parents[1] / "data" / "make_sarcasm_model.py"
 
 METHODS: dict[str, Callable[[float], dict[str, Any]]] = {
     "kprune": lambda ratio: {"method": "kprune", "ratio": ratio},
@@ -58,8 +60,8 @@ def command(*arguments: str | Path) -> None:
 
 def layer_flops(folder: Path, tokens: int) -> int:
     """FLOPs of the layers on one input of ``tokens``."""
+    from compress.engine.config import config_of
     from compress.engine.flops import flops
-    from compress.engine.weights import config_of
     from compress.storage.checkpoint import Checkpoint
 
     return flops(config_of(Checkpoint.open(folder)), tokens).layers
@@ -85,12 +87,11 @@ class Bench:
     """The dense model, its score, and a folder where everything lies."""
 
     def __init__(self, folder: Path, samples: int) -> None:
-        from compress.sarcasm import CALIBRATION, TEST, sarcasm_folder
-
         self.folder = folder
-        self.dense = sarcasm_folder(lambda message: print(message, file=sys.stderr, flush=True))
-        self.test = self.dense / TEST
-        source = str(self.dense / CALIBRATION)
+        made = subprocess.run([sys.executable, MAKE], check=True, stdout=subprocess.PIPE, text=True)
+        self.dense = Path(made.stdout.strip())
+        self.test = self.dense / "test.jsonl"
+        source = str(self.dense / "calibration.jsonl")
         self.calibration = {"source": source, "nsamples": samples, "seqlen": 128, "seed": 0}
         self.card = self.evaluate(self.dense, folder / "dense.scorecard.json")
         self.tokens = self.card.task_protocol.mean_tokens

@@ -5,7 +5,7 @@ All methods see the same calibration windows (Brown) and are scored on the same 
 articles), each in a process of its own through the command line. Every artefact is then loaded by
 transformers in a process that cannot import compress, and its logits are compared with ours.
 
-    python scripts/bench_pruning.py [--ratios 0.1 0.2 0.3] [--methods flap shortgpt] [--folder FOLDER]
+    python scripts/benchmarks/pruning.py [--ratios 0.1 0.2 0.3] [--methods flap shortgpt] [--folder FOLDER]
 
 What is in the folder already is not done again, so an interrupted benchmark goes on.
 """

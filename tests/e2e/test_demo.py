@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from compress.pipeline.plan import ModelShape
+from compress.engine.shape import ModelShape
 from compress.pipeline.registry import METHODS, find_method
 from compress.sources.demo import demo_folder, dequantised, download_gguf
 from compress.storage.checkpoint import Checkpoint

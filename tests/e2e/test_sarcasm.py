@@ -15,14 +15,17 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import compress
 from compress.calibration.text.sources import read_documents
-from compress.sarcasm import CALIBRATION, TEST, sarcasm_folder
 
 pytestmark = pytest.mark.e2e
+
+CALIBRATION, TEST = "calibration.jsonl", "test.jsonl"
 
 
 @pytest.fixture(scope="module")
 def sarcasm() -> Path:
-    return sarcasm_folder()
+    script = Path(__file__).parents[2] / "scripts" / "data" / "make_sarcasm_model.py"
+    made = subprocess.run([sys.executable, script], check=True, capture_output=True, text=True)
+    return Path(made.stdout.strip())
 
 
 def command(*words: Any) -> Any:

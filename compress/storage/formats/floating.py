@@ -17,8 +17,8 @@ from compress.kernels.codes.floating import (
     unpack_nibbles,
 )
 from compress.kernels.codes.integer import number_of_groups
-from compress.storage.checkpoint import TensorInfo
 from compress.storage.formats.base import Format, Get, expect
+from compress.storage.tensors import TensorInfo
 
 NAMES: dict[str, FloatType] = {
     "float-quantized": "fp8",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from compress.storage.formats.base import CompressedTensors, Formats
+from compress.storage.formats.compressed_tensors import CompressedTensors
+from compress.storage.formats.table import Formats
 
 
 def loaders(

@@ -22,7 +22,8 @@ import torch
 from compress.errors import BadInput
 from compress.kernels.codes.integer import CHANNEL
 from compress.kernels.layers.stacked import Block, FactorStack, PlaneStack, StackedLinear
-from compress.storage.checkpoint import CASTABLE, Checkpoint, TensorInfo
+from compress.storage.checkpoint import Checkpoint
+from compress.storage.tensors import CASTABLE, TensorInfo
 
 
 class StackFormat(ABC):

@@ -1,0 +1,44 @@
+"""The hidden states of several variants of one model, side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from compress.engine.activations import Activations
+from compress.engine.stream import Layer, Stream
+
+
+class Branches:
+    """The hidden states of some windows in models without a block each, before the layer that comes next."""
+
+    def __init__(self, count: int, prefix: Stream, file: Path) -> None:
+        self._prefix = prefix
+        windows, *window = prefix.hidden.shape
+        self._hidden = Activations((count * windows, *window), file)
+        self._windows = windows
+
+    def begin(self, number: int, layer: Layer) -> None:
+        """Let a branch leave the prefix with ``layer``, which lacks a block now."""
+        for start, hidden, _ in self._prefix.batches():
+            self._write(number, start, self._prefix.call(layer, start, hidden))
+
+    def advance(self, number: int, layer: Layer) -> None:
+        """Take a branch through a layer."""
+        for start in self._prefix.starts:
+            stop = min(start + self._prefix.batch_size, self._windows)
+            hidden = self._hidden.read(number * self._windows + start, number * self._windows + stop)
+            self._write(number, start, self._prefix.call(layer, start, hidden))
+
+    def _write(self, number: int, start: int, hidden: torch.Tensor) -> None:
+        self._hidden.write(number * self._windows + start, hidden)
+
+    def flip(self) -> None:
+        """What was written is what is read from now on."""
+        self._hidden.flip()
+
+    def read(self, number: int, window: int) -> torch.Tensor:
+        """One window of a branch: float32 [S, D]."""
+        place = number * self._windows + window
+        return self._hidden.read(place, place + 1)[0]

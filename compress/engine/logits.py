@@ -1,0 +1,27 @@
+"""The logits of a model that is streamed layer by layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from compress.engine.stream import StreamedModel
+from compress.engine.windows import Windows
+from compress.storage.checkpoint import Checkpoint
+
+
+@torch.no_grad()
+def streamed_logits(checkpoint: Checkpoint, windows: Windows, device: str = "cpu") -> torch.Tensor:
+    """Logits [N, S, V] (float32) of a causal model, or the first output of another, layer by layer."""
+    model = StreamedModel(checkpoint, device)
+    stream = model.stream(windows)
+    for layer in model.walk(None, stream):
+        stream.advance(layer)
+    with model.head() as head:
+        return torch.cat([first_output(head(hidden)).cpu() for _, hidden, _ in stream.batches()])
+
+
+def first_output(output: Any) -> torch.Tensor:
+    """The logits of a model output, or its first tensor if it has none."""
+    return output["logits"] if "logits" in output else output[0]

@@ -1,0 +1,65 @@
+"""How a model whose layers differ says so: its config.json and its modelling file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from compress.anatomy import model_class
+from compress.engine import pruned as pruned_module
+from compress.engine.config import PRUNED_CLASS, PRUNED_TYPE
+
+PRUNED_FILE = "modeling_pruned.py"
+CLASSES = """
+
+from transformers import {config}, {model}
+
+
+class Pruned{config}({config}):
+    model_type = "pruned_{model_type}"
+
+
+class Pruned{model}({model}):
+    config_class = Pruned{config}
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        reshape(self, config.pruned)
+"""
+
+
+def mark_pruned(
+    values: Mapping[str, Any], config: PretrainedConfig, pruned: dict[str, Any]
+) -> dict[str, Any]:
+    """config.json of a model whose layers differ, from that of the plain one (``values``, ``config``)."""
+    model = model_class(config)
+    classes = vars(modeling_auto).items()  # to list all of transformers takes half a second
+    autos = sorted(
+        name for name, auto in classes if name.startswith("AutoModel") and _builds(auto, config, model)
+    )
+    module = PRUNED_FILE.removesuffix(".py")
+    return {
+        **values,
+        "model_type": f"{PRUNED_TYPE}{config.model_type}",
+        "architectures": [f"{PRUNED_CLASS}{model.__name__}"],
+        "auto_map": {"AutoConfig": f"{module}.{PRUNED_CLASS}{type(config).__name__}"}
+        | dict.fromkeys(autos, f"{module}.{PRUNED_CLASS}{model.__name__}"),
+        "pruned": pruned,
+    }
+
+
+def _builds(auto: Any, config: PretrainedConfig, model: type[PreTrainedModel]) -> bool:
+    """Whether an AutoModel class makes a ``model`` of this config."""
+    mapping = getattr(auto, "_model_mapping", None)  # its truth value would import every model there is
+    return mapping is not None and type(config) in mapping and mapping[type(config)] is model
+
+
+def modeling_source(config: PretrainedConfig) -> str:
+    """The file by which transformers alone loads a model whose layers differ."""
+    names = {"config": type(config).__name__, "model": model_class(config).__name__}
+    text = Path(pruned_module.__file__).read_text(encoding="utf-8")
+    return text + CLASSES.format(model_type=config.model_type, **names)

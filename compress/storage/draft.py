@@ -1,0 +1,90 @@
+"""A checkpoint under construction: what a step changes, beside what it leaves alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from compress.storage.checkpoint import Checkpoint
+from compress.storage.tensors import DTYPE_NAMES, TensorInfo, TensorSource, own
+from compress.storage.writer import write_tensors
+from compress.system.files import write_atomically
+
+
+class Draft(Checkpoint):
+    """A child of ``parent`` under construction, kept in ``folder``.
+
+    It starts equal to its parent. `write`, `alias` and `drop` change the table; `flush` makes everything
+    up to now durable, so that a killed run finds it again with `restore`.
+    """
+
+    TABLE = "draft.json"
+
+    def __init__(self, parent: Checkpoint, folder: Path) -> None:
+        super().__init__(folder, copy.deepcopy(parent.config), dict(parent.tensors), dict(parent.sources))
+        self.parent = parent
+        self._buffer: dict[str, torch.Tensor] = {}
+
+    def restore(self, table: Path | None = None) -> None:
+        """Go back to what the `flush` that wrote ``table`` (draft.json if not given) made durable."""
+        saved = json.loads((table or self.folder / self.TABLE).read_text(encoding="utf-8"))
+        self.config = saved["config"]
+        self.tensors = {k: TensorInfo(v[0], tuple(v[1])) for k, v in saved["tensors"].items()}
+        self.sources = {k: TensorSource(*v) for k, v in saved["sources"].items()}
+        self._buffer.clear()
+
+    def reset(self) -> None:
+        """Start over: equal to the parent again."""
+        self.config = copy.deepcopy(self.parent.config)
+        self.tensors, self.sources = dict(self.parent.tensors), dict(self.parent.sources)
+        self._buffer.clear()
+
+    def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Add or replace tensors; copies of them are kept in memory until the next `flush`."""
+        for name, tensor in tensors.items():
+            self._buffer[name] = tensor = own(tensor)
+            self.tensors[name] = TensorInfo(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+            self.sources.pop(name, None)
+
+    def alias(self, name: str, parent_name: str) -> None:
+        """Let ``name`` stand for the parent's tensor ``parent_name``."""
+        self._buffer.pop(name, None)
+        self.tensors[name] = self.parent.tensors[parent_name]
+        self.sources[name] = self.parent.sources[parent_name]
+
+    def drop(self, name: str) -> None:
+        """Leave the tensor out."""
+        self._buffer.pop(name, None)
+        self.tensors.pop(name, None)
+        self.sources.pop(name, None)
+
+    def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        names = list(names)
+        found = {name: self._buffer[name].clone() for name in names if name in self._buffer}
+        return found | super().read_many(name for name in names if name not in found)
+
+    def flush(self, tag: str, table: Path | None = None) -> None:
+        """Write what is buffered into ``{tag}.safetensors``, then the table. Writing a tag again replaces it.
+
+        Args:
+            tag: name of the file of tensors.
+            table: where the table goes, draft.json if not given. A journal gives its own, so that the tables
+                of its last two layers stand side by side.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self._buffer:
+            file = self.folder / f"{tag}.safetensors"
+            write_tensors(self._buffer, file)
+            for name in self._buffer:
+                self.sources[name] = TensorSource(str(file.absolute()), name, self.tensors[name].dtype)
+            self._buffer.clear()
+        document = {
+            "config": self.config,
+            "tensors": {k: [v.dtype, v.shape] for k, v in self.tensors.items()},
+            "sources": {k: [v.file, v.key, v.stored_dtype] for k, v in self.sources.items()},
+        }
+        write_atomically(table or self.folder / self.TABLE, json.dumps(document))

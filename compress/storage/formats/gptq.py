@@ -1,0 +1,125 @@
+"""The format of GPTQ checkpoints."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+
+from compress.errors import BadInput
+from compress.kernels.codes.integer import QuantizedWeight, number_of_groups
+from compress.kernels.codes.packing import pack, pack_gptq_zeros, packed_width, unpack, unpack_gptq_zeros
+from compress.storage.formats.base import Format, Get, expect
+from compress.storage.tensors import TensorInfo
+
+
+class GPTQFormat(Format):
+    """The GPTQ layout (AutoGPTQ, GPTQModel, optimum): for 2, 3, 4 and 8 bits.
+
+    ``qweight`` int32 [in·b/32, out], ``qzeros`` int32 [groups, out·b/32], ``scales`` float16 [groups, out],
+    ``g_idx`` int32 [in]. Version 1 stores zero points minus one and is what every loader reads; it cannot
+    hold a zero point of 0, so asymmetric weights are written as version 2 (``gptq_v2``).
+    """
+
+    name = "gptq"
+    marker = "qweight"
+
+    def __init__(self, bits: int, group_size: int, symmetric: bool, version: int | None = None) -> None:
+        super().__init__(bits, group_size, symmetric)
+        self.version = version or (1 if symmetric else 2)
+
+    def scale_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
+        return torch.float16
+
+    def tensors(self, name: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+        self.check(weight)
+        self._check_shape(name, weight.shape)
+        return {
+            f"{name}.qweight": pack(weight.codes, self.bits).t().contiguous(),
+            f"{name}.qzeros": pack_gptq_zeros(weight.zeros, self.bits, self.version),
+            f"{name}.scales": weight.scales.to(torch.float16).t().contiguous(),
+            f"{name}.g_idx": self._group_index(weight.shape[1], name),
+        }
+
+    def tensor_infos(self, name: str, shape: tuple[int, int], weight_dtype: str) -> dict[str, TensorInfo]:
+        self._check_shape(name, shape)
+        out, width = shape
+        groups = number_of_groups(width, self.group_size, name)
+        return {
+            f"{name}.qweight": TensorInfo("I32", (packed_width(width, self.bits), out)),
+            f"{name}.qzeros": TensorInfo("I32", (groups, packed_width(out, self.bits))),
+            f"{name}.scales": TensorInfo("F16", (groups, out)),
+            f"{name}.g_idx": TensorInfo("I32", (width,)),
+        }
+
+    def read(self, name: str, get: Get) -> QuantizedWeight:
+        qweight, scales, qzeros = get(f"{name}.qweight"), get(f"{name}.scales"), get(f"{name}.qzeros")
+        out, width = qweight.shape[1], qweight.shape[0] * 32 // self.bits
+        groups = number_of_groups(width, self.group_size, name)
+        expect(f"{name}.scales", scales, (groups, out))
+        expect(f"{name}.qzeros", qzeros, (groups, packed_width(out, self.bits)))
+        if not torch.equal(get(f"{name}.g_idx").to(torch.int32), self._group_index(width, name)):
+            raise BadInput(f"'{name}' is stored in activation order (desc_act), which cannot be read here.")
+        codes = unpack(qweight.t(), self.bits, width).contiguous()
+        zeros = unpack_gptq_zeros(qzeros, self.bits, out, self.version)
+        return QuantizedWeight(
+            codes, scales.t().contiguous(), zeros, self.bits, self.group_size, self.symmetric
+        )
+
+    @classmethod
+    def describe(
+        cls,
+        linears: Mapping[str, Self],
+        around: Mapping[str, Self],
+        skipped: Sequence[str] = (),
+        outside: Sequence[str] = (),
+    ) -> dict[str, Any]:
+        form, *others = dict.fromkeys(linears.values())
+        if others or around:
+            what = "several bit widths" if others else "a packed head or embedding"
+            raise BadInput(f"The format gptq is not written with {what}; use the format compressed-tensors.")
+        config: dict[str, Any] = {
+            "quant_method": "gptq",
+            "bits": form.bits,
+            "group_size": form.group_size,
+            "sym": form.symmetric,
+            "desc_act": False,
+            "checkpoint_format": "gptq" if form.version == 1 else "gptq_v2",
+            "pack_dtype": "int32",
+            "lm_head": False,
+        }
+        if skipped:
+            # GPTQModel and vLLM read the first, optimum (transformers) the second: names by their ends.
+            config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in skipped}
+            config["modules_in_block_to_quantize"] = [list(linears)]
+        return config
+
+    @classmethod
+    def groups_of(cls, config: Mapping[str, Any]) -> list[tuple[list[str], GPTQFormat]]:
+        layout = config.get("checkpoint_format", "gptq")
+        if layout not in ("gptq", "gptq_v2"):
+            raise BadInput(f"GPTQ checkpoints in the layout '{layout}' cannot be read here.")
+        if any(not pattern.startswith("-:") for pattern in config.get("dynamic") or {}):
+            raise BadInput("GPTQ checkpoints of several bit widths cannot be read here.")
+        form = cls(
+            config["bits"],
+            config.get("group_size", 128),
+            config.get("sym", True),
+            version=1 if layout == "gptq" else 2,
+        )
+        return [(["Linear"], form)]
+
+    def _check_shape(self, name: str, shape: tuple[int, int]) -> None:
+        for axis, size in zip(("output", "input"), shape, strict=True):
+            if size * self.bits % 32 or (self.bits == 3 and size % 32):
+                step = 32 if self.bits == 3 else 32 // self.bits
+                raise BadInput(
+                    f"GPTQ at {self.bits} bits needs dimensions that are multiples of {step}, and the {axis} "
+                    f"dimension of '{name}' is {size}; ignore that linear, or use another format."
+                )
+
+    def _group_index(self, width: int, name: str) -> torch.Tensor:
+        groups = number_of_groups(width, self.group_size, name)
+        return torch.arange(width, dtype=torch.int32) // (width // groups)

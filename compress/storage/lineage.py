@@ -1,0 +1,127 @@
+"""compression.json: where a model comes from, what was done to it, and what came out."""
+
+from __future__ import annotations
+
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+
+import compress
+from compress.errors import BadInput
+
+LINEAGE = "compression.json"
+RECIPE = "recipe.yaml"
+VERSIONED = ("torch", "transformers", "safetensors", "compressed-tensors")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Parent(_Record):
+    """The model a run started from."""
+
+    id: str
+    revision: str | None
+    sha256: str
+    bytes: int
+    parameters: int
+    lineage: Lineage | None = Field(None, description="its own, without evaluations, if it is an artefact")
+
+
+class Step(_Record):
+    """What one step did, with all its options, and what it took."""
+
+    method: str
+    family: str
+    paper: str
+    options: dict[str, Any]
+    summary: str
+    details: dict[str, Any]
+    seconds: float
+    peak_memory_bytes: int | None = Field(description="peak resident memory of the process during the step")
+    resumed: bool = Field(
+        description="the step was interrupted and went on, so seconds and memory cover the last part only"
+    )
+
+
+class Result(_Record):
+    """The model that came out: exact file sizes beside what the plan predicted."""
+
+    bytes: int
+    predicted_bytes: int
+    parameters: int
+    bits_per_parameter: float
+    layers: int
+    loads_with: str
+    files: dict[str, str] = Field(description="file name -> sha256")
+
+
+class ReloadCheck(_Record):
+    """Logits of the written files against those of the model before it was written, on a few tokens."""
+
+    loaded_by: Literal["transformers", "compress-model, layer by layer"]
+    max_difference: float
+    tokens: int
+
+
+class Lineage(_Record):
+    """compression.json."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    created: AwareDatetime
+    parent: Parent
+    dtype: str | None
+    seed: int
+    calibration: dict[str, Any] | None
+    steps: list[Step]
+    result: Result
+    reload: ReloadCheck
+    device: str
+    versions: dict[str, str]
+    evaluations: list[dict[str, Any]] = []
+
+    def chain(self) -> list[Lineage]:
+        """All runs from the first model to this one, this one last."""
+        return [*(self.parent.lineage.chain() if self.parent.lineage else []), self]
+
+
+Parent.model_rebuild()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"compress-model": compress.__version__, "python": platform.python_version()}
+    for package in VERSIONED:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+def read_lineage(folder: Path) -> Lineage | None:
+    """The lineage of a folder, or None if compress-model did not write it.
+
+    Raises:
+        BadInput: compression.json is damaged or of a newer version.
+    """
+    path = folder / LINEAGE
+    if not path.exists():
+        return None
+    try:
+        return Lineage.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BadInput(
+            f"{path} cannot be read: {'.'.join(map(str, first['loc']))}: {first['msg']}."
+        ) from None

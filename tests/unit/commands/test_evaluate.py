@@ -1,0 +1,130 @@
+"""Evaluations through the command line: made, kept, shown, compared, of the right revision."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import compress.evaluation.evaluate
+from compress.report.scorecard import Scorecard
+from compress.sources.find import ModelSource, find_model
+from compress.storage.lineage import read_lineage
+
+from .common import RTN, Command, Ended, rewrite
+
+SCORING = ["--context", "64", "--windows", "2"]
+
+
+def test_dense_against_dense_is_no_difference(command: Command, tiny: Path, copy: Path, monkeypatch):
+    """The copy has another hash, so it is streamed and scored like any other model."""
+    rewrite(copy, lambda config: config.update(note="the same model"))
+    measured = Scorecard.model_fields["cost"].annotation.model_fields["measured"].default
+    monkeypatch.setattr(compress.evaluation.evaluate, "measure", lambda *_, **__: measured)
+    dense, same = command("evaluate", copy, "--baseline", tiny, *SCORING, "--json").document
+    assert dense["model"]["sha256"] == dense["baseline"]["sha256"] == same["baseline"]["sha256"]
+    assert same["model"]["sha256"] != dense["model"]["sha256"]
+    for card in (dense, same):
+        fidelity = card["fidelity"]
+        assert fidelity["kl_mean"]["value"] == 0
+        assert fidelity["top1_agreement"]["value"] == 1
+        assert fidelity["perplexity_ratio"]["value"] == 1
+    assert same["fidelity"]["perplexity"] == dense["fidelity"]["perplexity"]
+    assert len(command("evaluate", copy, *SCORING, "--json").document) == 1
+    assert not (copy / "compression.json").exists()
+
+
+def test_an_evaluation_that_cannot_be_kept_is_shown(
+    command: Command, quantized: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "compression.json")
+
+    monkeypatch.setattr(compress.evaluation.evaluate, "measure", lambda *_, **__: None)
+    monkeypatch.setattr(compress.evaluation.evaluate, "add_evaluations", refuse)
+    ended = command("evaluate", quantized, "--baseline", tiny, *SCORING, "-q", "--json")
+    assert ended.code == 0
+    assert len(ended.document) == 2
+    assert ended.err == f"The evaluation is not kept in '{quantized}' (Read-only file system).\n"
+
+
+def test_a_run_evaluates_its_own_result_against_the_revision_it_began_with(
+    command: Command, tiny: Path, tmp_path: Path, monkeypatch
+):
+    found = []
+    monkeypatch.setattr("compress.pipeline.run.find_model", lambda *_: ModelSource("us/tiny", "abc", tiny))
+    monkeypatch.setattr(
+        "compress.evaluation.evaluate.evaluate_folder", lambda *args, **kwargs: found.append((args, kwargs))
+    )
+    (tmp_path / "recipe.yaml").write_text("{model: us/tiny, revision: abc, steps: [], evaluate: {}}")
+    monkeypatch.chdir(tmp_path)
+    assert command("run", "recipe.yaml", "-o", "demo").code == 0
+    (((model,), options),) = found
+    assert Path(model) == tmp_path / "demo"
+    assert find_model(model).folder == tmp_path / "demo"  # and not the demo model
+    assert (options["baseline"], options["baseline_revision"]) == ("us/tiny", "abc")
+
+
+def test_every_command_that_opens_a_model_takes_its_revision(
+    command: Command,
+    tiny: Path,
+    quantized: Path,
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    asked = set()
+
+    def find(name: str, revision: str | None = None) -> ModelSource:
+        asked.add((name, revision))
+        return ModelSource(name, revision, quantized if name == "us/small" else tiny)
+
+    for module in ("models", "evaluate", "run"):
+        monkeypatch.setattr(f"compress.{module}.find_model", find)
+    monkeypatch.setattr(compress.evaluation.evaluate, "measure", lambda *_, **__: None)
+    monkeypatch.setattr(compress.evaluation.evaluate, "add_evaluations", lambda *_: None)
+    both = ["--baseline", "us/tiny", "--baseline-revision", "v0"]
+    for words in (
+        ["inspect", "us/tiny", "--revision", "v1"],
+        ["plan", "us/tiny", recipe, "--revision", "v2"],
+        ["run", recipe, "-m", "us/tiny", "--revision", "v3", "--dry-run"],
+        ["quantize", "us/tiny", *RTN, "--revision", "v4", "--dry-run"],
+        ["evaluate", "us/small", "--revision", "v5", *both, *SCORING],
+    ):
+        assert command(*words).code == 0
+    assert asked == {("us/tiny", f"v{n}") for n in range(5)} | {("us/small", "v5")}
+
+
+@pytest.mark.usefixtures("measured_here")
+def test_an_evaluation_is_kept_and_shown(command: Command, tiny: Path, quantized: Path, tmp_path: Path):
+    result = Path(shutil.copytree(quantized, tmp_path / "result"))
+    ended = command("evaluate", result, "--baseline", tiny, *SCORING, "--json", tmp_path / "cards.json", "-q")
+    assert (ended.code, ended.err) == (0, "")
+    assert "top-1" in ended.out
+    document = json.loads((tmp_path / "cards.json").read_text())
+    kept = read_lineage(result).evaluations
+    assert kept == document
+    assert [card["model"]["name"] for card in kept] == ["tiny", "result"]
+    fidelity, cost = kept[1]["fidelity"], kept[1]["cost"]
+    assert fidelity["kl_mean"]["value"] > 0
+    assert cost["measured"]["kernel"] != "torch"
+    assert cost["weight_bytes"] == (result / "model.safetensors").stat().st_size
+
+    card = (result / "README.md").read_text()
+    markdown = command("compare", result, "--format", "markdown").out
+    assert markdown.startswith("| model |")
+    assert f"\n## Evaluation\n\n{markdown}\n## Recipe\n" in card
+    assert "| result |" in card
+
+    from_file = command("compare", tmp_path / "cards.json", "--format", "csv").out
+    assert from_file == command("compare", result, "--format", "csv").out
+    assert len(from_file.splitlines()) == 3
+    assert len(command("compare", result, "--json").document["rows"]) == 2
+    assert command("compare", result, "-o", tmp_path / "table.txt") == Ended(0, "", "")
+    assert "result" in (tmp_path / "table.txt").read_text()
+    assert "2 evaluation(s) on record" in command("inspect", result).out

@@ -1,0 +1,71 @@
+"""What a walk keeps for the case that it is killed, and what observers are shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from compress.engine.activations import Activations
+from compress.engine.journal import Journal
+from compress.engine.stream import StreamedModel
+from compress.engine.windows import Windows
+from compress.storage.checkpoint import Checkpoint
+
+
+@pytest.mark.parametrize("memory_limit", [0, 1 << 20], ids=["spilled", "in memory"])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_a_new_process_writes_nothing_over_what_is_durable(layers: int, memory_limit: int, tmp_path: Path):
+    """It begins with the embeddings, as the first one did, and only then goes back to what was saved."""
+
+    def begun() -> Activations:
+        activations = Activations((2, 3, 4), tmp_path / "hidden", memory_limit)
+        activations.write(0, torch.zeros(2, 3, 4))
+        activations.flip()
+        return activations
+
+    first = begun()
+    for layer in range(1, layers + 1):
+        first.write(0, torch.full((2, 3, 4), float(layer)))
+        first.flip()
+        saved = first.save()
+    first.write(0, torch.full((2, 3, 4), 99.0))  # the next layer, half done when the process is killed
+    for _ in range(3):
+        again = begun()
+        again.restore(saved)
+        assert torch.equal(again.read(0, 2), torch.full((2, 3, 4), float(layers)))
+        again.write(0, torch.full((2, 3, 4), float(layers + 1)))
+        again.flip()
+        layers += 1
+        saved = again.save()
+    assert len(list(tmp_path.iterdir())) <= 2
+
+
+def test_state_of_any_memory_layout_is_kept(tmp_path: Path):
+    journal = Journal(tmp_path)
+    journal.state["transposed"] = torch.arange(6.0).view(2, 3).T
+    journal.commit(1, [])
+    again = Journal(tmp_path)
+    assert again.restore([]) == 1
+    assert torch.equal(again.state["transposed"], journal.state["transposed"])
+
+
+def test_observers_see_windows_where_a_layer_flattens_them(tmp_path: Path):
+    config = transformers.OPTConfig(
+        vocab_size=32,
+        hidden_size=8,
+        ffn_dim=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        word_embed_proj_dim=8,
+    )
+    transformers.OPTForCausalLM(config).save_pretrained(tmp_path)
+    tokens = torch.arange(12).view(2, 6)
+    model = StreamedModel(Checkpoint.open(tmp_path))
+    stream = model.stream(Windows(tokens, torch.ones_like(tokens, dtype=torch.bool), source="numbers"))
+    shapes = []
+    for layer in model.walk(None, stream):
+        stream.advance(layer, {"fc2": lambda x, y, mask, _: shapes.append((x.shape, y.shape, mask.shape))})
+    assert shapes == [((2, 6, 12), (2, 6, 8), (2, 6))]

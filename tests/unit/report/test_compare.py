@@ -1,0 +1,373 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from compress.commands.compare import compare as command
+from compress.errors import BadInput
+from compress.report.compare import compare, compare_newest, compare_paths, read_scorecards
+from compress.report.plot import quality_against_size
+from compress.report.render import FORMATS, render
+from compress.report.scorecard import (
+    Cost,
+    Fidelity,
+    Figure,
+    Measurement,
+    ModelIdentity,
+    Protocol,
+    Scorecard,
+)
+
+WHEN = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
+HOSTILE = "a|<script>alert('x')</script> $x_1$ [bold] & \"b\""
+
+
+def identity(name: str) -> ModelIdentity:
+    return ModelIdentity(name=name, sha256=sha256(name.encode()).hexdigest())
+
+
+def card(
+    name: str = "dense", *, size: int = 400_000_000, measured: bool = True, day: int = 0, **changes
+) -> Scorecard:
+    """A scorecard; ``changes`` go into its protocol, or ``baseline`` into the card."""
+    baseline = identity(changes.pop("baseline", "dense"))
+    protocol = {
+        "text": "factbook",
+        "text_sha256": "0" * 64,
+        "context_tokens": 512,
+        "stride_tokens": 256,
+        "windows": 9,
+        "tokens_scored": 4599,
+        "compute_dtype": "float32",
+        "seed": 7,
+        "kernel": "torch",
+    }
+    nats = {"unit": "nats/token"}
+    return Scorecard(
+        model=identity(name),
+        baseline=baseline,
+        loads_with="transformers",
+        protocol=Protocol(**protocol | changes),
+        fidelity=Fidelity(
+            perplexity=Figure(value=13.66, low=13.06, high=14.27),
+            perplexity_ratio=Figure(value=1.0904, low=1.08, high=1.101),
+            kl_mean=Figure(value=0.121, low=0.115, high=0.127, **nats),
+            kl_standard_error=0.003,
+            kl_median=Figure(value=0.05, **nats),
+            kl_p99=Figure(value=0.9, **nats),
+            kl_max=Figure(value=3.5, **nats),
+            top1_agreement=Figure(value=0.862, low=0.858, high=0.866, unit="fraction"),
+            rms_delta_p=Figure(value=0.04, unit="fraction"),
+        ),
+        cost=Cost(
+            weight_bytes=size,
+            parameters=200_000_000,
+            measured=Measurement(
+                peak_resident_bytes=940_000_000,
+                baseline_resident_bytes=301_000_000,
+                prefill=Figure(value=812.3, low=796, high=820, unit="tokens/s", spread="interquartile range"),
+                prefill_tokens=512,
+                prefill_repetitions=5,
+                threads=2,
+                device="a processor",
+                kernel="reference",
+                storage_dtype="bfloat16",
+            )
+            if measured
+            else None,
+        ),
+        when=WHEN + timedelta(days=day),
+        versions={"torch": "2.13.0"},
+    )
+
+
+def write(path: Path, document: object) -> Path:
+    path.write_text(json.dumps(document))
+    return path
+
+
+def dumped(*cards: Scorecard) -> list[dict]:
+    return [one.model_dump(mode="json") for one in cards]
+
+
+def test_rows_have_dense_first_and_figures_as_stored():
+    comparison = compare([card("small", size=100_000_000), card("dense"), card("smaller", size=50_000_000)])
+    assert [row.cells["model"] for row in comparison.rows] == ["dense", "small", "smaller"]
+    small = comparison.rows[1]
+    shown = {column.key: small.text(column) for column in comparison.columns}
+    assert shown == {
+        "model": "small",
+        "size": "100.0",
+        "size_ratio": "0.2500",
+        "bits_per_parameter": "4.000",
+        "parameters": "200.0",
+        "perplexity": "13.66 ± 0.61",
+        "perplexity_ratio": "1.090 ± 0.011",
+        "kl_mean": "0.1210 ± 0.0060",
+        "top1_agreement": "86.20 ± 0.40",
+        "peak_memory": "940.0",
+        "added_memory": "639.0",
+        "prefill": "812 (796–820)",
+        "decode": "–",
+        "kernel": "reference (scored: torch)",
+        "loads_with": "transformers",
+    }
+
+
+def test_what_was_not_measured_is_a_dash_and_never_zero():
+    bare = card("bare", measured=False).model_copy(update={"protocol": None, "fidelity": None})
+    comparison = compare([bare])
+    dashes = {column.key for column in comparison.columns if comparison.rows[0].text(column) == "–"}
+    assert dashes == {
+        "size_ratio",
+        "perplexity",
+        "perplexity_ratio",
+        "kl_mean",
+        "top1_agreement",
+        "peak_memory",
+        "added_memory",
+        "prefill",
+        "decode",
+        "kernel",
+    }
+    row = next(csv.DictReader(io.StringIO(render(comparison, "csv"))))
+    assert row["perplexity"] == row["size_ratio"] == row["prefill"] == ""
+    assert json.loads(render(comparison, "json"))["rows"][0]["cells"]["perplexity"] is None
+    assert "no quality to plot" in render(comparison, "html")
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"text_sha256": "1" * 64}, "text_sha256"),
+        ({"context_tokens": 1024}, "context_tokens"),
+        ({"stride_tokens": 512}, "stride_tokens"),
+        ({"windows": 10}, "windows"),
+        ({"tokens_scored": 4600}, "tokens_scored"),
+        ({"compute_dtype": "bfloat16"}, "compute_dtype"),
+        ({"seed": 8}, "seed"),
+        ({"baseline": "other"}, "baseline.sha256"),
+    ],
+)
+def test_rows_made_in_different_ways_are_refused(change: dict, field: str, tmp_path: Path):
+    first = write(tmp_path / "first.json", dumped(card("dense")))
+    second = write(tmp_path / "second.json", dumped(card("small", **change)))
+    with pytest.raises(BadInput) as caught:
+        compare_paths([first, second])
+    message = str(caught.value)
+    assert field in message
+    assert str(first) in message
+    assert str(second) in message
+
+
+def test_another_kernel_or_machine_is_stated_but_not_refused():
+    timed = card("small", kernel="cpu")
+    measured = timed.cost.measured.model_copy(update={"threads": 8})
+    other = timed.model_copy(update={"cost": timed.cost.model_copy(update={"measured": measured})})
+    caption = " ".join(compare([card("dense"), other]).caption)
+    assert "a processor, 2 threads; a processor, 8 threads" in caption
+    assert "speeds do not compare" in caption
+
+
+def test_the_newest_evaluation_that_fits_is_taken(tmp_path: Path):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    history = dumped(
+        card("small", size=1, day=1),
+        card("small", size=2, day=2),
+        card("small", size=3, day=3, context_tokens=99),
+    )
+    write(folder / "compression.json", {"schema_version": 1, "evaluations": history})
+    dense = write(tmp_path / "dense.json", dumped(card("dense"))[0])
+    assert [row.cells["size"].value for row in compare_paths([folder, dense]).rows] == [400_000_000, 2]
+    assert [row.cells["size"].value for row in compare_paths([folder]).rows] == [3]
+    assert len(compare_paths([folder, folder, dense]).rows) == 2  # a model given twice is one row
+
+
+def test_of_one_models_history_the_newest_comparison_with_another_counts():
+    beside_dense = [card(day=1), card("small", day=1), card(day=2), card("small", day=2)]
+    longer = [card(day=3, context_tokens=1024), card("small", day=3, context_tokens=1024)]
+    alone = card("small", baseline="small", day=4)
+
+    def chosen(history: list[Scorecard]) -> list[tuple[str, datetime]]:
+        rows = compare_newest(history).rows
+        return [(row.scorecard.model.name, row.scorecard.when) for row in rows]
+
+    assert chosen([*beside_dense, alone]) == [
+        ("dense", WHEN + timedelta(days=2)),
+        ("small", WHEN + timedelta(days=2)),
+    ]
+    assert {when for _, when in chosen([*longer, *beside_dense])} == {WHEN + timedelta(days=3)}
+    assert chosen([alone]) == [("small", WHEN + timedelta(days=4))]
+
+
+def test_files_that_hold_no_scorecard(tmp_path: Path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    write(plain / "compression.json", {"schema_version": 1})
+    broken = tmp_path / "broken.json"
+    broken.write_text('{"model": ')
+    binary = tmp_path / "binary.json"
+    binary.write_bytes(b"\xff\xfe\x00")
+    newer = write(tmp_path / "newer.json", dumped(card())[0] | {"schema_version": 2})
+    unknown = write(tmp_path / "unknown.json", dumped(card())[0] | {"colour": "red"})
+    cases = {
+        tmp_path / "nowhere": "There is no",
+        empty: "has no compression.json",
+        plain: "holds no evaluation yet",
+        broken: "is not JSON",
+        binary: "is not JSON",
+        newer: "newer compress-model",
+        unknown: "colour",
+        write(tmp_path / "number.json", 7): "not a scorecard",
+        write(tmp_path / "list.json", []): "holds no evaluation yet",
+    }
+    for path, reason in cases.items():
+        with pytest.raises(BadInput, match=reason) as caught:
+            read_scorecards(path)
+        assert str(path) in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(BadInput, match="nothing to compare"):
+        compare([])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_states_text_context_stride_and_denominator(format: str):
+    text = render(compare([card("dense"), card("small")]), format)
+    text = re.sub(r"\s+", " ", text.replace("\\_", "_"))
+    for fact in ("factbook", "512", "256", "float32", "a processor", "dense"):
+        assert fact in text
+    assert "4,599" in text or "4599" in text
+
+
+def test_markdown_is_a_table_whatever_the_name():
+    lines = render(compare([card("dense"), card(HOSTILE)]), "markdown").splitlines()
+    bars = [len(re.findall(r"(?<!\\)\|", line)) for line in lines[:4]]
+    assert bars == [16] * 4
+    assert "\\<script>" in lines[3]
+    assert lines[4] == ""
+    assert lines[5].startswith("- Text: factbook")
+
+
+def test_csv_has_every_digit_and_reads_back():
+    rows = list(csv.DictReader(io.StringIO(render(compare([card("dense"), card(HOSTILE)]), "csv"))))
+    assert [row["model"] for row in rows] == ["dense", HOSTILE]
+    assert float(rows[1]["perplexity_ratio"]) == 1.0904
+    assert (rows[1]["perplexity_low"], rows[1]["perplexity_high"]) == ("13.06", "14.27")
+    assert rows[1]["size"] == "400000000"
+    assert rows[1]["decode"] == ""
+
+
+def test_json_holds_the_scorecards():
+    cards = [card("dense"), card("small")]
+    document = json.loads(render(compare(cards), "json"))
+    assert [Scorecard.model_validate(row["scorecard"]) for row in document["rows"]] == cards
+    assert document["rows"][1]["cells"]["perplexity"]["high"] == 14.27
+    assert [row["dense"] for row in document["rows"]] == [True, False]
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data.strip())
+
+
+def test_the_page_is_self_contained_and_escaped():
+    text = render(compare([card("dense"), card(HOSTILE, size=10**8)]), "html")
+    page = Page(text)
+    assert "svg" in page.tags
+    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
+    assert not re.search(r"https?:|//\w|@import|url\((?!#)", text)
+    references = [value for name, value in page.attributes if name in ("src", "href", "xlink:href")]
+    assert references
+    assert all(reference.startswith("#") for reference in references)
+    assert page.text.count(HOSTILE) == 1  # in the table, as it is
+    assert any(
+        label.startswith("a|<script>alert('x')</script> $x_1$") and label.endswith("…") for label in page.text
+    )
+    assert "prefers-color-scheme: dark" in text
+    assert not re.search(r"#0[0-9]0[0-9]0[0-9]", text)  # every stand-in colour became a variable
+
+
+def test_the_plot_joins_what_no_other_model_beats():
+    from compress.report.plot import _front
+
+    assert _front([100, 50, 80, 50, 20], [10, 12, 13, 11, 30]) == [4, 3, 0]
+    plot = quality_against_size(compare([card("dense"), card("small", size=10**8)]))
+    assert plot == quality_against_size(compare([card("dense"), card("small", size=10**8)]))
+    assert ">dense<" in plot
+    assert "var(--accent)" in plot
+
+
+def test_without_matplotlib_the_page_says_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    text = render(compare([card("dense")]), "html")
+    assert "compress-model[plot]" in text
+    assert "<table>" in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 300])
+def test_the_terminal_table_fits_its_terminal(width: int):
+    from rich.console import Console
+
+    from compress.report.render import print_table
+
+    file = io.StringIO()
+    print_table(compare([card("dense"), card(HOSTILE)]), Console(file=file, width=width))
+    text = file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert "[bold]" in re.sub(r"\s", "", text)  # a name is not markup
+    for figure in ("13.66 ± 0.61", "0.1210 ± 0.0060", "812 (796–820)", "1.090 ± 0.011"):
+        assert figure in text  # no figure is folded or cut
+
+
+def test_the_command(tmp_path: Path):
+    file = write(tmp_path / "cards.json", dumped(card("dense"), card("small", size=10**8)))
+    run = CliRunner().invoke
+    assert "13.66 ± 0.61" in run(command, [str(file)]).output
+    assert json.loads(run(command, [str(file), "--json"]).output)["schema_version"] == 1
+    assert run(command, [str(file), "--json"]).output == run(command, [str(file), "--format", "json"]).output
+    assert run(command, [str(file), "--json", "--format", "csv"]).exit_code == 2
+    assert run(command, []).exit_code == 2
+    for format in FORMATS:
+        output = tmp_path / f"out.{format}"
+        result = run(command, [str(file), "--format", format, "-o", str(output)])
+        assert (result.exit_code, result.output) == (0, "")
+        assert output.read_text() == render(compare_paths([file]), format)
+    assert len(list(tmp_path.iterdir())) == 1 + len(FORMATS)  # no temporary file is left
+
+
+def test_comparing_imports_no_torch(tmp_path: Path):
+    file = write(tmp_path / "cards.json", dumped(card("dense")))
+    code = (
+        "import sys; from compress.report.compare import compare_paths\n"
+        "from compress.report.render import render\n"
+        f"render(compare_paths([{str(file)!r}]), 'table')\n"
+        "assert not {'torch', 'transformers', 'scipy', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,8 +7,9 @@ model card and the documentation, so a method touches one new file and one line 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -45,6 +46,12 @@ class MethodOptions(BaseModel):
     """Base of every method's options: unknown keys are errors, and values do not change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Name that an option had -> its present name; the error that the old name gets says so."""
+
+
+OptionsT = TypeVar("OptionsT", bound=MethodOptions)
 
 
 @dataclass
@@ -88,8 +95,11 @@ class StepContext:
         return torch.Generator().manual_seed(self.seed)
 
 
-class Method(ABC):
-    """One compression method. Subclasses are stateless: everything is in the arguments."""
+class Method(ABC, Generic[OptionsT]):
+    """One compression method: ``class FLAP(Method["FLAP.Options"])`` declares its own options.
+
+    Subclasses are stateless: everything is in the arguments.
+    """
 
     name: ClassVar[str]
     family: ClassVar[Family]
@@ -97,10 +107,10 @@ class Method(ABC):
     needs_calibration: ClassVar[bool] = True
     needs_package: ClassVar[str | None] = None
     """A library beyond those always installed; the extra that brings it has its name."""
-    Options: ClassVar[type[MethodOptions]]
+    Options: type[OptionsT]
 
     @abstractmethod
-    def plan(self, shape: ModelShape, options: Any) -> ModelShape:
+    def plan(self, shape: ModelShape, options: OptionsT) -> ModelShape:
         """The shape of the model afterwards, from configs and headers alone (no weights are read).
 
         Raises:
@@ -108,7 +118,7 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def apply(self, model: StreamedModel, options: Any, context: StepContext) -> StepReport:
+    def apply(self, model: StreamedModel, options: OptionsT, context: StepContext) -> StepReport:
         """Do it: read ``model`` layer by layer and write what changes into ``context.draft``.
 
         Raises:

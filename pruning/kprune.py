@@ -13,7 +13,7 @@ from torch import Tensor
 from compress.anatomy import Anatomy, layer_shapes, set_weight, task_of, weight
 from compress.engine.activations import Activations
 from compress.engine.backward import Tape
-from compress.engine.stream import Layer, Observer, Stream, StreamedModel
+from compress.engine.stream import Layer, Observer, Seen, Stream, StreamedModel
 from compress.engine.windows import Windows
 from compress.errors import BadInput, CompressError
 from compress.method import Method, MethodOptions, Paper, StepReport
@@ -258,9 +258,10 @@ class Pruning:
         present = weight(linear).double().T
         fits = [Fit(present), Fit(present)]
 
-        def add(name: str, start: int, a: Tensor, residual: Tensor, _: Tensor, mask: Tensor) -> None:
+        def add(name: str, seen: Seen, residual: Tensor) -> None:
             if name != block.name:
                 return
+            a, start, mask = seen.inputs, seen.start, seen.mask
             target = self.targets[name].read(start, start + len(a)).to(a)
             for half, fit in enumerate(fits):
                 chosen = mask & (self.halves[start : start + len(a), None] == half).to(mask.device)
@@ -274,7 +275,7 @@ class Pruning:
         ridge = choose_ridge(fits) if self.options.ridge is None else self.options.ridge
         self.state[f"ridge.{_key(block)}"] = torch.tensor(-1 if ridge is None else ridge).double()
         fitted = present if ridge is None else (fits[0] + fits[1]).solve(ridge)
-        stored = self.model.weights.find(f"{held.name}.{block.path}.weight")
+        stored = held.stored(block.path)
         new = fitted.T.to(DTYPES[self.model.checkpoint.tensors[stored].dtype])
         if not torch.isfinite(new).all():
             raise CompressError(
@@ -380,9 +381,9 @@ def halves_of(windows: Windows) -> Tensor:
     return torch.zeros(len(rows), dtype=torch.int64).scatter_(0, order, torch.arange(len(rows)) % 2)
 
 
-Take = Callable[[str, int, Tensor, Tensor, Tensor, Tensor], None]
-"""Called with the name of a block, the number of the first window, the inputs of its output projection, the
-residual stream before it, its output (both [B, S, D]) and the mask of real tokens."""
+Take = Callable[[str, Seen, Tensor], None]
+"""Called with the name of a block, what its output projection computed, and the residual stream before the
+block [B, S, D]."""
 
 
 def observe_blocks(anatomy: Anatomy, stream: Stream, layer: Layer, take: Take) -> dict[str, Observer]:
@@ -392,18 +393,18 @@ def observe_blocks(anatomy: Anatomy, stream: Stream, layer: Layer, take: Take) -
     def before(output: Tensor, start: int) -> Tensor:
         return stream.hidden.read(start, start + len(output)).to(output)
 
-    def attention(inputs: Tensor, output: Tensor, mask: Tensor, start: int) -> None:
-        residual = before(output, start)
+    def attention(seen: Seen) -> None:
+        residual = before(seen.output, seen.start)
         if anatomy.norm_first:
-            between[start] = residual + output
-        take("attention", start, inputs, residual, output, mask)
+            between[seen.start] = residual + seen.output
+        take("attention", seen, residual)
 
-    def norm(_: Tensor, output: Tensor, __: Tensor, start: int) -> None:
-        between[start] = output
+    def norm(seen: Seen) -> None:
+        between[seen.start] = seen.output
 
-    def mlp(inputs: Tensor, output: Tensor, mask: Tensor, start: int) -> None:
-        residual = between.pop(start) if start in between else before(output, start)
-        take("mlp", start, inputs, residual, output, mask)
+    def mlp(seen: Seen) -> None:
+        residual = between.pop(seen.start) if seen.start in between else before(seen.output, seen.start)
+        take("mlp", seen, residual)
 
     observers: dict[str, Observer] = {anatomy.attention_output: attention, anatomy.down: mlp}
     observers = {path: observer for path, observer in observers.items() if path in layer.linears}

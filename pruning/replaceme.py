@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from compress.anatomy import sizes_of
 from compress.calibration.statistics.losses import next_token_loss
 from compress.engine.activations import Activations
-from compress.engine.stream import Layer, Stream, StreamedModel
+from compress.engine.stream import Layer, Seen, Stream, StreamedModel
 from compress.engine.windows import Windows
 from compress.errors import BadInput, CompressError
 from compress.method import Method, MethodOptions, Paper, StepReport
@@ -194,8 +194,8 @@ class ReplaceMe(Method):
     ) -> None:
         """Keep M_i and Y_i = L_i - M_i while the text goes through layer i."""
 
-        def keep_mlp(_: torch.Tensor, output: torch.Tensor, __: torch.Tensor, start: int) -> None:
-            mlp.write(start, output)
+        def keep_mlp(seen: Seen) -> None:
+            mlp.write(seen.start, seen.output)
 
         stream.advance(layer, observe={model.anatomy.down: keep_mlp})
         mlp.flip()

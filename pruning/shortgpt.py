@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import Field, PositiveInt
 
-from compress.engine.stream import StreamedModel
+from compress.engine.stream import Seen, StreamedModel
 from compress.errors import BadInput
 from compress.method import Method, MethodOptions, Paper, StepReport
 from compress.pruning.parts.depth import plan_without_layers, remove_layers
@@ -69,7 +69,6 @@ class ShortGPT(Method):
         return 1 - journal.state["similarity"] / context.calibration.num_tokens
 
 
-def _add_similarity(
-    total: torch.Tensor, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor, _: int
-) -> None:
-    total += torch.cosine_similarity(before[mask].double(), after[mask].double(), dim=-1).sum().cpu()
+def _add_similarity(total: torch.Tensor, seen: Seen) -> None:
+    before, after = (values[seen.mask].double() for values in (seen.inputs, seen.output))
+    total += torch.cosine_similarity(before, after, dim=-1).sum().cpu()

@@ -16,7 +16,7 @@ from compress.anatomy import Anatomy, anatomy_of, linears_by_input, set_weight, 
 from compress.calibration.statistics.fisher import Fisher, text_loss
 from compress.calibration.statistics.hessian import Hessian
 from compress.engine.activations import Activations
-from compress.engine.stream import advance_keeping
+from compress.engine.stream import Seen, advance_keeping
 from compress.errors import BadInput
 from compress.method import Method, Paper, StepReport
 from compress.quantization.parts.clipped import ClippedLinear
@@ -128,7 +128,7 @@ class ApiQ(Method):
         packer = Packer(context.draft, options, journal.state)
         for layer in model.walk(journal, dense, quantized, label=f"ApiQ to {options.bits} bits"):
             generator = torch.Generator().manual_seed(context.seed * model.num_layers + layer.index)
-            stored = {path: model.weights.find(f"{layer.name}.{path}.weight") for path in layer.linears}
+            stored = {path: layer.stored(path) for path in layer.linears}
             stored = {path: name for path, name in stored.items() if packer.wants(name)}
             linears = {
                 path: ClippedLinear(
@@ -244,7 +244,7 @@ class Learning:
         """
         groups = [
             wanted
-            for paths in linears_by_input(self.anatomy, self.layer)
+            for paths in linears_by_input(self.anatomy, self.linears)
             if (wanted := [path for path in paths if path in self.linears])
         ]
         energies = dict.fromkeys(self.linears, 0.0)
@@ -252,9 +252,9 @@ class Learning:
         def observer(path: str) -> Observer:
             bias = self.layer.linears[path].bias
 
-            def observe(_: torch.Tensor, output: torch.Tensor, mask: torch.Tensor, __: int) -> None:
-                product = output if bias is None else output - bias
-                energies[path] += float(product[mask].square().sum(dtype=torch.float64))
+            def observe(seen: Seen) -> None:
+                product = seen.output if bias is None else seen.output - bias
+                energies[path] += float(product[seen.mask].square().sum(dtype=torch.float64))
 
             return observe
 
@@ -366,11 +366,11 @@ class Learning:
         self._put(states)
         total = 0.0
 
-        def compare(_: torch.Tensor, output: torch.Tensor, mask: torch.Tensor, start: int) -> None:
+        def compare(seen: Seen) -> None:
             nonlocal total
             for target in targets:
-                off = output - target.read(start, start + len(output)).to(output)
-                total += float(off[mask].square().sum(dtype=torch.float64))
+                off = seen.output - target.read(seen.start, seen.start + len(seen.output)).to(seen.output)
+                total += float(off[seen.mask].square().sum(dtype=torch.float64))
 
         self.quantized.look(self.layer, {"": compare})
         loss = total / (int(self.quantized.windows.mask.sum()) * self.quantized.hidden.shape[-1])

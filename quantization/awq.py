@@ -9,6 +9,7 @@ import torch
 
 from compress.anatomy import linears_by_input, weight
 from compress.calibration.statistics.hessian import Hessian
+from compress.engine.stream import Seen
 from compress.kernels.codes.integer import (
     CHANNEL,
     QuantizedWeight,
@@ -81,7 +82,7 @@ class AWQ(Method):
             groups = linears_by_input(model.anatomy, layer.linears)
             inputs = [Inputs() for _ in groups]
             stream.advance(layer, {paths[0]: seen.add for paths, seen in zip(groups, inputs, strict=True)})
-            stored = {path: model.weights.find(f"{layer.name}.{path}.weight") for path in layer.linears}
+            stored = {path: layer.stored(path) for path in layer.linears}
             grids = {
                 path: Grid(packer.format_of(name), packer.scale_dtype(name), name)
                 for path, name in stored.items()
@@ -138,9 +139,9 @@ class Inputs:
     def gram(self) -> torch.Tensor:
         return self._hessian.sum
 
-    def add(self, inputs: torch.Tensor, output: torch.Tensor, mask: torch.Tensor, start: int) -> None:
-        self._hessian.add(inputs, output, mask, start)
-        magnitude = inputs[mask].abs().sum(0, dtype=torch.float64)
+    def add(self, seen: Seen) -> None:
+        self._hessian.add(seen)
+        magnitude = seen.inputs[seen.mask].abs().sum(0, dtype=torch.float64)
         self.magnitude = magnitude if self.magnitude is None else self.magnitude + magnitude
 
     def divide(self, scales: torch.Tensor) -> None:

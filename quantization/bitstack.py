@@ -8,6 +8,7 @@ import torch
 from pydantic import Field, PositiveInt
 
 from compress.anatomy import linears_by_input, weight
+from compress.engine.stream import Seen
 from compress.kernels.codes.packing import pack_signs
 from compress.method import Method, Paper, StepReport
 from compress.quantization.parts.block_order import find_order
@@ -68,7 +69,7 @@ class BitStack(Method):
             stream.advance(layer, {paths[0]: norm.add for paths, norm in zip(groups, norms, strict=True)})
             for paths, norm in zip(groups, norms, strict=True):
                 for path in paths:
-                    stored = model.weights.find(f"{layer.name}.{path}.weight")
+                    stored = layer.stored(path)
                     if stacker.wants(stored):
                         dense = weight(layer.linears[path])
                         # Each linear has the same random numbers, so that a resumed run goes on with them.
@@ -86,11 +87,11 @@ class ColumnNorms:
         self.sum: torch.Tensor | float = 0.0
         self.windows = 0
 
-    def add(self, inputs: torch.Tensor, _: torch.Tensor, mask: torch.Tensor, __: int) -> None:
-        """See some windows [B, S, in]."""
-        squares = inputs.double().square().mul_(mask.unsqueeze(-1)).sum(1)
+    def add(self, seen: Seen) -> None:
+        """Add some windows."""
+        squares = seen.inputs.double().square().mul_(seen.mask.unsqueeze(-1)).sum(1)
         self.sum = self.sum + squares.sqrt().sum(0)
-        self.windows += len(inputs)
+        self.windows += len(seen.inputs)
 
     @property
     def scale(self) -> torch.Tensor:

@@ -112,7 +112,7 @@ class GPTQ(Method):
         """Measure the inputs of some linears, then round them in memory and into the draft."""
         stream.look(layer, {paths[0]: hessian.add for paths, hessian in zip(groups, hessians, strict=True)})
         for paths, hessian in zip(groups, hessians, strict=True):
-            stored = {path: model.weights.find(f"{layer.name}.{path}.weight") for path in paths}
+            stored = {path: layer.stored(path) for path in paths}
             # Linears with the same input go through the columns together, if they are rounded alike.
             alike: dict[Any, list[str]] = {}
             for path, name in stored.items():

@@ -92,7 +92,7 @@ class Nested(Method):
                 layer, {paths[0]: hessian.add for paths, hessian in zip(groups, hessians, strict=True)}
             )
             for paths, hessian in zip(groups, hessians, strict=True):
-                stored = {path: model.weights.find(f"{layer.name}.{path}.weight") for path in paths}
+                stored = {path: layer.stored(path) for path in paths}
                 wanted = [path for path in paths if stacker.wants(stored[path])]
                 if not wanted:
                     continue

@@ -59,7 +59,7 @@ class RoundToFloat(Method):
         packer = Packer(context.draft, options, journal.state, layout_of)
         for layer in model.walk(journal, label=f"rounding to {options.type}"):
             for paths in linears_by_input(model.anatomy, layer.linears):
-                stored = {path: model.weights.find(f"{layer.name}.{path}.weight") for path in paths}
+                stored = {path: layer.stored(path) for path in paths}
                 dense = {
                     name: weight(layer.linears[path]) for path, name in stored.items() if packer.wants(name)
                 }

@@ -19,6 +19,8 @@ import pytest
 if TYPE_CHECKING:
     from compress.storage.lineage import Step
 
+# pytest-xdist tells its workers how wide its own terminal is; tables of our commands do not depend on that.
+os.environ.pop("COLUMNS", None)
 # As the command line does: spinning threads lose whole time slices on a shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 atexit.register(gc.freeze)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from compress.engine.activations import Activations
+from compress.engine.stream import Seen
 
 ROWS = 128
 """Rows of H that are multiplied, or inverted, in one step."""
@@ -28,8 +29,9 @@ class Hessian:
         self.difference: torch.Tensor | None = None
         self.tokens = 0
 
-    def add(self, inputs: torch.Tensor, _: torch.Tensor, mask: torch.Tensor, start: int) -> None:
+    def add(self, seen: Seen) -> None:
         """Products in float32, summed up in float64, some rows at a time: the whole takes much memory."""
+        inputs, mask, start = seen.inputs, seen.mask, seen.start
         rows = inputs[mask].float()
         self.tokens += len(rows)
         if self.sum is None:

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -35,9 +35,25 @@ from compress.errors import BadInput
 from compress.storage.checkpoint import Checkpoint
 from compress.system.memory import give_back_memory
 
-Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], None]
-"""Called with a submodule's input [B, S, in], its output [B, S, out], the mask of real tokens [B, S] and the
-number of the first window."""
+
+class Seen(NamedTuple):
+    """What a submodule computed for one batch of windows.
+
+    Attributes:
+        inputs: [B, S, in].
+        output: [B, S, out].
+        mask: bool [B, S], True for real tokens.
+        start: number of the first window.
+    """
+
+    inputs: torch.Tensor
+    output: torch.Tensor
+    mask: torch.Tensor
+    start: int
+
+
+Observer = Callable[[Seen], None]
+"""Called once for every batch that goes through an observed submodule."""
 
 BATCH_TOKENS = 4096
 
@@ -51,12 +67,18 @@ class Layer:
         name: full name, such as ``model.layers.3``.
         module: the transformers module, float32.
         linears: path inside the layer -> module, in the order of the data flow.
+        find: full name of a parameter -> its name in the checkpoint, see `Weights.find`.
     """
 
     index: int
     name: str
     module: nn.Module
     linears: dict[str, nn.Module]
+    find: Callable[[str], str | None] = str
+
+    def stored(self, path: str, leaf: str = "weight") -> str | None:
+        """The checkpoint's name of a parameter of the module at ``path``; None if it is not there."""
+        return self.find(f"{self.name}.{path}.{leaf}")
 
 
 class Stream:
@@ -117,8 +139,8 @@ class Stream:
         for start, hidden, mask in self.batches():
             waiting = set(observe)
 
-            def show(path: str, waiting: set[str], *seen: Any) -> None:
-                observe[path](*seen)
+            def show(path: str, waiting: set[str], seen: Seen) -> None:
+                observe[path](seen)
                 waiting.discard(path)
                 if not waiting:
                     raise _SeenAll
@@ -147,7 +169,7 @@ def _hook(module: nn.Module, observer: Observer, mask: torch.Tensor, start: int)
         return values.view(*mask.shape, -1) if values.ndim == 2 else values
 
     handle = module.register_forward_hook(
-        lambda _, inputs, output: observer(windowed(inputs[0]), windowed(first(output)), mask, start)
+        lambda _, inputs, output: observer(Seen(windowed(inputs[0]), windowed(first(output)), mask, start))
     )
     try:
         yield
@@ -198,7 +220,7 @@ class StreamedModel:
         give_back_memory()
         self.weights.fill(module, name)
         try:
-            yield Layer(index, name, module, self.anatomy.linears(module))
+            yield Layer(index, name, module, self.anatomy.linears(module), self.weights.find)
         finally:
             self.weights.empty(module)
 
@@ -418,11 +440,11 @@ def advance_keeping(
     }
 
     def observer(path: str) -> Observer:
-        def show(given: torch.Tensor, output: torch.Tensor, mask: torch.Tensor, start: int) -> None:
+        def show(seen: Seen) -> None:
             if path in kept:
-                kept[path].write(start, given)
+                kept[path].write(seen.start, seen.inputs)
             if path in observe:
-                observe[path](given, output, mask, start)
+                observe[path](seen)
 
         return show
 

@@ -150,6 +150,8 @@ def validated(model: type[BaseModel], values: dict[str, Any], where: str) -> Any
         first, (path, section) = errors[0], _located(model, errors[0]["loc"])
         if first["type"] == "extra_forbidden":
             name = str(first["loc"][-1])
+            if name in (renamed := getattr(section, "renamed", {})):
+                raise BadInput(f"In {where}: the option '{name}' is now called '{renamed[name]}'.") from None
             raise BadInput(f"In {where}: {unknown('option', name, section.model_fields)}") from None
         if first["type"] == "missing":
             raise BadInput(f"In {where}: the option '{path}' is required.") from None

@@ -12,7 +12,7 @@ import torch
 
 from compress.anatomy import weight
 from compress.calibration.statistics.moments import Moments, Products
-from compress.engine.stream import Layer, Observer, StreamedModel
+from compress.engine.stream import Layer, Observer, Seen, StreamedModel
 from compress.pruning.parts.allocation import Scores
 from compress.pruning.parts.width import Kept, channels_of_groups
 
@@ -80,11 +80,11 @@ def pruned_inputs(model: StreamedModel, layer: Layer, kept: Kept) -> dict[str, t
     }
 
 
-def watch(seen: Moments | Products) -> Observer:
+def watch(statistics: Moments | Products) -> Observer:
     """An observer that takes in a module's inputs, window by window, without padding."""
 
-    def observer(inputs: torch.Tensor, _: torch.Tensor, mask: torch.Tensor, __: int) -> None:
-        for window, real in zip(inputs, mask, strict=True):
-            seen.add(window[real])
+    def observer(seen: Seen) -> None:
+        for window, real in zip(seen.inputs, seen.mask, strict=True):
+            statistics.add(window[real])
 
     return observer

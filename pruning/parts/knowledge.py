@@ -19,7 +19,7 @@ from compress.anatomy import anatomy_of, layer_shapes, task_of, weight
 from compress.engine.activations import Activations
 from compress.engine.backward import Tape
 from compress.engine.flops import unit_flops
-from compress.engine.stream import Layer, Observer
+from compress.engine.stream import Layer, Observer, Seen
 from compress.engine.windows import Windows
 from compress.pruning.parts.width import channels_of_groups
 
@@ -203,8 +203,8 @@ def measure(
         def look(number: int, path: str) -> Observer:
             matrix = weight(layer.linears[path]).double().square().mean(0).cpu()
 
-            def add(inputs: torch.Tensor, _: torch.Tensor, mask: torch.Tensor, __: int) -> None:
-                squares[number] += inputs[mask].double().square().sum(0).cpu() * matrix
+            def add(seen: Seen) -> None:
+                squares[number] += seen.inputs[seen.mask].double().square().sum(0).cpu() * matrix
 
             return add
 

@@ -133,14 +133,14 @@ def write_layer(draft: Draft, model: StreamedModel, layer: Layer) -> None:
     parameters = dict(layer.module.named_parameters())
     for name in _owned(model.anatomy):
         for leaf in ("weight", "bias"):
-            stored = model.weights.find(f"{layer.name}.{name}.{leaf}")
+            stored = layer.stored(name, leaf)
             new = parameters.get(f"{name}.{leaf}")
             if new is None:
                 if stored is not None:
                     draft.drop(stored)
                 continue
             if stored is None:  # a bias that the layer did not have
-                stored = f"{model.weights.find(f'{layer.name}.{name}.weight').removesuffix('weight')}{leaf}"
+                stored = f"{layer.stored(name).removesuffix('weight')}{leaf}"
                 dtype = model.checkpoint.tensors[f"{stored.removesuffix(leaf)}weight"].dtype
             else:
                 dtype = model.checkpoint.tensors[stored].dtype

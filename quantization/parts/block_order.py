@@ -92,7 +92,7 @@ def expected_losses(
     for layer in model.walk(None, label="finding the order"):
         information = fisher.read(layer)
         for path, linear in layer.linears.items():
-            stored = model.weights.find(f"{layer.name}.{path}.weight")
+            stored = layer.stored(path)
             if not stacker.wants(stored):
                 continue
             name, left = stored.removesuffix(".weight"), weight(linear).clone()

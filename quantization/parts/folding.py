@@ -110,7 +110,7 @@ def write_changed(draft: Draft, model: StreamedModel, layer: Layer, modules: set
     """
     for path in sorted(modules):
         for leaf, parameter in layer.module.get_submodule(path).named_parameters(recurse=False):
-            stored = model.weights.find(f"{layer.name}.{path}.{leaf}")
+            stored = layer.stored(path, leaf)
             if stored not in draft:
                 continue
             value = parameter.detach().to(_stored_dtype(model, layer, f"{path}.{leaf}"))

@@ -136,7 +136,7 @@ def _losses(
     for layer in model.walk(None, label="measuring sensitivities"):
         information = fisher.read(layer)
         for path, linear in layer.linears.items():
-            stored = model.weights.find(f"{layer.name}.{path}.weight")
+            stored = layer.stored(path)
             name, dense = stored.removesuffix(".weight"), weight(linear)
             dtype = DTYPES[model.checkpoint.tensors[stored].dtype]
             scales = [channel_scales(information[path], alpha) for alpha in alphas]

@@ -61,7 +61,7 @@ class Packer:
     def linears(self, model: StreamedModel, layer: Layer) -> Iterator[tuple[str, torch.Tensor]]:
         """Stored tensors of the linears of a layer that are to be quantized, and their weights [out, in]."""
         for path, linear in layer.linears.items():
-            stored = model.weights.find(f"{layer.name}.{path}.weight")
+            stored = layer.stored(path)
             if self.wants(stored):
                 yield stored, weight(linear)
 

@@ -2,10 +2,10 @@
 """K-prune on a fine-tuned MiniLM at 40, 60 and 80 % fewer FLOPs, beside masks without weight tuning and
 beside magnitude pruning, in one table.
 
-The model tells sarcastic headlines; scripts/data/make_sarcasm_model.py makes it if it is not in the cache. All
-methods see the same headlines without labels, all are scored on the same labelled ones, each in a process of its own
-through the command line. FLOPs are those of the layers on an input of mean length. Magnitude pruning counts
-parameters, so its ratio is searched until its FLOPs are the same.
+The model tells sarcastic headlines; scripts/data/make_sarcasm_model.py makes it if it is not in the cache.
+All methods see the same headlines without labels, all are scored on the same labelled ones, each in a process
+of its own through the command line. FLOPs are those of the layers on an input of mean length. Magnitude
+pruning counts parameters, so its ratio is searched until its FLOPs are the same.
 
     python scripts/benchmarks/kprune.py [--ratios 0.4 0.6 0.8] [--methods kprune magnitude] [--folder FOLDER]
 

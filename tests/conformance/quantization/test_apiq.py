@@ -16,7 +16,7 @@ from torch import Tensor
 from compress.calibration.statistics.fisher import Fisher, text_loss
 from compress.calibration.statistics.hessian import Hessian
 from compress.engine.activations import Activations
-from compress.engine.stream import StreamedModel
+from compress.engine.stream import Seen, StreamedModel
 from compress.engine.windows import Windows
 from compress.kernels.codes.integer import quantize_weight
 from compress.method import StepContext
@@ -190,7 +190,7 @@ def linear_loss(made: ClippedLinear) -> tuple[LinearLoss, Tensor, Tensor]:
     store.write(0, dense)
     hessian = Hessian(store)
     for start in (0, 2):
-        hessian.add(given[start : start + 2], given, mask[start : start + 2], start)
+        hessian.add(Seen(given[start : start + 2], given, mask[start : start + 2], start))
     rows, quantized = dense[mask].double(), given[mask].double()
     energy = float((rows @ made.weight.double().T).square().sum())
     return LinearLoss(made.weight, hessian, cross_products(made.weight, hessian), energy), rows, quantized

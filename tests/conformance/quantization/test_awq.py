@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from compress.engine.stream import Seen
 from compress.kernels.codes.integer import quantize_weight
 from compress.quantization.awq import Grid, Inputs, choose_scales, clipped
 from compress.quantization.parts.folding import Fold
@@ -35,8 +36,8 @@ def seen(inputs: Tensor) -> Inputs:
     for number, at in enumerate((0, 5)):
         windows[number, at : at + half] = inputs[number * half : (number + 1) * half]
         mask[number, at : at + half] = True
-    found.add(windows[:1].float(), windows[:1], mask[:1], 0)
-    found.add(windows[1:].float(), windows[1:], mask[1:], 1)
+    found.add(Seen(windows[:1].float(), windows[:1], mask[:1], 0))
+    found.add(Seen(windows[1:].float(), windows[1:], mask[1:], 1))
     return found
 
 

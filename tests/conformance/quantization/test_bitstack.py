@@ -10,7 +10,7 @@ import transformers as hf
 from torch import Tensor
 
 from compress.calibration.statistics.losses import next_token_loss
-from compress.engine.stream import StreamedModel
+from compress.engine.stream import Seen, StreamedModel
 from compress.engine.windows import Windows
 from compress.kernels.layers.stacked import Block, FactorStack
 from compress.method import StepContext
@@ -120,7 +120,7 @@ def test_scales_leave_padding_out_and_do_not_depend_on_batches() -> None:
         norms = ColumnNorms()
         for start in range(0, 5, size):
             part = slice(start, start + size)
-            norms.add(inputs[part], inputs[part], mask[part], start)
+            norms.add(Seen(inputs[part], inputs[part], mask[part], start))
         assert torch.allclose(norms.scale.double(), expected + 1e-3)
 
 

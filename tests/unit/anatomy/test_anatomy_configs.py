@@ -81,7 +81,7 @@ def test_unknown_types_are_refused_with_a_sentence(config: Any) -> None:
     for ask in (anatomy_of, sizes_of, lambda config: without_layers(config, [0])):
         with pytest.raises(BadInput) as error:
             ask(config)
-        for word in (f"'{config.model_type}'", "llama", "gemma3_text", "mpnet", "compress/anatomy.py"):
+        for word in (f"'{config.model_type}'", "llama", "gemma3_text", "mpnet", "compress/anatomy/rows.py"):
             assert word in str(error.value)
 
 

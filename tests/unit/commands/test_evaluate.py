@@ -84,7 +84,7 @@ def test_every_command_that_opens_a_model_takes_its_revision(
         asked.add((name, revision))
         return ModelSource(name, revision, quantized if name == "us/small" else tiny)
 
-    for module in ("models", "evaluate", "run"):
+    for module in ("sources.find", "evaluation.evaluate", "pipeline.run"):
         monkeypatch.setattr(f"compress.{module}.find_model", find)
     monkeypatch.setattr(compress.evaluation.evaluate, "measure", lambda *_, **__: None)
     monkeypatch.setattr(compress.evaluation.evaluate, "add_evaluations", lambda *_: None)

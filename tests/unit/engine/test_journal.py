@@ -67,5 +67,5 @@ def test_observers_see_windows_where_a_layer_flattens_them(tmp_path: Path):
     stream = model.stream(Windows(tokens, torch.ones_like(tokens, dtype=torch.bool), source="numbers"))
     shapes = []
     for layer in model.walk(None, stream):
-        stream.advance(layer, {"fc2": lambda x, y, mask, _: shapes.append((x.shape, y.shape, mask.shape))})
-    assert shapes == [((2, 6, 12), (2, 6, 8), (2, 6))]
+        stream.advance(layer, {"fc2": lambda seen: shapes.append([part.shape for part in seen[:3]])})
+    assert shapes == [[(2, 6, 12), (2, 6, 8), (2, 6)]]

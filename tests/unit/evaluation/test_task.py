@@ -299,7 +299,7 @@ def test_models_with_other_labels_do_not_compare(tiny_encoder: Encoder, tmp_path
 
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Stands in for the child process that is timed (tests/unit/evaluation/test_measure.py); holds what it was asked."""
+    """Stands in for the child process that is timed (test_measure.py), and holds what it was asked."""
     asked: list[dict[str, Any]] = []
 
     def measure(folder: Path, **wanted: Any) -> Measurement:

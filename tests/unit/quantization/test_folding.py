@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 
 from compress.anatomy import linears_by_input
-from compress.engine.stream import StreamedModel
+from compress.engine.stream import Seen, StreamedModel
 from compress.engine.windows import Windows
 from compress.quantization.parts.folding import fold, fold_of, write_changed
 from compress.storage.checkpoint import Checkpoint
@@ -109,9 +109,9 @@ def test_a_norm_stored_in_16_bits_costs_nothing(case: str, tmp_path: Path) -> No
     for layer in model.walk(None, stream):
         expected = torch.empty(0)
 
-        def keep(_: Any, output: torch.Tensor, *__: Any) -> None:
+        def keep(seen: Seen) -> None:
             nonlocal expected
-            expected = output
+            expected = seen.output
 
         stream.look(layer, {model.anatomy.query: keep})
         dense, paths = expected, [model.anatomy.query, model.anatomy.key, model.anatomy.value]

@@ -18,6 +18,7 @@ from compress.engine.loading import load
 from compress.engine.stream import StreamedModel
 from compress.errors import BadInput
 from compress.storage import checkpoint as module
+from compress.storage import writer
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.draft import Draft
 from compress.storage.tensors import DTYPES, TensorInfo
@@ -274,7 +275,7 @@ def test_a_flush_that_fails_leaves_the_last_one(
     def full(*_: object) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "_write_file", full)
+    monkeypatch.setattr(writer, "_write_file", full)
     draft.write({"a": torch.ones(1)})
     with pytest.raises(OSError, match="No space"):
         draft.flush("step")

@@ -92,7 +92,7 @@ def test_the_bias_keeps_the_mean_of_what_a_block_puts_out(
         model = StreamedModel(checkpoint)
         stream = model.stream(WINDOWS)
         with model.layer(0) as layer:
-            stream.look(layer, {path: lambda _, output, mask, __: outputs.append(output[mask].double())})
+            stream.look(layer, {path: lambda seen: outputs.append(seen.output[seen.mask].double())})
         return torch.cat(outputs).mean(0)
 
     dense = Checkpoint.open(folders[family])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from compress.engine import activations
-from compress.engine import stream as module
+from compress.engine import journal as journal_module
 from compress.engine.activations import Activations
 from compress.engine.journal import Journal
 from compress.engine.stream import StreamedModel
@@ -175,14 +175,14 @@ def test_a_walk_killed_anywhere_ends_the_same(
             if name := {"after the draft": "write_tensors", "after the state": "write_atomically"}.get(
                 moment
             ):
-                original = getattr(module, name)
+                original = getattr(journal_module, name)
 
                 def write(*args: Any) -> None:
                     if kill_at in done:
                         raise Killed
                     original(*args)
 
-                patch.setattr(module, name, write)
+                patch.setattr(journal_module, name, write)
             try:
                 for index in walk:
                     done.append(index)

@@ -181,7 +181,7 @@ def test_observers_see_inputs_outputs_and_masks(llama: Subject):
     seen: list[tuple[str, Tensor, Tensor, Tensor, int]] = []
 
     def look(path: str) -> module.Observer:
-        return lambda *what: seen.append((path, *what))
+        return lambda what: seen.append((path, *what))
 
     before = everything(stream)
     with model.layer(0) as layer:

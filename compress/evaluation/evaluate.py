@@ -45,7 +45,7 @@ TASK_REPETITIONS = 100
 """Of the timed forward pass on one input of a task, which takes milliseconds."""
 
 
-def evaluate_folder(
+def evaluate(
     model: str,
     *,
     revision: str | None = None,
@@ -54,7 +54,7 @@ def evaluate_folder(
     task_file: str | None = None,
     text: str = "bundled:evaluation",
     context: int = 512,
-    limit: int | None = 32,
+    windows: int | None = 32,
     device: str = "cpu",
     memory: str | int | None = None,
     progress: Progress = lambda text, share: None,
@@ -74,7 +74,7 @@ def evaluate_folder(
             :mod:`compress.calibration.text.examples`).
         text: what to score; sources as for calibration.
         context: tokens in a window; windows do not overlap, and the first token of each is not scored.
-        limit: number of windows at most.
+        windows: number of windows at most.
         device: where to compute and to measure.
         memory: such as "90MB": evaluate the largest size of a model stored in blocks that fits.
         progress: told a text and the share done.
@@ -92,7 +92,7 @@ def evaluate_folder(
     if memory is not None:
         checkpoint = prefix(checkpoint, steps_within(checkpoint, parse_memory(memory)))
     if task_file is None:
-        found = _score_text(source, checkpoint, dense_source, dense, text, context, limit, device, progress)
+        found = _score_text(source, checkpoint, dense_source, dense, text, context, windows, device, progress)
     else:
         found = _score_task(source, checkpoint, dense, task_file, device, progress)
     dense_identity = ModelIdentity(name=_name(dense_source), sha256=dense.sha256)

@@ -59,7 +59,7 @@ def test_a_run_evaluates_its_own_result_against_the_revision_it_began_with(
     found = []
     monkeypatch.setattr("compress.pipeline.run.find_model", lambda *_: ModelSource("us/tiny", "abc", tiny))
     monkeypatch.setattr(
-        "compress.evaluation.evaluate.evaluate_folder", lambda *args, **kwargs: found.append((args, kwargs))
+        "compress.evaluation.evaluate.evaluate", lambda *args, **kwargs: found.append((args, kwargs))
     )
     (tmp_path / "recipe.yaml").write_text("{model: us/tiny, revision: abc, steps: [], evaluate: {}}")
     monkeypatch.chdir(tmp_path)

@@ -24,7 +24,7 @@ from compress.commands.evaluate import evaluate as command
 from compress.engine.config import config_of
 from compress.errors import BadInput
 from compress.evaluation import evaluate, task
-from compress.evaluation.evaluate import evaluate_folder
+from compress.evaluation.evaluate import evaluate
 from compress.evaluation.task import TaskEvaluation, best_answer
 from compress.evaluation.task_score import macro_f1, mcnemar, normalized, score, token_f1
 from compress.report.compare import compare
@@ -326,7 +326,7 @@ def test_the_scorecards_of_two_models(
     dense = tiny_encoder(TEXT_MODEL, "dense", num_labels=3)
     other = tiny_encoder(TEXT_MODEL, "other", seed=1, num_labels=3, intermediate_size=24)
     file = write(tmp_path, TEXT_ROWS)
-    cards = evaluate_folder(str(other), baseline=str(dense), task_file=file)
+    cards = evaluate(str(other), baseline=str(dense), task_file=file)
     labels = [row["label"] for row in TEXT_ROWS]
     expected, given = predictions(dense, file), predictions(other, file)
     for card, found in zip(cards, (expected, given), strict=True):
@@ -368,7 +368,7 @@ def test_a_copy_of_the_dense_model_agrees_wholly(
     copy = tiny_encoder(architecture, "copy", **labels)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"hidden_dropout_prob": 0.0}))  # another sha256
-    one, other = evaluate_folder(str(copy), baseline=str(dense), task_file=write(tmp_path, rows))
+    one, other = evaluate(str(copy), baseline=str(dense), task_file=write(tmp_path, rows))
     assert one.model.sha256 != other.model.sha256
     assert other.task.agreement.value == 1
     assert (other.task.gained, other.task.lost, other.task.mcnemar_p.value) == (0, 0, 1)
@@ -406,4 +406,4 @@ def test_a_model_is_not_scored_on_what_it_was_calibrated_on(
     lineage = SimpleNamespace(chain=lambda: [SimpleNamespace(calibration=calibrated)])
     monkeypatch.setattr(evaluate, "read_lineage", lambda folder: lineage)
     with pytest.raises(BadInput, match="calibrated on 1 of the documents"):
-        evaluate_folder(str(model), task_file=file)
+        evaluate(str(model), task_file=file)

@@ -25,7 +25,7 @@ from compress.engine.shape import ModelShape
 from compress.engine.stream import StreamedModel
 from compress.engine.windows import Windows
 from compress.errors import BadInput
-from compress.evaluation.evaluate import evaluate_folder
+from compress.evaluation.evaluate import evaluate
 from compress.kernels.codes.packing import pack_signs, unpack_signs
 from compress.kernels.layers.stacked import FactorStack, PlaneStack, StackedLinear
 from compress.method import StepContext
@@ -409,12 +409,12 @@ def test_the_command_line_evaluates_and_inspects_a_size(folders: dict[str, Path]
     text.write_text("Call me Ishmael. Some years ago, never mind how long. " * 20)
     whole = Checkpoint.open(folders["bitstack"])
     steps = sizes(whole)
-    dense, model = evaluate_folder(
+    dense, model = evaluate(
         str(folders["bitstack"]),
         baseline=str(folders["dense"]),
         text=str(text),
         context=32,
-        limit=2,
+        windows=2,
         memory=f"{steps[4] + 5}B",
     )
     assert model.cost.weight_bytes == steps[4]

@@ -1,23 +1,42 @@
 """compress-model: make language models smaller and prove what it cost.
 
-``compress.load(folder)`` gives back any model folder this package wrote (or any plain Hugging Face
-folder) as an ordinary ``transformers`` model. Nothing heavy is imported until it is called.
+Four functions do what the commands do:
+
+- ``compress.run(recipe, output)`` carries out a recipe and writes a model folder;
+- ``compress.load(folder)`` loads such a folder, or any plain Hugging Face folder, as a transformers model;
+- ``compress.evaluate(model, baseline=...)`` measures a model beside the dense one;
+- ``compress.compare(...)`` puts evaluated models into one table.
+
+Nothing heavy is imported until one of them is used.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compress.engine.loading import load
+    from compress.evaluation.evaluate import evaluate
+    from compress.evaluation.run import run
+    from compress.report.compare import compare
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "compare", "evaluate", "load", "run"]
+
+_MODULES = {
+    "compare": "compress.report.compare",
+    "evaluate": "compress.evaluation.evaluate",
+    "load": "compress.engine.loading",
+    "run": "compress.evaluation.run",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load":
-        from compress.engine.loading import load
-
-        return load
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'compress' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -16,9 +16,6 @@ import rich_click as click
 import compress
 from compress.errors import CompressError, nearest, unknown
 
-# Threads that wait by spinning lose whole time slices (8 ms an operation) when anything else runs here.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 # name -> (module:function, one line for --help)
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("compress.commands.run:run", "Carry out a recipe."),
@@ -36,7 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 RESUMED = "run, prune and quantize go on from the last finished layer when given again"
 
-# Read by the libraries under us when they are imported, so set before any command is; -v lets them talk.
+# The libraries under us read these when they are imported, so they are set first; -v lets the libraries talk.
 QUIET_LIBRARIES = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_VERBOSITY": "error",
@@ -88,6 +85,8 @@ def main() -> NoReturn:
     Exit codes: 0 done, 1 the work failed, 2 wrong use or bad input, 130 interrupted.
     """
     debug = "--debug" in sys.argv
+    # Threads that wait by spinning lose whole time slices when anything else runs on this machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # A process that has imported torch and transformers looks for garbage for seconds before it ends.
     atexit.register(gc.freeze)
     if not {"-v", "--verbose"} & set(sys.argv):

@@ -7,6 +7,7 @@ from pathlib import Path
 import rich_click as click
 from click.core import ParameterSource
 
+import compress
 from compress.commands.common import (
     check_file,
     device_option,
@@ -81,7 +82,6 @@ def evaluate(
     If compress-model wrote MODEL, the result is also kept in its compression.json.
     """
     from compress.errors import BadInput
-    from compress.evaluation.evaluate import evaluate_folder
     from compress.system.files import write_atomically
 
     if model is None:
@@ -99,7 +99,7 @@ def evaluate(
             if given(name) is ParameterSource.COMMANDLINE:
                 raise BadInput(f"With --task-file no text is scored; leave out --{name}.")
     with progress_shown() as progress:
-        scorecards = evaluate_folder(
+        scorecards = compress.evaluate(
             model,
             revision=revision,
             baseline=baseline,
@@ -107,7 +107,7 @@ def evaluate(
             task_file=task_file,
             text=text,
             context=context,
-            limit=windows,
+            windows=windows,
             memory=memory,
             device=device,
             progress=progress,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -16,8 +17,10 @@ from compress.commands.common import (
     seed_option,
 )
 from compress.commands.methods import shown
-from compress.commands.run import execute_and_tell
-from compress.pipeline.registry import METHODS, find_method, method_names
+from compress.commands.run import carry_out
+from compress.errors import BadInput
+from compress.method import Family
+from compress.pipeline.registry import find_method, method_names, methods_of
 
 METHOD_OPTIONS = "compress.method-options"
 """Key of the context's ``meta`` for the options of the method in use."""
@@ -26,14 +29,30 @@ METHOD_OPTIONS = "compress.method-options"
 class MethodCommand(click.RichCommand):
     """A command whose options depend on ``--method``: they are read off the method's declaration."""
 
-    family = "pruning"
+    family: Family
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         name = _method_name(args)
+        renamed: Mapping[str, str] = {}
         if name is not None and not (ctx.resilient_parsing and name not in method_names()):
-            fields = find_method(name, self.family).Options.model_fields
+            options = find_method(name, self.family).Options
+            renamed = options.renamed
+            fields = options.model_fields
             ctx.meta[METHOD_OPTIONS] = [_option(key, field) for key, field in fields.items()]
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            old = error.option_name.lstrip("-").replace("-", "_")
+            if old in renamed:
+                new = f"--{renamed[old].replace('_', '-')}"
+                raise BadInput(f"The option '{error.option_name}' is now called '{new}'.") from None
+            raise
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        # Only now, because methods of other packages must be imported to know their family.
+        method = next(param for param in self.params if param.name == "method")
+        method.help = f"One of: {', '.join(methods_of(self.family))}. With --help: its options."
+        super().format_help(ctx, formatter)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         model, method, *others = super().get_params(ctx)
@@ -92,14 +111,16 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
     return (annotation,)
 
 
-def _command(name: str, family: str, text: str) -> click.Command:
+def _command(name: str, family: Family, help_text: str) -> click.Command:
     options = [
         click.argument("model"),
         click.option(
             "--method",
             required=True,
-            shell_complete=lambda ctx, parameter, start: [n for n in METHODS[family] if n.startswith(start)],
-            help=f"One of: {', '.join(METHODS[family])}. With --help: its options.",
+            shell_complete=lambda ctx, parameter, start: [
+                n for n in methods_of(family) if n.startswith(start)
+            ],
+            help="The method; its options follow with --help.",  # completed by MethodCommand
         ),
         click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the result."),
         revision_option,
@@ -140,33 +161,24 @@ def _command(name: str, family: str, text: str) -> click.Command:
         as_json: bool,
         **given: Any,
     ) -> None:
-        from compress.pipeline.recipe import parse_recipe
-
         find_method(method, family)
         step = {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
         step = {key: _number(value) for key, value in step.items() if value not in (None, [], {})}
-        recipe = parse_recipe(
-            {
-                "model": model,
-                "revision": revision,
-                "dtype": dtype,
-                "seed": seed or 0,
-                "calibration": {
-                    "source": calibration,
-                    "nsamples": nsamples,
-                    "seqlen": seqlen,
-                    "chat_template": chat_template,
-                },
-                "steps": [{"method": method, **step}],
-            }
-        )
-        execute_and_tell(recipe, output, dry_run, resume, overwrite, device, as_json)
+        text = {
+            "source": calibration,
+            "nsamples": nsamples,
+            "seqlen": seqlen,
+            "chat_template": chat_template,
+        }
+        recipe = {"model": model, "calibration": text, "steps": [{"method": method, **step}]}
+        changes = {"revision": revision, "dtype": dtype, "seed": seed}
+        carry_out(recipe, changes, (), output, dry_run, resume, overwrite, device, as_json)
 
-    run_one.__doc__ = text
+    decorated: Callable[..., Any] = run_one
     for decorate in reversed(options):
-        run_one = decorate(run_one)
+        decorated = decorate(decorated)
     command_class = type(f"{name.title()}Command", (MethodCommand,), {"family": family})
-    return click.command(name, cls=command_class)(run_one)
+    return click.command(name, cls=command_class, help=help_text)(decorated)
 
 
 def _number(value: Any) -> Any:

@@ -34,9 +34,8 @@ def plan(
     as_json: bool,
 ) -> None:
     """Say what RECIPE will make of MODEL: bytes, parameters, who can load it. Reads headers only."""
-    from compress.pipeline.plan import make_plan
+    from compress.pipeline.plan import make_plan, open_model
     from compress.pipeline.recipe import load_recipe
-    from compress.pipeline.run import open_model
 
     loaded = load_recipe(recipe, {"model": model, "revision": revision, "dtype": dtype}, list(settings))
     tell_plan(make_plan(open_model(loaded)[1], loaded.steps), as_json)

@@ -7,6 +7,7 @@ from typing import Any
 
 import rich_click as click
 
+import compress
 from compress.commands.common import (
     common_options,
     device_option,
@@ -48,15 +49,14 @@ def run(
     as_json: bool,
 ) -> None:
     """Carry out RECIPE, a YAML file or the name of a bundled recipe."""
-    from compress.pipeline.recipe import load_recipe
-
     changes = {"model": model, "revision": revision, "dtype": dtype, "seed": seed}
-    loaded = load_recipe(recipe, changes, list(settings))
-    execute_and_tell(loaded, output, dry_run, resume, overwrite, device, as_json)
+    carry_out(recipe, changes, settings, output, dry_run, resume, overwrite, device, as_json)
 
 
-def execute_and_tell(
-    recipe: Any,
+def carry_out(
+    recipe: str | dict[str, Any],
+    changes: dict[str, Any],
+    settings: tuple[str, ...],
     output: Path | None,
     dry_run: bool,
     resume: bool | None,
@@ -64,39 +64,22 @@ def execute_and_tell(
     device: str,
     as_json: bool,
 ) -> None:
-    """Run a validated recipe (or only plan it), evaluate if it asks for that, and print what came out."""
+    """Run a recipe, or only plan it, and print what came out."""
+    from compress.pipeline.recipe import load_recipe
+
+    loaded = load_recipe(recipe, changes, settings)
     if dry_run:
         from compress.commands.plan import tell_plan
-        from compress.pipeline.plan import make_plan
-        from compress.pipeline.run import open_model
+        from compress.pipeline.plan import make_plan, open_model
 
-        tell_plan(make_plan(open_model(recipe)[1], recipe.steps), as_json)
+        tell_plan(make_plan(open_model(loaded)[1], loaded.steps), as_json)
         return
     if output is None:
         raise click.UsageError("Say where the result goes with -o FOLDER.")
-    from compress.pipeline.run import execute
-
     with progress_shown() as progress:
-        lineage = execute(
-            recipe, output, resume=resume, overwrite=overwrite, device=device, progress=progress
+        lineage = compress.run(
+            loaded, output, resume=resume, overwrite=overwrite, device=device, progress=progress
         )
-        if recipe.evaluate is not None:
-            from compress.evaluation.evaluate import evaluate_folder
-            from compress.storage.lineage import read_lineage
-
-            wanted = recipe.evaluate
-            evaluate_folder(
-                str(output.absolute()),  # a folder may be called "demo"
-                baseline=recipe.model,
-                task_file=wanted.task_file,
-                baseline_revision=recipe.revision,
-                text=wanted.text,
-                context=wanted.context,
-                limit=wanted.windows,
-                device=device,
-                progress=progress,
-            )
-            lineage = read_lineage(output)
     if as_json:
         print_json(lineage.model_dump(mode="json"))
         return
@@ -108,4 +91,4 @@ def execute_and_tell(
         f"{result.bits_per_parameter:.2f} bits per parameter, loads with {result.loads_with}."
     )
     if lineage.evaluations:
-        click.echo(f"Evaluated; 'compress-model compare {output}' shows the table.")
+        click.echo(f"The result was evaluated; 'compress-model compare {output}' shows the table.")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from compress.calibration.text.prepare import prepare_calibration
 from compress.engine.stream import StreamedModel
 from compress.errors import BadInput
+from compress.pipeline.plan import open_model
 from compress.pipeline.recipe import Recipe, validated
-from compress.pipeline.run import open_model
 from compress.system.device import check_device
 from compress.system.progress import Progress
 

@@ -6,11 +6,16 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+
 from compress.anatomy import anatomy_of
 from compress.engine.shape import ModelShape
 from compress.errors import BadInput
 from compress.method import Method, MethodOptions
+from compress.pipeline.recipe import Recipe
+from compress.sources.find import ModelSource, find_model
 from compress.storage.checkpoint import Checkpoint
+from compress.storage.tensors import DTYPE_NAMES
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,13 @@ def _figures(shape: ModelShape | PlannedStep, layers: int) -> dict[str, Any]:
         "layers": layers,
         "loads_with": shape.loads_with,
     }
+
+
+def open_model(recipe: Recipe) -> tuple[ModelSource, Checkpoint]:
+    """The recipe's model, found and opened with the recipe's dtype."""
+    source = find_model(recipe.model, recipe.revision)
+    dtype = DTYPE_NAMES[getattr(torch, recipe.dtype)] if recipe.dtype else None
+    return source, Checkpoint.open(source.folder, dtype)
 
 
 def make_plan(checkpoint: Checkpoint, steps: list[tuple[Method, MethodOptions]]) -> Plan:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.resources
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -81,20 +83,26 @@ def bundled_recipes() -> dict[str, Path]:
 
 
 def load_recipe(
-    source: str | Path, overrides: dict[str, Any] | None = None, settings: list[str] | None = None
+    source: str | Path | Mapping[str, Any],
+    overrides: Mapping[str, Any] | None = None,
+    settings: Sequence[str] = (),
 ) -> Recipe:
     """Read and validate a recipe.
 
     Args:
-        source: a YAML file, or the name of a bundled recipe.
-        overrides: top-level keys that replace the file's.
+        source: a YAML file, the name of a bundled recipe, or a recipe as a dictionary.
+        overrides: top-level keys that replace the recipe's; those that are None are left out.
         settings: ``steps.0.ratio=0.3`` strings (values are YAML).
 
     Raises:
-        BadInput: no such file, not YAML, unknown keys or methods, values out of range, an unsound order.
+        BadInput: there is no such file, it is not YAML, a key or method is unknown, a value is out of range,
+            or the steps are in an unsound order.
     """
-    data = _read(Path(source), seen=())
-    for setting in settings or []:
+    if isinstance(source, Mapping):
+        data = _with_included(copy.deepcopy(dict(source)), "recipe", Path(), ())
+    else:
+        data = _read(Path(source), seen=())
+    for setting in settings:
         _set(data, setting)
     changes = {key: value for key, value in (overrides or {}).items() if value is not None}
     return parse_recipe(_changed(data, changes))
@@ -107,7 +115,7 @@ def _changed(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     } | changes
 
 
-def parse_recipe(data: dict[str, Any]) -> Recipe:
+def parse_recipe(data: Mapping[str, Any]) -> Recipe:
     """Validate a recipe given as plain data. Raises BadInput as `load_recipe` does."""
     data = dict(data)
     raw_steps = data.pop("steps", None) or []
@@ -210,12 +218,18 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise BadInput(f"The recipe '{path}' cannot be read: {' '.join(str(error).split())}.") from None
     if not isinstance(data, dict):
         raise BadInput(f"The recipe '{path}' is not a YAML mapping.")
-    if (included := data.pop("include", None)) is not None:
-        if not isinstance(included, str):
-            raise BadInput(f"In the recipe '{path}', 'include' must be one file name.")
-        base = path.parent / included
-        data = _changed(_read(base if base.exists() else Path(included), (*seen, path)), data)
-    return data
+    return _with_included(data, f"recipe '{path}'", path.parent, (*seen, path))
+
+
+def _with_included(data: dict[str, Any], what: str, folder: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """``data`` on top of the recipe it includes, which is a file beside it or a bundled one."""
+    included = data.pop("include", None)
+    if included is None:
+        return data
+    if not isinstance(included, str):
+        raise BadInput(f"In the {what}, 'include' must be one file name.")
+    base = folder / included
+    return _changed(_read(base if base.exists() else Path(included), seen), data)
 
 
 def _set(data: dict[str, Any], setting: str) -> None:

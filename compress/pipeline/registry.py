@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.errors import BadInput, CompressError, unknown
 
+if TYPE_CHECKING:
+    from compress.method import Family, Method
+
 # family -> name -> "module:Class". Third parties add theirs through the entry-point group
 # ``compress_model.methods`` (name = "module:Class"); their family is the one the class declares.
-METHODS: dict[str, dict[str, str]] = {
+METHODS: dict[Family, dict[str, str]] = {
     "unlearning": {},
     "pruning": {
         "blockpruner": "compress.pruning.blockpruner:BlockPruner",
@@ -38,6 +42,8 @@ METHODS: dict[str, dict[str, str]] = {
 }
 GROUP = "compress_model.methods"
 
+log = logging.getLogger(__name__)
+
 
 @cache
 def method_names() -> dict[str, str]:
@@ -46,7 +52,19 @@ def method_names() -> dict[str, str]:
     return {point.name: point.value for point in entry_points(group=GROUP)} | ours
 
 
-def find_method(name: str, family: str | None = None) -> Any:
+def methods_of(family: Family) -> list[str]:
+    """The names of a family's methods, with those of other packages that can be imported."""
+    found = list(METHODS[family])
+    for name in method_names().keys() - {ours for methods in METHODS.values() for ours in methods}:
+        try:
+            if find_method(name).family == family:
+                found.append(name)
+        except CompressError as error:
+            log.debug("%s", error)
+    return sorted(found)
+
+
+def find_method(name: str, family: Family | None = None) -> Method[Any]:
     """The method (an instance) of that name.
 
     Raises:
@@ -73,7 +91,7 @@ def find_method(name: str, family: str | None = None) -> Any:
     if family is not None and method.family != family:
         raise BadInput(
             f"'{name}' is a method of {method.family}, not of {family}; the methods of {family} here are: "
-            f"{', '.join(METHODS[family])}."
+            f"{', '.join(methods_of(family))}."
         )
     return method
 

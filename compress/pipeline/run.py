@@ -14,8 +14,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import compress
 from compress.calibration.text.prepare import prepare_calibration
 from compress.engine.shape import ModelShape
@@ -24,29 +22,21 @@ from compress.engine.windows import Windows
 from compress.errors import BadInput
 from compress.method import Method, MethodOptions, StepContext
 from compress.pipeline.artefact import check_output, write_model
-from compress.pipeline.plan import Plan, make_plan
+from compress.pipeline.plan import Plan, make_plan, open_model
 from compress.pipeline.recipe import Recipe
 from compress.pipeline.reload import reload_check
 from compress.pipeline.workspace import Workspace
 from compress.report.card import write_lineage
-from compress.sources.find import ModelSource, find_model
+from compress.sources.find import ModelSource
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.draft import Draft
 from compress.storage.lineage import Lineage, Parent, Result, Step, now, read_lineage, versions
-from compress.storage.tensors import DTYPE_NAMES
 from compress.system.device import check_device
 from compress.system.files import write_atomically
 from compress.system.memory import peak_memory, reset_peak_memory
 from compress.system.progress import Progress
 
 log = logging.getLogger(__name__)
-
-
-def open_model(recipe: Recipe) -> tuple[ModelSource, Checkpoint]:
-    """The recipe's model, found and opened with the recipe's dtype."""
-    source = find_model(recipe.model, recipe.revision)
-    dtype = DTYPE_NAMES[getattr(torch, recipe.dtype)] if recipe.dtype else None
-    return source, Checkpoint.open(source.folder, dtype)
 
 
 def execute(

@@ -258,7 +258,7 @@ def test_what_nobody_foresaw_is_one_sentence_too(
     error, code: int, sentence: str, command: Command, monkeypatch
 ):
     monkeypatch.setattr(compress.pipeline.recipe, "load_recipe", mock.Mock(side_effect=error))
-    ended = command("run", "int4")
+    ended = command("plan", "m", "int4")
     # After ^C click ends the line that the terminal put it on.
     assert_one_sentence(ended._replace(err=ended.err.removeprefix("\n")), code, sentence)
 

@@ -57,9 +57,9 @@ def test_a_run_evaluates_its_own_result_against_the_revision_it_began_with(
     command: Command, tiny: Path, tmp_path: Path, monkeypatch
 ):
     found = []
-    monkeypatch.setattr("compress.pipeline.run.find_model", lambda *_: ModelSource("us/tiny", "abc", tiny))
+    monkeypatch.setattr("compress.pipeline.plan.find_model", lambda *_: ModelSource("us/tiny", "abc", tiny))
     monkeypatch.setattr(
-        "compress.evaluation.evaluate.evaluate", lambda *args, **kwargs: found.append((args, kwargs))
+        "compress.evaluation.run.evaluate", lambda *args, **kwargs: found.append((args, kwargs))
     )
     (tmp_path / "recipe.yaml").write_text("{model: us/tiny, revision: abc, steps: [], evaluate: {}}")
     monkeypatch.chdir(tmp_path)
@@ -84,7 +84,7 @@ def test_every_command_that_opens_a_model_takes_its_revision(
         asked.add((name, revision))
         return ModelSource(name, revision, quantized if name == "us/small" else tiny)
 
-    for module in ("sources.find", "evaluation.evaluate", "pipeline.run"):
+    for module in ("sources.find", "evaluation.evaluate", "pipeline.plan"):
         monkeypatch.setattr(f"compress.{module}.find_model", find)
     monkeypatch.setattr(compress.evaluation.evaluate, "measure", lambda *_, **__: None)
     monkeypatch.setattr(compress.evaluation.evaluate, "add_evaluations", lambda *_: None)

@@ -23,7 +23,8 @@ from compress.calibration.text.examples import (
 from compress.commands.evaluate import evaluate as command
 from compress.engine.config import config_of
 from compress.errors import BadInput
-from compress.evaluation import evaluate, task
+from compress.evaluation import evaluate as module
+from compress.evaluation import task
 from compress.evaluation.evaluate import evaluate
 from compress.evaluation.task import TaskEvaluation, best_answer
 from compress.evaluation.task_score import macro_f1, mcnemar, normalized, score, token_f1
@@ -316,7 +317,7 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             storage_dtype="float32",
         )
 
-    monkeypatch.setattr(evaluate, "measure", measure)
+    monkeypatch.setattr(module, "measure", measure)
     return asked
 
 
@@ -404,6 +405,6 @@ def test_a_model_is_not_scored_on_what_it_was_calibrated_on(
     read = read_task_file(file, config_of(Checkpoint.open(model)), TEXT_TASK)
     calibrated = {"document_sha256": sorted(read.document_hashes)[:1]}
     lineage = SimpleNamespace(chain=lambda: [SimpleNamespace(calibration=calibrated)])
-    monkeypatch.setattr(evaluate, "read_lineage", lambda folder: lineage)
+    monkeypatch.setattr(module, "read_lineage", lambda folder: lineage)
     with pytest.raises(BadInput, match="calibrated on 1 of the documents"):
         evaluate(str(model), task_file=file)

@@ -30,8 +30,8 @@ def run(
     """Carry out a recipe and write the model to ``output``; then evaluate it if the recipe asks for that.
 
     Args:
-        recipe: a YAML file, the name of a bundled recipe, or a recipe as a dictionary. A validated `Recipe` is
-            taken as it is: model, revision, dtype, seed and settings do not change it.
+        recipe: a YAML file, the name of a bundled recipe, or a recipe as a dictionary. A validated `Recipe`
+            is taken as it is: model, revision, dtype, seed and settings do not change it.
         output: a folder that does not exist or is empty, unless ``overwrite``.
         model: replaces the recipe's model: a folder, a hub id, or ``demo``.
         revision: branch, tag or commit of a model on the hub.

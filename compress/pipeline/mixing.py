@@ -1,7 +1,8 @@
-"""Bits for every linear of a recipe, chosen so that the model fits into a memory."""
+"""Bits for every linear, chosen by measured sensitivity: for a recipe, or for a step that asks for it."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,13 +10,53 @@ from typing import TYPE_CHECKING
 from compress.calibration.text.prepare import prepare_calibration
 from compress.engine.stream import StreamedModel
 from compress.errors import BadInput
+from compress.method import Method, MethodOptions, StepContext
 from compress.pipeline.plan import open_model
 from compress.pipeline.recipe import Recipe, validated
+from compress.storage.checkpoint import Checkpoint
 from compress.system.device import check_device
+from compress.system.files import write_atomically
 from compress.system.progress import Progress
 
 if TYPE_CHECKING:
     from compress.quantization.parts.mixing import Mix
+
+WIDTHS = (2, 3, 4, 8)
+"""Bits that a step may give to a linear."""
+
+
+def settled(method: Method, options: MethodOptions, model: Checkpoint, context: StepContext) -> MethodOptions:
+    """The options of a step; those of one that mixes bits name the bits of every linear.
+
+    What was chosen is kept in the step's folder, so that a run that was interrupted goes on with it.
+
+    Raises:
+        BadInput: see `mix`.
+    """
+    from compress.quantization.parts.layout import WeightOptions
+    from compress.quantization.parts.mixing import mix
+
+    if not isinstance(options, WeightOptions) or not options.mix:
+        return options
+    chosen = context.folder / "mixed.json"
+    if chosen.exists():
+        return type(options).model_validate_json(chosen.read_text(encoding="utf-8"))
+    room = context.folder / "mixing"
+    room.mkdir(exist_ok=True)
+    assert context.calibration is not None  # `Recipe.needs_calibration`
+    found = mix(
+        StreamedModel(model, context.device, context.progress),
+        options,
+        WIDTHS,
+        None,
+        context.calibration,
+        context.seed,
+        room,
+        calibrated=method.needs_calibration,
+    )
+    write_atomically(chosen, found.options.model_dump_json())
+    shutil.rmtree(room)  # the Fisher information is as large as the model
+    return found.options
 
 
 def choose_bits(

@@ -63,7 +63,10 @@ class Recipe(Section):
 
     @property
     def needs_calibration(self) -> bool:
-        return any(method.needs_calibration for method, _ in self.steps)
+        """Whether a step looks at text."""
+        return any(
+            method.needs_calibration or getattr(options, "mix", False) for method, options in self.steps
+        )
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with every default written out, as plain data: ``recipe.yaml`` of an artefact."""

@@ -46,6 +46,11 @@ class WeightOptions(MethodOptions):
         {},
         description="other bits for the linears that a pattern matches (as in ignore); the last match counts",
     )
+    mix: bool = Field(
+        False,
+        description="give each linear its own bits by measured sensitivity, in no more bytes than 'bits' "
+        "everywhere would take",
+    )
     lm_head_bits: Bits | None = Field(
         None, description="round the head to the nearest with so many bits; kept if not given"
     )

@@ -51,7 +51,7 @@ def mix(
     model: StreamedModel,
     options: WeightOptions,
     widths: Sequence[int],
-    memory: int,
+    memory: int | None,
     windows: Windows,
     seed: int,
     folder: Path,
@@ -73,7 +73,7 @@ def mix(
         options: of the quantization, which say what is packed and how; of what has ``bits`` the width is
             chosen.
         widths: to choose from, in bits.
-        memory: bytes.
+        memory: bytes that all tensors may take; None allows what ``options.bits`` everywhere takes.
         windows: of text; their beginnings are used.
         seed: of the labels that are drawn from the model.
         folder: an empty one, with room for the Fisher information: 4 bytes a weight.
@@ -86,10 +86,13 @@ def mix(
         raise BadInput("Bits by pattern ('set') are what mix chooses; leave the option out.")
     widths = sorted(set(widths))
     shape = ModelShape.of(model.checkpoint)
+    options = options.model_copy(update={"mix": False})
     if options.format == "auto":
         options = options.model_copy(update={"format": "compressed-tensors"})
     by_width = {bits: options.model_copy(update={"bits": bits}) for bits in widths}
     forms = {bits: plan_layout(shape, each).linears for bits, each in by_width.items()}
+    if memory is None:
+        memory = plan_packed(shape, options).nbytes
     nbytes = plan_packed(shape, by_width[widths[0]]).nbytes
     if nbytes > memory:
         raise BadInput(

@@ -9,6 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from compress.engine.shape import ModelShape
+from compress.pipeline.plan import make_plan, open_model
+from compress.pipeline.recipe import bundled_recipes, load_recipe
 from compress.pipeline.registry import METHODS, find_method
 from compress.sources.demo import demo_folder, dequantised, download_gguf
 from compress.storage.checkpoint import Checkpoint
@@ -78,3 +80,10 @@ def test_quantization_takes_it_with_the_default_options(name):
     shape = ModelShape.of(Checkpoint.open(demo_folder()))
     method = find_method(name)
     assert method.plan(shape, method.Options()).nbytes < shape.nbytes
+
+
+@pytest.mark.parametrize("name", bundled_recipes())
+def test_every_bundled_recipe_fits_the_demo_model(name: str):
+    recipe = load_recipe(name)
+    plan = make_plan(open_model(recipe)[1], recipe.steps)
+    assert plan.after.nbytes <= plan.before.nbytes

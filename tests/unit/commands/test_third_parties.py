@@ -13,7 +13,7 @@ from compress.method import Method, MethodOptions, Paper, StepReport
 from compress.pipeline import registry
 from compress.pipeline.registry import METHODS
 
-from .common import Command, assert_one_sentence
+from .common import Command, Ended, assert_one_sentence
 
 
 class Halve(Method):
@@ -26,6 +26,7 @@ class Halve(Method):
 
     class Options(MethodOptions):
         times: int = 1
+        renamed = {"repeat_count": "times"}  # noqa: RUF012
 
     def plan(self, shape, options):
         return shape
@@ -66,6 +67,28 @@ def test_a_third_partys_method_is_one_of_us(third_parties, command: Command, tin
     assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["steps"] == [
         {"method": "halve", "times": 3}
     ]
+
+
+def test_it_is_in_the_help_and_the_completion_of_its_family(third_parties, command: Command, monkeypatch):
+    third_parties(halve="third_party:Halve", broken="no_such_module:Class")
+    assert "halve" in " ".join(command("prune", "--help").out.split())
+    assert "halve" not in command("quantize", "--help").out
+    monkeypatch.setenv("_COMPRESS_MODEL_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", "compress-model prune m --method h")
+    monkeypatch.setenv("COMP_CWORD", "4")
+    assert command() == Ended(0, "plain,halve\n", "")
+
+
+def test_an_option_that_was_renamed_says_its_new_name(third_parties, command: Command, tmp_path: Path):
+    third_parties(halve="third_party:Halve")
+    words = ("prune", "m", "--method", "halve")
+    assert_one_sentence(
+        command(*words, "--repeat-count", "3"), 2, "The option '--repeat-count' is now called '--times'."
+    )
+    (tmp_path / "r.yaml").write_text("{model: m, steps: [{method: halve, repeat_count: 3}]}")
+    assert_one_sentence(
+        command("run", tmp_path / "r.yaml", "-o", "x"), 2, "the option 'repeat_count' is now called 'times'"
+    )
 
 
 @pytest.mark.parametrize(

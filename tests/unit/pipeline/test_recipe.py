@@ -10,6 +10,7 @@ import yaml
 
 from compress.errors import BadInput
 from compress.pipeline.recipe import bundled_recipes, load_recipe, parse_recipe
+from compress.pipeline.registry import METHODS
 
 RTN = {"method": "rtn", "bits": 4, "group_size": 32}
 REPLACEME = {"method": "replaceme", "layers": 1}
@@ -60,6 +61,21 @@ def test_a_resolved_recipe_parses_to_itself(data: dict[str, Any]):
 def test_bundled_recipes_are_valid(name: str):
     assert load_recipe(name).model == "demo"
     assert bundled_recipes()[name].read_text().startswith("# ")  # the line 'recipes' shows
+
+
+def test_every_method_has_a_bundled_recipe_with_comments():
+    shown = {method.name for name in bundled_recipes() for method, _ in load_recipe(name).steps}
+    assert shown == {name for family in METHODS.values() for name in family}
+
+
+def test_a_recipe_may_be_a_dictionary(tmp_path: Path):
+    data = {"model": "mine", "steps": [RTN]}
+    assert load_recipe(data).steps[0][1].bits == 4
+    changed = load_recipe({"include": "int4"}, {"model": "mine"}, ["steps.0.bits=8"])
+    assert (changed.model, changed.steps[0][1].bits) == ("mine", 8)
+    assert data == {"model": "mine", "steps": [RTN]}
+    with pytest.raises(BadInput, match="In the recipe, 'include' must be one file name"):
+        load_recipe({"include": ["int4"]})
 
 
 def test_a_folder_with_the_name_of_a_bundled_recipe_does_not_hide_it(tmp_path: Path, monkeypatch):

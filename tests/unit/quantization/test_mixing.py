@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -18,8 +19,10 @@ from compress.errors import BadInput
 from compress.pipeline.mixing import choose_bits
 from compress.pipeline.recipe import load_recipe, parse_recipe
 from compress.pipeline.run import execute
+from compress.quantization.parts import mixing
 from compress.quantization.parts.layout import plan_packed
 from compress.quantization.parts.mixing import Mix
+from compress.quantization.round_to_nearest import RoundToNearest
 from compress.storage.checkpoint import Checkpoint
 
 ARCHITECTURES = ("LlamaForCausalLM", "GPT2LMHeadModel", "OPTForCausalLM")
@@ -137,3 +140,34 @@ def test_too_little_memory_and_a_file_that_exists(tiny_decoder: Callable[..., Pa
     result = CliRunner().invoke(cli, ["mix", str(file), "--memory", "1MB", "-o", str(file)])
     assert "exists already" in str(result.exception)
     assert yaml.safe_load(file.read_text()) == recipe(model)
+
+
+@pytest.mark.parametrize("name", ["rtn", "awq"])
+def test_a_step_mixes_bits_in_the_bytes_of_uniform_ones(
+    shared_decoder: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    model = shared_decoder()
+    step = {"method": name, "bits": 4, "group_size": 32, "mix": True}
+    wanted = parse_recipe({"model": str(model), "calibration": CALIBRATION, "steps": [step]})
+    lineage = execute(wanted, tmp_path / "out")
+    result, options = lineage.result, lineage.steps[0].options
+    assert lineage.calibration is not None  # also of a method that looks at no text itself
+    assert 0.9 * result.predicted_bytes < result.bytes <= result.predicted_bytes
+    assert len({options["bits"], *options["set"].values()}) > 1
+    # What was chosen is in the lineage in full, so that it can be made again without measuring.
+    again = parse_recipe({**wanted.resolved(), "steps": [{"method": name, **options}]})
+    assert execute(again, tmp_path / "again").result.files == result.files
+
+
+def test_a_mixed_step_goes_on_with_the_bits_it_chose(
+    shared_decoder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = {"method": "rtn", "group_size": 32, "mix": True}
+    wanted = parse_recipe({"model": str(shared_decoder()), "calibration": CALIBRATION, "steps": [step]})
+    whole = execute(wanted, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(RoundToNearest, "apply", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            execute(wanted, tmp_path / "out")
+    monkeypatch.setattr(mixing, "mix", Mock(side_effect=AssertionError("measured twice")))
+    assert execute(wanted, tmp_path / "out").result.files == whole.result.files

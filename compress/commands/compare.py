@@ -6,6 +6,7 @@ from pathlib import Path
 
 import rich_click as click
 
+import compress
 from compress.commands.common import check_file, common_options, stdout
 
 
@@ -30,7 +31,6 @@ def compare(paths: tuple[str, ...], format: str | None, output: Path | None, as_
     'compress-model evaluate --json' wrote. Evaluations made in different ways (another text, another dense
     model) are refused.
     """
-    from compress.report.compare import compare_paths
     from compress.report.render import print_table, render
 
     if as_json and format not in (None, "json"):
@@ -38,7 +38,7 @@ def compare(paths: tuple[str, ...], format: str | None, output: Path | None, as_
     format = "json" if as_json else format or "table"
     if output:
         check_file(output)
-    comparison = compare_paths(paths)
+    comparison = compress.compare(*paths)
     if output:
         from compress.system.files import write_atomically
 

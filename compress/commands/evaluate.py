@@ -120,7 +120,6 @@ def evaluate(
         import json
 
         write_atomically(Path(json_file), json.dumps(document, indent=2))
-    from compress.report.compare import compare
     from compress.report.render import print_table
 
-    print_table(compare(scorecards), stdout())
+    print_table(compress.compare(scorecards), stdout())

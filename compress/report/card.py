@@ -33,12 +33,12 @@ def render_card(lineage: Lineage, recipe: str) -> str:
     """The model card (Markdown with the hub's front matter) of a lineage."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    from compress.report.compare import compare_newest
+    from compress.report.compare import newest_side_by_side
     from compress.report.render import to_markdown
     from compress.report.scorecard import Scorecard
 
     cards = [Scorecard.model_validate_json(json.dumps(card)) for card in lineage.evaluations]
-    evaluation = to_markdown(compare_newest(cards)) if cards else None
+    evaluation = to_markdown(newest_side_by_side(cards)) if cards else None
     environment = Environment(
         loader=PackageLoader("compress.report"),
         undefined=StrictUndefined,

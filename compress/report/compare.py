@@ -1,6 +1,6 @@
 """Scorecards side by side: read them, refuse what does not compare, lay out one table.
 
-The renderers in :mod:`compress.report.render` arrange what :func:`compare` decided; they format no number.
+The renderers in :mod:`compress.report.render` only arrange what is decided here; they format no number.
 """
 
 from __future__ import annotations
@@ -92,8 +92,41 @@ class Comparison:
     caption: list[str]
     columns: tuple[Column, ...] = COLUMNS
 
+    def __str__(self) -> str:
+        from compress.report.render import render
 
-def compare(scorecards: Sequence[Scorecard], files: Sequence[str] | None = None) -> Comparison:
+        return render(self, "table")
+
+
+def compare(*models: str | Path | Scorecard | Iterable[Scorecard]) -> Comparison:
+    """Put evaluated models into one table, the dense model first, the others in the order given.
+
+    Of each model the newest evaluation is taken that was made in the same way as the others'.
+
+    Args:
+        models: folders with evaluations in their compression.json, files that
+            ``compress-model evaluate --json`` wrote, or scorecards, one by one or several together.
+
+    Returns:
+        The comparison; ``str()`` of it is the table as text, and `compress.report.render.render` knows more
+        formats.
+
+    Raises:
+        BadInput: there is nothing to compare, a path has no evaluation, or two models were not evaluated in
+            the same way.
+    """
+    found: list[tuple[Scorecard, str]] = []
+    for model in models:
+        if isinstance(model, str | Path):
+            found += [(card, str(model)) for card in read_scorecards(model)]
+        else:
+            cards = [model] if isinstance(model, Scorecard) else model
+            found += [(card, card.model.name) for card in cards]
+    chosen = _newest_of_each_model(found)
+    return side_by_side([card for card, _ in chosen], [file for _, file in chosen])
+
+
+def side_by_side(scorecards: Sequence[Scorecard], files: Sequence[str] | None = None) -> Comparison:
     """Lay scorecards out as one table, the dense model first, the others in the order given.
 
     Args:
@@ -124,18 +157,7 @@ def _columns(rows: list[Row]) -> tuple[Column, ...]:
     return tuple(column for column in COLUMNS if shown(column))
 
 
-def compare_paths(paths: Iterable[str | Path]) -> Comparison:
-    """Read folders and files, take of each model the newest evaluation that fits the others, compare.
-
-    Raises:
-        BadInput: a path has no evaluation, or no common protocol exists.
-    """
-    found = [(card, str(path)) for path in paths for card in read_scorecards(path)]
-    chosen = _newest_of_each_model(found)
-    return compare([card for card, _ in chosen], [file for _, file in chosen])
-
-
-def compare_newest(scorecards: Sequence[Scorecard]) -> Comparison:
+def newest_side_by_side(scorecards: Sequence[Scorecard]) -> Comparison:
     """Of each model the newest scorecard made like the newest one of a model that is not the dense one.
 
     For one model's own history, in which evaluations of any kind follow each other.
@@ -144,7 +166,7 @@ def compare_newest(scorecards: Sequence[Scorecard]) -> Comparison:
     wanted = protocol_fields(newest)
     alike = [card for card in scorecards if protocol_fields(card) == wanted]
     by_model = {card.model.sha256: card for card in sorted(alike, key=lambda card: card.when)}
-    return compare(list(by_model.values()))
+    return side_by_side(list(by_model.values()))
 
 
 def read_scorecards(path: str | Path) -> list[Scorecard]:

@@ -28,7 +28,7 @@ from compress.evaluation import task
 from compress.evaluation.evaluate import evaluate
 from compress.evaluation.task import TaskEvaluation, best_answer
 from compress.evaluation.task_score import macro_f1, mcnemar, normalized, score, token_f1
-from compress.report.compare import compare
+from compress.report.compare import side_by_side as compare
 from compress.report.scorecard import Figure, Measurement, Scorecard
 from compress.storage.checkpoint import Checkpoint
 

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from compress.commands.compare import compare as command
 from compress.errors import BadInput
-from compress.report.compare import compare, compare_newest, compare_paths, read_scorecards
+from compress.report.compare import compare, newest_side_by_side, read_scorecards, side_by_side
 from compress.report.plot import quality_against_size
 from compress.report.render import FORMATS, render
 from compress.report.scorecard import (
@@ -102,7 +102,9 @@ def dumped(*cards: Scorecard) -> list[dict]:
 
 
 def test_rows_have_dense_first_and_figures_as_stored():
-    comparison = compare([card("small", size=100_000_000), card("dense"), card("smaller", size=50_000_000)])
+    comparison = side_by_side(
+        [card("small", size=100_000_000), card("dense"), card("smaller", size=50_000_000)]
+    )
     assert [row.cells["model"] for row in comparison.rows] == ["dense", "small", "smaller"]
     small = comparison.rows[1]
     shown = {column.key: small.text(column) for column in comparison.columns}
@@ -127,7 +129,7 @@ def test_rows_have_dense_first_and_figures_as_stored():
 
 def test_what_was_not_measured_is_a_dash_and_never_zero():
     bare = card("bare", measured=False).model_copy(update={"protocol": None, "fidelity": None})
-    comparison = compare([bare])
+    comparison = side_by_side([bare])
     dashes = {column.key for column in comparison.columns if comparison.rows[0].text(column) == "–"}
     assert dashes == {
         "size_ratio",
@@ -164,7 +166,7 @@ def test_rows_made_in_different_ways_are_refused(change: dict, field: str, tmp_p
     first = write(tmp_path / "first.json", dumped(card("dense")))
     second = write(tmp_path / "second.json", dumped(card("small", **change)))
     with pytest.raises(BadInput) as caught:
-        compare_paths([first, second])
+        compare(first, second)
     message = str(caught.value)
     assert field in message
     assert str(first) in message
@@ -175,7 +177,7 @@ def test_another_kernel_or_machine_is_stated_but_not_refused():
     timed = card("small", kernel="cpu")
     measured = timed.cost.measured.model_copy(update={"threads": 8})
     other = timed.model_copy(update={"cost": timed.cost.model_copy(update={"measured": measured})})
-    caption = " ".join(compare([card("dense"), other]).caption)
+    caption = " ".join(side_by_side([card("dense"), other]).caption)
     assert "a processor, 2 threads; a processor, 8 threads" in caption
     assert "speeds do not compare" in caption
 
@@ -190,9 +192,9 @@ def test_the_newest_evaluation_that_fits_is_taken(tmp_path: Path):
     )
     write(folder / "compression.json", {"schema_version": 1, "evaluations": history})
     dense = write(tmp_path / "dense.json", dumped(card("dense"))[0])
-    assert [row.cells["size"].value for row in compare_paths([folder, dense]).rows] == [400_000_000, 2]
-    assert [row.cells["size"].value for row in compare_paths([folder]).rows] == [3]
-    assert len(compare_paths([folder, folder, dense]).rows) == 2  # a model given twice is one row
+    assert [row.cells["size"].value for row in compare(folder, dense).rows] == [400_000_000, 2]
+    assert [row.cells["size"].value for row in compare(folder).rows] == [3]
+    assert len(compare(folder, folder, dense).rows) == 2  # a model given twice is one row
 
 
 def test_of_one_models_history_the_newest_comparison_with_another_counts():
@@ -201,7 +203,7 @@ def test_of_one_models_history_the_newest_comparison_with_another_counts():
     alone = card("small", baseline="small", day=4)
 
     def chosen(history: list[Scorecard]) -> list[tuple[str, datetime]]:
-        rows = compare_newest(history).rows
+        rows = newest_side_by_side(history).rows
         return [(row.scorecard.model.name, row.scorecard.when) for row in rows]
 
     assert chosen([*beside_dense, alone]) == [
@@ -241,12 +243,12 @@ def test_files_that_hold_no_scorecard(tmp_path: Path):
         assert str(path) in str(caught.value)
         assert len(str(caught.value).splitlines()) == 1
     with pytest.raises(BadInput, match="nothing to compare"):
-        compare([])
+        side_by_side([])
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_format_states_text_context_stride_and_denominator(format: str):
-    text = render(compare([card("dense"), card("small")]), format)
+    text = render(side_by_side([card("dense"), card("small")]), format)
     text = re.sub(r"\s+", " ", text.replace("\\_", "_"))
     for fact in ("factbook", "512", "256", "float32", "a processor", "dense"):
         assert fact in text
@@ -254,7 +256,7 @@ def test_every_format_states_text_context_stride_and_denominator(format: str):
 
 
 def test_markdown_is_a_table_whatever_the_name():
-    lines = render(compare([card("dense"), card(HOSTILE)]), "markdown").splitlines()
+    lines = render(side_by_side([card("dense"), card(HOSTILE)]), "markdown").splitlines()
     bars = [len(re.findall(r"(?<!\\)\|", line)) for line in lines[:4]]
     assert bars == [16] * 4
     assert "\\<script>" in lines[3]
@@ -263,7 +265,7 @@ def test_markdown_is_a_table_whatever_the_name():
 
 
 def test_csv_has_every_digit_and_reads_back():
-    rows = list(csv.DictReader(io.StringIO(render(compare([card("dense"), card(HOSTILE)]), "csv"))))
+    rows = list(csv.DictReader(io.StringIO(render(side_by_side([card("dense"), card(HOSTILE)]), "csv"))))
     assert [row["model"] for row in rows] == ["dense", HOSTILE]
     assert float(rows[1]["perplexity_ratio"]) == 1.0904
     assert (rows[1]["perplexity_low"], rows[1]["perplexity_high"]) == ("13.06", "14.27")
@@ -273,7 +275,7 @@ def test_csv_has_every_digit_and_reads_back():
 
 def test_json_holds_the_scorecards():
     cards = [card("dense"), card("small")]
-    document = json.loads(render(compare(cards), "json"))
+    document = json.loads(render(side_by_side(cards), "json"))
     assert [Scorecard.model_validate(row["scorecard"]) for row in document["rows"]] == cards
     assert document["rows"][1]["cells"]["perplexity"]["high"] == 14.27
     assert [row["dense"] for row in document["rows"]] == [True, False]
@@ -298,7 +300,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_is_self_contained_and_escaped():
-    text = render(compare([card("dense"), card(HOSTILE, size=10**8)]), "html")
+    text = render(side_by_side([card("dense"), card(HOSTILE, size=10**8)]), "html")
     page = Page(text)
     assert "svg" in page.tags
     assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
@@ -318,15 +320,15 @@ def test_the_plot_joins_what_no_other_model_beats():
     from compress.report.plot import _front
 
     assert _front([100, 50, 80, 50, 20], [10, 12, 13, 11, 30]) == [4, 3, 0]
-    plot = quality_against_size(compare([card("dense"), card("small", size=10**8)]))
-    assert plot == quality_against_size(compare([card("dense"), card("small", size=10**8)]))
+    plot = quality_against_size(side_by_side([card("dense"), card("small", size=10**8)]))
+    assert plot == quality_against_size(side_by_side([card("dense"), card("small", size=10**8)]))
     assert ">dense<" in plot
     assert "var(--accent)" in plot
 
 
 def test_without_matplotlib_the_page_says_so(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    text = render(compare([card("dense")]), "html")
+    text = render(side_by_side([card("dense")]), "html")
     assert "compress-model[plot]" in text
     assert "<table>" in text
 
@@ -338,7 +340,7 @@ def test_the_terminal_table_fits_its_terminal(width: int):
     from compress.report.render import print_table
 
     file = io.StringIO()
-    print_table(compare([card("dense"), card(HOSTILE)]), Console(file=file, width=width))
+    print_table(side_by_side([card("dense"), card(HOSTILE)]), Console(file=file, width=width))
     text = file.getvalue()
     assert max(map(len, text.splitlines())) <= width
     assert "[bold]" in re.sub(r"\s", "", text)  # a name is not markup
@@ -358,16 +360,16 @@ def test_the_command(tmp_path: Path):
         output = tmp_path / f"out.{format}"
         result = run(command, [str(file), "--format", format, "-o", str(output)])
         assert (result.exit_code, result.output) == (0, "")
-        assert output.read_text() == render(compare_paths([file]), format)
+        assert output.read_text() == render(compare(file), format)
     assert len(list(tmp_path.iterdir())) == 1 + len(FORMATS)  # no temporary file is left
 
 
 def test_comparing_imports_no_torch(tmp_path: Path):
     file = write(tmp_path / "cards.json", dumped(card("dense")))
     code = (
-        "import sys; from compress.report.compare import compare_paths\n"
+        "import sys; from compress.report.compare import compare\n"
         "from compress.report.render import render\n"
-        f"render(compare_paths([{str(file)!r}]), 'table')\n"
+        f"render(compare({str(file)!r}), 'table')\n"
         "assert not {'torch', 'transformers', 'scipy', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

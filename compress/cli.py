@@ -21,10 +21,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("compress.commands.run:run", "Carry out a recipe."),
     "prune": ("compress.commands.one_step:prune", "Prune a model with one method."),
     "quantize": ("compress.commands.one_step:quantize", "Quantize a model with one method."),
-    "mix": ("compress.commands.mix:mix", "Choose each linear's bits, so that a model fits into memory."),
-    "evaluate": ("compress.commands.evaluate:evaluate", "Measure a model, beside the dense one if asked."),
+    "mix": ("compress.commands.mix:mix", "Choose the bits of each linear so that a model fits into memory."),
+    "evaluate": ("compress.commands.evaluate:evaluate", "Measure a model and compare it with the dense one."),
     "compare": ("compress.commands.compare:compare", "Put evaluated models into one table."),
-    "plan": ("compress.commands.plan:plan", "Say what a recipe will make of a model, without doing it."),
+    "plan": ("compress.commands.plan:plan", "Predict what a recipe makes of a model, without doing it."),
     "inspect": ("compress.commands.inspect:inspect", "Show a model's lineage, shapes and bytes."),
     "methods": ("compress.commands.methods:methods", "List the methods, with papers and options."),
     "recipes": ("compress.commands.recipes:recipes", "List, show or copy the bundled recipes."),
@@ -47,7 +47,7 @@ class LazyCommand(click.RichCommand):
     """A name and a help line that become the real command when it is used."""
 
     def __init__(self, name: str, path: str, short_help: str) -> None:
-        super().__init__(name, help=short_help, short_help=short_help)
+        super().__init__(name=name, help=short_help, short_help=short_help)
         self.path = path
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:

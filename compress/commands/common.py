@@ -68,6 +68,27 @@ dtype_option = click.option(
 )
 
 
+settings_option = click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a value of the recipe, for example steps.0.bits=3.",
+)
+
+
+def result_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """-o, --dry-run, --resume, --fresh and --overwrite: what becomes of the result of a run."""
+    for decorator in (
+        click.option("--overwrite", is_flag=True, help="Replace the output folder if it is not empty."),
+        click.option("--resume/--fresh", default=None, help="Continue an interrupted run, or start over."),
+        click.option("--dry-run", is_flag=True, help="Check and plan only; read headers, write nothing."),
+        click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the result."),
+    ):
+        command = decorator(command)
+    return command
+
+
 @contextmanager
 def progress_shown() -> Iterator[Callable[[str, float], None]]:
     """A function (text, share done) that draws a bar on a terminal and prints plain lines elsewhere."""

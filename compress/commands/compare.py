@@ -15,7 +15,7 @@ from compress.commands.common import check_file, common_options, stdout
 @click.option(
     "--format",
     type=click.Choice(["table", "markdown", "csv", "json", "html"]),
-    help="How to show it; html is one self-contained page with a plot. [default: table]",
+    help="Output format; html is one self-contained page with a plot. [default: table]",
 )
 @click.option(
     "-o",
@@ -28,8 +28,8 @@ def compare(paths: tuple[str, ...], format: str | None, output: Path | None, as_
     """Put evaluated models into one table, the dense model first.
 
     Each argument is a model folder with evaluations in its compression.json, or a JSON file that
-    'compress-model evaluate --json' wrote. Evaluations made in different ways (another text, another dense
-    model) are refused.
+    'compress-model evaluate --json' wrote. The command refuses evaluations that were made in different ways:
+    on another text, or against another dense model.
     """
     from compress.report.render import print_table, render
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import rich_click as click
+from click import get_current_context
 from click.core import ParameterSource
 
 import compress
@@ -30,25 +31,29 @@ from compress.commands.common import (
 @click.option(
     "--task-file",
     metavar="FILE",
-    help="Labelled examples (.jsonl) to score an encoder with a task head on, in place of text.",
+    help="Labelled examples (.jsonl) for an encoder with a task head; they are scored instead of text.",
 )
 @click.option(
-    "--text", default="bundled:evaluation", show_default=True, help="Text to score; as for calibration."
+    "--text",
+    default="bundled:evaluation",
+    show_default=True,
+    help="Text to score, named like calibration text.",
 )
 @click.option(
     "--context",
     type=click.IntRange(2),
     default=512,
     show_default=True,
-    help="Tokens in a window; also the stride.",
+    help="Tokens in a window; windows do not overlap.",
 )
 @click.option(
-    "--windows", type=click.IntRange(1), default=32, show_default=True, help="Number of windows at most."
+    "--windows", type=click.IntRange(1), default=32, show_default=True, help="Largest number of windows."
 )
 @click.option(
     "--memory",
     metavar="SIZE",
-    help="Of a model stored in blocks (bitstack, nested), measure the largest size that fits, such as 90MB.",
+    help="Measure the largest version that fits into this much memory, for example 90MB (bitstack and nested "
+    "only).",
 )
 @click.option(
     "--json",
@@ -76,10 +81,9 @@ def evaluate(
 ) -> None:
     """Measure MODEL: perplexity, divergence from the dense model, bytes, memory, speed.
 
-    With --task-file: accuracy or F1, agreement with the dense model, FLOPs and latency instead of what text
-    tells.
+    With --task-file it measures accuracy or F1, agreement with the dense model, FLOPs and latency instead.
 
-    If compress-model wrote MODEL, the result is also kept in its compression.json.
+    If compress-model wrote MODEL, the result is also added to its compression.json.
     """
     from compress.errors import BadInput
     from compress.system.files import write_atomically
@@ -93,11 +97,13 @@ def evaluate(
         raise click.UsageError("Missing argument 'MODEL'.")
     if json_file not in (None, "-"):
         check_file(Path(json_file))
-    given = click.get_current_context().get_parameter_source
+    ctx = get_current_context()
     if task_file is not None:
         for name in ("text", "context", "windows"):
-            if given(name) is ParameterSource.COMMANDLINE:
-                raise BadInput(f"With --task-file no text is scored; leave out --{name}.")
+            if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+                raise BadInput(
+                    f"With --task-file no text is scored, so --{name} has no effect; leave it out."
+                )
     with progress_shown() as progress:
         scorecards = compress.evaluate(
             model,

@@ -29,6 +29,8 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
     parts = bytes_per_part(shape)
     method = shape.config.get("quantization_config", {}).get("quant_method")
     steps = sizes(checkpoint) if method in STACKS else []
+    layers = [vars(layer) for layer in layer_shapes(shape.pretrained_config)]
+    bits, stored = 8 * shape.nbytes / shape.parameters, dtypes(shape)
     document = {
         "model": source.id,
         "folder": str(source.folder),
@@ -36,33 +38,28 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
         "model_type": shape.config.get("model_type"),
         "parameters": shape.parameters,
         "bytes": shape.nbytes,
-        "bits_per_parameter": 8 * shape.nbytes / shape.parameters,
+        "bits_per_parameter": bits,
         "loads_with": shape.loads_with,
         "sizes": vars(shape.sizes),
-        "layers": [vars(layer) for layer in layer_shapes(shape.pretrained_config)],
+        "layers": layers,
         "bytes_per_part": parts,
         "loads_in": {"smallest": steps[0], "largest": steps[-1], "sizes": len(steps)} if steps else None,
-        "dtypes": dtypes(shape),
+        "dtypes": stored,
         "lineage": lineage.model_dump(mode="json") if lineage else None,
     }
     if as_json:
         print_json(document)
         return
     click.echo(f"{source.id}: {shape.config['model_type']}, loads with {shape.loads_with}")
-    click.echo(", ".join(f"{key} {value}" for key, value in document["sizes"].items()))
+    click.echo(", ".join(f"{key} {value}" for key, value in vars(shape.sizes).items()))
     if shape.is_pruned:
-        click.echo(f"layers differ: {spread(document['layers'])}")
+        click.echo(f"layers differ: {spread(layers)}")
     table = make_table("part", "MB", "share")
     for name, nbytes in parts.items():
         table.add_row(name, f"{nbytes / 1e6:,.1f}", f"{nbytes / shape.nbytes:.1%}")
-    table.add_row(
-        "all", f"{shape.nbytes / 1e6:,.1f}", f"{document['bits_per_parameter']:.2f} bits per parameter"
-    )
+    table.add_row("all", f"{shape.nbytes / 1e6:,.1f}", f"{bits:.2f} bits per parameter")
     stdout().print(table)
-    click.echo(
-        "stored as "
-        + ", ".join(f"{name} {nbytes / 1e6:,.1f} MB" for name, nbytes in document["dtypes"].items())
-    )
+    click.echo("stored as " + ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in stored.items()))
     if steps:
         click.echo(
             f"loads in any memory from {steps[0] / 1e6:,.1f} MB to {steps[-1] / 1e6:,.1f} MB "

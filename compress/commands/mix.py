@@ -17,6 +17,7 @@ from compress.commands.common import (
     progress_shown,
     revision_option,
     seed_option,
+    settings_option,
     stdout,
 )
 
@@ -25,20 +26,18 @@ def _widths(ctx: click.Context, option: click.Parameter, text: str) -> list[int]
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise click.BadParameter(f"'{text}' is no list of widths; write 3,4,8.", ctx, option) from None
+        raise click.BadParameter(f"'{text}' is not a list of widths; write 3,4,8.", ctx, option) from None
 
 
 @click.command()
 @click.argument("recipe")
-@click.option("--memory", required=True, help="What all tensors together may take, such as 90MB.")
+@click.option("--memory", required=True, help="Largest size of all tensors together, for example 90MB.")
 @click.option(
     "--bits", "widths", default="2,3,4,8", show_default=True, callback=_widths, help="Widths to choose from."
 )
 @click.option("-m", "--model", help="Use this model instead of the recipe's.")
 @revision_option
-@click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change the recipe: steps.0.group_size=64."
-)
+@settings_option
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="New recipe file to write."
 )
@@ -57,10 +56,10 @@ def mix(
     device: str,
     as_json: bool,
 ) -> None:
-    """Give each linear its own bits, by measured sensitivity, so that RECIPE's result fits into --memory.
+    """Choose the bits of each linear by its measured sensitivity, so that RECIPE's result fits into --memory.
 
-    RECIPE is one quantization step; its bits are chosen, and all else stays. 'compress-model run' then
-    carries out what is written.
+    RECIPE has one quantization step. The command writes a new recipe that differs only in the bits;
+    'compress-model run' carries it out.
     """
     import tempfile
 

@@ -13,6 +13,7 @@ from compress.commands.common import (
     common_options,
     device_option,
     dtype_option,
+    result_options,
     revision_option,
     seed_option,
 )
@@ -48,11 +49,11 @@ class MethodCommand(click.RichCommand):
                 raise BadInput(f"The option '{error.option_name}' is now called '{new}'.") from None
             raise
 
-    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def get_help(self, ctx: click.Context) -> str:
         # Only now, because methods of other packages must be imported to know their family.
-        method = next(param for param in self.params if param.name == "method")
+        method = next(param for param in self.params if isinstance(param, click.Option))
         method.help = f"One of: {', '.join(methods_of(self.family))}. With --help: its options."
-        super().format_help(ctx, formatter)
+        return super().get_help(ctx)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         model, method, *others = super().get_params(ctx)
@@ -112,7 +113,7 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
 
 
 def _command(name: str, family: Family, help_text: str) -> click.Command:
-    options = [
+    decorators: list[Callable[[Any], Any]] = [
         click.argument("model"),
         click.option(
             "--method",
@@ -122,21 +123,21 @@ def _command(name: str, family: Family, help_text: str) -> click.Command:
             ],
             help="The method; its options follow with --help.",  # completed by MethodCommand
         ),
-        click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the result."),
         revision_option,
         click.option(
-            "--calibration", default="bundled", show_default=True, help="Text to look at while compressing."
+            "--calibration",
+            default="bundled",
+            show_default=True,
+            help="Calibration text: a name, a file, hub:DATASET or generate.",
         ),
-        click.option("--nsamples", type=int, default=128, show_default=True, help="Calibration windows."),
+        click.option(
+            "--nsamples", type=int, default=128, show_default=True, help="Number of calibration windows."
+        ),
         click.option(
             "--seqlen", type=int, default=2048, show_default=True, help="Tokens in a calibration window."
         ),
         click.option("--chat-template", is_flag=True, help="Render conversations with the chat template."),
-        click.option("--dry-run", is_flag=True, help="Validate and plan; write nothing."),
-        click.option(
-            "--resume/--fresh", default=None, help="Go on with an interrupted run, or throw it away."
-        ),
-        click.option("--overwrite", is_flag=True, help="Replace the output folder if it is not empty."),
+        result_options,
         dtype_option,
         seed_option,
         device_option,
@@ -174,8 +175,8 @@ def _command(name: str, family: Family, help_text: str) -> click.Command:
         changes = {"revision": revision, "dtype": dtype, "seed": seed}
         carry_out(recipe, changes, (), output, dry_run, resume, overwrite, device, as_json)
 
-    decorated: Callable[..., Any] = run_one
-    for decorate in reversed(options):
+    decorated: Any = run_one
+    for decorate in reversed(decorators):
         decorated = decorate(decorated)
     command_class = type(f"{name.title()}Command", (MethodCommand,), {"family": family})
     return click.command(name, cls=command_class, help=help_text)(decorated)

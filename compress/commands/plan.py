@@ -12,6 +12,7 @@ from compress.commands.common import (
     make_table,
     print_json,
     revision_option,
+    settings_option,
     stdout,
 )
 
@@ -19,9 +20,7 @@ from compress.commands.common import (
 @click.command()
 @click.argument("model")
 @click.argument("recipe")
-@click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change the recipe: steps.0.layers=4."
-)
+@settings_option
 @revision_option
 @dtype_option
 @common_options
@@ -33,7 +32,7 @@ def plan(
     dtype: str | None,
     as_json: bool,
 ) -> None:
-    """Say what RECIPE will make of MODEL: bytes, parameters, who can load it. Reads headers only."""
+    """Predict what RECIPE makes of MODEL: bytes, parameters, and what can load it. Reads headers only."""
     from compress.pipeline.plan import make_plan, open_model
     from compress.pipeline.recipe import load_recipe
 

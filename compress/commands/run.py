@@ -14,8 +14,10 @@ from compress.commands.common import (
     dtype_option,
     print_json,
     progress_shown,
+    result_options,
     revision_option,
     seed_option,
+    settings_option,
 )
 
 
@@ -23,13 +25,8 @@ from compress.commands.common import (
 @click.argument("recipe")
 @click.option("-m", "--model", help="Use this model instead of the recipe's.")
 @revision_option
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the result.")
-@click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change the recipe: steps.0.layers=4."
-)
-@click.option("--dry-run", is_flag=True, help="Validate and plan; read headers only, write nothing.")
-@click.option("--resume/--fresh", default=None, help="Go on with an interrupted run, or throw it away.")
-@click.option("--overwrite", is_flag=True, help="Replace the output folder if it is not empty.")
+@settings_option
+@result_options
 @dtype_option
 @seed_option
 @device_option

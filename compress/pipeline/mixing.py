@@ -81,7 +81,7 @@ def choose_bits(
             "Bits can be chosen for a recipe of one step, whose method takes bits and a group size (rtn, "
             "hqq, awq, gptq or apiq); run other steps first, and start from their result."
         )
-    method, options = recipe.steps[0]
+    method, options = recipe.steps[0][0], recipe.steps[0][1]
     for bits in widths:
         validated(type(options), options.model_dump() | {"bits": bits}, method.name)
     check_device(device)

@@ -54,6 +54,6 @@ def _plain_logits(current: Checkpoint, folder: Path, tokens: torch.Tensor) -> to
     ours = "pruned" in current.config
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=ours)
     name = next((name for name in getattr(config, "auto_map", {}) if name != "AutoConfig"), None)
-    cls = getattr(transformers, name) if ours else model_class(config_of(current))
+    cls = getattr(transformers, name) if ours and name else model_class(config_of(current))
     model = cls.from_pretrained(folder, dtype=torch.float32, trust_remote_code=ours).eval()
     return first_output(model(tokens))

@@ -1,4 +1,4 @@
-"""What a compression method is: one class that declares itself, plans, and applies.
+"""The contract of a compression method: one class that declares itself, plans, and applies.
 
 From the declaration come the command-line options, ``compress-model methods``, recipe validation, the
 model card and the documentation, so a method touches one new file and one line of the registry.
@@ -56,7 +56,7 @@ OptionsT = TypeVar("OptionsT", bound=MethodOptions)
 
 @dataclass
 class StepReport:
-    """What a step did, for ``compression.json`` and the model card: JSON values only."""
+    """The result of a step, for ``compression.json`` and the model card. It holds JSON values only."""
 
     summary: str
     details: dict[str, Any] = field(default_factory=dict)
@@ -64,15 +64,15 @@ class StepReport:
 
 @dataclass
 class StepContext:
-    """What a method is given besides the model.
+    """Everything a method receives besides the model and its options.
 
     Attributes:
         draft: the model under construction; the method writes its changes there.
-        calibration: windows of tokens, or None if the method needs none.
-        seed: for every random choice.
-        folder: room for the step's files; it goes away with the run.
+        calibration: windows of tokens, or None if the recipe needs none.
+        seed: seed of every random choice.
+        folder: room for the step's files; it is removed when the step is done.
         device: where to compute.
-        progress: told a text and the share done.
+        progress: called with a text and the share that is done.
     """
 
     draft: Draft
@@ -83,7 +83,7 @@ class StepContext:
     progress: Progress
 
     def journal(self, name: str) -> Journal:
-        """The journal of one walk of the step."""
+        """The journal of one walk over the layers; `name` tells the step's walks apart."""
         from compress.engine.journal import Journal
 
         return Journal(self.folder / name, self.draft)

@@ -1,4 +1,4 @@
-"""What all commands share: options, logging, progress and the way results are printed."""
+"""Shared parts of the commands: options, logging, progress and printing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def logging_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """-v, -q and --debug, of which the command itself sees nothing."""
+    """-v, -q and --debug, which the command itself does not see."""
     hidden: dict[str, Any] = {"is_flag": True, "expose_value": False}
     eager: dict[str, Any] = {"is_eager": True, "callback": _set_up_logging, **hidden}
     for decorator in (

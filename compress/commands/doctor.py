@@ -33,7 +33,7 @@ def doctor(as_json: bool) -> None:
 
 
 def examine() -> dict[str, dict[str, Any]]:
-    """What is here, as JSON data."""
+    """The state of this machine, as JSON data."""
     import psutil
     import torch
     from packaging.requirements import Requirement

@@ -97,7 +97,7 @@ def mix(
 
 
 def _tell(found: Any) -> None:
-    """How many layers give each projection how many bits."""
+    """Print how many layers give each projection how many bits."""
     widths = sorted(set(found.bits.values()))
     counts: dict[str, Counter[int]] = {}
     for name, bits in found.bits.items():

@@ -1,4 +1,4 @@
-"""What a run leaves behind: a Hugging Face model folder with its lineage and its card."""
+"""Writing the artefact: a Hugging Face model folder with its recipe."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from compress.storage.writer import write_weights
 
 
 def write_model(checkpoint: Checkpoint, source: Path, folder: Path, recipe: dict[str, Any]) -> dict[str, str]:
-    """Write weights, config, recipe, and the tokenizer and generation files of ``source`` into ``folder``.
+    """Write weights, config and recipe into ``folder``, with the tokenizer files and the like of ``source``.
 
     Returns:
-        File name -> sha256 of everything that decides what the model computes.
+        File name -> sha256, for every file that decides what the model computes.
     """
     folder.mkdir(parents=True)
     for file in sorted(source.iterdir()):
@@ -41,7 +41,7 @@ def write_model(checkpoint: Checkpoint, source: Path, folder: Path, recipe: dict
 
 
 def _is_companion(file: Path) -> bool:
-    """Whether a file of the source model belongs to its copy: tokenizer, templates, generation settings."""
+    """Whether a file of the source is carried over: tokenizer, templates, generation settings, licence."""
     skipped = {"config.json", LINEAGE, "quantize_config.json", "demo.json"}
     return file.is_file() and (
         (
@@ -54,21 +54,21 @@ def _is_companion(file: Path) -> bool:
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
-    """Refuse an output folder that holds anything.
+    """Refuse an output that cannot be written, or that is not empty.
 
     Raises:
-        BadInput: it is not empty, and ``overwrite`` is off or what is in it is no model; or it, or what it
-            lies in, is a file.
+        BadInput: the folder is not empty and ``overwrite`` is off, it holds something other than a model, or
+            it or its parent is a file.
     """
     there = next(parent for parent in folder.absolute().parents if parent.exists())
     if not there.is_dir():
-        raise BadInput(f"The output '{folder}' cannot be made, because '{there}' is not a folder.")
+        raise BadInput(f"The output '{folder}' cannot be created, because '{there}' is not a folder.")
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise BadInput(f"The output '{folder}' is not a folder.")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise BadInput(f"The output folder '{folder}' is not empty; use --overwrite or another -o.")
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
         raise BadInput(
-            f"The output folder '{folder}' holds other things than a model, which --overwrite does not "
-            "remove; use another -o."
+            f"The output folder '{folder}' holds something other than a model, which --overwrite does "
+            "not remove; use another -o."
         )

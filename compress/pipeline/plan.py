@@ -1,4 +1,4 @@
-"""What a recipe will make of a model, from config.json and safetensors headers alone."""
+"""Predicting what a recipe makes of a model, from config.json and safetensors headers alone."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def make_plan(checkpoint: Checkpoint, steps: list[tuple[Method, MethodOptions]])
             done to the shape it meets.
     """
     before = shape = ModelShape.of(checkpoint)
-    anatomy_of(before.pretrained_config)  # first of all, so that no method complains of something else
+    anatomy_of(before.pretrained_config)  # first, so that no method complains about something else
     planned = []
     for method, options in steps:
         if (package := method.needs_package) and find_spec(package) is None:

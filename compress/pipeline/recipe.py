@@ -1,4 +1,4 @@
-"""Recipes: what to do to which model, validated before anything is read or written."""
+"""Recipes: what to do to which model, validated before anything else is read or written."""
 
 from __future__ import annotations
 

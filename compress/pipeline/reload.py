@@ -1,4 +1,4 @@
-"""The check that what was written computes what was in memory."""
+"""The check that the written model computes the same as the model in memory."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from compress.system.memory import available_memory
 
 PROBE_TOKENS = 48
 PARITY = 1e-3
-"""Largest difference of logits that is let through."""
+"""Largest difference of logits that passes."""
 
 
 def reload_check(current: Checkpoint, folder: Path, device: str) -> ReloadCheck:
     """Compare the logits of the model before it was written with those of the folder, read afresh.
 
     A plain model that fits into a quarter of the free memory is loaded by transformers itself, as its users
-    will; any other one is streamed from its files.
+    will; every other model is streamed from its files.
     """
     reloaded = Checkpoint.open(folder)
     generator = torch.Generator().manual_seed(0)

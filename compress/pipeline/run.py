@@ -1,7 +1,7 @@
 """Executing a recipe: plan, then step after step, then one artefact, checked by reloading it.
 
 All work happens in a hidden folder beside the output, which the finished artefact leaves by a rename. A
-killed run leaves only that folder behind, and the same command goes on from its last finished layer.
+killed run leaves only that folder behind, and the same command continues from the last finished layer.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def _execute(
 
 
 def _fingerprint(recipe: Recipe, checkpoint: Checkpoint, windows: Windows | None) -> dict[str, Any]:
-    """What must be equal for an interrupted run to be this run."""
+    """What must be the same for an interrupted run to be continued."""
     steps = {k: v for k, v in recipe.resolved().items() if k not in ("evaluate", "model", "revision")}
     return {
         "compress-model": compress.__version__,
@@ -162,8 +162,10 @@ def _fingerprint(recipe: Recipe, checkpoint: Checkpoint, windows: Windows | None
 
 
 def _step(method: Method, options: MethodOptions, current: Checkpoint, context: StepContext) -> Step:
-    """Do a step whose draft is equal to its parent, or find it done. The journals of a step that was killed
-    half-way bring its draft to where they go on."""
+    """Do a step, or find that it is done.
+
+    The draft starts equal to its parent. If the step was killed half-way, its journals restore the draft.
+    """
     done = context.folder / "done.json"
     if done.exists():
         context.draft.restore()

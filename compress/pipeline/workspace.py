@@ -1,4 +1,4 @@
-"""The hidden folder beside the output in which a run does its work, and who may write there."""
+"""The hidden folder beside the output in which a run works, and the lock that keeps other runs out."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from compress.system.files import fsync, write_atomically
 
 log = logging.getLogger(__name__)
 
-ROOM = 1.05  # free disk space asked for, over the predicted bytes
+ROOM = 1.05
+"""Free disk space that a run asks for, as a multiple of the predicted bytes."""
 
 
 class Workspace:
     """The work folder of the run that writes ``output``: ``.NAME.partial`` beside it.
 
-    It holds ``run.json`` (what makes an interrupted run the same run), a folder for each step, and at the end
-    ``artefact``, which leaves by one rename; ``publishing`` says that this is about to happen.
+    It holds ``run.json`` (the fingerprint of the run), a folder for each step, and at the end ``artefact``,
+    which becomes the output by one rename. A file ``publishing`` says that the rename is about to happen.
 
     Raises:
         BadInput: ``output`` ends in no name (``/``, ``..``), so nothing can lie beside it.
@@ -38,15 +39,15 @@ class Workspace:
 
     @property
     def artefact(self) -> Path:
-        """Where the finished folder is put together."""
+        """The folder in which the result is assembled."""
         return self.folder / "artefact"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other runs away from the output. The lock goes with the process, however it ends.
+        """Keep other runs away from the output. The lock ends with the process, however that ends.
 
         Raises:
-            BadInput: another run has it.
+            BadInput: another run holds the lock.
         """
         lock = FileLock(self.output.with_name(f".{self.output.name}.lock"))
         try:
@@ -63,25 +64,25 @@ class Workspace:
             lock.release()
 
     def tidy(self) -> None:
-        """Put right what a run that was killed in its first or last moments left behind."""
+        """Clean up after a run that was killed in its first or last moments."""
         recover(self.output)
         published = (self.folder / "publishing").exists() and not self.artefact.exists()
         if published or not (self.folder / "run.json").exists():
             self.discard()
 
     def discard(self) -> None:
-        """Remove the work folder; killed half-way, what is left is no interrupted run any more."""
+        """Remove the work folder. After a kill half-way, the rest no longer counts as an interrupted run."""
         (self.folder / "run.json").unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def enter(self, fingerprint: dict[str, Any]) -> None:
-        """Make the work folder, or re-enter that of an interrupted run.
+        """Create the work folder, or return to the one of an interrupted run.
 
         Args:
-            fingerprint: what must be equal for an interrupted run to be this run.
+            fingerprint: an interrupted run continues only if all of this is the same.
 
         Raises:
-            BadInput: the interrupted run is not this one.
+            BadInput: the interrupted run was another one.
         """
         path = self.folder / "run.json"
         if path.exists():
@@ -92,17 +93,17 @@ class Workspace:
                     f"'{self.folder}' holds an interrupted run with another {' and '.join(changed)}; "
                     "use --fresh to throw it away, or another -o."
                 )
-            log.info("Going on with the interrupted run in %s.", self.folder)
+            log.info("Continuing the interrupted run in %s.", self.folder)
             return
         self.discard()
         self.folder.mkdir()
         write_atomically(path, json.dumps(fingerprint))
 
     def check_disk(self, nbytes: int) -> None:
-        """Refuse before starting if the disk has not ``nbytes`` and a little more.
+        """Refuse to start if the disk has less than ``nbytes`` and a little more.
 
         Raises:
-            CompressError: there is too little room, counting what an interrupted run takes already.
+            CompressError: there is too little room. What an interrupted run takes already counts as free.
         """
         wanted = int(ROOM * nbytes)
         taken = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
@@ -114,22 +115,22 @@ class Workspace:
             )
 
     def clear_artefact(self) -> None:
-        """Take away what an interrupted run had put together."""
+        """Remove what an interrupted run had assembled."""
         (self.folder / "publishing").unlink(missing_ok=True)
         shutil.rmtree(self.artefact, ignore_errors=True)
 
     def publish(self) -> None:
-        """Let the artefact appear as the output, and remove the work folder."""
+        """Rename the artefact to the output, and remove the work folder."""
         (self.folder / "publishing").touch()  # with this and without the artefact, the run is over
         publish(self.artefact, self.output)
         self.discard()
 
 
 def publish(work: Path, output: Path) -> None:
-    """Let the finished folder ``work`` appear as ``output`` by renaming it. An old ``output`` is replaced.
+    """Rename the finished folder ``work`` to ``output``, replacing an old ``output``.
 
     Raises:
-        CompressError: it cannot be renamed; then an old ``output`` is where it was.
+        CompressError: it cannot be renamed; an old ``output`` is then still in its place.
     """
     for path in (*work.iterdir(), work):
         fsync(path)
@@ -148,7 +149,7 @@ def publish(work: Path, output: Path) -> None:
 
 
 def recover(output: Path) -> None:
-    """Bring back or clear away what a `publish` that was killed between its two renames left behind."""
+    """Undo or finish a `publish` that was killed between its two renames."""
     old = _old(output)
     if not output.exists() and old.exists():
         old.rename(output)

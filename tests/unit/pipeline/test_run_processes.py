@@ -283,7 +283,7 @@ def test_occupied_outputs(house: House, commands: Commands, tmp_path: Path):
         assert command.code == 2
         assert message in command.complaint
     for output, message in (
-        (house.model.parent, "holds other things than a model"),
+        (house.model.parent, "holds something other than a model"),
         (house.model, "holds the model to compress"),
     ):
         inside = commands.run("run", house.recipe, "-o", output, "--overwrite")

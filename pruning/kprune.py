@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
@@ -211,8 +211,8 @@ class Pruning:
                 set_weight(held.linears[block.path], tuned[block.path])
         return held
 
-    def _keep_target(self, name: str, start: int, _: Any, residual: Tensor, output: Tensor, __: Any) -> None:
-        self.targets[name].write(start, residual + output)
+    def _keep_target(self, name: str, seen: Seen, residual: Tensor) -> None:
+        self.targets[name].write(seen.start, residual + seen.output)
 
     @property
     def pruned(self) -> bool:

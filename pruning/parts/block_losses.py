@@ -220,11 +220,12 @@ class Bound:
         likely = p.topk(min(LIKELY_TOKENS, p.shape[1] - 1)).indices
         q = p.scatter_(1, likely, 0.0)
         mass = q.sum(1, keepdim=True)
-        q.div_(mass.clamp(min=torch.finfo(q.dtype).tiny))
+        tiny = torch.finfo(q.dtype).tiny
+        q.div_(mass.clamp(min=tiny))
         entropy = torch.special.entr(q).sum(1)
         if self._bias is not None:
             entropy += q @ self._bias
-        return losses, likely, q @ self._weight, entropy.masked_fill(mass[:, 0] == 0, -math.inf)
+        return losses, likely, q @ self._weight, entropy.masked_fill(mass[:, 0] < tiny, -math.inf)
 
     def of(self, features: torch.Tensor) -> torch.Tensor:
         """Bounds, but for rounding, for branches that give [B, T, D] to the projection: float64 [B], on the

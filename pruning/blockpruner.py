@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, PositiveInt, model_validator
@@ -33,7 +33,8 @@ from compress.storage.lineage import LINEAGE, read_lineage
 if TYPE_CHECKING:
     from compress.method import StepContext
 
-FIRST_WINDOWS = 4  # a race begins on so many windows, and doubles them
+FIRST_WINDOWS = 4  # a race begins on this many windows, and doubles them
+ROUNDING = 1e-9  # of a share of parameters: 1 - 0.2 is less than 0.8
 
 
 class Removal(NamedTuple):
@@ -51,7 +52,7 @@ class Removal(NamedTuple):
         return Block(self.layer, self.part)
 
 
-class BlockPruner(Method):
+class BlockPruner(Method["BlockPruner.Options"]):
     """Take out the blocks (attention or MLP, with its norms) that a model misses least, one after the other.
 
     With R the blocks removed so far (none at the beginning), until the target is reached (section 3):
@@ -78,47 +79,52 @@ class BlockPruner(Method):
     paper = Paper("BlockPruner: Fine-grained Pruning for Large Language Models", "2406.10594")
 
     class Options(MethodOptions):
+        renamed: ClassVar[Mapping[str, str]] = {"keep_ratio": "ratio, the share to remove: 1 - keep_ratio"}
+
         blocks: PositiveInt | None = Field(None, description="how many blocks to remove")
-        keep_ratio: float | None = Field(
+        ratio: float | None = Field(
             None,
             gt=0,
             lt=1,
-            description="remove blocks until at most this share of the parameters of all layers is left "
+            description="remove blocks until at least this share of the parameters of all layers is gone "
             "(embeddings, final norm and head do not count)",
         )
         max_perplexity: float | None = Field(
             None,
             gt=1,
-            description="remove blocks as long as the perplexity on the calibration windows is at most this",
+            description="remove blocks while the perplexity on the calibration windows is at most this",
         )
-        mode: Literal["mix", "attention", "mlp"] = Field("mix", description="which blocks may go")
+        mode: Literal["mix", "attention", "mlp"] = Field("mix", description="which blocks may be removed")
         cost: Literal["blocks", "parameters"] = Field(
             "blocks",
-            description="take the least perplexity per block, as published, or the least rise of its "
-            "logarithm per parameter",
+            description="remove next the block with the least perplexity (as published), or with the least "
+            "rise of its logarithm per parameter",
         )
         search: Literal["exact", "racing"] = Field(
-            "exact", description="racing: drop blocks early that are behind on a part of the windows"
+            "exact", description="racing drops blocks early that are behind on a part of the windows"
         )
         confidence: float = Field(
-            0.95, gt=0, lt=1, description="that a round of racing drops no block that would have won"
+            0.95,
+            gt=0,
+            lt=1,
+            description="probability that a round of racing drops no block that would have won",
         )
         order_from: Path | None = Field(
             None,
-            description="folder of an earlier result for the same model and windows, whose order of removal "
-            "is used as far as it goes",
+            description="reuse the order of removal of an earlier result (its folder) for the same model and "
+            "windows",
         )
 
         @model_validator(mode="after")
         def _one_target(self) -> Self:
-            targets = (self.blocks, self.keep_ratio, self.max_perplexity)
+            targets = (self.blocks, self.ratio, self.max_perplexity)
             if sum(target is not None for target in targets) != 1:
-                raise ValueError("give exactly one of blocks, keep_ratio and max_perplexity")
+                raise ValueError("give exactly one of blocks, ratio and max_perplexity")
             return self
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
         """Which blocks go is not known before; here the smallest ones do. So with ``blocks`` no larger model
-        can come out, and with ``keep_ratio`` one whose size differs by a block at most; ``max_perplexity`` is
+        can come out, and with ``ratio`` one whose size differs by a block at most; ``max_perplexity`` is
         planned as if nothing went."""
         if shape.anatomy.kind != "decoder" or shape.anatomy.head is None:
             raise BadInput(
@@ -244,7 +250,7 @@ def _reached(
 ) -> bool:
     if options.blocks is not None:
         return len(removed) >= options.blocks
-    return options.keep_ratio is not None and _kept(removed, sizes, total) <= options.keep_ratio
+    return options.ratio is not None and _kept(removed, sizes, total) <= 1 - options.ratio + ROUNDING
 
 
 def _kept(removed: Sequence[Block], sizes: Mapping[Block, int], total: int) -> float:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, model_validator
 from torch import nn
 
 from compress.anatomy import set_weight, weight
 from compress.calibration.statistics.moments import Moments, Products
 from compress.engine.shape import ModelShape
 from compress.errors import BadInput
-from compress.method import Method, MethodOptions, Paper, StepReport
+from compress.method import Method, Paper, StepReport
 from compress.pruning.parts.allocation import (
     Scores,
     Units,
@@ -37,6 +38,7 @@ from compress.pruning.parts.channels import (
     unit_scores,
     watch,
 )
+from compress.pruning.parts.options import ParameterRatio, WidthMultiple
 from compress.pruning.parts.width import Kept, finish, narrow, plan_widths, shallow_copy, skipped, write_layer
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
     from compress.method import StepContext
 
 
-class Flap(Method):
+class Flap(Method["Flap.Options"]):
     """Prune heads and MLP neurons by how much their outputs fluctuate over the calibration text.
 
     With W [out, in] the weight of a block's output projection (of attention or MLP), and mu_j, v_j and n_j
@@ -60,7 +62,7 @@ class Flap(Method):
     4. Compensate. bias: b <- b + sum over pruned j of mu_j W_:j, so that the mean of the block's output
        stays. least-squares: W_k <- W_k + W_p S_pk (S_kk + lambda I)^-1 for the kept channels k and the pruned
        ones p, which minimises the squared error of the block's output plus lambda |change of W_k|^2. S are
-       sums over tokens of products of channels, and lambda = ridge * mean diagonal of S_kk. Where the
+       sums over tokens of products of channels, and lambda = damping * mean diagonal of S_kk. Where the
        projection has a bias, S is of deviations from the mean and the bias is fitted, too.
 
     What the compensation sees is the dense model (``propagate: dense``), or what the layers pruned before
@@ -78,36 +80,35 @@ class Flap(Method):
     family = "pruning"
     paper = Paper("Fluctuation-based Adaptive Structured Pruning for Large Language Models", "2312.11983")
 
-    class Options(MethodOptions):
-        ratio: float = Field(
-            ge=0, lt=1, description="share to remove of the parameters of all attention and MLP projections"
-        )
-        metric: Metric = Field("WIFV", description="what a channel is worth")
+    class Options(ParameterRatio, WidthMultiple):
+        renamed: ClassVar[Mapping[str, str]] = {"ridge": "damping"}
+
+        metric: Metric = Field("WIFV", description="how to score a channel")
         structure: Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM"] | None = Field(
             None,
-            description="uniform (U) or adaptive (A) over layers (L) and modules (M), or modules by hand "
-            "(MM); AL-AM if not given, UL-MM for shape uniform",
+            description="whether layers (L) and modules (M) share the removal uniformly (U) or adaptively "
+            "(A), or modules by hand (MM); by default AL-AM, and UL-MM for shape uniform",
         )
         shape: Literal["heterogeneous", "uniform"] = Field(
             "heterogeneous",
-            description="uniform: all layers alike, as the plain architecture has them",
+            description="uniform gives all layers the same widths, which the plain architecture needs",
         )
         compensate: Literal["none", "bias", "least-squares"] = Field(
-            "least-squares", description="what makes up for the units that are gone"
+            "least-squares", description="how to compensate for the units that are gone"
         )
         propagate: Literal["dense", "pruned"] = Field(
-            "dense", description="whose activations the compensation is computed from"
+            "dense",
+            description="compute the compensation from the activations of the dense or of the pruned model",
         )
-        ridge: NonNegativeFloat = Field(
-            1.0, description="how hard least-squares holds on to the weights, in shares of the mean square"
+        damping: NonNegativeFloat = Field(
+            1.0,
+            description="how strongly least-squares keeps the old weights: added to the diagonal of the Gram "
+            "matrix of the inputs, as a share of its mean",
         )
         remove_heads: NonNegativeInt | None = Field(
             None,
-            description="key-value heads, with their query heads, to remove from all layers together (UL-MM, "
-            "AL-MM); the same share as of the parameters if not given",
-        )
-        width_multiple: PositiveInt = Field(
-            1, description="what the neurons left in a layer are a multiple of"
+            description="key-value heads (each with its query heads) to remove from all layers together, for "
+            "UL-MM and AL-MM; by default the same share as of the parameters",
         )
 
         @model_validator(mode="after")
@@ -207,7 +208,7 @@ class Flap(Method):
             if options.compensate == "bias":
                 add_bias(layer.linears[path], pruned[path], seen.mean)
             else:
-                refit(layer.linears[path], seen, options.ridge)
+                refit(layer.linears[path], seen, options.damping)
 
         if options.propagate == "dense":
             seen = {path: accumulator(path) for path in pruned}
@@ -267,7 +268,7 @@ def add_bias(linear: nn.Module, stay: torch.Tensor, mean: torch.Tensor) -> None:
     set_weight(linear, matrix.masked_fill(gone, 0), bias)
 
 
-def refit(linear: nn.Module, seen: Products, ridge: float) -> None:
+def refit(linear: nn.Module, seen: Products, damping: float) -> None:
     """W_k <- W_k + W_p S_pk (S_kk + lambda I)^-1; where there is a bias, it keeps the mean; W_p <- 0.
 
     Raises:
@@ -275,12 +276,12 @@ def refit(linear: nn.Module, seen: Products, ridge: float) -> None:
     """
     matrix, chosen = weight(linear), seen.chosen
     diagonal = seen.among.diagonal()
-    diagonal += ridge * diagonal.mean()
+    diagonal += damping * diagonal.mean()
     factor, failed = torch.linalg.cholesky_ex(seen.among)
     if failed:
         raise BadInput(
             "Some inputs of a projection are combinations of others on the calibration text, so least "
-            "squares has no single solution; use a larger ridge, or more and other text."
+            "squares has no single solution; use more damping, or more and other text."
         )
     change = torch.cholesky_solve(seen.across @ matrix[:, ~chosen].double().T, factor).T
     new = matrix.masked_fill(~chosen, 0).double()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from compress.method import StepContext
 
 
-class KPrune(Method):
+class KPrune(Method["KPrune.Options"]):
     """Prune the sublayers bottom-up, and repair each before the next (section 4).
 
     The sublayers l = 0 .. 2L-1 are the attention and the MLP of every layer, their units attention heads
@@ -69,21 +69,24 @@ class KPrune(Method):
     )
 
     class Options(MethodOptions):
-        ratio: float = Field(ge=0, lt=1, description="share of the layers' FLOPs to remove")
+        renamed: ClassVar[Mapping[str, str]] = {"ridge": "damping"}
+
+        ratio: float = Field(ge=0, lt=1, description="share to remove of the FLOPs of all layers")
         lambda_rep: NonNegativeFloat = Field(2.5e-4, description="weight of representational knowledge")
         lambda_pred: NonNegativeFloat = Field(1.0, description="weight of predictive knowledge")
-        mu: float = Field(64.0, gt=0, description="how much more the score of a head counts than a neuron's")
-        temperature: float = Field(2.0, gt=0, description="of the softmax in the KL divergence")
+        mu: float = Field(64.0, gt=0, description="weight of a head's score relative to a neuron's")
+        temperature: float = Field(2.0, gt=0, description="temperature of the softmax in the KL divergence")
         min_heads: NonNegativeInt = Field(
             0,
-            description="key-value heads that every layer keeps (if it has them), whatever their scores; 0: "
-            "as published",
+            description="every layer keeps at least this many key-value heads, whatever their scores; 0 is "
+            "the published method",
         )
-        tune: bool = Field(True, description="refit the output projections; false: only prune")
-        ridge: NonNegativeFloat | None = Field(
+        tune: bool = Field(True, description="refit the output projections after pruning")
+        damping: NonNegativeFloat | None = Field(
             None,
-            description="how strongly to hold them to their old values, a share of the mean square of their "
-            "inputs; 0: as published; chosen on held-out calibration windows if not given",
+            description="how strongly the refit keeps the old weights: added to the diagonal of the Gram "
+            "matrix of the inputs, as a share of its mean; 0 is the published method; by default it is chosen "
+            "on held-out calibration windows",
         )
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
@@ -119,7 +122,7 @@ class KPrune(Method):
         kept = [pruning.kept(index) for index in range(model.num_layers)]
         finish(context.draft, model, kept)
         left = sum(block.flops * len(pruning.units(block)) for block in blocks)
-        ridges = {_key(block): journal.state.get(f"ridge.{_key(block)}") for block in blocks}
+        dampings = {_key(block): journal.state.get(f"damping.{_key(block)}") for block in blocks}
         details = {
             "tokens": windows.num_tokens,
             "sequence_length": windows.tokens.shape[1],
@@ -127,7 +130,7 @@ class KPrune(Method):
             "flops_after": left,
             "heads": [len(units.groups) for units in kept],
             "neurons": [len(units.neurons) for units in kept],
-            "ridges": {name: value.item() for name, value in ridges.items() if value is not None},
+            "dampings": {name: value.item() for name, value in dampings.items() if value is not None},
         }
         heads, neurons = sum(details["heads"]), sum(details["neurons"])
         how = (
@@ -146,7 +149,7 @@ class Pruning:
     Args:
         model: the dense model.
         blocks: its sublayers bottom-up.
-        state: of the journal: ``budget``, bool [units] for every block that has been pruned, and the ridge
+        state: of the journal: ``budget``, bool [units] for every block that has been pruned, and the damping
             of those that were tuned, -1 where the present values were better than any.
         options: of the method.
         context: calibration text, and room for files.
@@ -177,8 +180,8 @@ class Pruning:
         self.targets = {name: Activations(shape, room / name) for name in ("attention", "mlp")}
         self.scratch = Activations(shape, room / "scratch")
         self.halves = halves_of(windows)
-        if options.ratio and options.tune and options.ridge is None and len(windows) < 2:
-            raise BadInput("With one calibration window none can be held out; use more, or give a ridge.")
+        if options.ratio and options.tune and options.damping is None and len(windows) < 2:
+            raise BadInput("With one calibration window none can be held out; use more, or give a damping.")
 
     def _teacher(self) -> Activations:
         """The dense model's hidden states behind its last layer."""
@@ -272,9 +275,9 @@ class Pruning:
 
         observers = observe_blocks(self.model.anatomy, self.student, held, add)
         self.student.advance(held, observers, into=self.scratch)
-        ridge = choose_ridge(fits) if self.options.ridge is None else self.options.ridge
-        self.state[f"ridge.{_key(block)}"] = torch.tensor(-1 if ridge is None else ridge).double()
-        fitted = present if ridge is None else (fits[0] + fits[1]).solve(ridge)
+        damping = choose_damping(fits) if self.options.damping is None else self.options.damping
+        self.state[f"damping.{_key(block)}"] = torch.tensor(-1 if damping is None else damping).double()
+        fitted = present if damping is None else (fits[0] + fits[1]).solve(damping)
         stored = held.stored(block.path)
         new = fitted.T.to(DTYPES[self.model.checkpoint.tensors[stored].dtype])
         if not torch.isfinite(new).all():
@@ -304,7 +307,7 @@ def affordable(scores: Sequence[Tensor], flops: Sequence[int], budget: int) -> l
     return list(keep.split([len(each) for each in scores]))
 
 
-RIDGES = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+DAMPINGS = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
 
 class Fit:
@@ -331,16 +334,16 @@ class Fit:
 
     @property
     def regular(self) -> bool:
-        """Whether there is only one W without a ridge: never if there are fewer rows than channels."""
+        """Whether there is only one W without a damping: never if there are fewer rows than channels."""
         scale = self.gram.diagonal().sqrt()
         factor, failed = torch.linalg.cholesky_ex(self.gram / scale.outer(scale))
         return not failed and bool(factor.diagonal().min().square() > self._tolerance)
 
-    def solve(self, ridge: float) -> Tensor:
-        """W for r = ``ridge``; without one, of several solutions the nearest to ``present``."""
-        if ridge or self.regular:
+    def solve(self, damping: float) -> Tensor:
+        """W for r = ``damping``; without one, of several solutions the nearest to ``present``."""
+        if damping or self.regular:
             held = self.gram.clone()
-            held.diagonal().add_(ridge * self.gram.diagonal().mean())
+            held.diagonal().add_(damping * self.gram.diagonal().mean())
             factor, failed = torch.linalg.cholesky_ex(held)
             if not failed:
                 return self.present + torch.cholesky_solve(self.rest, factor)
@@ -359,16 +362,16 @@ class Fit:
         return len(self.gram) * torch.finfo(self.gram.dtype).eps
 
 
-def choose_ridge(fits: Sequence[Fit]) -> float | None:
-    """Of RIDGES the one whose W, fitted to one half of the text, errs least on the other, both ways added.
+def choose_damping(fits: Sequence[Fit]) -> float | None:
+    """Of DAMPINGS the one whose W, fitted to one half of the text, errs least on the other, both ways added.
 
-    None if the present W is better than any. Without a ridge only if that has one solution.
+    None if the present W is better than any. Without a damping only if that has one solution.
     """
     one, other = fits
     gains = {
-        ridge: other.gain(one.solve(ridge)) + one.gain(other.solve(ridge))
-        for ridge in RIDGES
-        if ridge or (one.regular and other.regular)
+        damping: other.gain(one.solve(damping)) + one.gain(other.solve(damping))
+        for damping in DAMPINGS
+        if damping or (one.regular and other.regular)
     }
     best = max(gains, key=gains.__getitem__)
     return best if gains[best] > 0 else None

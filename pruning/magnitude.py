@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from compress.anatomy import projection_rows, weight
 from compress.engine.shape import ModelShape
-from compress.method import Method, MethodOptions, Paper, StepReport
+from compress.method import Method, Paper, StepReport
 from compress.pruning.parts.allocation import (
     Scores,
     best,
@@ -21,6 +21,7 @@ from compress.pruning.parts.allocation import (
     standardised,
     units_of,
 )
+from compress.pruning.parts.options import ParameterRatio, WidthMultiple
 from compress.pruning.parts.width import channels_of_groups, plan_widths, prune
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from compress.method import StepContext
 
 
-class Magnitude(Method):
+class Magnitude(Method["Magnitude.Options"]):
     """Prune the heads and MLP neurons with the smallest weights; no calibration.
 
     The score of a unit (a key-value head with the query heads of its group, or a neuron) is the mean of w^2
@@ -41,17 +42,11 @@ class Magnitude(Method):
     paper = Paper("Pruning Filters for Efficient ConvNets", "1608.08710")
     needs_calibration = False
 
-    class Options(MethodOptions):
-        ratio: float = Field(
-            ge=0, lt=1, description="share to remove of the parameters of all attention and MLP projections"
-        )
+    class Options(ParameterRatio, WidthMultiple):
         allocation: Literal["per-layer", "global", "standardised"] = Field(
             "per-layer",
-            description="the same share of every layer; one ranking of all units of all layers; or one of "
-            "scores standardised in each block",
-        )
-        width_multiple: PositiveInt = Field(
-            1, description="the neurons left in a layer are a multiple of this"
+            description="remove the same share of every layer; or rank all units of all layers together, by "
+            "their scores or by scores standardised in each block",
         )
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from compress.method import StepContext
 
 
-class ReplaceMe(Method):
+class ReplaceMe(Method["ReplaceMe.Options"]):
     """Replace n consecutive layers by one linear map, folded into the down projection before them.
 
     With X_i the input of layer i, Y_i = X_i + attention, M_i = MLP(norm(Y_i)) and L_i = Y_i + M_i (section 3;
@@ -56,20 +57,23 @@ class ReplaceMe(Method):
     )
 
     class Options(MethodOptions):
+        renamed: ClassVar[Mapping[str, str]] = {"batch_tokens": "batch_size"}
+
         layers: PositiveInt = Field(description="how many layers to remove in all")
         transform: Literal["cosine", "least-squares", "none"] = Field(
             "cosine",
-            description="how to estimate the linear map; none: remove the layers and put nothing there",
+            description="how to estimate the linear map; none removes the layers without a replacement",
         )
         transforms: PositiveInt = Field(
             1, description="number of linear maps, each for an equal share of the layers"
         )
         distance: Literal["last-token", "all-tokens"] = Field(
             "all-tokens",
-            description="tokens whose distance selects the layers; the published code takes the last ones",
+            description="select the layers by the distance of all tokens, or of the last one (as published)",
         )
         exact: bool = Field(
-            False, description="cosine of the whole layer output instead of the part T explains"
+            False,
+            description="compare whole layer outputs by their cosine, instead of the part that T explains",
         )
         l1: NonNegativeFloat = Field(0.0, description="weight of the sum of |T| in the loss (cosine only)")
         l2: NonNegativeFloat = Field(
@@ -77,12 +81,12 @@ class ReplaceMe(Method):
         )
         epochs: PositiveInt = Field(10, description="passes over the tokens (cosine)")
         learning_rate: float = Field(1e-4, gt=0, le=1, description="of Adam (cosine)")
-        batch_tokens: PositiveInt = Field(1024, description="tokens in an Adam step (cosine)")
+        batch_size: PositiveInt = Field(1024, description="tokens in an Adam step (cosine)")
         held_out: float = Field(
             0.125,
             ge=0,
             lt=1,
-            description="share of the windows that decides between the transform and none; 0: no check",
+            description="share of the windows on which the transform is compared with none; 0: no check",
         )
 
         @model_validator(mode="after")
@@ -246,7 +250,7 @@ def least_squares(samples: Samples, options: ReplaceMe.Options, _: torch.Generat
 def cosine(samples: Samples, options: ReplaceMe.Options, generator: torch.Generator) -> torch.Tensor:
     """T minimising the cosine loss, by Adam in float32 from the identity: float64 [hidden_size, hidden_size].
 
-    Every epoch sees the windows in a new order; a step takes the next ``batch_tokens`` tokens.
+    Every epoch sees the windows in a new order; a step takes the next ``batch_size`` tokens.
     """
     transform = torch.eye(samples.hidden_size, device=samples.device, requires_grad=True)
     optimizer = torch.optim.Adam([transform], lr=options.learning_rate)
@@ -266,10 +270,10 @@ def cosine(samples: Samples, options: ReplaceMe.Options, generator: torch.Genera
         waiting: list[tuple[torch.Tensor, ...]] = []
         for index in torch.randperm(len(samples), generator=generator).tolist():
             waiting.append(samples[index])
-            while sum(len(part[0]) for part in waiting) >= options.batch_tokens:
+            while sum(len(part[0]) for part in waiting) >= options.batch_size:
                 parts = [torch.cat(column) for column in zip(*waiting, strict=True)]
-                step(*(part[: options.batch_tokens] for part in parts))
-                waiting = [tuple(part[options.batch_tokens :] for part in parts)]
+                step(*(part[: options.batch_size] for part in parts))
+                waiting = [tuple(part[options.batch_size :] for part in parts)]
         if waiting and len(waiting[0][0]):
             step(*(torch.cat(column) for column in zip(*waiting, strict=True)))
     return transform.detach().cpu().double()

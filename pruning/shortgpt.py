@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from compress.method import StepContext
 
 
-class ShortGPT(Method):
+class ShortGPT(Method["ShortGPT.Options"]):
     """Remove the n layers of least block influence, all at once, and put nothing in their place.
 
     With X_i the input of layer i and X_{i+1} its output (section 3), the block influence is

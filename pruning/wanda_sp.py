@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pydantic import Field, PositiveInt
-
 from compress.engine.shape import ModelShape
-from compress.method import Method, MethodOptions, Paper, StepReport
+from compress.method import Method, Paper, StepReport
 from compress.pruning.parts.allocation import best, check_ratio, even_widths, removal, units_of
 from compress.pruning.parts.channels import channel_statistics, channels_of, unit_scores
+from compress.pruning.parts.options import ParameterRatio, WidthMultiple
 from compress.pruning.parts.width import plan_widths, prune
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from compress.method import StepContext
 
 
-class WandaSp(Method):
+class WandaSp(Method["WandaSp.Options"]):
     """Prune in every layer the heads and MLP neurons whose weights times inputs are smallest.
 
     Wanda's score of a weight is |W_oj| ||X_j||, with X_j the input channel j over all tokens. Its mean over
@@ -30,13 +29,8 @@ class WandaSp(Method):
     family = "pruning"
     paper = Paper("A Simple and Effective Pruning Approach for Large Language Models", "2306.11695")
 
-    class Options(MethodOptions):
-        ratio: float = Field(
-            ge=0, lt=1, description="share to remove of the parameters of all attention and MLP projections"
-        )
-        width_multiple: PositiveInt = Field(
-            1, description="the neurons left in a layer are a multiple of this"
-        )
+    class Options(ParameterRatio, WidthMultiple):
+        """See the mixins."""
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
         units = units_of(shape)

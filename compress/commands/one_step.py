@@ -45,8 +45,11 @@ class MethodCommand(click.RichCommand):
         except click.NoSuchOption as error:
             old = error.option_name.lstrip("-").replace("-", "_")
             if old in renamed:
-                new = f"--{renamed[old].replace('_', '-')}"
-                raise BadInput(f"The option '{error.option_name}' is now called '{new}'.") from None
+                new, comma, remark = renamed[old].partition(",")
+                flag = f"--{new.replace('_', '-')}"
+                raise BadInput(
+                    f"The option '{error.option_name}' is now called '{flag}'{comma}{remark}."
+                ) from None
             raise
 
     def get_help(self, ctx: click.Context) -> str:

@@ -162,7 +162,10 @@ def validated(model: type[BaseModel], values: dict[str, Any], where: str) -> Any
         if first["type"] == "extra_forbidden":
             name = str(first["loc"][-1])
             if name in (renamed := getattr(section, "renamed", {})):
-                raise BadInput(f"In {where}: the option '{name}' is now called '{renamed[name]}'.") from None
+                new, comma, remark = renamed[name].partition(",")
+                raise BadInput(
+                    f"In {where}: the option '{name}' is now called '{new}'{comma}{remark}."
+                ) from None
             raise BadInput(f"In {where}: {unknown('option', name, section.model_fields)}") from None
         if first["type"] == "missing":
             raise BadInput(f"In {where}: the option '{path}' is required.") from None

@@ -50,9 +50,9 @@ METHODS: dict[str, tuple[Callable[[float], dict[str, Any]], dict[str, Any]]] = {
     "kprune": (lambda r: {"method": "kprune", "ratio": r}, FEW_WINDOWS),
     "shortgpt": (lambda r: {"method": "shortgpt", "layers": layers(r)}, CALIBRATION),
     "replaceme": (lambda r: {"method": "replaceme", "layers": layers(r)}, CALIBRATION),
-    "blockpruner": (lambda r: {"method": "blockpruner", "keep_ratio": 1 - r}, SHORT_WINDOWS),
+    "blockpruner": (lambda r: {"method": "blockpruner", "ratio": r}, SHORT_WINDOWS),
     "blockpruner, per parameter": (
-        lambda r: {"method": "blockpruner", "keep_ratio": 1 - r, "cost": "parameters"},
+        lambda r: {"method": "blockpruner", "ratio": r, "cost": "parameters"},
         SHORT_WINDOWS,
     ),
 }

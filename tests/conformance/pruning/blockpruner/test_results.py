@@ -211,7 +211,7 @@ def test_the_plan_takes_the_smallest_blocks(folders: dict[str, Path], tmp_path: 
     assert planned > done
     planned, done = planned_and_done(blocks=2, mode="mlp")
     assert planned == done
-    planned, done = planned_and_done(keep_ratio=0.8)
+    planned, done = planned_and_done(ratio=0.2)
     assert abs(planned - done) <= max(parameters_of(folders["llama"]).values())
     shape = ModelShape.of(Checkpoint.open(folders["llama"]))
     assert plan(folders["llama"], max_perplexity=99).tensors == shape.tensors
@@ -248,9 +248,9 @@ def test_a_model_that_overflows_is_an_error(folders: dict[str, Path], tmp_path: 
     "options",
     [
         {},
-        {"blocks": 1, "keep_ratio": 0.5},
+        {"blocks": 1, "ratio": 0.5},
         {"blocks": 0},
-        {"keep_ratio": 1.0},
+        {"ratio": 1.0},
         {"max_perplexity": 1.0},
         {"blocks": 1, "mode": "layers"},
         {"blocks": 1, "confidence": 1.0},

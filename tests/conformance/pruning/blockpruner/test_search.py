@@ -207,7 +207,7 @@ def test_until_a_share_of_the_parameters_is_left(folders: dict[str, Path], tmp_p
     norms = model.model.layers[0].input_layernorm.weight.numel()
     attention = sum(parameter.numel() for parameter in model.model.layers[0].self_attn.parameters())
     assert sizes[Block(0, "attention")] == attention + norms
-    report, run = applied(folder, tmp_path, keep_ratio=0.7)
+    report, run = applied(folder, tmp_path, ratio=0.3)
     kept = [removal["kept"] for removal in report.details["removed"]]
     assert kept[-1] <= 0.7 < kept[-2]
     left = layer_parameters(ModelShape.of(run.draft))
@@ -238,7 +238,7 @@ def test_the_last_attention_stays(folders: dict[str, Path], tmp_path: Path):
     with pytest.raises(BadInput, match=r"at most 5 blocks .* leaves"):
         plan(folders["llama"], blocks=2 * LAYERS)
     with pytest.raises(BadInput, match="at most 2 attention blocks"):
-        plan(folders["llama"], keep_ratio=0.1, mode="attention")
+        plan(folders["llama"], ratio=0.9, mode="attention")
     assert plan(folders["llama"], blocks=LAYERS, mode="mlp").num_layers == LAYERS
 
 

@@ -164,7 +164,7 @@ def restate(folder: Path, windows: Windows, ratio: float, lambda_rep: float, mu:
 def test_the_method_is_its_restatement(folders: dict[str, Path], tmp_path: Path, case: str, ratio: float):
     windows = windows_of()
     student = restate(folders[case], windows, ratio, lambda_rep=0.01, mu=8.0, g=2.0)
-    found = run(folders[case], tmp_path / "run", ratio=ratio, lambda_rep=0.01, mu=8.0, ridge=0.0)
+    found = run(folders[case], tmp_path / "run", ratio=ratio, lambda_rep=0.01, mu=8.0, damping=0.0)
     gone = 0
     for (index, name), fixed in student.fixed.items():
         mask = found.masks[f"{name}.{index}"]

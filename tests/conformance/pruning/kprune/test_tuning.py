@@ -1,4 +1,4 @@
-"""K-prune's tuning of what stays: least squares, and the ridge that holds on other text."""
+"""K-prune's tuning of what stays: least squares, and the damping that holds on other text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from compress.engine.logits import streamed_logits
 from compress.errors import BadInput
 from compress.pipeline.artefact import write_model
-from compress.pruning.kprune import Fit, choose_ridge, halves_of
+from compress.pruning.kprune import Fit, choose_damping, halves_of
 from compress.storage.checkpoint import Checkpoint
 
 from .common import run, windows_of
@@ -49,24 +49,26 @@ def test_one_solution_is_plain_least_squares():
 
 
 @pytest.mark.parametrize("rows", [6, 20])
-@pytest.mark.parametrize("ridge", [1e-3, 1.0])
-def test_the_ridge_holds_to_the_present(rows: int, ridge: float):
+@pytest.mark.parametrize("damping", [1e-3, 1.0])
+def test_the_damping_holds_to_the_present(rows: int, damping: float):
     a, y, present = normal(rows, 9), normal(rows, 4, seed=1), normal(9, 4, seed=2)
-    root = math.sqrt(ridge * float(a.square().sum(0).mean()))
+    root = math.sqrt(damping * float(a.square().sum(0).mean()))
     more = torch.cat([a, root * torch.eye(9, dtype=torch.float64)])
     wanted = torch.linalg.lstsq(more, torch.cat([y, root * present])).solution
     fit = fit_of(a, y, present)
-    torch.testing.assert_close(fit.solve(ridge), wanted)
+    torch.testing.assert_close(fit.solve(damping), wanted)
     gain = (a @ present - y).square().sum() - (a @ wanted - y).square().sum()
     assert fit.gain(wanted) == pytest.approx(gain.item())
 
 
 @pytest.mark.parametrize(
-    ("rows", "noise", "ridges"),
+    ("rows", "noise", "dampings"),
     [(400, 0.0, {0.0}), (40, 4.0, {0.1, 1.0}), (6, 1.0, {0.1, 1.0}), (40, 30.0, {None})],
     ids=["enough", "noisy", "few", "nothing but noise"],
 )
-def test_the_ridge_is_the_one_that_holds_on_other_text(rows: int, noise: float, ridges: set[float | None]):
+def test_the_damping_is_the_one_that_holds_on_other_text(
+    rows: int, noise: float, dampings: set[float | None]
+):
     """The outputs follow from a W near the present one, and from what the kept channels do not know."""
     present = normal(24, 5)
     wanted = present + 0.5 * normal(24, 5, seed=1)
@@ -76,12 +78,12 @@ def test_the_ridge_is_the_one_that_holds_on_other_text(rows: int, noise: float, 
         return a, a @ wanted + noise * normal(rows, 5, seed=seed + 1)
 
     fits = [fit_of(*text(seed), present) for seed in (3, 5)]
-    ridge = choose_ridge(fits)
-    assert ridge in ridges
-    if ridge:
+    damping = choose_damping(fits)
+    assert damping in dampings
+    if damping:
         fresh = fit_of(*text(7, 2000), present)
         both = fits[0] + fits[1]
-        assert fresh.gain(both.solve(ridge)) > max(0.0, fresh.gain(both.solve(0.0)))
+        assert fresh.gain(both.solve(damping)) > max(0.0, fresh.gain(both.solve(0.0)))
 
 
 def test_halves_do_not_depend_on_the_order():
@@ -98,7 +100,7 @@ def test_tuning_is_not_worse_on_other_text(folders: dict[str, Path], tmp_path: P
     few, other = windows_of((12, 12)), windows_of()
     dense = streamed_logits(Checkpoint.open(folders["llama"]), other)
     errors = {}
-    for name, options in {"chosen": {}, "plain": {"ridge": 0.0}, "none": {"tune": False}}.items():
+    for name, options in {"chosen": {}, "plain": {"damping": 0.0}, "none": {"tune": False}}.items():
         found = run(folders["llama"], tmp_path / f"run-{name}", few, ratio=0.3, **options)
         write_model(found.draft, folders["llama"], tmp_path / f"out-{name}", {})
         logits = streamed_logits(Checkpoint.open(tmp_path / f"out-{name}"), other)
@@ -108,6 +110,6 @@ def test_tuning_is_not_worse_on_other_text(folders: dict[str, Path], tmp_path: P
 
 
 def test_one_window_cannot_be_held_out(folders: dict[str, Path], tmp_path: Path):
-    with pytest.raises(BadInput, match="give a ridge"):
+    with pytest.raises(BadInput, match="give a damping"):
         run(folders["llama"], tmp_path / "run", windows_of((12,)), ratio=0.3)
-    run(folders["llama"], tmp_path / "held", windows_of((12,)), ratio=0.3, ridge=0.1)
+    run(folders["llama"], tmp_path / "held", windows_of((12,)), ratio=0.3, damping=0.1)

@@ -64,7 +64,7 @@ def adam(folder: Path, family: str, windows: Windows, cut: Cut, options: dict[st
     for _ in range(options["epochs"]):
         order = torch.randperm(len(windows), generator=generator).tolist()
         parts = [torch.cat([by_window[index][k] for index in order]) for k in range(3)]
-        for batch in zip(*(part.split(options["batch_tokens"]) for part in parts)):
+        for batch in zip(*(part.split(options["batch_size"]) for part in parts)):
             t = t.detach().requires_grad_()
             loss = cosine_loss(t, *batch, exact=options.get("exact", False))
             loss = loss + options.get("l1", 0) * t.abs().sum() + options.get("l2", 0) * t.pow(2).sum()
@@ -123,7 +123,7 @@ def test_least_squares_solves_the_stacked_problem(family: str, folders: dict[str
 def test_cosine_follows_adam(family: str, folders: dict[str, Path], tmp_path: Path):
     windows, cut = windows_of(), CUTS[-1]
     m, y, target = rows(folders[family], family, windows, cut)
-    common = {"epochs": 3, "learning_rate": 0.01, "batch_tokens": 50}
+    common = {"epochs": 3, "learning_rate": 0.01, "batch_size": 50}
     identity = torch.eye(HIDDEN, dtype=torch.float64)
     extras = ({"exact": True}, {"l1": 0.01}, {"l2": 0.01})  # whose terms have nothing of the architecture
     for number, extra in enumerate(({}, extras[list(FAMILIES).index(family) % 3])):
@@ -137,7 +137,7 @@ def test_cosine_follows_adam(family: str, folders: dict[str, Path], tmp_path: Pa
 
 def test_regularisation_makes_the_map_smaller(folders: dict[str, Path], tmp_path: Path):
     def size(name: str, **options: Any) -> float:
-        common = {"epochs": 20, "learning_rate": 0.01, "batch_tokens": 50}
+        common = {"epochs": 20, "learning_rate": 0.01, "batch_size": 50}
         found = estimate(folders["llama"], tmp_path / name, windows_of(), [CUTS[1]], **common, **options)
         return float(found[CUTS[1].layer].abs().sum())
 
@@ -193,7 +193,7 @@ def test_padding_and_batch_size_change_nothing(
     cuts = [Cut(0, 2), Cut(3, 1)]
     options = {"transform": transform}
     if transform == "cosine":
-        options |= {"epochs": 3, "learning_rate": 0.01, "batch_tokens": 50}
+        options |= {"epochs": 3, "learning_rate": 0.01, "batch_size": 50}
 
     def everything(name: str, windows: Windows) -> list[torch.Tensor]:
         found = [

@@ -48,8 +48,8 @@ class MethodOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     renamed: ClassVar[Mapping[str, str]] = {}
-    """Old name of an option -> its present name, with a remark after a comma if the meaning changed. Using the
-    old name is an error that says so."""
+    """Old name of an option -> its present name, with a remark after a comma if the meaning changed. Using
+    the old name is an error that says so."""
 
 
 OptionsT = TypeVar("OptionsT", bound=MethodOptions)

@@ -85,8 +85,8 @@ class KPrune(Method["KPrune.Options"]):
         damping: NonNegativeFloat | None = Field(
             None,
             description="how strongly the refit keeps the old weights: added to the diagonal of the Gram "
-            "matrix of the inputs, as a share of its mean; 0 is the published method; by default it is chosen "
-            "on held-out calibration windows",
+            "matrix of the inputs, as a share of its mean; 0 is the published method; by default it is "
+            "chosen on held-out calibration windows",
         )
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:

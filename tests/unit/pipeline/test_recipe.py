@@ -10,7 +10,7 @@ import yaml
 
 from compress.errors import BadInput
 from compress.pipeline.recipe import bundled_recipes, load_recipe, parse_recipe
-from compress.pipeline.registry import METHODS
+from compress.pipeline.registry import METHODS, find_method
 
 RTN = {"method": "rtn", "bits": 4, "group_size": 32}
 REPLACEME = {"method": "replaceme", "layers": 1}
@@ -66,6 +66,16 @@ def test_bundled_recipes_are_valid(name: str):
 def test_every_method_has_a_bundled_recipe_with_comments():
     shown = {method.name for name in bundled_recipes() for method, _ in load_recipe(name).steps}
     assert shown == {name for family in METHODS.values() for name in family}
+
+
+@pytest.mark.parametrize("name", [name for family in METHODS.values() for name in family])
+def test_renamed_options_are_errors_that_name_the_new_one(name: str):
+    options = find_method(name).Options
+    for old, new in options.renamed.items():
+        assert new.partition(",")[0] in options.model_fields
+        assert f"the option '{old}' is now called '{new.partition(',')[0]}'" in refused(
+            {"steps": [{"method": name, old: 1}]}
+        )
 
 
 def test_a_recipe_may_be_a_dictionary(tmp_path: Path):

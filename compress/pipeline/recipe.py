@@ -157,7 +157,8 @@ def validated(model: type[BaseModel], values: dict[str, Any], where: str) -> Any
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        errors = error.errors()
+        # A misspelt name first, since it may be the reason why another is missing.
+        errors = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
         first, (path, section) = errors[0], _located(model, errors[0]["loc"])
         if first["type"] == "extra_forbidden":
             name = str(first["loc"][-1])

@@ -159,7 +159,7 @@ def test_a_model_without_tokenizer_can_be_rounded_but_not_calibrated(command: Co
         (["quantize", "QUANTIZED", *RTN, "-o", "out"], "already quantized"),
         (["prune", "QUANTIZED", *REPLACEME, "-o", "out"], "packed layers cannot be pruned"),
         (["quantize", "TINY", *RTN, "-o", "in use"], "in use' is not empty; use --overwrite"),
-        (["quantize", "TINY", *RTN, "-o", "in use", "--overwrite"], "other things than a model"),
+        (["quantize", "TINY", *RTN, "-o", "in use", "--overwrite"], "something other than a model"),
         (["quantize", "TINY", *RTN, "-o", "/", "--overwrite"], "'/' does not end in a folder's name"),
         (["quantize", "TINY", *RTN, "-o", "in use/.."], "does not end in a folder's name"),
         (["quantize", "TINY", *RTN, "-o", "a file"], "a file' is not a folder"),

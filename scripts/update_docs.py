@@ -76,12 +76,11 @@ def measurement_pages() -> dict[Path, str]:
 
 
 MEASURED = """\
-Each page is drawn from a JSON file in [scripts/benchmarks/results](../../scripts/benchmarks/results), which has
-every figure with its interval, the options of every step, and the commit that was measured.
+Each page is drawn from a JSON file in [scripts/benchmarks/results](../../scripts/benchmarks/results), which
+has every figure with its interval, the options of every step, and the commit that was measured.
 
-Tokens per second and latencies are not shown: the machines were shared with other work, and the same dense model
-came out between 7 and 17 tokens/s on them. Seconds to compress were taken on the same machines; they tell fast
-methods from slow ones, and no more.
+Tokens per second and latencies are not shown, because the machines were shared with other work. Seconds to
+compress were taken on the same machines: they tell fast methods from slow ones, and no more.
 """
 
 
@@ -99,9 +98,7 @@ def measurement_page(results: Results) -> str:
 
 def wrapped(text: str, indent: str = "") -> str:
     """A paragraph in lines of at most 120 characters, ending with a newline."""
-    lines = textwrap.wrap(
-        text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )
+    lines = textwrap.wrap(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
     return "\n".join(lines) + "\n"
 
 
@@ -186,9 +183,9 @@ def quickstart_page() -> str:
     tables = "\n".join(quickstart_table(columns) for columns in QUICKSTART_PAGE)
     captions = [line for line in quickstart()["caption"] if not line.startswith("Speed at")]
     summary = (
-        "`scripts/quickstart` compresses SmolLM2-135M in several ways and compares every result with the dense model "
-        "on text that it was not calibrated on. Bits per parameter count everything: scales, zero points, and the "
-        "token embedding, which stays bfloat16 and is a fifth of this small model."
+        "`scripts/quickstart` compresses SmolLM2-135M in several ways and compares every result with the dense "
+        "model on text that it was not calibrated on. Bits per parameter count everything: scales, zero points, "
+        "and the token embedding, which stays bfloat16 and is a fifth of this small model."
     )
     head = f"# The quickstart\n\n{DRAWN}{wrapped(summary)}\n"
     measured = f"\nMeasured by\n\n    scripts/quickstart\n\n{quickstart_provenance()}\n"
@@ -261,7 +258,14 @@ def values(annotation: Any) -> str:
 
 
 def kind_of(kind: Any) -> str:
-    names = {bool: "true, false", int: "whole number", float: "number", str: "text", list: "list", dict: "mapping"}
+    names = {
+        bool: "true, false",
+        int: "whole number",
+        float: "number",
+        str: "text",
+        list: "list",
+        dict: "mapping",
+    }
     origin = get_origin(kind) or kind
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in get_args(kind))
@@ -334,7 +338,9 @@ def readme() -> str:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for name, draw in README_PARTS.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        text, count = re.subn(pattern, lambda found, draw=draw: f"{found[1]}{draw()}{found[2]}", text, flags=re.S)
+        text, count = re.subn(
+            pattern, lambda found, draw=draw: f"{found[1]}{draw()}{found[2]}", text, flags=re.S
+        )
         if count != 1:
             raise SystemExit(f"README.md must have one pair of markers <!-- {name} --> and <!-- /{name} -->.")
     return text
@@ -358,7 +364,9 @@ def in_short(name: str) -> str:
 
 
 def short_link(paper: Any) -> str:
-    return f"[{paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})" if paper.arxiv else f"[article]({paper.url})"
+    return (
+        f"[{paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})" if paper.arxiv else f"[article]({paper.url})"
+    )
 
 
 def readme_measured() -> str:
@@ -373,8 +381,8 @@ def readme_measured() -> str:
     flap, gone = (figures("pruning", name) for name in ("flap, least squares, 20 %", "shortgpt, 20 %"))
     kl = "wikipedia_512.kl"
     return (
-        f"- **4 bits, mixed by sensitivity**: AWQ in {mixed['size'].value / 1e6:.1f} MB diverges from the dense model "
-        f"by {mixed[kl].text} nats/token;\n  llama.cpp's Q4_0, in the same bytes, by {peer[kl].text}.\n"
+        f"- **4 bits, mixed by sensitivity**: AWQ in {mixed['size'].value / 1e6:.1f} MB diverges from the dense "
+        f"model by {mixed[kl].text} nats/token;\n  llama.cpp's Q4_0, in the same bytes, by {peer[kl].text}.\n"
         f"- **4 bits everywhere**: AWQ {awq[kl].text} nats/token, plain rounding {rtn[kl].text}, "
         f"{awq['size'].value / 1e6:.1f} MB each.\n"
         f"- **A fifth of the layers' parameters pruned**: perplexity {flap['perplexity'].text} with FLAP, "
@@ -419,8 +427,12 @@ def drifted() -> dict[Path, str | None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file has drifted")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 if a file has drifted"
+    )
     arguments = parser.parse_args()
     changes = drifted()
     for file, text in changes.items():

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""BlockPruner's search against the plain loop, on the demo model, in one process and with the same text.
+"""Compare BlockPruner's search with the plain loop, on the demo model, in one process and on the same text.
 
-The plain loop is the published one: the whole model in memory, a forward pass over all windows for every
-block that is left, with that block switched off, and the cross-entropy of float32 logits. Ours must remove
-the same blocks at least 1.8 times as fast, or this exits with 1. Racing is compared with our exact search, on
-more and shorter windows, which it needs to drop anything. Times are wall clock; the processor time of all
-threads stands beside them, which other programs on the machine disturb less.
+The plain loop is the published one: the whole model is in memory, and for every block that is left, that
+block is switched off and all windows go through the model. Our exact search must remove the same blocks at
+least 1.8 times as fast, or this exits with 1. Racing is compared with our exact search on more and shorter
+windows, because it drops nothing on few. Times are wall clock, beside the processor time of all threads, which
+other programs on the machine disturb less.
 
     python scripts/benchmarks/blockpruner.py [--rounds 3] [--windows 4] [--tokens 256]
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from common import Sheet, parser
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -92,12 +93,6 @@ class Clock(NamedTuple):
         return Clock(now.wall - self.wall, now.processor - self.processor)
 
 
-def report(what: str, took: Clock, than: Clock | None = None) -> None:
-    faster = f"   {than.wall / took.wall:.2f} ({than.processor / took.processor:.2f})" if than else ""
-    times = " times as fast" if than else ""
-    print(f"{what:<14}{took.wall:>8.1f} s ({took.processor:.1f} s){faster}{times}", flush=True)
-
-
 def ours(folder: Path, windows: Windows, **options: Any) -> tuple[Clock, list[dict[str, Any]]]:
     """The time it took, and what the result says of each removal."""
     with tempfile.TemporaryDirectory() as work:
@@ -108,60 +103,80 @@ def ours(folder: Path, windows: Windows, **options: Any) -> tuple[Clock, list[di
         return started.since(), found.details["removed"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="blocks to remove")
-    parser.add_argument("--windows", type=int, default=4, help="calibration windows of the exact search")
-    parser.add_argument("--tokens", type=int, default=256, help="tokens in such a window")
-    parser.add_argument(
+def search_row(
+    took: Clock, windows: Windows, rounds: int, options: dict[str, Any], than: Clock | None = None
+) -> dict[str, Any]:
+    """One search as a row of the sheet; ``than`` is the time of the search it is compared with."""
+    figures = {
+        "windows": {"value": len(windows)},
+        "rounds": {"value": rounds},
+        "processor_seconds": {"value": took.processor},
+    }
+    if than is not None:
+        figures["faster"] = {"value": than.wall / took.wall}
+    calibration = {"source": "brown", "nsamples": len(windows), "seqlen": windows.tokens.shape[1], "seed": 0}
+    steps = [{"method": "blockpruner", "blocks": rounds, **options}]
+    return {"steps": steps, "calibration": calibration, "figures": figures, "seconds": took.wall}
+
+
+def arguments_of() -> argparse.Namespace:
+    options = parser(__doc__, "blockpruner")
+    options.add_argument("--rounds", type=int, default=3, help="blocks to remove")
+    options.add_argument("--windows", type=int, default=4, help="calibration windows of the exact search")
+    options.add_argument("--tokens", type=int, default=256, help="tokens in such a window")
+    options.add_argument(
         "--race-windows", type=int, default=32, help="calibration windows of the race; 0: none"
     )
-    parser.add_argument("--race-tokens", type=int, default=64, help="tokens in such a window")
-    parser.add_argument("--race-rounds", type=int, default=2, help="blocks to remove in the race")
-    arguments = parser.parse_args()
-    folder = demo_folder()
-    tokenizer = load_tokenizer(folder)
+    options.add_argument("--race-tokens", type=int, default=64, help="tokens in such a window")
+    options.add_argument("--race-rounds", type=int, default=2, help="blocks to remove in the race")
+    return options.parse_args()
 
-    windows = calibration_windows(tokenizer, "brown", arguments.windows, arguments.tokens, seed=0)
-    print(f"{len(windows)} windows of {arguments.tokens} tokens of Brown, {arguments.rounds} rounds")
+
+def exact_search(sheet: Sheet, folder: Path, windows: Windows, rounds: int) -> None:
+    """The plain loop, then our exact search; exits with 1 if ours differs or is too slow."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model(windows.tokens[:1])  # the first pass pays for what is made once
     started = Clock.now()
-    expected = plain_loop(model, windows, arguments.rounds)
+    expected = [(layer, part) for layer, part, _ in plain_loop(model, windows, rounds)]
     plain = started.since()
     del model
-    report("plain loop", plain)
-    exact, removals = ours(folder, windows, blocks=arguments.rounds)
-    report("exact search", exact, plain)
-    for (layer, part, perplexity), removal in zip(expected, removals, strict=True):
-        print(
-            f"  {part} {layer}: perplexity {perplexity:.4f}; "
-            f"ours {removal['part']} {removal['layer']}: {removal['perplexity']:.4f}"
-        )
-    same = [(layer, part) for layer, part, _ in expected] == [
-        (removal["layer"], removal["part"]) for removal in removals
-    ]
-
-    if arguments.race_windows:
-        windows = calibration_windows(
-            tokenizer, "brown", arguments.race_windows, arguments.race_tokens, seed=0
-        )
-        print(f"\n{len(windows)} windows of {arguments.race_tokens} tokens, {arguments.race_rounds} rounds")
-        whole, wanted = ours(folder, windows, blocks=arguments.race_rounds)
-        report("exact search", whole)
-        raced, found = ours(folder, windows, blocks=arguments.race_rounds, search="racing")
-        report("racing", raced, whole)
-        saved = 1 - sum(r["evaluated"] for r in found) / sum(r["pairs"] for r in found)
-        agree = sum((a["layer"], a["part"]) == (b["layer"], b["part"]) for a, b in zip(wanted, found))
-        print(f"  {agree} of {len(wanted)} removals as in the exact search")
-        print(f"  {saved:.0%} of the pairs of block and window not evaluated")
-
-    if not same:
+    exact, removals = ours(folder, windows, blocks=rounds)
+    same = sum(pair == (found["layer"], found["part"]) for pair, found in zip(expected, removals))
+    sheet.row("plain loop", lambda: search_row(plain, windows, rounds, {}))
+    row = search_row(exact, windows, rounds, {"search": "exact"}, plain)
+    row["figures"]["same"] = {"value": same}
+    sheet.row("exact search", lambda: row)
+    if same < rounds:
+        sheet.show()
         sys.exit("The removals differ from those of the plain loop.")
     if plain.wall / exact.wall < WANTED:
+        sheet.show()
         sys.exit(f"The exact search is less than {WANTED} times as fast as the plain loop.")
+
+
+def race(sheet: Sheet, folder: Path, windows: Windows, rounds: int) -> None:
+    """Our exact search, then racing, on the same windows."""
+    whole, wanted = ours(folder, windows, blocks=rounds)
+    raced, found = ours(folder, windows, blocks=rounds, search="racing")
+    sheet.row("exact search, many windows", lambda: search_row(whole, windows, rounds, {"search": "exact"}))
+    row = search_row(raced, windows, rounds, {"search": "racing"}, whole)
+    saved = 1 - sum(r["evaluated"] for r in found) / sum(r["pairs"] for r in found)
+    same = sum((a["layer"], a["part"]) == (b["layer"], b["part"]) for a, b in zip(wanted, found))
+    row["figures"] |= {"same": {"value": same}, "skipped": {"value": saved, "unit": "fraction"}}
+    sheet.row("racing", lambda: row)
+
+
+def main() -> None:
+    arguments = arguments_of()
+    sheet = Sheet(arguments, "blockpruner")
+    folder = demo_folder()
+    tokenizer = load_tokenizer(folder)
+    windows = calibration_windows(tokenizer, "brown", arguments.windows, arguments.tokens, seed=0)
+    exact_search(sheet, folder, windows, arguments.rounds)
+    if arguments.race_windows:
+        many = calibration_windows(tokenizer, "brown", arguments.race_windows, arguments.race_tokens, seed=0)
+        race(sheet, folder, many, arguments.race_rounds)
+    sheet.show()
 
 
 if __name__ == "__main__":

@@ -77,7 +77,12 @@ def stamp() -> dict[str, Any]:
     """Where and by what a row was measured: machine, commit, date and versions."""
     from compress.storage.lineage import versions
 
-    return {"machine": machine(), "commit": commit(), "date": str(datetime.date.today()), "versions": versions()}
+    return {
+        "machine": machine(),
+        "commit": commit(),
+        "date": str(datetime.date.today()),
+        "versions": versions(),
+    }
 
 
 def machine() -> str:

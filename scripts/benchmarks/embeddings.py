@@ -1,33 +1,25 @@
 #!/usr/bin/env python
-"""Weight quantization of an encoder that was never quantized before: MPNet in float32, by its embeddings.
+"""Quantize an encoder that was never quantized before, MPNet in float32, and compare its sentence embeddings.
 
-For every method and width: the cosine between the dense model's and the quantized model's sentence embeddings
-(mean over the real tokens, as all-mpnet-base-v2 is used) on paragraphs of Wikipedia articles; methods
+For every method and width, this takes the cosine between the embeddings of the dense and of the quantized
+model (the mean over the real tokens, as all-mpnet-base-v2 is used) on paragraphs of Wikipedia articles. Methods
 that calibrate do so on documents of Brown. The model is 404 MB of PyPI packages, kept in the cache.
 
-    python scripts/benchmarks/embeddings.py [--bits 4 3 2] [--methods rtn gptq] [--folder FOLDER]
+    python scripts/benchmarks/embeddings.py [--bits 4 3 2] [--methods rtn gptq awq hqq]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
-import sys
 import tempfile
 import zipfile
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import yaml
+from common import Sheet, compressed, parser
 
-import compress
-from compress.calibration.text.sources import read_documents
-from compress.engine.tokenizer import load_tokenizer
-from compress.system.cache import cached
-from compress.system.downloads import check_sha256, member, pip_download
+if TYPE_CHECKING:
+    import torch
 
 PARTS = 5
 FILES = {
@@ -40,12 +32,15 @@ FILES = {
 }
 PARAGRAPHS, TOKENS, BATCH = 256, 128, 32
 CALIBRATION = {"source": "brown", "nsamples": 64, "seqlen": 256, "seed": 0}
-METHODS = ("rtn", "gptq")
+METHODS = ("rtn", "gptq", "awq", "hqq")
+CALIBRATING = ("gptq", "awq")
 GROUP_SIZE = 64
 
 
 def mpnet() -> Path:
     """The folder of all-mpnet-base-v2 (MPNetModel, float32, 438 MB), made once in the cache."""
+    from compress.system.cache import cached
+    from compress.system.downloads import check_sha256, member, pip_download
 
     def build(folder: Path) -> dict[str, Any]:
         archive = BytesIO()
@@ -66,16 +61,22 @@ def mpnet() -> Path:
 
 
 def paragraphs() -> list[str]:
-    """The first long paragraphs of as many articles as it takes, several from each."""
-    found = []
+    """The first long paragraphs of as many articles as needed, several from each."""
+    from compress.calibration.text.sources import read_documents
+
+    found: list[str] = []
     for article in read_documents("wikipedia").entries:
         found += [text for text in article.split("\n") if len(text) > 200][:8]
     return found[:PARAGRAPHS]
 
 
-@torch.inference_mode()
 def embeddings(folder: Path, texts: list[str]) -> torch.Tensor:
-    """Mean of the last hidden states over the real tokens: float32 [texts, hidden_size]."""
+    """The mean of the last hidden states over the real tokens: float32 [texts, hidden_size]."""
+    import torch
+
+    import compress
+    from compress.engine.tokenizer import load_tokenizer
+
     tokenizer, model = load_tokenizer(folder), compress.load(folder)
     found = []
     for start in range(0, len(texts), BATCH):
@@ -87,55 +88,53 @@ def embeddings(folder: Path, texts: list[str]) -> torch.Tensor:
             return_tensors="pt",
         )
         mask = given["attention_mask"]
-        hidden = model(input_ids=given["input_ids"], attention_mask=mask).last_hidden_state
+        with torch.inference_mode():
+            hidden = model(input_ids=given["input_ids"], attention_mask=mask).last_hidden_state
         found.append((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
     return torch.cat(found)
 
 
-def quantized(method: str, bits: int, dense: Path, folder: Path) -> Path:
-    output = folder / f"{method}-{bits}"
-    if not (output / "compression.json").exists():
+class Bench:
+    """The dense model, its embeddings of the paragraphs, and a folder where everything lies."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.texts, self.dense = paragraphs(), mpnet()
+        self.expected = embeddings(self.dense, self.texts)
+
+    def measured(self, method: str, bits: int) -> dict[str, Any]:
+        """One method at one width."""
+        import torch
+
+        output = self.folder / f"{method}-{bits}"
         step = {"method": method, "bits": bits, "group_size": GROUP_SIZE, "symmetric": False}
-        recipe = output.with_suffix(".yaml")
-        recipe.write_text(yaml.safe_dump({"model": str(dense), "calibration": CALIBRATION, "steps": [step]}))
-        run = [sys.executable, "-m", "compress", "run", str(recipe), "-o", str(output), "--overwrite"]
-        subprocess.run(run, check=True, stdout=sys.stderr)
-    return output
+        lineage = compressed(output, self.dense, [step], CALIBRATION)
+        found = torch.cosine_similarity(self.expected, embeddings(output, self.texts))
+        done = lineage["steps"][0]
+        return {
+            "steps": [step],
+            "calibration": CALIBRATION if method in CALIBRATING else None,
+            "figures": {
+                "size": {"value": lineage["result"]["bytes"], "unit": "bytes"},
+                "cosine": {"value": float(found.mean())},
+                "cosine_p1": {"value": float(found.quantile(0.01))},
+            },
+            "seconds": done["seconds"],
+            "peak_memory_bytes": done["peak_memory_bytes"],
+        }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--folder", type=Path, default=Path("out/bench-embeddings"))
-    arguments = parser.parse_args()
-    folder = arguments.folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    texts, dense = paragraphs(), mpnet()
-    expected = embeddings(dense, texts)
-
-    rows = []
+    options = parser(__doc__, "embeddings")
+    options.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    options.add_argument("--methods", nargs="+", default=list(METHODS))
+    arguments = options.parse_args()
+    sheet = Sheet(arguments, "embeddings")
+    bench = Bench(sheet.folder)
     for bits in arguments.bits:
         for method in arguments.methods:
-            output = quantized(method, bits, dense, folder)
-            found = torch.cosine_similarity(expected, embeddings(output, texts))
-            lineage = json.loads((output / "compression.json").read_text())
-            rows.append(
-                f"| {method}, {bits} bits | {lineage['result']['bytes'] / 1e6:.1f} | {found.mean():.4f} "
-                f"| {found.quantile(0.01):.4f} | {lineage['steps'][0]['seconds']:.0f} |"
-            )
-    headings = "| method | MB | mean cosine to dense | 1st percentile | seconds |"
-    lines = [headings, "| :--- | ---: | ---: | ---: | ---: |", *rows, ""]
-    lines += [
-        f"- all-mpnet-base-v2 in float32 (438 MB); groups of {GROUP_SIZE}, asymmetric; embeddings are kept.",
-        f"- {len(texts)} paragraphs of Wikipedia of at most {TOKENS} tokens; calibration on "
-        f"{CALIBRATION['nsamples']} documents of Brown, {CALIBRATION['seqlen']} tokens each.",
-    ]
-    table = "\n".join(lines) + "\n"
-    (folder / "table.md").write_text(table)
-    print(table)
+            sheet.row(f"{method}, {bits} bits", lambda m=method, b=bits: bench.measured(m, b))
+    sheet.show()
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ class Bench:
         return self.sheet.folder / f"{slug(name)}-{ratio:g}"
 
     def measured(self, name: str, ratio: float, larger: Path | None) -> dict[str, Any]:
-        """One method at one ratio. ``larger`` is its result at a larger ratio, which has the order of removal."""
+        """One method at one ratio. ``larger`` is its result at a larger ratio, with the order of removal."""
         make_step, calibration = METHODS[name]
         step, output = make_step(ratio), self.output(name, ratio)
         if step["method"] == "blockpruner" and larger is not None:

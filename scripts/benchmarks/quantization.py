@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Every quantization method at 2, 3 and 4 bits beside what users would pick instead, in one table.
+"""Compare every quantization method at 4, 3 and 2 bits with what users would pick instead.
 
 The model is the demo model off its 4-bit grid, in bfloat16. All methods see the same calibration windows
-(Brown), and all results are scored by the same code on the same windows: two texts (Wikipedia articles, and
-documents of Brown that nobody was calibrated on), and two lengths of context. Bytes are those of all
-tensors, with scales, adapters and embeddings; files may hold a tokenizer besides.
+(Brown). All results are scored by the same code on the same windows of two texts: Wikipedia articles, and
+documents of Brown that no method was calibrated on. Bytes are those of all tensors, with scales, adapters and
+embeddings; files may also hold a tokenizer.
 
-    python scripts/benchmarks/quantization.py [--bits 2 3 4] [--methods rtn gptq] [--folder FOLDER]
+    python scripts/benchmarks/quantization.py [--bits 4 3 2] [--methods rtn gptq] [--results NAME]
 
-Peers are run where they are installed, and their rows are left out (aloud) where they are not:
+Peers run where they are installed; where they are not, their rows are left out and a line says so:
 
 - llama.cpp: ``pip install llama-cpp-python`` in this environment, and ``--llama-cpp FOLDER`` with its
   sources, for their conversion script;
@@ -16,7 +16,7 @@ Peers are run where they are installed, and their rows are left out (aloud) wher
 - bitsandbytes: ``pip install 'compress-model[bitsandbytes]'``;
 - llm-compressor: ``--llm-compressor PYTHON``, an interpreter that has it (it wants an older transformers).
 
-What is in the folder already is not done again, so an interrupted benchmark goes on.
+An interrupted benchmark goes on: what is in --folder already is not done again.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
+from common import Sheet, command, dense_model, lineage, parser, slug, write_recipe
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ PROTOCOLS = {  # heading -> text, context (tokens), windows
     "Wikipedia, 2048": ("wikipedia", 2048, 4),
 }
 
-# name -> the step at a width. Asymmetric, and the one table of tokens and head at 8 bits in groups, too.
+# name -> the step at a width. Asymmetric; the table that tokens and head share has 8 bits, in groups.
 Step = Callable[[int], dict[str, Any]]
 COMMON = {"group_size": GROUP_SIZE, "symmetric": False, "embedding_bits": 8}
 METHODS: dict[str, Step] = {
@@ -63,7 +63,7 @@ STACKED: dict[str, dict[str, Any]] = {  # made once; at a width no larger than G
     "bitstack": {"method": "bitstack", "blocks": 8, "embedding_bits": 8},
 }
 
-# Inputs at 8 bits and the key-value cache at 4 besides the weights, trained on text the model writes itself.
+# Weights at 4 bits, inputs at 8 and the key-value cache at 4; trained on text that the model writes itself.
 LLM_QAT = {"method": "llm-qat", "batch_size": 4, "learning_rate": 3e-4, "embedding_bits": 8}
 TRAINED: dict[str, dict[str, Any]] = {
     "W4A8KV4, rounded": {**LLM_QAT, "steps": 0},
@@ -71,7 +71,7 @@ TRAINED: dict[str, dict[str, Any]] = {
 }
 GENERATED = {"source": "generate", "nsamples": 240, "seqlen": 128, "seed": 0}
 
-MIXED = "awq"  # the method whose bits are chosen for every linear, to be put beside llama.cpp's own mixtures
+MIXED = "awq"  # the method whose bits are mixed, to compare with llama.cpp's own mixtures
 LLAMA_CPP = {2: ("Q2_K",), 3: ("Q3_K_M",), 4: ("Q4_0", "Q4_K_M")}
 
 LLM_COMPRESSOR = """
@@ -107,11 +107,13 @@ class Made:
     """A compressed model: a folder that compress.load reads, or a GGUF file.
 
     Attributes:
-        path: of it.
-        nbytes: of all tensors, or of those that are read.
-        seconds: it took to make.
-        peak_memory_bytes: of making it, where known.
-        memory: bytes that may be read of a model in blocks.
+        path: where it is.
+        nbytes: size of all tensors, or of those that are read.
+        seconds: the time it took to make.
+        peak_memory_bytes: the peak while making it, where known.
+        memory: how many bytes to read of a model stored in blocks.
+        step: the step of its recipe; empty for peers.
+        calibration: of that recipe.
     """
 
     path: str
@@ -119,10 +121,12 @@ class Made:
     seconds: float
     peak_memory_bytes: int | None
     memory: int | None = None
+    step: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
 
 
 class Bench:
-    """The dense model, what it says about every window, and a folder where everything lies."""
+    """The dense model, its hidden states on every window, and a folder where everything lies."""
 
     def __init__(self, folder: Path, calibration: dict[str, Any], protocols: list[str]) -> None:
         from compress.storage.checkpoint import Checkpoint
@@ -130,10 +134,7 @@ class Bench:
         self.folder = folder
         self.calibration = calibration
         self.protocols = protocols
-        dense = folder / "dense"
-        if not (dense / "compression.json").exists():
-            command("run", "bfloat16", "-o", dense, "--overwrite")
-        self.dense = Checkpoint.open(dense)
+        self.dense = Checkpoint.open(dense_model(folder))
 
     @cached_property
     def references(self) -> dict[str, tuple[Windows, torch.Tensor]]:
@@ -151,18 +152,39 @@ class Bench:
         return found
 
     def row(self, name: str, make: Callable[[Path], Made]) -> dict[str, Any]:
-        """What is known of one compressed model, made and scored as far as that has not been done yet."""
-        file = self.folder / f"{name.replace(', ', '-').replace(' ', '-')}.json"
+        """One compressed model and its scores, made and scored as far as that has not been done yet."""
+        file = self.folder / f"{slug(name)}.json"
         print(f"== {name}", file=sys.stderr, flush=True)
         if file.exists():
-            record = json.loads(file.read_text())
+            row = json.loads(file.read_text())
         else:
-            record = {"made": asdict(make(file.with_suffix(""))), "scores": {}}
+            row = {"made": asdict(make(file.with_suffix(""))), "scores": {}}
         for heading in self.protocols:
-            if heading not in record["scores"]:
-                record["scores"][heading] = self.score(Made(**record["made"]), heading)
-            file.write_text(json.dumps(record))
-        return record
+            if heading not in row["scores"]:
+                row["scores"][heading] = self.score(Made(**row["made"]), heading)
+            file.write_text(json.dumps(row))
+        return row
+
+    def measured(self, name: str, make: Callable[[Path], Made]) -> dict[str, Any]:
+        """The same as a row of the sheet."""
+        row = self.row(name, make)
+        made = Made(**row["made"])
+        figures: dict[str, Any] = {"size": {"value": made.nbytes, "unit": "bytes"}}
+        for heading in self.protocols:
+            key = heading.lower().replace(", ", "_")
+            score = row["scores"][heading]
+            figures |= {
+                f"{key}.perplexity": score["perplexity"],
+                f"{key}.kl": score["kl_mean"],
+                f"{key}.agreement": score["top1_agreement"],
+            }
+        return {
+            "steps": [made.step] if made.step else [],
+            "calibration": made.calibration,
+            "figures": figures,
+            "seconds": made.seconds,
+            "peak_memory_bytes": made.peak_memory_bytes,
+        }
 
     def score(self, made: Made, heading: str) -> dict[str, Any]:
         from compress.engine.stream import StreamedModel
@@ -213,36 +235,34 @@ class Bench:
         """By compress-model, with the step of a recipe."""
 
         def make(output: Path) -> Made:
-            recipe = output.with_suffix(".yaml")
-            self.write_recipe(recipe, step, calibration or self.calibration)
-            return self.run(recipe, output)
+            text = calibration or self.calibration
+            recipe = write_recipe(output.with_suffix(".yaml"), self.dense.folder, [step], text)
+            return replace(self.run(recipe, output), step=step, calibration=text)
 
         return make
-
-    def write_recipe(self, recipe: Path, step: dict[str, Any], calibration: dict[str, Any]) -> None:
-        settings = {"model": str(self.dense.folder), "calibration": calibration, "steps": [step]}
-        recipe.write_text(yaml.safe_dump(settings))
 
     @staticmethod
     def run(recipe: Path, output: Path) -> Made:
         command("run", recipe, "-o", output, "--overwrite")
-        lineage = json.loads((output / "compression.json").read_text())
-        done = lineage["steps"][0]
-        return Made(str(output), lineage["result"]["bytes"], done["seconds"], done["peak_memory_bytes"])
+        document = lineage(output)
+        done = document["steps"][0]
+        return Made(str(output), document["result"]["bytes"], done["seconds"], done["peak_memory_bytes"])
 
     def mixed(self, name: str, other: str, make_other: Callable[[Path], Made]) -> Callable[[Path], Made]:
-        """By compress-model, with bits for every linear by sensitivity, in no more bytes than another's."""
+        """By compress-model, with bits chosen by sensitivity, in no more bytes than ``other`` takes."""
 
         def make(output: Path) -> Made:
             memory = self.row(other, make_other)["made"]["nbytes"]
-            before, recipe = output.with_suffix(".before.yaml"), output.with_suffix(".yaml")
-            self.write_recipe(before, METHODS[name](4), self.calibration)
+            step, recipe = METHODS[name](4), output.with_suffix(".yaml")
+            before = output.with_suffix(".before.yaml")
+            write_recipe(before, self.dense.folder, [step], self.calibration)
             recipe.unlink(missing_ok=True)
             started = time.perf_counter()
             command("mix", before, "--memory", str(memory), "-o", recipe)
             seconds = time.perf_counter() - started
             made = self.run(recipe, output)
-            return replace(made, seconds=made.seconds + seconds)
+            mixed = {**step, "bits": "mixed"}
+            return replace(made, seconds=made.seconds + seconds, step=mixed, calibration=self.calibration)
 
         return make
 
@@ -255,10 +275,18 @@ class Bench:
             output = self.folder / name
             if not (output / "compression.json").exists():
                 self.ours(STACKED[name])(output)
-            done = json.loads((output / "compression.json").read_text())["steps"][0]
+            done = lineage(output)["steps"][0]
             memory = self.row(f"gptq, {bits} bits", self.ours(METHODS["gptq"](bits)))["made"]["nbytes"]
             nbytes = opened(Checkpoint.open(output), memory).nbytes
-            return Made(str(output), nbytes, done["seconds"], done["peak_memory_bytes"], memory)
+            return Made(
+                str(output),
+                nbytes,
+                done["seconds"],
+                done["peak_memory_bytes"],
+                memory,
+                step=STACKED[name],
+                calibration=self.calibration,
+            )
 
         return make
 
@@ -349,22 +377,16 @@ class Bench:
 
 
 def opened(checkpoint: Checkpoint, memory: int | None) -> Checkpoint:
-    """What of a model in blocks fits into ``memory``; any other model as it is."""
+    """The part of a model in blocks that fits into ``memory``; any other model as it is."""
     from compress.storage.formats.stacks import prefix, steps_within
 
     return checkpoint if memory is None else prefix(checkpoint, steps_within(checkpoint, memory))
 
 
-def command(*arguments: str | Path) -> None:
-    """Run compress-model, its output beside ours."""
-    print("$ compress-model", *arguments, file=sys.stderr, flush=True)
-    subprocess.run([sys.executable, "-m", "compress", *map(str, arguments)], check=True, stdout=sys.stderr)
-
-
 def peers(
     bench: Bench, arguments: argparse.Namespace, bits: int
 ) -> Iterator[tuple[str, int, Callable[[Path], Made]]]:
-    """What users would pick instead, and what is put beside it, as `contenders`."""
+    """What users would pick instead, and what is compared with it; yields what `contenders` does."""
     if arguments.llm_compressor:
         yield (
             f"llm-compressor GPTQ, {bits} bits",
@@ -386,7 +408,7 @@ def peers(
 def contenders(
     bench: Bench, arguments: argparse.Namespace
 ) -> Iterator[tuple[str, int, Callable[[Path], Made]]]:
-    """(name, bits, how to make it)."""
+    """(name, bits, how to make it) of every row."""
     for bits in arguments.bits:
         for name in arguments.methods:
             if name == LLM_QAT["method"]:
@@ -410,61 +432,22 @@ def contenders(
             print(f"{peer} is not here, so its rows are left out.", file=sys.stderr)
 
 
-def cells(name: str, record: dict[str, Any], protocols: list[str]) -> list[str]:
-    from compress.report.scorecard import Fidelity
-
-    made = record["made"]
-    peak = made["peak_memory_bytes"]
-    row = [name, f"{made['nbytes'] / 1e6:.1f}"]
-    for heading in protocols:
-        fidelity = Fidelity.model_validate(record["scores"][heading])
-        row += [fidelity.perplexity.text, fidelity.kl_mean.text, fidelity.top1_agreement.text]
-    return [*row, f"{made['seconds']:.0f}", f"{peak / 1e6:,.0f}" if peak else "–"]
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
-    parser.add_argument("--methods", nargs="*", default=[*METHODS, *STACKED, "llm-qat"])
-    parser.add_argument("--nsamples", type=int, default=32, help="calibration windows of 512 tokens")
-    parser.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=list(PROTOCOLS))
-    parser.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help="sources of llama.cpp")
-    parser.add_argument("--llm-compressor", metavar="PYTHON", help="an interpreter that has it")
-    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="rows of peers")
-    parser.add_argument("--folder", type=Path, default=Path("out/bench-quantization"))
-    arguments = parser.parse_args()
-    folder = arguments.folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    options = parser(__doc__, "quantization")
+    options.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    options.add_argument("--methods", nargs="*", default=[*METHODS, *STACKED, "llm-qat"])
+    options.add_argument("--nsamples", type=int, default=32, help="calibration windows of 512 tokens")
+    options.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=list(PROTOCOLS))
+    options.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help="sources of llama.cpp")
+    options.add_argument("--llm-compressor", metavar="PYTHON", help="an interpreter that has it")
+    options.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="rows of peers")
+    arguments = options.parse_args()
+    sheet = Sheet(arguments, "quantization")
     calibration = {"source": "brown", "nsamples": arguments.nsamples, "seqlen": 512, "seed": 0}
-    bench = Bench(folder, calibration, arguments.protocols)
-
-    headings = ["method", "MB"]
-    for heading in arguments.protocols:
-        headings += [f"perplexity ({heading})", "KL (nats/token)", "agreement (%)"]
-    headings += ["seconds", "peak memory (MB)"]
-    lines = [f"| {' | '.join(headings)} |", "| :--- |" + " ---: |" * (len(headings) - 1)]
-    rows = {name: bench.row(name, make) for name, _, make in contenders(bench, arguments)}
-    lines += [f"| {' | '.join(cells(name, row, bench.protocols))} |" for name, row in rows.items()]
-    notes = {  # what the name of a row has in it -> what is said of it
-        "": f"SmolLM2-135M off its 4-bit grid; groups of {GROUP_SIZE}, asymmetric; MB = 10^6 bytes of all "
-        "tensors, adapters and the token table included, which has 8 bits in our rows and 16 in those of "
-        "llm-compressor, bitsandbytes and HQQ.\n"
-        f"- Calibration: {arguments.nsamples} windows of 512 tokens of Brown. Evaluation: "
-        + "; ".join(f"{PROTOCOLS[name][2]} windows of {name}" for name in arguments.protocols)
-        + ". KL from the dense model; ± is a 95 % interval.",
-        "apiq": f"ApiQ with rank {APIQ_RANK}.",
-        "nested": "Nested and bitstack are one file each, read up to the bytes of GPTQ.",
-        "W4A8KV4": "W4A8KV4: inputs at 8 bits and the key-value cache at 4, too; llm-qat is trained on "
-        f"{GENERATED['nsamples']} windows of {GENERATED['seqlen']} tokens that the model wrote itself.",
-        "mixed": "Mixed to fit: bits for every linear by compress-model mix, in no more bytes than the other "
-        "model. Seconds include mix, peak memory does not.",
-        "llama.cpp": "llama.cpp without an importance matrix; its K-quants fall back where rows are no "
-        "multiple of 256.",
-    }
-    lines += ["", *(f"- {note}" for part, note in notes.items() if any(part in name for name in rows))]
-    print("\n".join(lines))
+    bench = Bench(sheet.folder, calibration, arguments.protocols)
+    for name, _, make in contenders(bench, arguments):
+        sheet.row(name, lambda n=name, m=make: bench.measured(n, m))
+    sheet.show()
 
 
 if __name__ == "__main__":

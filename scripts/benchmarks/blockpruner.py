@@ -4,8 +4,8 @@
 The plain loop is the published one: the whole model is in memory, and for every block that is left, that
 block is switched off and all windows go through the model. Our exact search must remove the same blocks at
 least 1.8 times as fast, or this exits with 1. Racing is compared with our exact search on more and shorter
-windows, because it drops nothing on few. Times are wall clock, beside the processor time of all threads, which
-other programs on the machine disturb less.
+windows, because it drops nothing on few. Times are wall clock; the processor time of all threads is beside
+them, because other programs on the machine disturb it less.
 
     python scripts/benchmarks/blockpruner.py [--rounds 3] [--windows 4] [--tokens 256]
 """

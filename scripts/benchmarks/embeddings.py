@@ -2,8 +2,8 @@
 """Quantize an encoder that was never quantized before, MPNet in float32, and compare its sentence embeddings.
 
 For every method and width, this takes the cosine between the embeddings of the dense and of the quantized
-model (the mean over the real tokens, as all-mpnet-base-v2 is used) on paragraphs of Wikipedia articles. Methods
-that calibrate do so on documents of Brown. The model is 404 MB of PyPI packages, kept in the cache.
+model (the mean over the real tokens, as all-mpnet-base-v2 is used) on paragraphs of Wikipedia articles.
+Methods that calibrate do so on documents of Brown. The model is 404 MB of PyPI packages, kept in the cache.
 
     python scripts/benchmarks/embeddings.py [--bits 4 3 2] [--methods rtn gptq awq hqq]
 """

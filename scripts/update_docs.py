@@ -184,8 +184,8 @@ def quickstart_page() -> str:
     captions = [line for line in quickstart()["caption"] if not line.startswith("Speed at")]
     summary = (
         "`scripts/quickstart` compresses SmolLM2-135M in several ways and compares every result with the "
-        "dense model on text that it was not calibrated on. Bits per parameter count everything: scales, zero "
-        "points, and the token embedding, which stays bfloat16 and is a fifth of this small model."
+        "dense model on text that it was not calibrated on. Bits per parameter count everything: scales, "
+        "zero points, and the token embedding, which stays bfloat16 and is a fifth of this small model."
     )
     head = f"# The quickstart\n\n{DRAWN}{wrapped(summary)}\n"
     measured = f"\nMeasured by\n\n    scripts/quickstart\n\n{quickstart_provenance()}\n"
@@ -382,7 +382,8 @@ def readme_measured() -> str:
     kl = "wikipedia_512.kl"
     return (
         f"- **4 bits, mixed by sensitivity**: AWQ in {mixed['size'].value / 1e6:.1f} MB diverges from the "
-        f"dense model by {mixed[kl].text} nats/token;\n  llama.cpp's Q4_0, in the same bytes, by {peer[kl].text}.\n"
+        f"dense model by {mixed[kl].text} nats/token;\n"
+        f"  llama.cpp's Q4_0, in the same bytes, by {peer[kl].text}.\n"
         f"- **4 bits everywhere**: AWQ {awq[kl].text} nats/token, plain rounding {rtn[kl].text}, "
         f"{awq['size'].value / 1e6:.1f} MB each.\n"
         f"- **A fifth of the layers' parameters pruned**: perplexity {flap['perplexity'].text} with FLAP, "

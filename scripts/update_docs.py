@@ -155,8 +155,8 @@ QUICKSTART_PAGE = [
     ],
 ]
 OFF_THE_GRID = (
-    "The demo's published weights lie on a 4-bit grid. They were moved off it by an exact equivalence (logits "
-    "differ by less than 1e-3), because rounding them to 4 bits again would look lossless."
+    "The demo's published weights lie on a 4-bit grid. They were moved off it by an exact equivalence (the "
+    "logits differ by less than 1e-3), because rounding them to 4 bits again would look lossless."
 )
 README_COLUMNS = ("model", "size", "perplexity", "kl_mean", "top1_agreement", "loads_with")
 

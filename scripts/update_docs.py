@@ -5,6 +5,7 @@
     python scripts/update_docs.py --check    write nothing; exit with 1 and name the files that have drifted
 
 - docs/measurements/*.md from scripts/benchmarks/results/*.json, one page for each file that has records;
+- docs/measurements/quickstart.md from results/quickstart.json, a copy of out/quickstart/comparison.json;
 - docs/methods.md and docs/commands.md from the program's own declarations;
 - the parts of README.md that stand between markers, ``<!-- NAME -->`` and ``<!-- /NAME -->``.
 

@@ -78,7 +78,8 @@ def measurement_pages() -> dict[Path, str]:
 
 MEASURED = """\
 Each page is drawn from a JSON file in [scripts/benchmarks/results](../../scripts/benchmarks/results), which
-has every figure with its interval, the options of every step, and the commit that was measured.
+has every figure with its interval, the options of every step, and the commit that was measured. Rows that are
+older than these files have the precision of the README that first showed them, and its commit.
 
 Tokens per second and latencies are not shown, because the machines were shared with other work. Seconds to
 compress were taken on the same machines: they tell fast methods from slow ones, and no more.

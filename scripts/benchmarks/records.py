@@ -146,7 +146,7 @@ def markdown_table(table: Table, records: list[Record]) -> str:
     """A Markdown table with its title, ending with a newline, without rows that have no figure at all."""
     rows = [[column.cell(record) for column in table.columns] for record in records]
     rows = [row for row in rows if any(cell != MISSING for cell in row[1:])]
-    title = f"### {table.title}\n\n" if table.title else ""
+    title = f"## {table.title}\n\n" if table.title else ""
     return title + as_markdown(
         [column.heading for column in table.columns], rows, [column.is_number for column in table.columns]
     )

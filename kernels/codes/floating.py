@@ -24,7 +24,7 @@ ScaleRounding = Literal["ceil", "floor"]
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX, E2M1_MAX = 448.0, 6.0
-BLOCK: dict[str, int] = {"fp8": -1, "mxfp4": 32, "nvfp4": 16}
+GROUP_SIZES: dict[str, int] = {"fp8": -1, "mxfp4": 32, "nvfp4": 16}
 """Values that share a scale; −1: a whole row."""
 
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
@@ -119,7 +119,7 @@ def quantize_float(
         BadInput: the block does not divide ``in``; the weight holds NaN or infinity, or values out of range.
     """
     out, width = weight.shape
-    blocks = number_of_groups(width, BLOCK[type], name)
+    blocks = number_of_groups(width, GROUP_SIZES[type], name)
     grouped = weight.float().contiguous().view(out, blocks, -1)
     if not bool(torch.isfinite(grouped).all()):
         raise BadInput(f"The weight of '{name}' holds NaN or infinity; this model cannot be quantized.")

@@ -6,7 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-BLOCK, NESTED_BLOCK = 64, 256
+BLOCK_SIZE = 64
+"""Weights that share a scale: they follow each other in memory, across the ends of rows."""
+
+NESTED_BLOCK_SIZE = 256
+"""Scales that share a scale, where scales are quantized themselves."""
 
 
 @dataclass
@@ -40,20 +44,20 @@ class NF4Weight:
         if self.nested is None:
             return self.absmax
         scales, levels, mean = self.nested
-        scales = scales.repeat_interleave(NESTED_BLOCK)[: len(self.absmax)]
+        scales = scales.repeat_interleave(NESTED_BLOCK_SIZE)[: len(self.absmax)]
         return levels[self.absmax.int()] * scales + mean
 
     def dequantize(self) -> torch.Tensor:
         """Level times scale, rounded to ``dtype``, in float32 [out, in]."""
-        scales = self.scales.repeat_interleave(BLOCK)[self.first :][: self.codes.numel()]
+        scales = self.scales.repeat_interleave(BLOCK_SIZE)[self.first :][: self.codes.numel()]
         return (self.levels[self.codes.int()] * scales.view(self.codes.shape)).to(self.dtype).float()
 
     def split(self, rows: list[int]) -> list[NF4Weight]:
         """Blocks of so many rows."""
         scales, parts, at = self.scales, [], self.first
         for codes in self.codes.split(rows):
-            absmax = scales[at // BLOCK : -(-(at + codes.numel()) // BLOCK)]
-            parts.append(NF4Weight(codes, absmax, self.levels, self.dtype, None, at % BLOCK))
+            absmax = scales[at // BLOCK_SIZE : -(-(at + codes.numel()) // BLOCK_SIZE)]
+            parts.append(NF4Weight(codes, absmax, self.levels, self.dtype, None, at % BLOCK_SIZE))
             at += codes.numel()
         return parts
 

@@ -12,7 +12,7 @@ from pydantic import Field, PositiveInt
 from compress.engine.shape import ModelShape
 from compress.errors import BadInput
 from compress.kernels.codes.integer import CHANNEL
-from compress.kernels.layers.stacked import Block
+from compress.kernels.layers.stacked import StackBlock
 from compress.method import MethodOptions, StepReport
 from compress.quantization.parts.layout import Bits, around_bits, linears_outside, matches
 from compress.quantization.parts.packer import round_by_rows
@@ -177,7 +177,7 @@ def residual_norms(
 ) -> torch.Tensor:
     """Squared norms of ``dense`` [out, in] and of what each block leaves of it: float64 [blocks + 1]."""
     out, width = dense.shape
-    stack = form.linear(width, out, [Block(parts) for parts in blocks])
+    stack = form.linear(width, out, [StackBlock(parts) for parts in blocks])
     left = dense.float().clone()
     norms = [left.double().square().sum()]
     for index in range(len(blocks)):

@@ -9,8 +9,8 @@ import torch
 
 from compress.errors import BadInput
 from compress.kernels.codes.floating import (
-    BLOCK,
     E4M3,
+    GROUP_SIZES,
     FloatType,
     FloatWeight,
     pack_nibbles,
@@ -57,7 +57,7 @@ class FloatFormat(Format):
     marker = "weight_scale"
 
     def __init__(self, type: FloatType) -> None:
-        super().__init__(WEIGHTS[type]["num_bits"], BLOCK[type], symmetric=True)
+        super().__init__(WEIGHTS[type]["num_bits"], GROUP_SIZES[type], symmetric=True)
         self.type = type
 
     def scale_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:

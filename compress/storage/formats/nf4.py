@@ -9,7 +9,13 @@ from typing import Any
 import torch
 
 from compress.errors import BadInput
-from compress.kernels.codes.nf4 import BLOCK, NESTED_BLOCK, NF4Weight, pack_high_first, unpack_high_first
+from compress.kernels.codes.nf4 import (
+    BLOCK_SIZE,
+    NESTED_BLOCK_SIZE,
+    NF4Weight,
+    pack_high_first,
+    unpack_high_first,
+)
 from compress.storage.formats.base import Format, Get, expect
 from compress.storage.tensors import DTYPES, TensorInfo
 
@@ -28,18 +34,18 @@ class NF4Format(Format):
     marker = "weight.quant_map"
 
     def __init__(self, double_quant: bool, compute_dtype: str) -> None:
-        super().__init__(4, BLOCK, symmetric=False)
+        super().__init__(4, BLOCK_SIZE, symmetric=False)
         self.double_quant, self.compute_dtype = double_quant, compute_dtype
 
     def scale_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
         return torch.float32
 
     def _state(self, shape: tuple[int, int], dtype: torch.dtype, mean: float) -> bytes:
-        state = {"quant_type": "nf4", "blocksize": BLOCK}
+        state = {"quant_type": "nf4", "blocksize": BLOCK_SIZE}
         state |= {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape)}
         if not self.double_quant:
             return json.dumps(state).encode()
-        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": 0.0}
+        state |= {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32", "nested_offset": 0.0}
         room = len(json.dumps(state)) + 32
         return json.dumps(state | {"nested_offset": mean}).encode().ljust(room)
 
@@ -60,7 +66,7 @@ class NF4Format(Format):
 
     def tensor_infos(self, name: str, shape: tuple[int, int], weight_dtype: str) -> dict[str, TensorInfo]:
         count = shape[0] * shape[1]
-        blocks = -(-count // BLOCK)
+        blocks = -(-count // BLOCK_SIZE)
         state = self._state(shape, DTYPES[weight_dtype], 0.0)
         infos = {
             f"{name}.weight": TensorInfo("U8", (-(-count // 2), 1)),
@@ -69,7 +75,7 @@ class NF4Format(Format):
             f"{name}.{STATE}": TensorInfo("U8", (len(state),)),
         }
         if self.double_quant:
-            infos[f"{name}.weight.nested_absmax"] = TensorInfo("F32", (-(-blocks // NESTED_BLOCK),))
+            infos[f"{name}.weight.nested_absmax"] = TensorInfo("F32", (-(-blocks // NESTED_BLOCK_SIZE),))
             infos[f"{name}.weight.nested_quant_map"] = TensorInfo("F32", (256,))
         return infos
 
@@ -77,16 +83,18 @@ class NF4Format(Format):
         try:
             state = json.loads(bytes(get(f"{name}.{STATE}").tolist()))
             shape, dtype = tuple(state["shape"]), getattr(torch, state["dtype"])
-            sizes = (state["blocksize"], state.get("nested_blocksize", NESTED_BLOCK))
+            sizes = (state["blocksize"], state.get("nested_blocksize", NESTED_BLOCK_SIZE))
             mean = state.get("nested_offset")
         except (ValueError, KeyError, AttributeError):
             raise BadInput(f"The tensor '{name}.{STATE}' is not bitsandbytes' description.") from None
-        if sizes != (BLOCK, NESTED_BLOCK):
-            raise BadInput(f"'{name}' has NF4 blocks of {sizes[0]} weights; only {BLOCK} can be read here.")
+        if sizes != (BLOCK_SIZE, NESTED_BLOCK_SIZE):
+            raise BadInput(
+                f"'{name}' has NF4 blocks of {sizes[0]} weights; only {BLOCK_SIZE} can be read here."
+            )
         packed, absmax = get(f"{name}.weight"), get(f"{name}.weight.absmax")
         count = shape[0] * shape[1]
         expect(f"{name}.weight", packed, (-(-count // 2), 1))
-        expect(f"{name}.weight.absmax", absmax, (-(-count // BLOCK),))
+        expect(f"{name}.weight.absmax", absmax, (-(-count // BLOCK_SIZE),))
         nested = None
         if absmax.dtype == torch.uint8:
             nested = (

@@ -5,7 +5,7 @@ linear, so every prefix of the order is a model, and the largest one that fits i
 loaded. The files hold the blocks in this order, so that reading a prefix touches nothing behind it.
 
 In config.json ``quantization_config`` holds ``modules``, the names of the linears, ``order``, the index of
-one of them for every step, and ``outside``, how the head and the embedding are packed if they are. Block i of
+one of them for every step, and ``outside``, how the head and the embedding are packed if they are. StackBlock i of
 a linear is stored as ``{linear}.{part}_{i}`` for each part that `compress.kernels.layers.stacked` says.
 """
 
@@ -21,7 +21,7 @@ import torch
 
 from compress.errors import BadInput
 from compress.kernels.codes.integer import CHANNEL
-from compress.kernels.layers.stacked import Block, FactorStack, PlaneStack, StackedLinear
+from compress.kernels.layers.stacked import FactorStack, PlaneStack, StackBlock, StackedLinear
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.tensors import CASTABLE, TensorInfo
 
@@ -54,13 +54,15 @@ class StackFormat(ABC):
         """Full names of the tensors of one block."""
         return [f"{name}.{part}_{index}" for part in self.linear.parts(index)]
 
-    def read(self, name: str, checkpoint: Checkpoint, start: int = 0, stop: int | None = None) -> list[Block]:
+    def read(
+        self, name: str, checkpoint: Checkpoint, start: int = 0, stop: int | None = None
+    ) -> list[StackBlock]:
         """Blocks ``start`` to ``stop`` of a linear, as far as the checkpoint has them."""
         stop = self.blocks if stop is None else stop
         there = [index for index in range(start, stop) if self.names(name, index)[0] in checkpoint]
         tensors = checkpoint.read_many(key for index in there for key in self.names(name, index))
         return [
-            Block({part: tensors[f"{name}.{part}_{index}"] for part in self.linear.parts(index)})
+            StackBlock({part: tensors[f"{name}.{part}_{index}"] for part in self.linear.parts(index)})
             for index in there
         ]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compress.kernels.codes.integer import quantize_weight
-from compress.kernels.layers.stacked import Block, PlaneStack
+from compress.kernels.layers.stacked import PlaneStack, StackBlock
 from compress.quantization.gptq import GPTQ, quantize
 from compress.quantization.nested import FRACTIONS, choose_scales, nested_codes, planes, value
 from compress.storage.formats.compressed_tensors import CompressedTensors
@@ -77,7 +77,7 @@ def test_groups_that_do_not_divide_the_width_are_as_even_as_can_be() -> None:
     weight, hessian = weight[:, :41], hessian[:41, :41]
     codes, scales = nested_codes(weight, hessian, 8, 3, 0.01, "w")
     assert scales.shape == (OUT, 3)
-    stack = PlaneStack(41, OUT, [Block(block) for block in planes(codes, scales, 8)])
+    stack = PlaneStack(41, OUT, [StackBlock(block) for block in planes(codes, scales, 8)])
     unit = torch.cat(
         [scales[:, :1].expand(-1, 14), scales[:, 1:2].expand(-1, 14), scales[:, 2:].expand(-1, 13)], 1
     )
@@ -121,7 +121,7 @@ def test_scales_have_the_least_error_over_all_widths(bits: int) -> None:
 def test_blocks_add_up_to_every_width(bits: int) -> None:
     weight, hessian = problem(seed=1)
     codes, scales = nested_codes(weight, hessian, bits, WIDTH // SIZE, 0.01, "w")
-    blocks = [Block(block) for block in planes(codes, scales, bits)]
+    blocks = [StackBlock(block) for block in planes(codes, scales, bits)]
     assert len(blocks) == bits - 1
     for count in range(1, bits):
         stack = PlaneStack(WIDTH, OUT, blocks[:count])
@@ -163,7 +163,7 @@ def test_zeros_and_inputs_that_never_come_do_no_harm() -> None:
     weight[0], weight[1, :SIZE] = 0, 0
     hessian[:, 5] = hessian[5] = 0
     codes, scales = nested_codes(weight, hessian, 8, WIDTH // SIZE, 0.01, "w")
-    stack = PlaneStack(WIDTH, OUT, [Block(block) for block in planes(codes, scales, 8)])
+    stack = PlaneStack(WIDTH, OUT, [StackBlock(block) for block in planes(codes, scales, 8)])
     found = stack.dense()
     assert found.isfinite().all()
     assert not found[0].any()

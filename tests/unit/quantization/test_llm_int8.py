@@ -20,6 +20,7 @@ from compress.errors import BadInput
 from compress.kernels.codes.int8 import Int8Weight
 from compress.kernels.layers import int8_linear
 from compress.kernels.layers.int8_linear import Int8Linear, quantize_inputs
+from compress.kernels.reference import ops as reference
 from compress.pipeline.plan import make_plan
 from compress.pipeline.recipe import parse_recipe
 from compress.pipeline.run import execute
@@ -109,7 +110,7 @@ def test_products_are_those_of_the_library(dtype: torch.dtype, threshold: float,
     from bitsandbytes import MatmulLtState, matmul
 
     monkeypatch.setattr(int8_linear, "SCALE", THEIR_SCALE)
-    monkeypatch.setattr(int8_linear, "BLOCK", 200)  # some rows at a time
+    monkeypatch.setattr(reference, "WEIGHTS_AT_ONCE", 200)  # a few rows at once
     x, bias = inputs(6, 48, 3, 17).to(dtype), torch.randn(40).to(dtype)
     weight = quantize_int8(torch.randn(40, 48), threshold, "x")
     state = MatmulLtState(CB=weight.codes, SCB=weight.absmax)

@@ -75,7 +75,7 @@ def test_we_dequantize_as_the_library_does(shape: tuple[int, int], double_quant:
     assert torch.equal(parts, found.dequantize())
     x = torch.randn(3, shape[1])
     assert torch.allclose(NF4Linear(found)(x), x @ found.dequantize().T, atol=1e-6)
-    assert torch.equal(NF4Linear(found).quantized(2, 4).dequantize(), found.dequantize()[2:4])
+    assert torch.equal(NF4Linear(found).quantized(slice(2, 4)).dequantize(), found.dequantize()[2:4])
 
 
 def test_nibbles_come_back() -> None:

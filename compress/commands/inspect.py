@@ -37,7 +37,7 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
         "parameters": shape.parameters,
         "bytes": shape.nbytes,
         "bits_per_parameter": 8 * shape.nbytes / shape.parameters,
-        "loads_with": shape.loads_with,
+        "loads_with": str(shape.loads_with),
         "sizes": vars(shape.sizes),
         "layers": [vars(layer) for layer in layer_shapes(shape.pretrained_config)],
         "bytes_per_part": parts,

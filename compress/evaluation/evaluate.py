@@ -103,7 +103,7 @@ def evaluate(
         return Scorecard(
             model=ModelIdentity(name=name, sha256=opened.sha256),
             baseline=dense_identity,
-            loads_with=ModelShape.of(opened).loads_with,
+            loads_with=str(ModelShape.of(opened).loads_with),
             **scores,
             cost=_cost(of, opened, device, progress, found.timed, size),
             when=now(),

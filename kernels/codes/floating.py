@@ -34,8 +34,8 @@ E2M1 = torch.cat((E2M1, -E2M1))
 """The number that each of the 16 codes stands for. Bit 3 of a code is the sign."""
 
 # The middles between neighbouring magnitudes: what lies above the first rounds to ½ or more, and so on. A
-# middle itself rounds to the even code, as in IEEE arithmetic. So 0.25, 1.25, 2.5 and 5 round down; the others
-# round up, because the limit is set just below them.
+# middle itself rounds to the even code, as in IEEE arithmetic. So 0.25, 1.25, 2.5 and 5 round down, and the
+# others round up, because the limit is set just below them.
 _MIDDLES = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
 _MIDDLES[1::2] = torch.nextafter(_MIDDLES[1::2], torch.tensor(0.0))
 
@@ -81,7 +81,7 @@ class FloatWeight(LowBitWeight):
 
 
 def real_scales(scales: torch.Tensor, global_scale: torch.Tensor | None) -> torch.Tensor:
-    """Decode stored scales [out, groups] of any type to float32, divided by the global scale if there is one."""
+    """Decode stored scales [out, groups] to float32 and divide them by the global scale if there is one."""
     if scales.dtype == torch.uint8:
         return torch.exp2(scales.float() - 127)
     return scales.float() if global_scale is None else scales.float() / global_scale
@@ -100,8 +100,8 @@ def quantize_float(
     The scale of a group follows from its largest magnitude:
 
     - ``fp8``: s = max|w| / 448.
-    - ``mxfp4``: ``floor`` is the rule of the standard, s = 2^(floor(log2 max|w|) − 2), which cuts values above
-      6 s to 6 s; ``ceil`` is s = 2^ceil(log2(max|w| / 6)), which cuts none.
+    - ``mxfp4``: ``floor`` is the rule of the standard, s = 2^(floor(log2 max|w|) − 2), which cuts values
+      above 6 s to 6 s; ``ceil`` is s = 2^ceil(log2(max|w| / 6)), which cuts none.
     - ``nvfp4``: G = 448 · 6 / max|W|. The group stores G · max|w| / 6 as E4M3, at least its smallest number.
 
     A group of zeros gets the scale 1 (``fp8``, ``mxfp4``) or the smallest one (``nvfp4``).

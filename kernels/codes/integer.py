@@ -123,7 +123,7 @@ def quantize_weight(
 
 
 def nearest_codes(values: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int) -> torch.Tensor:
-    """clamp(round(w / s) + z, 0, 2^b − 1) in the dtype of ``values``; scales and zeros broadcast with them."""
+    """clamp(round(w / s) + z, 0, 2^b − 1) in the dtype of ``values``; scales and zeros are broadcast."""
     return (values / scales.to(values.dtype)).round_().add_(zeros).clamp_(0, 2**bits - 1)
 
 
@@ -159,7 +159,7 @@ def grid_between(
         scales = torch.where(high > -low, -high, -low) / half
     else:
         low, high = low.clamp(max=0), high.clamp(min=0)
-        # Divided first: the range of a group may be more than float32 holds.
+        # Divide first, because the range of a group may be more than float32 can hold.
         scales = high / top - low / top
     scales = storable(scales, scale_dtype, name)
     scales[(low == 0) & (high == 0)] = 1
@@ -185,7 +185,7 @@ def number_of_groups(width: int, group_size: int, name: str) -> int:
 
 
 def _divisors_near(width: int, wanted: int) -> str:
-    """Group sizes a user may have meant: powers of two that divide ``width``, or any divisors if none does."""
+    """Group sizes a user may have meant: powers of two that divide ``width``, or else any divisors."""
     divisors = [size for size in range(8, width + 1) if width % size == 0]
     powers = [size for size in divisors if size & (size - 1) == 0]
     near = sorted(sorted(powers or divisors or [width], key=lambda size: abs(size - wanted))[:3])

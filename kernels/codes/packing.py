@@ -1,12 +1,12 @@
 """Low-bit codes in 32-bit words, bit for bit as the checkpoint formats store them.
 
-Both formats store a dense little-endian bit stream: code i occupies bits [i·b, (i+1)·b), and word w holds bits
-[32w, 32w+32). So 3-bit codes straddle words (code 10 has two bits in word 0 and one in word 1). The formats
-differ only in the orientation of the stream:
+Both formats store a dense little-endian bit stream: code i occupies bits [i·b, (i+1)·b), and word w holds
+bits [32w, 32w+32). So 3-bit codes straddle words (code 10 has two bits in word 0 and one in word 1). The
+formats differ only in the orientation of the stream:
 
 - compressed-tensors ``weight_packed`` [out, ceil(in·b/32)]: the stream of an output row lies along the row.
-- GPTQ ``qweight`` [in·b/32, out]: the same stream is a column. ``qzeros`` [groups, out·b/32]: each group has a
-  stream along the output axis.
+- GPTQ ``qweight`` [in·b/32, out]: the same stream is a column. ``qzeros`` [groups, out·b/32]: each group has
+  a stream along the output axis.
 
 To unpack, a run of whole bytes (one byte, or three at 3 bits) is put into an integer that has 8 bits for each
 of its codes. Then its halves are moved apart until every code lies in a byte of its own. To pack, they are
@@ -47,7 +47,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         int32 [rows, ceil(count·bits/32)]; the bits after the last code are 0.
     """
     rows, count = codes.shape
-    # Flat, because "contiguous" tensors with an axis of length 1 may have strides that forbid a view as words.
+    # Flat, because "contiguous" tensors with an axis of length 1 may have strides that forbid such a view.
     stream = F.pad(codes, (0, -count % 32)).reshape(-1)
     if bits != 8:
         integer, shifts, masks = _STEPS[bits]

@@ -25,7 +25,7 @@ from compress.pipeline.plan import make_plan
 from compress.pipeline.recipe import parse_recipe
 from compress.pipeline.run import execute
 from compress.storage.checkpoint import Checkpoint
-from compress.storage.formats.loaders import loaders
+from compress.storage.formats.loaders import loads_with
 from compress.storage.formats.table import Formats
 
 functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
@@ -202,7 +202,7 @@ def test_ours_is_what_transformers_saves(
 
     # And we read theirs.
     assert torch.equal(logits(compress.load(theirs)), logits(ours))
-    assert ModelShape.of(theirs_read).loads_with == "transformers with bitsandbytes"
+    assert str(ModelShape.of(theirs_read).loads_with) == "transformers with bitsandbytes"
 
 
 def test_options_reach_the_file(tiny_decoder: Callable[..., Path], tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_weights_that_cannot_be_rounded(
 def test_what_cannot_be_read_is_said(tiny_decoder: Callable[..., Path], tmp_path: Path) -> None:
     written = rounded(tiny_decoder(), tmp_path / "out")
     config = quantization_config(written)
-    with pytest.raises(BadInput, match="only those with int8 weights"):
+    with pytest.raises(BadInput, match="only if their weights are int8"):
         Formats(config | {"llm_int8_has_fp16_weight": True})
     name, checkpoint = "model.layers.0.mlp.up_proj", Checkpoint.open(written)
     good = {key: checkpoint.read(key) for key in checkpoint.tensors if key.startswith(name)}
@@ -306,4 +306,5 @@ def test_what_cannot_be_made_is_said(
 def test_who_loads_it() -> None:
     config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     assert Formats(config).of("x").threshold == 6
-    assert loaders(config, conv1d=True) == loaders(config) == "transformers with bitsandbytes"
+    assert loads_with(config, conv1d=True) == loads_with(config)
+    assert str(loads_with(config)) == "transformers with bitsandbytes"

@@ -1,8 +1,8 @@
 """Formats: how a checkpoint stores linears in few bits.
 
 A format does three things. It turns a low-bit weight into named tensors and back, bit for bit. It knows the
-dtypes and shapes of these tensors without having data, so that a plan and a run cannot disagree. And it writes
-and reads the ``quantization_config`` entry of config.json, which declares it.
+dtypes and shapes of these tensors without having data, so that a plan and a run cannot disagree. And it
+writes and reads the ``quantization_config`` entry of config.json, which declares it.
 """
 
 from __future__ import annotations

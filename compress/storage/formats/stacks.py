@@ -1,12 +1,12 @@
-"""Models that can be loaded at any size: each linear is a stack of blocks, and one order says which comes next.
+"""Models that can be loaded at any size: each linear is a stack of blocks, and one order for all of them.
 
 The first block of every linear is always loaded. After that, each step of the order adds the next block of
 one linear. So every prefix of the order is a model, and the largest one that fits into memory is loaded. The
 files hold the blocks in this order, so that loading a prefix reads nothing behind it.
 
 In config.json, ``quantization_config`` holds ``modules``, the names of the linears; ``order``, the index of
-one of them for every step; and ``outside``, the entry of their format if the head or the embedding are packed.
-Block i of a linear is stored as ``{linear}.{part}_{i}`` for each of the parts that its class in
+one of them for every step; and ``outside``, the entry of their format if the head or the embedding are
+packed. Block i of a linear is stored as ``{linear}.{part}_{i}`` for each of the parts that its class in
 `compress.kernels.layers.stacked` names.
 """
 
@@ -167,7 +167,7 @@ class BitStackFormat(StackFormat):
 
 
 class NestedFormat(StackFormat):
-    """The blocks hold the bits of one code: the first block has the two leading bits, each other block the next.
+    """The blocks hold the bits of one code: the first has the two leading bits, each other one the next bit.
 
     Args:
         bits: of the whole code.

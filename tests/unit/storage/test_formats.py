@@ -10,7 +10,7 @@ from compress.kernels.codes.integer import quantize_weight
 from compress.kernels.codes.packing import BITS
 from compress.storage.formats.compressed_tensors import CompressedTensorsFormat
 from compress.storage.formats.gptq import GPTQFormat
-from compress.storage.formats.loaders import loads_with
+from compress.storage.formats.loaders import COMPRESS_MODEL_ONLY, LoadsWith, loads_with
 from compress.storage.formats.table import format_of
 from compress.storage.tensors import DTYPE_NAMES, TensorInfo
 
@@ -135,3 +135,27 @@ def test_who_can_load_it():
     assert "GPU" in said(GPTQFormat(4, -1, True))
     assert said(GPTQFormat(4, 32, True), conv1d=True) == "gptqmodel"
     assert said(CompressedTensorsFormat(4, 32, True), conv1d=True) == "compress-model only"
+
+
+@pytest.mark.parametrize(
+    ("who", "sentence"),
+    [
+        (LoadsWith(), "transformers"),
+        (COMPRESS_MODEL_ONLY, "compress-model only"),
+        (LoadsWith(False, adapter=True, key_value_bits=4), "compress-model only"),
+        (LoadsWith(False, ("gptqmodel",), adapter=True), "gptqmodel, and peft for the adapter"),
+        (LoadsWith(trust_remote_code=True), "transformers (trust_remote_code=True)"),
+        (
+            LoadsWith(packages=("compressed-tensors",), trust_remote_code=True, adapter=True),
+            "transformers with compressed-tensors (trust_remote_code=True), and peft for the adapter",
+        ),
+        (
+            LoadsWith(packages=("optimum", "gptqmodel"), where="on a GPU", key_value_bits=4),
+            "transformers with optimum and gptqmodel on a GPU "
+            "(4-bit keys and values with compress-model only)",
+        ),
+    ],
+)
+def test_who_can_load_it_in_words(who: LoadsWith, sentence: str) -> None:
+    assert str(who) == sentence
+    assert who.compress_model_only == (sentence == "compress-model only")

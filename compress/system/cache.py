@@ -18,7 +18,7 @@ CACHE_VARIABLE = "COMPRESS_MODEL_CACHE"
 
 
 def cache_folder() -> Path:
-    """The cache folder, which may not exist yet: ``$COMPRESS_MODEL_CACHE`` if set, else the platform's own."""
+    """The cache folder, which may not exist yet: ``$COMPRESS_MODEL_CACHE``, or else that of the platform."""
     chosen = os.environ.get(CACHE_VARIABLE)
     return Path(chosen).expanduser().absolute() if chosen else user_cache_path("compress-model")
 

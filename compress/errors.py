@@ -1,4 +1,4 @@
-"""The two ways a command can end badly, each told in one sentence."""
+"""The two kinds of errors that a command reports, each in one sentence."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from difflib import get_close_matches
 
 
 class CompressError(Exception):
-    """The work failed (exit code 1). The message is one sentence: what is wrong and what to do."""
+    """The work failed (exit code 1). The message is one sentence: what is wrong, and what to do about it."""
 
     exit_code = 1
 
 
 class BadInput(CompressError):
-    """Wrong use or bad input (exit code 2)."""
+    """The command was used wrongly, or its input is bad (exit code 2)."""
 
     exit_code = 2
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> BadInput:
-    """The error for a name that does not exist, with the nearest ones that do."""
+    """The error for a name that does not exist. It suggests similar names that do."""
     known = sorted(known)
     if near := nearest(name, known):
         return BadInput(f"There is no {kind} '{name}'; did you mean {near}?")
@@ -27,5 +27,5 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> BadInput:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The known names like ``name``, as ``'one' or 'another'``; empty if there is none."""
+    """The known names that resemble ``name``, as ``'one' or 'another'``; empty if there are none."""
     return " or ".join(map(repr, get_close_matches(name, known, n=3, cutoff=0.5)))

@@ -1,8 +1,8 @@
-"""The operators: schema and shape rule here, implementations in one file a backend.
+"""The operators: their schemas and shape rules. Each backend implements them in a file of its own.
 
-``torch.ops.compress.packed_linear`` is x Ŵᵀ + bias with Ŵ = s · (q − z) kept packed. Every backend takes the
-one canonical layout: the codes of an output row as a dense little-endian bit stream along the input axis
-(`compress.kernels.codes.packing`), int32 [out, ceil(in·bits/32)].
+``torch.ops.compress.packed_linear`` is x Ŵᵀ + bias, where Ŵ = s · (q − z) stays packed. All backends take the
+same canonical layout: the codes of an output row are a dense little-endian bit stream along the input axis
+(see `compress.kernels.codes.packing`), int32 [out, ceil(in·bits/32)].
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ import torch
 
 from compress.kernels.reference import ops as reference
 
-# Library.define costs half as much per call as custom_op, which counts with 200 linears a token.
+REFERENCE = "reference"
+"""The name of the backend in plain torch."""
+
+# Library.define costs half as much per call as custom_op. That matters: every token goes through 200 linears.
 LIBRARY = torch.library.Library("compress", "DEF")
 LIBRARY.define(
     "packed_linear(Tensor input, Tensor packed, Tensor scales, Tensor? zeros, Tensor? bias, int bits, "
@@ -44,23 +47,23 @@ def packed_linear(
     bits: int,
     group_size: int,
 ) -> torch.Tensor:
-    """A linear layer with packed weights.
+    """A linear layer with packed weights. It has no gradient.
 
     Args:
         input: [..., in], floating point; the result has its dtype.
         packed: int32 [out, ceil(in·bits/32)].
         scales: [out, groups], floating point.
-        zeros: uint8 [out, groups]; None: 2^(bits−1) everywhere.
+        zeros: uint8 [out, groups]; None stands for 2^(bits−1) everywhere.
         bias: [out] in the dtype of ``input``, or None.
         bits: 2, 3, 4 or 8.
-        group_size: values in a group along the input axis; −1: a whole row.
+        group_size: values in a group along the input axis; −1 for a whole row.
 
     Returns:
-        [..., out]. There is no gradient.
+        [..., out].
     """
     return torch.ops.compress.packed_linear(input, packed, scales, zeros, bias, bits, group_size)
 
 
-def kernel_name(device: str | torch.device, bits: int) -> str:
-    """The backend that runs `packed_linear` for weights of ``bits`` bits on ``device``."""
-    return "reference"
+def backend_of(device: str | torch.device, bits: int) -> str:
+    """The name of the backend that runs `packed_linear` for weights of ``bits`` bits on ``device``."""
+    return REFERENCE

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import Field
 
-from compress.kernels.codes.nf4 import BLOCK, NF4Weight, unpack_high_first
+from compress.kernels.codes.nf4 import BLOCK_SIZE, NF4Weight, unpack_high_first
 from compress.method import Method, MethodOptions, Paper, StepReport
 from compress.quantization.parts.layout import Layout, layout_of_one, packed_shape
 from compress.quantization.parts.packer import Packer
@@ -73,7 +73,7 @@ def quantize_nf4(dense: torch.Tensor, dtype: torch.dtype, double_quant: bool) ->
     from bitsandbytes.functional import quantize_4bit
 
     packed, state = quantize_4bit(
-        dense.to(dtype).contiguous(), blocksize=BLOCK, compress_statistics=double_quant, quant_type="nf4"
+        dense.to(dtype).contiguous(), blocksize=BLOCK_SIZE, compress_statistics=double_quant, quant_type="nf4"
     )
     nested = None
     if double_quant:

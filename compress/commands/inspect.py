@@ -39,7 +39,7 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
         "parameters": shape.parameters,
         "bytes": shape.nbytes,
         "bits_per_parameter": bits,
-        "loads_with": shape.loads_with,
+        "loads_with": str(shape.loads_with),
         "sizes": vars(shape.sizes),
         "layers": layers,
         "bytes_per_part": parts,

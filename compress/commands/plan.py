@@ -59,7 +59,7 @@ def tell_plan(plan: Any, as_json: bool) -> None:
         )
 
     before = plan.before
-    row("as it is", before.num_layers, before.parameters, before.nbytes, before.loads_with)
+    row("as it is", before.num_layers, before.parameters, before.nbytes, str(before.loads_with))
     for step in plan.steps:
         row(step.method, step.layers, step.parameters, step.nbytes, step.loads_with)
     stdout().print(table)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, PretrainedConfig
 
 from compress.anatomy import ROWS, anatomy_of
 from compress.errors import BadInput, unknown
 from compress.storage import adapter
-from compress.storage.checkpoint import Checkpoint
+from compress.storage.tensors import TensorInfo
 
 NOT_THE_ARCHITECTURE = ("quantization_config", "auto_map", adapter.KEY)
 """Sections of config.json about how weights are stored."""
@@ -18,7 +22,18 @@ PRUNED_CLASS = "Pruned"
 takes it for the plain architecture."""
 
 
-def config_of(checkpoint: Checkpoint) -> PretrainedConfig:
+class Described(Protocol):
+    """A checkpoint, or the shape of one: it has a config.json and a table of tensors."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+
+def config_of(checkpoint: Described) -> PretrainedConfig:
     """The transformers config of a checkpoint, without its quantization section.
 
     Raises:
@@ -46,7 +61,7 @@ def config_of(checkpoint: Checkpoint) -> PretrainedConfig:
     return config
 
 
-def _lacks_vocabulary_head(config: PretrainedConfig, checkpoint: Checkpoint) -> bool:
+def _lacks_vocabulary_head(config: PretrainedConfig, checkpoint: Described) -> bool:
     """Whether an encoder's config names a vocabulary head that its files do not hold.
 
     Published sentence encoders keep the class they were pretrained as in their config.

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 from compress.anatomy import Anatomy, Sizes, anatomy_of, sizes_of, weight
 from compress.engine.config import config_of
+from compress.engine.key_values import KEY
 from compress.engine.skeleton import skeleton
 from compress.storage import adapter
 from compress.storage.checkpoint import Checkpoint
+from compress.storage.formats.compressed_tensors import CompressedTensorsFormat
+from compress.storage.formats.loaders import COMPRESS_MODEL_ONLY, LoadsWith, loads_with
+from compress.storage.formats.stacks import STACKS
+from compress.storage.formats.table import Formats
 from compress.storage.tensors import TensorInfo
 
 
@@ -21,6 +27,7 @@ class ModelShape:
     Attributes:
         config: config.json as a dict.
         tensors: name -> dtype and shape.
+        folder: of the checkpoint it was made from, for error messages.
     """
 
     def __init__(
@@ -41,10 +48,10 @@ class ModelShape:
 
     @cached_property
     def anatomy(self) -> Anatomy:
-        """Where the parts are, by the names the tensors have.
+        """Where the parts are, by the names of the tensors.
 
         Raises:
-            BadInput: an architecture that is not in the table, or tensors that do not fit it.
+            BadInput: the architecture is not in the table, or the tensors do not fit it.
         """
         return anatomy_of(self.pretrained_config).located(self.tensors)
 
@@ -64,17 +71,17 @@ class ModelShape:
 
     @property
     def is_pruned(self) -> bool:
-        """Whether the layers differ, which takes modelling code that comes with the model."""
+        """Whether the layers differ, so that the model needs modelling code of its own."""
         return "pruned" in self.config
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """Full name -> (out_features, in_features) of every linear inside the layers."""
-        layers = self.skeleton.base_model.get_submodule(self.anatomy.layers)
-        return {
-            f"{self.anatomy.layer_name(index)}.{path}": tuple(weight(linear).shape)
-            for index, layer in enumerate(layers)
-            for path, linear in self.anatomy.linears(layer).items()
-        }
+        found = {}
+        for index, layer in enumerate(self.skeleton.base_model.get_submodule(self.anatomy.layers)):
+            for path, linear in self.anatomy.linears(layer).items():
+                out, width = weight(linear).shape
+                found[f"{self.anatomy.layer_name(index)}.{path}"] = (out, width)
+        return found
 
     def derive(
         self,
@@ -82,7 +89,7 @@ class ModelShape:
         remove: Iterable[str] = (),
         add: Mapping[str, TensorInfo] | None = None,
     ) -> ModelShape:
-        """A changed copy: another config, some tensors removed, some added."""
+        """A changed copy, with another config and some tensors removed or added."""
         remove = set(remove)
         tensors = {name: info for name, info in self.tensors.items() if name not in remove}
         return ModelShape(config or self.config, tensors | dict(add or {}), self.folder)
@@ -94,43 +101,34 @@ class ModelShape:
 
     @cached_property
     def parameters(self) -> int:
-        """Parameters of the architecture, tied ones counted once; packing does not change their number."""
+        """Parameters of the architecture, tied ones counted once. Packing does not change their number."""
         return sum(parameter.numel() for parameter in self.skeleton.parameters())
 
     @property
-    def loads_with(self) -> str:
-        """Who can load a model of this shape."""
-        from compress.engine.key_values import KEY
-
-        who = self._loads_with
-        if KEY in self.config and who != "compress-model only":
-            who += f" ({self.config[KEY]['bits']}-bit keys and values with compress-model only)"
-        return who
-
-    @property
-    def _loads_with(self) -> str:
-        from compress.storage.formats.loaders import loaders
-        from compress.storage.formats.stacks import STACKS
-        from compress.storage.formats.table import Formats
-
+    def loads_with(self) -> LoadsWith:
+        """Which programs besides compress-model can load a model of this shape."""
         quantization = self.config.get("quantization_config")
-        if quantization and quantization.get("quant_method") in STACKS:
-            return "compress-model only"
-        who = "transformers"
+        method = quantization.get("quant_method") if quantization else None
+        if method in STACKS or (self.is_pruned and method not in (None, CompressedTensorsFormat.name)):
+            return COMPRESS_MODEL_ONLY
+        found = LoadsWith()
         if quantization:
-            tables = [self.anatomy.in_model(self.anatomy.embeddings[0])]
-            tables += [self.anatomy.head] if self.anatomy.tied else []
-            packed = any(f"{name}.{Formats(quantization).marker}" in self.tensors for name in tables)
-            who = loaders(
+            found = loads_with(
                 quantization,
                 conv1d=self.anatomy.conv1d,
-                packed_embedding=packed,
+                packed_embedding=self._has_packed_embedding(Formats(quantization)),
                 linears=self.linears().values(),
             )
-        adapted = ", and peft for the adapter" if adapter.KEY in self.config else ""
-        if self.is_pruned:
-            seen = not quantization or quantization.get("quant_method") == "compressed-tensors"
-            if not seen or "transformers" not in who:
-                return "compress-model only"
-            return f"{who} (trust_remote_code=True){adapted}"
-        return f"{who}{adapted}" if who != "compress-model only" else who
+        return replace(
+            found,
+            trust_remote_code=self.is_pruned,
+            adapter=adapter.KEY in self.config,
+            key_value_bits=self.config[KEY]["bits"] if KEY in self.config else None,
+        )
+
+    def _has_packed_embedding(self, formats: Formats) -> bool:
+        """Whether the token embedding is packed, under its own name or that of a head it is tied to."""
+        names = [self.anatomy.in_model(self.anatomy.embeddings[0])]
+        if self.anatomy.tied and self.anatomy.head is not None:
+            names.append(self.anatomy.head)
+        return any(f"{name}.{formats.marker}" in self.tensors for name in names)

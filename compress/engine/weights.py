@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -13,7 +15,9 @@ from compress.kernels.codes.floating import FloatWeight
 from compress.kernels.codes.int8 import Int8Weight
 from compress.kernels.codes.integer import QuantizedWeight
 from compress.kernels.codes.nf4 import NF4Weight
+from compress.kernels.codes.weight import LowBitWeight
 from compress.kernels.layers.adapted import AdaptedLinear
+from compress.kernels.layers.base import LowBitLinear
 from compress.kernels.layers.embedding import PackedEmbedding
 from compress.kernels.layers.float_linear import FloatLinear
 from compress.kernels.layers.int8_linear import Int8Linear
@@ -25,8 +29,11 @@ from compress.storage.checkpoint import Checkpoint
 from compress.storage.formats.stacks import StackFormat
 from compress.storage.formats.table import Formats
 
-LowBitLinear = PackedLinear | FloatLinear | NF4Linear | Int8Linear
-LINEARS = {FloatWeight: FloatLinear, NF4Weight: NF4Linear, Int8Weight: Int8Linear}
+LINEARS: dict[type[LowBitWeight], Callable[..., LowBitLinear]] = {
+    FloatWeight: FloatLinear,
+    NF4Weight: NF4Linear,
+    Int8Weight: Int8Linear,
+}
 """The layers over weights that are not on an integer grid of groups."""
 
 # BERT's first checkpoints call the parameters of a LayerNorm so.

@@ -24,8 +24,7 @@ from compress.evaluation.fidelity import FidelityAccumulator
 from compress.evaluation.measure import measure
 from compress.evaluation.task import TaskEvaluation
 from compress.evaluation.task_score import score
-from compress.kernels.layers.stacked import StackedLinear
-from compress.kernels.ops import kernel_name
+from compress.kernels.ops import REFERENCE, backend_of
 from compress.report.card import add_evaluations
 from compress.report.scorecard import Cost, ModelIdentity, Protocol, Scorecard
 from compress.sources.find import ModelSource, find_model
@@ -104,7 +103,7 @@ def evaluate(
         return Scorecard(
             model=ModelIdentity(name=name, sha256=opened.sha256),
             baseline=dense_identity,
-            loads_with=ModelShape.of(opened).loads_with,
+            loads_with=str(ModelShape.of(opened).loads_with),
             **scores,
             cost=_cost(of, opened, device, progress, found.timed, size),
             when=now(),
@@ -318,7 +317,7 @@ def _kernel(checkpoint: Checkpoint, device: str) -> str:
     if quantization is None:
         return "torch"
     if quantization.get("quant_method") in STACKS:
-        return StackedLinear.kernel
+        return REFERENCE
     from compress.storage.formats.table import Formats
 
-    return ", ".join(dict.fromkeys(kernel_name(device, bits) for bits in Formats(quantization).bits))
+    return ", ".join(dict.fromkeys(backend_of(device, bits) for bits in Formats(quantization).bits))

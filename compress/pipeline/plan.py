@@ -52,7 +52,7 @@ def _figures(shape: ModelShape | PlannedStep, layers: int) -> dict[str, Any]:
         "parameters": shape.parameters,
         "bits_per_parameter": 8 * shape.nbytes / shape.parameters,
         "layers": layers,
-        "loads_with": shape.loads_with,
+        "loads_with": str(shape.loads_with),
     }
 
 
@@ -80,6 +80,6 @@ def make_plan(checkpoint: Checkpoint, steps: list[tuple[Method, MethodOptions]])
             )
         shape = method.plan(shape, options)
         planned.append(
-            PlannedStep(method.name, shape.nbytes, shape.parameters, shape.num_layers, shape.loads_with)
+            PlannedStep(method.name, shape.nbytes, shape.parameters, shape.num_layers, str(shape.loads_with))
         )
     return Plan(before, shape, planned)

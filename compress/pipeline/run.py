@@ -135,7 +135,7 @@ def _execute(
                 parameters=shape.parameters,
                 bits_per_parameter=8 * shape.nbytes / shape.parameters,
                 layers=shape.num_layers,
-                loads_with=shape.loads_with,
+                loads_with=str(shape.loads_with),
                 files=files,
             ),
             reload=check,

@@ -1,9 +1,9 @@
-"""Model folders read lazily, and folders written tensor by tensor.
+"""Model folders that are read lazily.
 
-A `Checkpoint` is a table of names over safetensors files: nothing but headers is read until a tensor is
-asked for. A `Draft` is a child checkpoint under construction: most of its entries point into its parent's
-files, so a step that changes one tensor writes one tensor. `write_weights` turns any of them into
-ordinary Hugging Face shards, holding one tensor at a time.
+A `Checkpoint` is a table of the tensors in safetensors files. Only the headers of the files are read until a
+tensor is needed. A `compress.storage.draft.Draft` is a child checkpoint under construction: most of its
+entries point into the files of its parent, so a step that changes one tensor writes one tensor.
+`compress.storage.writer.write_weights` writes either as Hugging Face shards.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from compress.system.files import file_sha256
 
 
 class Checkpoint:
-    """A model folder, read lazily.
+    """A model folder that is read lazily.
 
     Attributes:
+        folder: the model folder.
         config: config.json as a dict.
-        tensors: name -> `TensorInfo`, in the order of the files; dtypes are those `read` returns.
+        tensors: name -> dtype, as `read` returns it, and shape. The order is that of the files.
+        sources: name -> where the tensor is stored.
     """
 
     def __init__(
@@ -49,11 +51,12 @@ class Checkpoint:
         """Open a Hugging Face model folder.
 
         Args:
-            folder: holds config.json and *.safetensors (with an index if there are several).
-            dtype: round every floating-point tensor to this dtype when it is read ("BF16", "F16", "F32").
+            folder: contains config.json and *.safetensors, with an index if there are several.
+            dtype: "BF16", "F16" or "F32" to round floating-point tensors to when they are read; None keeps
+                their dtypes.
 
         Raises:
-            BadInput: no such folder, not a model folder, a file missing, truncated or not what it says.
+            BadInput: the folder does not exist or is not a model folder, or a file is missing or damaged.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -67,7 +70,12 @@ class Checkpoint:
             raise BadInput(f"The model folder '{folder}' holds no weights.")
         if adapter.KEY in config:
             cls._list(
-                folder / adapter.KEY / adapter.WEIGHTS, None, dtype, tensors, sources, adapter.stored_name
+                folder / adapter.KEY / adapter.WEIGHTS_FILE,
+                None,
+                dtype,
+                tensors,
+                sources,
+                adapter.stored_name,
             )
         if dtype:
             config = {**config, "dtype": str(DTYPES[dtype]).removeprefix("torch.")}
@@ -83,7 +91,11 @@ class Checkpoint:
         sources: dict[str, TensorSource],
         name_of: Callable[[str], str] = str,
     ) -> None:
-        """Add the tensors of a file to the tables, under the names that ``name_of`` gives to its keys."""
+        """Add the tensors of a file to the tables, under the names that ``name_of`` gives to its keys.
+
+        Raises:
+            BadInput: the file is damaged, or lacks one of the ``wanted`` keys.
+        """
         with _open(file) as handle:
             keys = list(handle.keys())
             missing = wanted - set(keys) if wanted is not None else set()
@@ -93,7 +105,7 @@ class Checkpoint:
                 view = handle.get_slice(key)
                 stored = view.get_dtype()
                 if stored not in DTYPES:
-                    raise BadInput(f"{file} stores '{key}' as {stored}, which cannot be read here.")
+                    raise BadInput(f"{file} stores '{key}' as {stored}, which is not supported.")
                 read_as = dtype if dtype and stored in CASTABLE else stored
                 tensors[name_of(key)] = TensorInfo(read_as, tuple(view.get_shape()))
                 sources[name_of(key)] = TensorSource(str(file.absolute()), key, stored)
@@ -102,11 +114,11 @@ class Checkpoint:
         return name in self.tensors
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor in its own memory (not a view of the file), with the dtype in `tensors`."""
+        """One tensor with the dtype in `tensors`, on the CPU, in its own memory (not a view of the file)."""
         return self.read_many([name])[name]
 
     def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Several tensors, opening each file once."""
+        """Several tensors as `read` returns them. Each file is opened once."""
         by_file: dict[str, list[str]] = {}
         for name in names:
             by_file.setdefault(self.sources[name].file, []).append(name)
@@ -116,7 +128,7 @@ class Checkpoint:
                 for name in group:
                     source, info = self.sources[name], self.tensors[name]
                     tensor = handle.get_tensor(source.key)
-                    # A copy, so that the pages of the mapped file are given back when it is closed.
+                    # Copied, so that the pages of the mapped file are released when it is closed.
                     found[name] = (
                         tensor.to(DTYPES[info.dtype]) if info.dtype != source.stored_dtype else tensor.clone()
                     )
@@ -129,7 +141,7 @@ class Checkpoint:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the model: config.json and every weight file's bytes, independent of paths."""
+        """Hash of the content of config.json and of all weight files, independent of their paths."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for file in sorted({source.file for source in self.sources.values()}):
             digest.update(file_sha256(Path(file)).encode())
@@ -137,10 +149,10 @@ class Checkpoint:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder.
+    """The content of config.json in a model folder.
 
     Raises:
-        BadInput: it is missing, not JSON, or the folder is a LoRA adapter.
+        BadInput: it is missing or not a JSON object, or the folder is a LoRA adapter.
     """
     path = folder / "config.json"
     if not path.exists():
@@ -159,27 +171,31 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
-    """The safetensors files of a folder -> the names the index wants of each (None without an index)."""
+    """The safetensors files of a folder -> the names that the index lists in each (None without an index).
+
+    Raises:
+        BadInput: there are no such files, or the index is damaged or lists a missing file.
+    """
     index = folder / "model.safetensors.index.json"
     whole = folder / "model.safetensors"
-    if whole.exists():  # transformers looks here first, too; other files may be copies in other layouts
+    if whole.exists():  # transformers looks here first as well; other files may be copies in other layouts
         return {whole: None}
     if index.exists():
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files: dict[Path, set[str] | None] = {}
+            listed: dict[Path, set[str]] = {}
             for name, file in weight_map.items():
-                files.setdefault(folder / Path(file).name, set()).add(name)
+                listed.setdefault(folder / Path(file).name, set()).add(name)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise BadInput(f"{index} is not a safetensors index.") from None
-        for file in files:
-            if not file.exists():
-                raise BadInput(f"{file} is missing, though the index of '{folder}' lists it.")
-        return files
-    files = dict.fromkeys(sorted(folder.glob("*.safetensors")))
+        for path in listed:
+            if not path.exists():
+                raise BadInput(f"{path} is missing, though the index of '{folder}' lists it.")
+        return dict(listed)
+    files: dict[Path, set[str] | None] = dict.fromkeys(sorted(folder.glob("*.safetensors")))
     if not files and (any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth"))):
         raise BadInput(
-            f"'{folder}' holds pickled weights only, which can run code; convert it to safetensors."
+            f"'{folder}' has only pickled weights, which can run code; convert them to safetensors."
         )
     if not files:
         raise BadInput(f"The model folder '{folder}' holds no *.safetensors weights.")

@@ -1,4 +1,4 @@
-"""A checkpoint under construction: what a step changes, beside what it leaves alone."""
+"""A checkpoint under construction: the tensors that a step changes, and references to all others."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from compress.system.files import write_atomically
 class Draft(Checkpoint):
     """A child of ``parent`` under construction, kept in ``folder``.
 
-    It starts equal to its parent. `write`, `alias` and `drop` change the table; `flush` makes everything
-    up to now durable, so that a killed run finds it again with `restore`.
+    It starts equal to its parent. `write`, `alias` and `drop` change the table. `flush` makes all changes so
+    far durable, so that a resumed run can go back to them with `restore`.
     """
 
     TABLE = "draft.json"
@@ -30,7 +30,7 @@ class Draft(Checkpoint):
         self._buffer: dict[str, torch.Tensor] = {}
 
     def restore(self, table: Path | None = None) -> None:
-        """Go back to what the `flush` that wrote ``table`` (draft.json if not given) made durable."""
+        """Go back to the state that was written by the `flush` with this ``table`` (None for draft.json)."""
         saved = json.loads((table or self.folder / self.TABLE).read_text(encoding="utf-8"))
         self.config = saved["config"]
         self.tensors = {k: TensorInfo(v[0], tuple(v[1])) for k, v in saved["tensors"].items()}
@@ -38,26 +38,26 @@ class Draft(Checkpoint):
         self._buffer.clear()
 
     def reset(self) -> None:
-        """Start over: equal to the parent again."""
+        """Become equal to the parent again."""
         self.config = copy.deepcopy(self.parent.config)
         self.tensors, self.sources = dict(self.parent.tensors), dict(self.parent.sources)
         self._buffer.clear()
 
     def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Add or replace tensors; copies of them are kept in memory until the next `flush`."""
+        """Add or replace tensors. Copies are kept in memory until the next `flush`."""
         for name, tensor in tensors.items():
             self._buffer[name] = tensor = own(tensor)
             self.tensors[name] = TensorInfo(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
             self.sources.pop(name, None)
 
     def alias(self, name: str, parent_name: str) -> None:
-        """Let ``name`` stand for the parent's tensor ``parent_name``."""
+        """Make ``name`` refer to the parent's tensor ``parent_name``."""
         self._buffer.pop(name, None)
         self.tensors[name] = self.parent.tensors[parent_name]
         self.sources[name] = self.parent.sources[parent_name]
 
     def drop(self, name: str) -> None:
-        """Leave the tensor out."""
+        """Remove a tensor if it is there."""
         self._buffer.pop(name, None)
         self.tensors.pop(name, None)
         self.sources.pop(name, None)
@@ -68,12 +68,12 @@ class Draft(Checkpoint):
         return found | super().read_many(name for name in names if name not in found)
 
     def flush(self, tag: str, table: Path | None = None) -> None:
-        """Write what is buffered into ``{tag}.safetensors``, then the table. Writing a tag again replaces it.
+        """Write the buffered tensors into ``{tag}.safetensors``, then the table.
 
         Args:
-            tag: name of the file of tensors.
-            table: where the table goes, draft.json if not given. A journal gives its own, so that the tables
-                of its last two layers stand side by side.
+            tag: name of the file of tensors, which is replaced if it exists.
+            table: path of the table; None for draft.json. A journal gives paths of its own, so that the
+                tables of its last two layers exist side by side.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         if self._buffer:

@@ -1,4 +1,4 @@
-"""compression.json: where a model comes from, what was done to it, and what came out."""
+"""compression.json: where a model comes from, what was done to it, and what the result is."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from compress.errors import BadInput
 LINEAGE = "compression.json"
 RECIPE = "recipe.yaml"
 VERSIONED = ("torch", "transformers", "safetensors", "compressed-tensors")
+"""The packages whose versions are recorded."""
 
 
 class _Record(BaseModel):
@@ -30,11 +31,13 @@ class Parent(_Record):
     sha256: str
     bytes: int
     parameters: int
-    lineage: Lineage | None = Field(None, description="its own, without evaluations, if it is an artefact")
+    lineage: Lineage | None = Field(
+        None, description="its own lineage without evaluations, if it is an artefact"
+    )
 
 
 class Step(_Record):
-    """What one step did, with all its options, and what it took."""
+    """What one step did, with all its options, and what time and memory it took."""
 
     method: str
     family: str
@@ -45,24 +48,24 @@ class Step(_Record):
     seconds: float
     peak_memory_bytes: int | None = Field(description="peak resident memory of the process during the step")
     resumed: bool = Field(
-        description="the step was interrupted and went on, so seconds and memory cover the last part only"
+        description="the step was interrupted and resumed, so seconds and memory cover the last part only"
     )
 
 
 class Result(_Record):
-    """The model that came out: exact file sizes beside what the plan predicted."""
+    """The resulting model. ``bytes`` is the exact size of the files, ``predicted_bytes`` that of the plan."""
 
     bytes: int
     predicted_bytes: int
     parameters: int
     bits_per_parameter: float
     layers: int
-    loads_with: str
+    loads_with: str = Field(description="the programs that can load the model")
     files: dict[str, str] = Field(description="file name -> sha256")
 
 
 class ReloadCheck(_Record):
-    """Logits of the written files against those of the model before it was written, on a few tokens."""
+    """The logits of the written files, compared with those of the model in memory, on a few tokens."""
 
     loaded_by: Literal["transformers", "compress-model, layer by layer"]
     max_difference: float
@@ -70,7 +73,7 @@ class ReloadCheck(_Record):
 
 
 class Lineage(_Record):
-    """compression.json."""
+    """The content of compression.json."""
 
     schema_version: Literal[1] = 1
     name: str
@@ -87,7 +90,7 @@ class Lineage(_Record):
     evaluations: list[dict[str, Any]] = []
 
     def chain(self) -> list[Lineage]:
-        """All runs from the first model to this one, this one last."""
+        """All runs from the first model to this one, which comes last."""
         return [*(self.parent.lineage.chain() if self.parent.lineage else []), self]
 
 
@@ -95,7 +98,7 @@ Parent.model_rebuild()
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
+    """Versions of the software that the results depend on."""
     found = {"compress-model": compress.__version__, "python": platform.python_version()}
     for package in VERSIONED:
         try:
@@ -113,7 +116,7 @@ def read_lineage(folder: Path) -> Lineage | None:
     """The lineage of a folder, or None if compress-model did not write it.
 
     Raises:
-        BadInput: compression.json is damaged or of a newer version.
+        BadInput: compression.json is damaged, or a newer version wrote it.
     """
     path = folder / LINEAGE
     if not path.exists():

@@ -1,4 +1,4 @@
-"""Names of dtypes, and where a stored tensor is."""
+"""The names of dtypes, and what a checkpoint knows about a stored tensor."""
 
 from __future__ import annotations
 
@@ -21,19 +21,24 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+"""The names of safetensors -> dtypes."""
+
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
 CASTABLE = {"F64", "F32", "F16", "BF16"}
+"""The dtypes that follow the dtype of the model; all others hold codes, scales or indices."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Dtype (safetensors spelling, such as ``BF16``) and shape of a stored tensor."""
+    """Dtype (in the spelling of safetensors, such as ``BF16``) and shape of a stored tensor."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def numel(self) -> int:
+        """The number of elements."""
         return prod(self.shape)
 
     @property
@@ -44,7 +49,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class TensorSource:
-    """Where a tensor lies: the key in a safetensors file, and the dtype it was stored with there."""
+    """Where a tensor is stored: a safetensors file, the key in it, and the dtype there."""
 
     file: str
     key: str
@@ -52,5 +57,5 @@ class TensorSource:
 
 
 def own(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy on the CPU that shares no memory with anything."""
+    """A contiguous copy on the CPU that shares no memory with another tensor."""
     return tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""Writing safetensors files, one tensor in memory at a time."""
+"""Writes safetensors files with one tensor in memory at once."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from compress.system.files import atomic
 
 
 def write_weights(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 10**9) -> dict[str, str]:
-    """Write every tensor into Hugging Face shards, one tensor in memory at a time.
+    """Write a checkpoint as Hugging Face shards, with one tensor in memory at once.
 
-    Those of an adapter go into a folder of their own.
+    The tensors of an adapter are written into a folder of their own.
 
     Args:
         checkpoint: what to write.
-        folder: an existing folder; gets model.safetensors, or numbered shards and their index.
-        max_shard_bytes: size limit of a shard in bytes; a single larger tensor gets its own.
+        folder: an existing folder. It gets model.safetensors, or numbered shards and their index.
+        max_shard_bytes: size limit of a shard in bytes; a single larger tensor gets a shard of its own.
 
     Returns:
         File name -> sha256.
@@ -34,10 +34,10 @@ def write_weights(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5
     if adapted := {n: i for n, i in checkpoint.tensors.items() if adapter.is_adapter(n)}:
         keys = {f"{adapter.PREFIX}{name}": info for name, info in adapted.items()}
         (folder / adapter.KEY).mkdir(exist_ok=True)
-        hashes[f"{adapter.KEY}/{adapter.WEIGHTS}"] = _write_file(
+        hashes[f"{adapter.KEY}/{adapter.WEIGHTS_FILE}"] = _write_file(
             keys,
             lambda key: checkpoint.read(key.removeprefix(adapter.PREFIX)),
-            folder / adapter.KEY / adapter.WEIGHTS,
+            folder / adapter.KEY / adapter.WEIGHTS_FILE,
         )
     base = {name: info for name, info in checkpoint.tensors.items() if name not in adapted}
     shards: list[list[str]] = [[]]
@@ -66,7 +66,8 @@ def write_weights(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5
 def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write a safetensors file atomically.
 
-    Unlike with the library's own writer, tensors may share memory, and a full disk is an ordinary OSError.
+    Unlike with the writer of the safetensors library, tensors may share memory, and a full disk raises an
+    ordinary OSError.
     """
     infos = {
         name: TensorInfo(DTYPE_NAMES[value.dtype], tuple(value.shape)) for name, value in tensors.items()
@@ -76,9 +77,13 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
 
 def _write_file(infos: Mapping[str, TensorInfo], read: Callable[[str], torch.Tensor], path: Path) -> str:
-    """The safetensors format, streamed: the library's own writer wants all tensors in memory at once."""
-    # Wide dtypes first, as the library orders them, so that every tensor is aligned to its item size; those
-    # of one width in the order they are given, which is that in which a model in blocks is read.
+    """Write a safetensors file tensor by tensor; the library's writer needs all tensors in memory at once.
+
+    Returns:
+        The sha256 of the file.
+    """
+    # Wide dtypes come first, as in the library, so that every tensor is aligned to its item size. Those of
+    # one width keep their order, because that is the order in which the blocks of a stack are read.
     names = sorted(infos, key=lambda name: -DTYPES[infos[name].dtype].itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -103,7 +108,7 @@ def _write_file(infos: Mapping[str, TensorInfo], read: Callable[[str], torch.Ten
         put(text)
         for name in names:
             tensor = read(name).contiguous().reshape(-1).view(torch.uint8)
-            put(memoryview(tensor.numpy()))
+            put(tensor.numpy().data)
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()

@@ -1,1 +1,1 @@
-"""What the operating system gives: files, memory, devices, the cache and downloads."""
+"""What the operating system provides: files, memory, devices, the cache and downloads."""

@@ -1,4 +1,4 @@
-"""The user's cache: where downloaded corpora, the demo model and built kernels are kept between runs."""
+"""The user's cache, which keeps downloaded corpora, the demo model and built kernels between runs."""
 
 from __future__ import annotations
 
@@ -18,22 +18,27 @@ CACHE_VARIABLE = "COMPRESS_MODEL_CACHE"
 
 
 def cache_folder() -> Path:
-    """The cache folder: ``$COMPRESS_MODEL_CACHE`` where set, else the platform's own. Not created here."""
+    """The cache folder, which may not exist yet: ``$COMPRESS_MODEL_CACHE``, or else that of the platform."""
     chosen = os.environ.get(CACHE_VARIABLE)
     return Path(chosen).expanduser().absolute() if chosen else user_cache_path("compress-model")
 
 
 def cached(name: str, build: Callable[[Path], dict[str, Any]], *, about: str = "about.json") -> Path:
-    """The cached folder ``name``, built once.
+    """The folder ``name`` of the cache, which is built when it is first needed.
 
-    ``build(folder)`` fills an empty temporary folder beside it and returns what is to be known of it, which
-    is written into it as ``about`` together with every file's length. Only then is it renamed into place, so
-    a cached folder is never half of one. A file lock lets two processes ask at once: the second waits and
-    finds the first one's work. A folder with a file missing or of another length is thrown away and built
-    again; contents are not hashed, for a model that would take seconds each time.
+    ``build`` fills an empty temporary folder and returns metadata, which is written into the folder together
+    with the lengths of all files. Only then is the folder renamed to its place, so a cached folder is always
+    complete. If two processes need the same folder, a file lock makes the second wait for the first. A folder
+    in which a file is missing or has another length is built anew. Contents are not hashed, because that
+    would take seconds for a model.
+
+    Args:
+        name: of the folder.
+        build: fills the folder it is given and returns metadata.
+        about: name of the file of metadata.
 
     Raises:
-        CompressError: the cache cannot be written, or whatever ``build`` raises (nothing is cached then).
+        CompressError: the cache cannot be written. Errors of ``build`` are passed on. Nothing is cached then.
     """
     from filelock import FileLock
 
@@ -47,14 +52,14 @@ def cached(name: str, build: Callable[[Path], dict[str, Any]], *, about: str = "
                 _build(folder, build, about)
     except OSError as error:
         raise CompressError(
-            f"Nothing could be kept in the cache folder {folder.parent} ({error.strerror or error}); "
-            f"make room or make it writable, or set {CACHE_VARIABLE} to another folder."
+            f"The cache folder {folder.parent} cannot be written ({error.strerror or error}); free some "
+            f"space, make it writable, or set {CACHE_VARIABLE} to another folder."
         ) from error
     return folder
 
 
 def _build(folder: Path, build: Callable[[Path], dict[str, Any]], about: str) -> None:
-    # Only the holder of the lock builds, so what earlier, killed builds left behind is nobody's.
+    # Only the holder of the lock builds, so whatever is there was left behind by builds that were killed.
     for stale in folder.parent.glob(f".{folder.name}-*"):
         shutil.rmtree(stale, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:

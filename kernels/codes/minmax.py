@@ -2,10 +2,10 @@
 
     s = (max|x| + 1e-6) / qmax,    x̂ = s · round(x / s),    qmax = 2^(b−1) − 1
 
-One scale serves everything along the last axis: an output channel of a weight [out, in], a token of
-activations [..., in]. The published code scales by 1 / s and divides by 1 / s + 1e-6 again, which is on no
-grid; here s is what is stored, so codes times scales are the very values that were trained with. The lowest
-code, −2^(b−1), is never used.
+Everything along the last axis shares one scale: an output channel of a weight [out, in], or a token of
+activations [..., in]. The published code multiplies by 1 / s and later divides by 1 / s + 1e-6, so its values
+lie on no grid. Here s is what is stored, so codes times scales are exactly the values of the training. The
+lowest code, −2^(b−1), is never used.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from compress.kernels.codes.integer import CHANNEL, QuantizedWeight
 EPSILON = 1e-6
 
 CUT = 2.0
-"""Where the published gradient is cut: none passes through values of this magnitude and more."""
+"""Where the published gradient is cut: values of at least this magnitude get none."""
 
 
 def quantize(
     values: torch.Tensor, bits: int, scale_dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales.
+    """Round values to codes.
 
     Args:
         values: [..., n], any floating-point dtype; arithmetic is in float32.
         bits: 2 to 8.
-        scale_dtype: scales are rounded to it before the codes are computed.
+        scale_dtype: of the scales, which are rounded to it before the codes are computed.
 
     Returns:
         Codes, whole numbers from −qmax to qmax in float32 [..., n], and scales [..., 1] in ``scale_dtype``.
@@ -40,7 +40,7 @@ def quantize(
     values = values.float()
     scales = (values.abs().amax(-1, keepdim=True) + EPSILON) / top
     if scale_dtype == torch.float16:
-        scales = scales.clamp(min=2.0**-24)  # what float16 can still tell from 0
+        scales = scales.clamp(min=2.0**-24)  # the smallest number of float16 above 0
     scales = scales.to(scale_dtype)
     return (values / scales.float()).round_().clamp_(-top, top), scales
 
@@ -48,9 +48,9 @@ def quantize(
 def fake_quantize(
     values: torch.Tensor, bits: int, scale_dtype: torch.dtype = torch.float32, cut: float | None = None
 ) -> torch.Tensor:
-    """x̂ in the dtype of ``values``.
+    """Round values [..., n] to x̂, in their own dtype.
 
-    The gradient passes as if nothing were rounded; with ``cut``, none passes where |x| >= ``cut``.
+    The gradient passes as if nothing were rounded. With ``cut``, none passes where |x| >= ``cut``.
     """
     return _StraightThrough.apply(values, bits, scale_dtype, cut)
 
@@ -58,7 +58,9 @@ def fake_quantize(
 def quantize_channels(
     weight: torch.Tensor, bits: int, scale_dtype: torch.dtype, name: str = "weight"
 ) -> QuantizedWeight:
-    """A weight [out, in] with one scale an output channel, as every format stores it: q + 2^(b−1).
+    """Round a weight [out, in] with one scale per output channel.
+
+    The codes are stored as q + 2^(b−1), which every format can hold.
 
     Raises:
         BadInput: the weight holds NaN or infinity, or values too large for ``scale_dtype``.

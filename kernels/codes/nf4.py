@@ -1,25 +1,33 @@
-"""NormalFloat4 weights."""
+"""Weights in NormalFloat4 (NF4), the 4-bit type of QLoRA."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 
-BLOCK, NESTED_BLOCK = 64, 256
+from compress.kernels.codes.weight import LowBitWeight
+
+BLOCK_SIZE = 64
+"""Consecutive weights that share a scale. Rows follow each other, so a block may lie in two of them."""
+
+NESTED_BLOCK_SIZE = 256
+"""Consecutive scales that share a scale, with double quantization."""
 
 
 @dataclass
-class NF4Weight:
+class NF4Weight(LowBitWeight):
     """A weight [out, in], or some rows of one, in NF4.
 
     Attributes:
         codes: uint8 [out, in], each below 16.
-        absmax: the scales of blocks of 64 as they are stored: float32, or uint8 with ``nested``.
-        levels: float32 [16].
-        dtype: what `dequantize` rounds to, as the library does: that of the weight before.
-        nested: of uint8 scales: float32 scales [n], float32 levels [256], and the mean [1].
-        first: weights of the first block that lie before these rows.
+        absmax: the stored scales of blocks of 64 weights, [blocks]: float32, or uint8 with ``nested``.
+        levels: the number that each code stands for, float32 [16].
+        dtype: of the original weight. `dequantize` rounds to it, as bitsandbytes does.
+        nested: how uint8 scales are decoded: their scales, float32 [ceil(blocks / 256)]; the number that
+            each of their codes stands for, float32 [256]; and their mean, float32 [1].
+        first: how many weights of the first block lie before these rows.
     """
 
     codes: torch.Tensor
@@ -30,43 +38,39 @@ class NF4Weight:
     first: int = 0
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return self.codes.shape[0], self.codes.shape[1]
-
-    @property
     def scales(self) -> torch.Tensor:
-        """Of every block, float32."""
+        """The scale of every block, float32 [blocks]."""
         if self.nested is None:
             return self.absmax
         scales, levels, mean = self.nested
-        scales = scales.repeat_interleave(NESTED_BLOCK)[: len(self.absmax)]
+        scales = scales.repeat_interleave(NESTED_BLOCK_SIZE)[: len(self.absmax)]
         return levels[self.absmax.int()] * scales + mean
 
     def dequantize(self) -> torch.Tensor:
-        """Level times scale, rounded to ``dtype``, in float32 [out, in]."""
-        scales = self.scales.repeat_interleave(BLOCK)[self.first :][: self.codes.numel()]
+        """Level times scale, rounded to ``dtype``, as float32 [out, in]."""
+        scales = self.scales.repeat_interleave(BLOCK_SIZE)[self.first :][: self.codes.numel()]
         return (self.levels[self.codes.int()] * scales.view(self.codes.shape)).to(self.dtype).float()
 
-    def split(self, rows: list[int]) -> list[NF4Weight]:
-        """Blocks of so many rows."""
+    def split(self, rows: list[int]) -> list[Self]:
         scales, parts, at = self.scales, [], self.first
         for codes in self.codes.split(rows):
-            absmax = scales[at // BLOCK : -(-(at + codes.numel()) // BLOCK)]
-            parts.append(NF4Weight(codes, absmax, self.levels, self.dtype, None, at % BLOCK))
+            absmax = scales[at // BLOCK_SIZE : -(-(at + codes.numel()) // BLOCK_SIZE)]
+            parts.append(replace(self, codes=codes, absmax=absmax, nested=None, first=at % BLOCK_SIZE))
             at += codes.numel()
         return parts
 
-    def same_as(self, other: NF4Weight) -> bool:
-        """Whether both hold the same bits."""
+    def same_as(self, other: Self) -> bool:
         mine, theirs = ((w.codes, w.absmax, w.levels, *(w.nested or ())) for w in (self, other))
         same = len(mine) == len(theirs) and all(map(torch.equal, mine, theirs))
         return same and self.dtype == other.dtype and self.absmax.dtype == other.absmax.dtype
 
 
 def pack_high_first(codes: torch.Tensor) -> torch.Tensor:
-    """uint8 [out, in] below 16 -> uint8 [ceil(out·in / 2), 1], the first of two in the high half; the last
-    may stand beside the code of 0."""
+    """Pack 4-bit codes as bitsandbytes does: uint8 [out, in] -> uint8 [ceil(out·in / 2), 1].
+
+    The first of two codes is in the high half of a byte. If their number is odd, the last byte is filled up
+    with the code of 0.
+    """
     flat = torch.nn.functional.pad(codes.reshape(-1), (0, codes.numel() % 2), value=7)
     return (flat[0::2] << 4 | flat[1::2]).unsqueeze(1)
 

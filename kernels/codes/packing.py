@@ -1,16 +1,16 @@
 """Low-bit codes in 32-bit words, bit for bit as the checkpoint formats store them.
 
-Both formats are one dense little-endian bit stream: code i occupies bits [i·b, (i+1)·b), word w holds bits
-[32w, 32w+32), so 3-bit codes straddle words (code 10 has two bits in word 0 and one in word 1). They differ
-in orientation only:
+Both formats store a dense little-endian bit stream: code i occupies bits [i·b, (i+1)·b), and word w holds
+bits [32w, 32w+32). So 3-bit codes straddle words (code 10 has two bits in word 0 and one in word 1). The
+formats differ only in the orientation of the stream:
 
-- compressed-tensors ``weight_packed`` [out, ceil(in·b/32)]: the stream of an output row, lying along it;
-- GPTQ ``qweight`` [in·b/32, out]: the same stream, standing; ``qzeros`` [groups, out·b/32]: a stream along
-  the output axis for every group.
+- compressed-tensors ``weight_packed`` [out, ceil(in·b/32)]: the stream of an output row lies along the row.
+- GPTQ ``qweight`` [in·b/32, out]: the same stream is a column. ``qzeros`` [groups, out·b/32]: each group has
+  a stream along the output axis.
 
-To unpack, a run of whole bytes (1 byte; 3 at 3 bits) is put into an integer as wide as its codes are with 8
-bits each, and its halves are moved apart until every code lies in a byte of its own; to pack, they are moved
-together. Hosts are taken to be little-endian.
+To unpack, a run of whole bytes (one byte, or three at 3 bits) is put into an integer that has 8 bits for each
+of its codes. Then its halves are moved apart until every code lies in a byte of its own. To pack, they are
+moved together. The host is assumed to be little-endian.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch.nn.functional as F
 
 BITS = (2, 3, 4, 8)
 
-# bits -> the integer, how far halves move apart at each step, and the mask of what is in place before the
-# first step and after each.
+# bits -> the dtype of the integer, how far halves move apart at each step, and the masks of the bits in use
+# before the first step and after each.
 _STEPS: dict[int, tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]] = {
     2: (torch.int32, (12, 6), (0xFF, 0x000F000F, 0x03030303)),
     3: (torch.int64, (20, 10, 5), (0xFFFFFF, 0x00000FFF00000FFF, 0x003F003F003F003F, 0x0707070707070707)),
@@ -32,7 +32,7 @@ _STEPS: dict[int, tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]] = {
 
 
 def packed_width(count: int, bits: int) -> int:
-    """Number of 32-bit words that hold ``count`` codes of ``bits`` bits."""
+    """The number of 32-bit words that hold ``count`` codes of ``bits`` bits."""
     return (count * bits + 31) // 32
 
 
@@ -47,7 +47,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         int32 [rows, ceil(count·bits/32)]; the bits after the last code are 0.
     """
     rows, count = codes.shape
-    # Flat, because "contiguous" tensors with an axis of length 1 may have strides that bar reinterpreting.
+    # Flat, because "contiguous" tensors with an axis of length 1 may have strides that forbid such a view.
     stream = F.pad(codes, (0, -count % 32)).reshape(-1)
     if bits != 8:
         integer, shifts, masks = _STEPS[bits]
@@ -89,7 +89,7 @@ def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
 
 
 def pack_gptq_zeros(zeros: torch.Tensor, bits: int, version: int) -> torch.Tensor:
-    """GPTQ ``qzeros``.
+    """Pack zero points as the ``qzeros`` of GPTQ.
 
     Args:
         zeros: uint8 [out, groups], each below 2^bits.
@@ -100,8 +100,8 @@ def pack_gptq_zeros(zeros: torch.Tensor, bits: int, version: int) -> torch.Tenso
         int32 [groups, out·bits/32].
 
     Raises:
-        ValueError: a zero point of 0 in version 1. It has no z − 1; old writers let the borrow run through
-            the other zero points of the word, which no reader can undo.
+        ValueError: a zero point is 0 in version 1. There is no z − 1 for it; old writers let the borrow run
+            through the other zero points of the word, which no reader can undo.
     """
     if version == 1:
         if bool((zeros == 0).any()):
@@ -113,8 +113,9 @@ def pack_gptq_zeros(zeros: torch.Tensor, bits: int, version: int) -> torch.Tenso
 def unpack_gptq_zeros(qzeros: torch.Tensor, bits: int, count: int, version: int) -> torch.Tensor:
     """The inverse of `pack_gptq_zeros`.
 
-    Version 1 is undone as GPTQModel, its maintained writer, does it: field by field at 3 bits, and with word
-    arithmetic otherwise, so that zero points of 0 come back from files it wrote (a borrow is met by a carry).
+    Version 1 is read like GPTQModel, its maintained writer, reads it: field by field at 3 bits, and otherwise
+    with arithmetic on whole words, where a carry undoes each borrow. So zero points of 0 come back from files
+    that GPTQModel wrote.
 
     Returns:
         uint8 [count, groups].
@@ -128,7 +129,7 @@ def unpack_gptq_zeros(qzeros: torch.Tensor, bits: int, count: int, version: int)
 
 
 def pack_signs(signs: torch.Tensor) -> torch.Tensor:
-    """One bit a sign along the last axis, the most significant bit first.
+    """Pack signs along the last axis, one bit each, the most significant bit first.
 
     Args:
         signs: bool [..., count], True for +1.
@@ -151,14 +152,14 @@ def unpack_signs(packed: torch.Tensor, count: int) -> torch.Tensor:
     Returns:
         float32 [..., count], +1 or −1.
     """
-    # A table of all bytes: one look-up for eight signs.
+    # One look-up in a table of all bytes gives eight signs.
     table = _signs_of_bytes(packed.device).index_select(0, packed.reshape(-1).int())
     return table.view(*packed.shape[:-1], -1)[..., :count]
 
 
 @cache
 def _signs_of_bytes(device: torch.device) -> torch.Tensor:
-    """float32 [256, 8]: the signs in every byte."""
+    """The signs in every byte, float32 [256, 8]."""
     numbers = torch.arange(256, device=device)[:, None]
     places = torch.arange(7, -1, -1, device=device)
     return ((numbers >> places) & 1).float() * 2 - 1

@@ -6,19 +6,18 @@ import torch
 from torch import nn
 
 from compress.kernels.layers.linear import PackedLinear
-from compress.kernels.reference.ops import dequantize
 
 
 class PackedEmbedding(nn.Module):
-    """``nn.Embedding`` over a packed table, for inference: only the rows asked for are dequantized.
+    """``nn.Embedding`` over a packed table, for inference: only the rows of the given tokens are dequantized.
 
-    The table is a `PackedLinear` without use for its bias, so a head that is tied to the embedding can be the
-    very same module, and both move together.
+    The table is a `PackedLinear` whose bias is not used. So a head that is tied to the embedding can be the
+    same module, and moving either to a device moves both.
 
     Args:
         table: [num_embeddings, embedding_dim].
-        dtype: of the output; it follows the module when that is moved to another one.
-        embed_scale: what the output is multiplied with, a number in a tensor (Gemma); None: nothing.
+        dtype: of the output. It changes when the module is cast to another dtype.
+        embed_scale: a number in a tensor that the output is multiplied by (Gemma), or None.
     """
 
     embed_scale: torch.Tensor | None
@@ -34,7 +33,7 @@ class PackedEmbedding(nn.Module):
         self.table = table
         self.register_buffer("embed_scale", embed_scale, persistent=False)
         like = torch.empty(0, dtype=dtype, device=table.packed.device)
-        self.register_buffer("like", like, persistent=False)  # of no size: it remembers the dtype
+        self.register_buffer("like", like, persistent=False)  # empty: it only remembers the dtype
 
     @property
     def num_embeddings(self) -> int:
@@ -46,8 +45,6 @@ class PackedEmbedding(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Token ids [...] -> their rows [..., embedding_dim], dequantized in float32 and then rounded."""
-        table, ids = self.table, input.reshape(-1)
-        zeros = None if table.zeros is None else table.zeros[ids]
-        rows = dequantize(table.packed[ids], table.scales[ids], zeros, table.bits, table.in_features)
-        rows = rows.to(self.like.dtype).view(*input.shape, table.in_features)
+        rows = self.table.dequantize_rows(input.reshape(-1))
+        rows = rows.to(self.like.dtype).view(*input.shape, self.embedding_dim)
         return rows if self.embed_scale is None else rows * self.embed_scale.to(rows.dtype)

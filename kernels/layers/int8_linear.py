@@ -1,93 +1,78 @@
-"""A linear layer of LLM.int8(): 8-bit weights and inputs, but for input channels with outliers."""
+"""A linear layer of LLM.int8(): weights and inputs of 8 bits, except for input channels with outliers."""
 
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from compress.kernels.codes.int8 import LARGEST, Int8Weight
-from compress.kernels.reference.ops import BLOCK
+from compress.kernels.layers.base import LowBitLinear
 
 SCALE = 1 / LARGEST**2
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(LowBitLinear):
     """``nn.Linear`` over an int8 weight of bitsandbytes, for inference.
 
-    As in the library, inputs are rounded to float16 before anything else, and outliers are looked for in all
-    tokens of a call at once. Row maxima are held in float32, in a buffer of bytes, so that moving the module
-    to another dtype leaves them as they are. Buffers are not part of the state dict.
+    As in the library, inputs are first rounded to float16, and a channel holds outliers if it does so in any
+    token of the call. Row maxima are float32 numbers held as bytes, so that casting the module to another
+    dtype leaves them as they are.
 
-    bitsandbytes 0.50 multiplies by 6.200124e-05 on a CPU where this divides by 127^2: its outputs are larger
-    by 2e-5 of their size. That is enough to round some inputs of the linears after it to the next number.
+    On a CPU, bitsandbytes 0.50 multiplies by 6.200124e-05 where this divides by 127², so its outputs are
+    larger by a relative 2e-5. That is enough to round some inputs of later linears to the next number.
     """
 
     codes: torch.Tensor
     absmax: torch.Tensor
-    bias: torch.Tensor | None
 
     def __init__(self, weight: Int8Weight, bias: torch.Tensor | None = None) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
+        out, width = weight.shape
+        super().__init__(width, out, bias)
         self.threshold = weight.threshold
         self.register_buffer("codes", weight.codes.contiguous(), persistent=False)
         self.register_buffer("absmax", weight.absmax.contiguous().view(torch.uint8), persistent=False)
-        self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
 
     def quantized(self, rows: slice = slice(None)) -> Int8Weight:
         """The weight, or some rows of it."""
         return Int8Weight(self.codes[rows], self.absmax.view(torch.float32)[rows], self.threshold)
 
+    def dequantize_rows(self, rows: slice) -> torch.Tensor:
+        return self.quantized(rows).dequantize()
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[..., in] -> [..., out] in the dtype of ``input``; a few rows of the weight are used at a time."""
+        """[..., in] -> [..., out] in the dtype of ``input``; a few rows of the weight are used at once."""
         tokens = input.reshape(-1, self.in_features)
         codes, absmax, outliers = quantize_inputs(tokens, self.threshold)
         kept = tokens[:, outliers]
-        rows = max(1, BLOCK // self.in_features) if input.device.type == "cpu" else self.out_features
         result = input.new_empty((len(tokens), self.out_features))
-        for start in range(0, self.out_features, rows):
-            part = slice(start, start + rows)
-            weight = self.quantized(part)
-            # Sums of whole numbers: exact in float32 below 2^24, whatever the order.
+        for rows in self.row_slices(input.device):
+            weight = self.quantized(rows)
+            # Sums of whole numbers below 2^24 are exact in float32, whatever their order.
             product = codes @ weight.codes.float().T
             product *= absmax[:, None] * (weight.absmax * SCALE)
             if self.bias is not None:
-                product += self.bias[part]
+                product += self.bias[rows]
             output = product.to(input.dtype)
             if len(outliers):
                 columns = Int8Weight(weight.codes[:, outliers], weight.absmax, self.threshold)
                 output = torch.addmm(output, kept, columns.dequantize().to(input.dtype).T)
-            result[:, part] = output
+            result[:, rows] = output
         return result.view(*input.shape[:-1], self.out_features)
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes that codes and row maxima take in memory."""
-        return self.codes.nbytes + self.absmax.nbytes
-
-    @property
-    def kernel(self) -> str:
-        """The backend that runs this layer."""
-        return "reference"
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, threshold={self.threshold}, "
-            f"bias={self.bias is not None}"
-        )
+    def details(self) -> dict[str, object]:
+        return {"threshold": self.threshold}
 
 
 def quantize_inputs(
     tokens: torch.Tensor, threshold: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Vector-wise quantization of inputs [tokens, in], rounded to float16, without columns of outliers.
+    """Quantize every token of the inputs [tokens, in], rounded to float16, without channels of outliers.
 
-    Values from ``threshold`` on do not count in a token's maximum; smaller ones of the same column do, as in
-    the library.
+    An outlier is a value of at least ``threshold``; 0 means that there are none. It does not count in the
+    maximum of its token, but smaller values of the same channel do, as in the library.
 
     Returns:
-        Codes, whole numbers from -127 to 127 in float32 [tokens, in], 0 in the columns of outliers; the
-        maxima, float32 [tokens]; and the numbers of the columns.
+        Codes, whole numbers from −127 to 127 in float32 [tokens, in], which are 0 in channels of outliers;
+        the maxima, float32 [tokens]; and the numbers of the channels of outliers, int64 [outliers].
     """
     values = tokens.to(torch.float16).float()
     large = values.abs() >= threshold if threshold else torch.zeros_like(values, dtype=torch.bool)

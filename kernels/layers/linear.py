@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Self
 
 import torch
-from torch import nn
 
 from compress.kernels.codes.integer import CHANNEL, QuantizedWeight, number_of_groups
 from compress.kernels.codes.minmax import fake_quantize
 from compress.kernels.codes.packing import pack, packed_width, unpack
-from compress.kernels.ops import kernel_name, packed_linear
+from compress.kernels.layers.base import LowBitLinear, restore_dtypes
+from compress.kernels.ops import backend_of, packed_linear
+from compress.kernels.reference.ops import dequantize
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(LowBitLinear):
     """``nn.Linear`` over a packed weight, for inference.
 
-    It is created empty, on the meta device unless another is given, and filled with `fill`. Its buffers are
-    not part of the state dict: checkpoint formats have names and layouts of their own. The scales keep the
-    dtype they were stored with when the module is moved to another dtype, because rounding them again would
-    change the weight.
+    It is created empty, on the meta device unless another is given, and filled with `fill`. The scales keep
+    the dtype they were stored with when the module is cast to another dtype, because rounding them again
+    would change the weight.
 
     Args:
         in_features, out_features: as in ``nn.Linear``.
         bits: 2, 3, 4 or 8.
-        group_size: values in a group along the input axis; −1: a whole row.
-        symmetric: zero points are 2^(bits−1) and not stored.
-        bias: whether there is one.
+        group_size: values in a group along the input axis; −1 for a whole row.
+        symmetric: all zero points are 2^(bits−1) and not stored.
+        bias: whether the layer has one.
         scale_dtype: of the scales.
         dtype: of the bias.
 
@@ -37,7 +38,6 @@ class PackedLinear(nn.Module):
     packed: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None
-    bias: torch.Tensor | None
 
     def __init__(
         self,
@@ -52,22 +52,20 @@ class PackedLinear(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "meta",
     ) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        super().__init__(in_features, out_features, empty((out_features,), dtype) if bias else None)
         self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
-        groups = number_of_groups(in_features, group_size, "PackedLinear")
-
-        def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype, there: bool = True) -> None:
-            empty = torch.empty(shape, dtype=dtype, device=device) if there else None
-            self.register_buffer(name, empty, persistent=False)
-
-        buffer("packed", (out_features, packed_width(in_features, bits)), torch.int32)
-        buffer("scales", (out_features, groups), scale_dtype)
-        buffer("zeros", (out_features, groups), torch.uint8, there=not symmetric)
-        buffer("bias", (out_features,), dtype, there=bias)
+        per_group = (out_features, number_of_groups(in_features, group_size, "PackedLinear"))
+        packed = empty((out_features, packed_width(in_features, bits)), torch.int32)
+        zeros = None if symmetric else empty(per_group, torch.uint8)
+        self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("scales", empty(per_group, scale_dtype), persistent=False)
+        self.register_buffer("zeros", zeros, persistent=False)
 
     @classmethod
-    def from_quantized(cls, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> PackedLinear:
+    def from_quantized(cls, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> Self:
         """A filled layer, on the device of ``weight``."""
         out, width = weight.shape
         layer = cls(
@@ -83,7 +81,11 @@ class PackedLinear(nn.Module):
         return layer
 
     def fill(self, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> None:
-        """Take over a weight and a bias [out] of the shape and kind the layer was made for."""
+        """Take over a weight and a bias [out].
+
+        Raises:
+            ValueError: the layer was made for another shape or another kind of weight.
+        """
         mine = (self.out_features, self.in_features, self.bits, self.group_size, self.symmetric)
         given = (*weight.shape, weight.bits, weight.group_size, weight.symmetric)
         if mine != given or (bias is None) != (self.bias is None):
@@ -101,42 +103,39 @@ class PackedLinear(nn.Module):
         codes = unpack(self.packed, self.bits, self.in_features).contiguous()
         return QuantizedWeight(codes, self.scales, zeros, self.bits, self.group_size, self.symmetric)
 
+    def dequantize_rows(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        """Some rows of the weight, given as a slice or by their numbers: float32 [rows, in]."""
+        zeros = None if self.zeros is None else self.zeros[rows]
+        return dequantize(self.packed[rows], self.scales[rows], zeros, self.bits, self.in_features)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., in] -> [..., out] in the dtype of ``input``, by the operator."""
         return packed_linear(
             input, self.packed, self.scales, self.zeros, self.bias, self.bits, self.group_size
         )
 
     @property
-    def weight_bytes(self) -> int:
-        """Bytes that codes, scales and zero points take in memory."""
-        return sum(part.nbytes for part in (self.packed, self.scales, self.zeros) if part is not None)
-
-    @property
     def kernel(self) -> str:
         """The backend that runs this layer where it is."""
-        return kernel_name(self.packed.device, self.bits)
+        return backend_of(self.packed.device, self.bits)
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
-        scales = self.scales
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        before = {"scales": self.scales}
         super()._apply(fn, recurse)
-        if self.scales.dtype != scales.dtype:
-            self.scales = scales.to(self.scales.device)
+        restore_dtypes(self, before)
         return self
 
-    def extra_repr(self) -> str:
-        group = "channel" if self.group_size == CHANNEL else self.group_size
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
-            f"group_size={group}, symmetric={self.symmetric}, bias={self.bias is not None}"
-        )
+    def details(self) -> dict[str, object]:
+        group_size = "channel" if self.group_size == CHANNEL else self.group_size
+        return {"bits": self.bits, "group_size": group_size, "symmetric": self.symmetric}
 
 
 class TokenQuantizedLinear(PackedLinear):
-    """A packed linear whose input is quantized, too: ``activation_bits`` bits, one scale a token, made anew
-    at every call (see `compress.kernels.codes.minmax`).
+    """A packed linear that also quantizes its input: to ``activation_bits`` bits, with one scale per token
+    that is chosen anew at every call (see `compress.kernels.codes.minmax`).
 
-    For 8 bits, compressed-tensors 0.20 takes max|x| / 127.5 as the scale where this takes max|x| / 127, as in
-    LLM-QAT's training; so logits in stock transformers differ, by about what 8 bits lose.
+    At 8 bits, compressed-tensors 0.20 takes the scale max|x| / 127.5, while this takes max|x| / 127, as in
+    the training of LLM-QAT. So logits in stock transformers differ, by about as much as 8 bits lose.
     """
 
     activation_bits: int
@@ -144,5 +143,5 @@ class TokenQuantizedLinear(PackedLinear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return super().forward(fake_quantize(input, self.activation_bits))
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, activation_bits={self.activation_bits}"
+    def details(self) -> dict[str, object]:
+        return {**super().details(), "activation_bits": self.activation_bits}

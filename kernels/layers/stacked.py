@@ -1,51 +1,50 @@
-"""Linear layers whose weight is a stack of small blocks, of which any number from the bottom makes a weight.
+"""Linear layers whose weight is a stack of blocks: any number of them from the bottom up makes a weight.
 
-Blocks are held apart, each in its own memory, so that a layer can be given more of them, or let the last ones
-go, while the model runs.
+Each block has memory of its own, so that a running model can be given more blocks, or lose the last ones.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from functools import reduce
+from typing import Self, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from compress.kernels.codes.packing import unpack_signs
-from compress.kernels.reference.ops import BLOCK
+from compress.kernels.layers.base import LowBitLinear, restore_dtypes
 
 
-class Block(nn.Module):
-    """The tensors of one block, by the name of the part. They keep their dtypes when the module is moved to
-    another one, because rounding them again would change the weight, and are not part of the state dict."""
+class StackBlock(nn.Module):
+    """One block of a stack: its tensors, by the names of its parts.
+
+    They keep their dtypes when the module is cast to another dtype, because rounding them again would change
+    the weight. They are not part of the state dict.
+    """
 
     def __init__(self, parts: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
         for name, tensor in parts.items():
             self.register_buffer(name, tensor, persistent=False)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory."""
-        return sum(part.nbytes for part in self.buffers())
+    def part(self, name: str) -> torch.Tensor:
+        """The tensor of that name."""
+        return self.get_buffer(name)
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Block:
-        before = dict(self._buffers)
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        before = dict(self.named_buffers())
         super()._apply(fn, recurse)
-        for name, part in before.items():
-            if self._buffers[name].dtype != part.dtype:
-                self._buffers[name] = part.to(self._buffers[name].device)
+        restore_dtypes(self, before)
         return self
 
 
-class StackedLinear(nn.Module, ABC):
+class StackedLinear(LowBitLinear):
     """``nn.Linear`` whose weight is the sum of some blocks, for inference.
 
-    A forward pass over T tokens makes the dense weight a few rows at a time and never holds all of it: it
-    reads the bytes of its blocks once, and costs 2 · T · out · in FLOPs besides what each block does.
+    A forward pass over T tokens dequantizes a few rows of the weight at once and never holds all of it dense.
+    It reads the bytes of the blocks once, and costs 2 · T · out · in FLOPs besides what each block costs.
 
     Args:
         in_features, out_features: as in ``nn.Linear``.
@@ -56,17 +55,15 @@ class StackedLinear(nn.Module, ABC):
         stored: the name of the linear in the checkpoint its blocks come from.
     """
 
-    kernel: ClassVar[str] = "reference"
-    """The backend that runs it."""
-    bias: torch.Tensor | None
-
     def __init__(
-        self, in_features: int, out_features: int, blocks: Sequence[Block], bias: torch.Tensor | None = None
+        self,
+        in_features: int,
+        out_features: int,
+        blocks: Sequence[StackBlock],
+        bias: torch.Tensor | None = None,
     ) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        super().__init__(in_features, out_features, bias)
         self.blocks = nn.ModuleList(blocks)
-        self.register_buffer("bias", bias, persistent=False)
         self.stored = ""
 
     @staticmethod
@@ -75,61 +72,43 @@ class StackedLinear(nn.Module, ABC):
         """The names of the tensors of block ``index``."""
 
     @abstractmethod
-    def rows(self, part: slice, blocks: slice = slice(None)) -> torch.Tensor:
-        """Rows of the sum of some consecutive blocks, float32 [rows, in]."""
+    def dequantize_rows(self, rows: slice, blocks: slice = slice(None)) -> torch.Tensor:
+        """Some rows of the sum of some consecutive blocks (of all by default): float32 [rows, in]."""
 
     def dense(self, blocks: slice = slice(None)) -> torch.Tensor:
-        """The sum of some consecutive blocks, of all if not said: float32 [out, in]."""
-        return torch.cat([self.rows(part, blocks) for part in self._row_slices()])
+        """The sum of some consecutive blocks (of all by default): float32 [out, in]."""
+        slices = self.row_slices(self.stack()[0].part("signs").device)
+        return torch.cat([self.dequantize_rows(rows, blocks) for rows in slices])
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        result = input.new_empty((*input.shape[:-1], self.out_features))
-        for part in self._row_slices():
-            bias = None if self.bias is None else self.bias[part].to(input.dtype)
-            result[..., part] = F.linear(input, self.rows(part).to(input.dtype), bias)
-        return result
-
-    def _row_slices(self) -> list[slice]:
-        on_cpu = self.blocks[0].signs.device.type == "cpu"
-        step = max(1, BLOCK // self.in_features) if on_cpu else self.out_features
-        return [slice(start, start + step) for start in range(0, self.out_features, step)]
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes that the blocks take in memory."""
-        return sum(block.nbytes for block in self.blocks)
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        )
+    def stack(self) -> list[StackBlock]:
+        """The blocks from the bottom up."""
+        return cast("list[StackBlock]", list(self.blocks))
 
 
 class FactorStack(StackedLinear):
-    """Ŵ = Σ_i S_i ⊙ (a_i b_i): BitStack's blocks (see `compress.quantization.bitstack`).
+    """Ŵ = Σ_i S_i ⊙ (a_i b_i): the blocks of BitStack (see `compress.quantization.bitstack`).
 
-    Parts of a block: ``signs`` uint8 [out, ceil(in/8)] (S), ``left`` float16 [out, k] (a) and ``right``
-    float16 [k, in] (b). Each costs (2k + 2) · out · in FLOPs in a forward pass.
+    The parts of a block are ``signs`` uint8 [out, ceil(in/8)] (S), ``left`` float16 [out, k] (a) and
+    ``right`` float16 [k, in] (b). Each block costs (2k + 2) · out · in FLOPs in a forward pass.
     """
 
     @staticmethod
     def parts(index: int) -> tuple[str, ...]:
         return ("signs", "left", "right")
 
-    def rows(self, part: slice, blocks: slice = slice(None)) -> torch.Tensor:
-        total = None
-        for block in self.blocks[blocks]:
-            product = block.left[part].float() @ block.right.float()
-            product.mul_(unpack_signs(block.signs[part], self.in_features))
-            total = product if total is None else total.add_(product)
-        return total
+    def dequantize_rows(self, rows: slice, blocks: slice = slice(None)) -> torch.Tensor:
+        return reduce(torch.Tensor.add_, (self._product(block, rows) for block in self.stack()[blocks]))
+
+    def _product(self, block: StackBlock, rows: slice) -> torch.Tensor:
+        product = block.part("left")[rows].float() @ block.part("right").float()
+        return product.mul_(unpack_signs(block.part("signs")[rows], self.in_features))
 
 
 class PlaneStack(StackedLinear):
     """Ŵ = s ⊙ Σ_j 2^-j S_j: nested codes (see `compress.quantization.nested`).
 
-    Parts of the first block: ``signs`` uint8 [2, out, ceil(in/8)] (S_0 and S_1) and ``scales`` float16
-    [out, groups] (s); of each other one: ``signs`` uint8 [out, ceil(in/8)] (S_j). Each plane costs
+    The parts of the first block are ``signs`` uint8 [2, out, ceil(in/8)] (S_0 and S_1) and ``scales`` float16
+    [out, groups] (s). Every other block has only ``signs`` uint8 [out, ceil(in/8)] (S_j). Each plane costs
     2 · out · in FLOPs in a forward pass.
     """
 
@@ -137,20 +116,23 @@ class PlaneStack(StackedLinear):
     def parts(index: int) -> tuple[str, ...]:
         return ("signs",) if index else ("signs", "scales")
 
-    def rows(self, part: slice, blocks: slice = slice(None)) -> torch.Tensor:
-        scales = spread(self.blocks[0].scales[part].float(), self.in_features)
+    def dequantize_rows(self, rows: slice, blocks: slice = slice(None)) -> torch.Tensor:
+        stack = self.stack()
+        scales = spread(stack[0].part("scales")[rows].float(), self.in_features)
         total = torch.zeros_like(scales)
-        for index in range(len(self.blocks))[blocks]:
-            signs = self.blocks[index].signs
+        for index in range(len(stack))[blocks]:
+            signs = stack[index].part("signs")
             if index == 0:
-                major, minor = unpack_signs(signs[:, part], self.in_features)
+                major, minor = unpack_signs(signs[:, rows], self.in_features)
                 total.add_(major).add_(minor, alpha=0.5)
             else:
-                total.add_(unpack_signs(signs[part], self.in_features), alpha=2.0 ** -(index + 1))
+                total.add_(unpack_signs(signs[rows], self.in_features), alpha=2.0 ** -(index + 1))
         return total.mul_(scales)
 
 
 def spread(scales: torch.Tensor, width: int) -> torch.Tensor:
-    """The scale of each weight, [out, width], from those of groups, [out, groups], of which all but the last
-    are ceil(width / groups) wide."""
+    """The scale of each weight [out, width] from those of the groups [out, groups].
+
+    All groups but the last are ceil(width / groups) wide.
+    """
     return scales.repeat_interleave(-(-width // scales.shape[1]), 1)[:, :width]

@@ -1,14 +1,57 @@
-"""The operators in plain torch, for every device: what all other backends are tested against."""
+"""The operators in plain torch, for every device. All other backends are tested against them."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 
 from compress.kernels.codes.packing import unpack
 
-BLOCK = 1 << 18
-"""Weights dequantized at a time: 1 MiB in float32, which stays in a CPU's second-level cache."""
+WEIGHTS_AT_ONCE = 1 << 18
+"""Weights that are dequantized at once on a CPU: 1 MiB in float32, which stays in its second-level cache."""
+
+
+def row_slices(out: int, width: int, device: torch.device, multiple: int = 1) -> Iterator[slice]:
+    """Cut a weight [out, width] into rows that are dequantized together: a few on a CPU, else all.
+
+    Args:
+        out, width: the shape of the weight.
+        device: where it is dequantized.
+        multiple: every slice but the last has a multiple of so many rows.
+    """
+    step = max(multiple, WEIGHTS_AT_ONCE // width // multiple * multiple) if device.type == "cpu" else out
+    for start in range(0, out, step):
+        yield slice(start, min(start + step, out))
+
+
+def linear_by_rows(
+    input: torch.Tensor,
+    out: int,
+    dequantize_rows: Callable[[slice], torch.Tensor],
+    bias: torch.Tensor | None,
+    multiple: int = 1,
+) -> torch.Tensor:
+    """x Ŵᵀ + bias without a dense copy of Ŵ: a few rows of it are dequantized and multiplied at once.
+
+    The dequantized rows are rounded to the dtype of ``input``, which is what stock loaders compute with.
+
+    Args:
+        input: [..., in], floating point.
+        out: rows of the weight.
+        dequantize_rows: gives some rows of the weight, float32 [rows, in].
+        bias: [out], or None.
+        multiple: as in `row_slices`.
+
+    Returns:
+        [..., out] in the dtype of ``input``.
+    """
+    result = input.new_empty((*input.shape[:-1], out))
+    for rows in row_slices(out, input.shape[-1], input.device, multiple):
+        weight = dequantize_rows(rows).to(input.dtype)
+        result[..., rows] = F.linear(input, weight, None if bias is None else bias[rows].to(input.dtype))
+    return result
 
 
 def dequantize(
@@ -30,15 +73,10 @@ def packed_linear(
     bits: int,
     group_size: int,
 ) -> torch.Tensor:
-    """Dequantize in float32, round to the dtype of ``input``, multiply: what stock loaders compute.
+    """Arguments and result as `compress.kernels.ops.packed_linear`."""
 
-    A few output rows are dequantized at a time, so there is never a dense copy of the weight.
-    """
-    width, out = input.shape[-1], packed.shape[0]
-    rows = max(1, BLOCK // width) if input.device.type == "cpu" else out
-    result = input.new_empty((*input.shape[:-1], out))
-    for start in range(0, out, rows):
-        part = slice(start, start + rows)
-        weight = dequantize(packed[part], scales[part], None if zeros is None else zeros[part], bits, width)
-        result[..., part] = F.linear(input, weight.to(input.dtype), None if bias is None else bias[part])
-    return result
+    def dequantize_rows(rows: slice) -> torch.Tensor:
+        some = None if zeros is None else zeros[rows]
+        return dequantize(packed[rows], scales[rows], some, bits, input.shape[-1])
+
+    return linear_by_rows(input, packed.shape[0], dequantize_rows, bias)

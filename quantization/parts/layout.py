@@ -20,7 +20,7 @@ from compress.errors import BadInput
 from compress.kernels.codes.integer import CHANNEL
 from compress.method import MethodOptions
 from compress.storage.formats.base import Format
-from compress.storage.formats.compressed_tensors import CompressedTensors
+from compress.storage.formats.compressed_tensors import CompressedTensorsFormat
 from compress.storage.formats.table import FORMATS
 
 Bits = Literal[2, 3, 4, 8]
@@ -108,7 +108,8 @@ def plan_layout(shape: ModelShape, options: WeightOptions, activation_bits: int 
     inside = formats
     if activation_bits is not None:
         inside = {
-            width: CompressedTensors(width, size, options.symmetric, activation_bits) for width in formats
+            width: CompressedTensorsFormat(width, size, options.symmetric, activation_bits)
+            for width in formats
         }
     anatomy = shape.anatomy
     packs_head = anatomy.head in around or (anatomy.tied and around)

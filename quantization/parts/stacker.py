@@ -12,12 +12,12 @@ from pydantic import Field, PositiveInt
 from compress.engine.shape import ModelShape
 from compress.errors import BadInput
 from compress.kernels.codes.integer import CHANNEL
-from compress.kernels.layers.stacked import Block
+from compress.kernels.layers.stacked import StackBlock
 from compress.method import MethodOptions, StepReport
 from compress.quantization.parts.layout import Bits, around_bits, linears_outside, matches
 from compress.quantization.parts.packer import round_by_rows
 from compress.storage.draft import Draft
-from compress.storage.formats.compressed_tensors import CompressedTensors
+from compress.storage.formats.compressed_tensors import CompressedTensorsFormat
 from compress.storage.formats.stacks import StackFormat, sizes
 
 
@@ -72,18 +72,20 @@ def plan_stacked(shape: ModelShape, options: StackOptions, form: StackFormat) ->
         info = shape.tensors[f"{name}.weight"]
         added |= packed.tensor_infos(name, info.shape, info.dtype)
     config = dict(shape.config)
-    outside = CompressedTensors.describe(around, around) if around else None
+    outside = CompressedTensorsFormat.describe(around, around) if around else None
     config["quantization_config"] = form.quantization_config(
         modules, [name for name in linears if name in skipped], outside
     )
     return shape.derive(config, remove=[f"{name}.weight" for name in [*modules, *around, *copies]], add=added)
 
 
-def _around(shape: ModelShape, options: StackOptions) -> tuple[dict[str, CompressedTensors], list[str]]:
+def _around(shape: ModelShape, options: StackOptions) -> tuple[dict[str, CompressedTensorsFormat], list[str]]:
     """The format of the head and the token embedding if they are to be packed, with a scale for each row; and
     copies of a shared table, which go away."""
     bits, copies = around_bits(shape, options.lm_head_bits, options.embedding_bits)
-    return {name: CompressedTensors(width, CHANNEL, symmetric=True) for name, width in bits.items()}, copies
+    return {
+        name: CompressedTensorsFormat(width, CHANNEL, symmetric=True) for name, width in bits.items()
+    }, copies
 
 
 class Stacker:
@@ -177,7 +179,7 @@ def residual_norms(
 ) -> torch.Tensor:
     """Squared norms of ``dense`` [out, in] and of what each block leaves of it: float64 [blocks + 1]."""
     out, width = dense.shape
-    stack = form.linear(width, out, [Block(parts) for parts in blocks])
+    stack = form.linear(width, out, [StackBlock(parts) for parts in blocks])
     left = dense.float().clone()
     norms = [left.double().square().sum()]
     for index in range(len(blocks)):

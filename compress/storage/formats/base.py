@@ -1,72 +1,94 @@
-"""Checkpoint formats of packed weights: names, layouts, config.json, and who can load them.
+"""Formats: how a checkpoint stores linears in few bits.
 
-A format turns a `QuantizedWeight` into named tensors and back, bit for bit, and knows their dtypes and
-shapes without data, so that a plan and a run cannot disagree.
+A format does three things. It turns a low-bit weight into named tensors and back, bit for bit. It knows the
+dtypes and shapes of these tensors without having data, so that a plan and a run cannot disagree. And it
+writes and reads the ``quantization_config`` entry of config.json, which declares it.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 
 from compress.errors import BadInput
 from compress.kernels.codes.integer import QuantizedWeight
 from compress.kernels.codes.packing import BITS
+from compress.kernels.codes.weight import LowBitWeight
 from compress.storage.tensors import TensorInfo
 
 Get = Callable[[str], torch.Tensor]
+"""Gives the tensor of a full name."""
+
+Weight = TypeVar("Weight", bound=LowBitWeight)
 
 
-class Format(ABC):
-    """How quantized linears of one bit width, group size and symmetry are stored.
+class Format(ABC, Generic[Weight]):
+    """How linears of one bit width, group size and symmetry are stored.
+
+    Two formats are equal if they are of the same class and have the same settings.
 
     Args:
         bits: 2, 3, 4 or 8.
-        group_size: values in a group along the input axis; −1: a whole row.
-        symmetric: zero points are 2^(bits−1) and need not be stored.
+        group_size: values in a group along the input axis; −1 for a whole row.
+        symmetric: all zero points are 2^(bits−1) and need not be stored.
+
+    Raises:
+        BadInput: another number of bits.
     """
 
-    activation_bits: int | None = None
-    """Of the inputs of linears, which are then quantized per token; None leaves them as they are."""
-
     name: ClassVar[str]
+    """The format's ``quant_method`` in config.json."""
+
     marker: ClassVar[str]
     """The tensor that every linear stored in this format has: ``{linear}.{marker}``."""
 
+    activation_bits: int | None = None
+    """Bits of the inputs of linears if these are quantized per token, else None."""
+
     def __init__(self, bits: int, group_size: int, symmetric: bool) -> None:
         if bits not in BITS:
-            raise BadInput(f"Weights of {bits} bits are not supported; there are 2, 3, 4 and 8.")
+            raise BadInput(f"Weights of {bits} bits are not supported; use 2, 3, 4 or 8.")
         self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
 
     @abstractmethod
     def scale_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
-        """The dtype scales are stored with, for a weight stored as ``weight_dtype``."""
+        """The dtype in which the scales of a weight of dtype ``weight_dtype`` are stored."""
 
     @abstractmethod
-    def tensors(self, name: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
-        """What the checkpoint holds in place of ``{name}.weight``: full tensor names -> tensors."""
-
-    @abstractmethod
-    def tensor_infos(self, name: str, shape: tuple[int, int], weight_dtype: str) -> dict[str, TensorInfo]:
-        """The names, dtypes and shapes of `tensors`, for a linear of ``shape`` (out, in).
+    def tensors(self, name: str, weight: Weight) -> dict[str, torch.Tensor]:
+        """What the checkpoint holds in place of ``{name}.weight``: full names -> tensors.
 
         Raises:
-            BadInput: a linear of this shape cannot be stored.
+            ValueError: the weight is not of this format's kind, which is a programming error.
+            BadInput: a weight of this shape cannot be stored.
         """
 
     @abstractmethod
-    def read(self, name: str, get: Get) -> QuantizedWeight:
+    def tensor_infos(self, name: str, shape: tuple[int, int], weight_dtype: str) -> dict[str, TensorInfo]:
+        """The dtypes and shapes of `tensors` for a linear of ``shape`` (out, in).
+
+        Args:
+            name: full name of the linear.
+            shape: (out, in).
+            weight_dtype: of the original weight, in the spelling of safetensors such as ``BF16``.
+
+        Raises:
+            BadInput: a weight of this shape cannot be stored.
+        """
+
+    @abstractmethod
+    def read(self, name: str, get: Get) -> Weight:
         """The inverse of `tensors`.
 
         Args:
-            name: of the linear, such as ``model.layers.0.mlp.up_proj``.
+            name: full name of the linear, such as ``model.layers.0.mlp.up_proj``.
             get: gives the tensor of a full name.
 
         Raises:
-            BadInput: the tensors do not fit together, or use a feature that is not read here.
+            BadInput: the tensors do not fit together, or use a feature that is not supported.
         """
 
     @classmethod
@@ -82,18 +104,29 @@ class Format(ABC):
 
         Args:
             linears: full name -> format of the packed linears inside the layers.
-            around: the same of the head and the token embedding.
-            skipped: linears inside the layers that stay as they are.
-            outside: linears outside the layers (the head, input and output projections) that do.
+            around: full name -> format of the head and the token embedding, where they are packed.
+            skipped: linears inside the layers that are not packed.
+            outside: linears outside the layers (the head, input and output projections) that are not packed.
 
         Raises:
-            BadInput: this format cannot hold such a mixture.
+            BadInput: this format cannot declare such a mixture.
+        """
+
+    @classmethod
+    @abstractmethod
+    def groups_of(cls, config: Mapping[str, Any]) -> list[tuple[list[str], Self]]:
+        """What a ``quantization_config`` of this kind declares: lists of targets and the format of each.
+
+        Targets are explained in `compress.storage.formats.table.Formats.of`.
+
+        Raises:
+            BadInput: it uses a feature that is not supported.
         """
 
     def quantization_config(
         self, quantized: Sequence[str], skipped: Sequence[str] = (), outside: Sequence[str] = ()
     ) -> dict[str, Any]:
-        """`describe`, where all linears ``quantized`` are stored in this format."""
+        """The result of `describe` if all linears ``quantized`` are stored in this format."""
         return self.describe(dict.fromkeys(quantized, self), {}, skipped, outside)
 
     def __eq__(self, other: object) -> bool:
@@ -102,17 +135,16 @@ class Format(ABC):
     def __hash__(self) -> int:
         return hash((type(self), *vars(self).values()))
 
-    @classmethod
-    @abstractmethod
-    def groups_of(cls, config: Mapping[str, Any]) -> list[tuple[list[str], Format]]:
-        """What a ``quantization_config`` of this kind declares: targets (see `Formats.of`) and their format.
 
-        Raises:
-            BadInput: it uses a feature that is not read here.
-        """
+class IntegerFormat(Format[QuantizedWeight]):
+    """A format of integer codes with scales and zero points."""
 
     def check(self, weight: QuantizedWeight) -> None:
-        """Raises ValueError for a weight of another kind than this format's: a programming error."""
+        """Make sure that a weight is of this format's kind.
+
+        Raises:
+            ValueError: it is not.
+        """
         mine = (self.bits, self.group_size, self.symmetric)
         given = (weight.bits, weight.group_size, weight.symmetric)
         if mine != given:
@@ -122,6 +154,10 @@ class Format(ABC):
 
 
 def expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
-    """Raises BadInput if a stored tensor has another shape."""
+    """Make sure that a stored tensor has the right shape.
+
+    Raises:
+        BadInput: it has another one.
+    """
     if tuple(tensor.shape) != shape:
         raise BadInput(f"The tensor '{name}' has shape {tuple(tensor.shape)} where {shape} was expected.")

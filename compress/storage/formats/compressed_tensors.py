@@ -1,4 +1,4 @@
-"""The format of the compressed-tensors library."""
+"""The format of the compressed-tensors library for integer codes."""
 
 from __future__ import annotations
 
@@ -11,18 +11,23 @@ import torch
 from compress.errors import BadInput
 from compress.kernels.codes.integer import CHANNEL, QuantizedWeight, number_of_groups
 from compress.kernels.codes.packing import pack, packed_width, unpack
-from compress.storage.formats.base import Format, Get, expect
+from compress.storage.formats.base import Get, IntegerFormat, expect
 from compress.storage.tensors import TensorInfo
 
 DYNAMIC_TOKENS = {"type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-"""What compressed-tensors calls inputs that are quantized with one scale a token, made anew at every call."""
+"""How config.json declares inputs that are quantized with one scale per token, chosen anew at every call."""
 
 
-class CompressedTensors(Format):
+class CompressedTensorsFormat(IntegerFormat):
     """``pack-quantized`` of the compressed-tensors library (llm-compressor, vLLM, transformers).
 
-    ``weight_packed`` int32 [out, ceil(in·b/32)], ``weight_scale`` [out, groups] in the dtype of the weight,
-    ``weight_shape`` int64 [2], and if asymmetric ``weight_zero_point`` int32 [ceil(out·b/32), groups].
+    The tensors of a linear are ``weight_packed`` int32 [out, ceil(in·b/32)], ``weight_scale`` [out, groups]
+    in the dtype of the weight, ``weight_shape`` int64 [2], and if asymmetric ``weight_zero_point`` int32
+    [ceil(out·b/32), groups].
+
+    Args:
+        bits, group_size, symmetric: as in `Format`.
+        activation_bits: of the inputs, with one scale per token; None leaves them as they are.
     """
 
     name = "compressed-tensors"
@@ -35,7 +40,7 @@ class CompressedTensors(Format):
         self.activation_bits = activation_bits
 
     def scale_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
-        # Loaders keep scales in the dtype of the model, so any other would be rounded on loading.
+        # Loaders keep scales in the dtype of the model, so another dtype would be rounded on loading.
         return weight_dtype if weight_dtype in (torch.float16, torch.bfloat16) else torch.float32
 
     def tensors(self, name: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
@@ -87,7 +92,7 @@ class CompressedTensors(Format):
         skipped: Sequence[str] = (),
         outside: Sequence[str] = (),
     ) -> dict[str, Any]:
-        # The most frequent format is everybody's who is not named in another group or ignored.
+        # The most frequent format targets all linears. Those in another format are named in its group.
         forms = [form for form, _ in Counter(linears.values()).most_common()]
         targets: dict[Self, list[str]] = {form: [] for form in [*forms, *around.values()]}
         targets[forms[0]].append("Linear")
@@ -95,8 +100,8 @@ class CompressedTensors(Format):
             if form != forms[0] or name in around:
                 targets[form].append(name)
         groups = [form._group(names) for form, names in targets.items()]
-        config = {
-            "quant_method": "compressed-tensors",
+        config: dict[str, Any] = {
+            "quant_method": cls.name,
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
@@ -104,9 +109,9 @@ class CompressedTensors(Format):
             "kv_cache_scheme": None,
         }
         if len(groups) == 1 and (around or not forms[0].symmetric):
-            # Otherwise transformers 5.24 with compressed-tensors 0.20 expects zero points of the unpacked
-            # shape and refuses these, and trips over packed embeddings. It then decodes everything by the
-            # first group, so this must not be set where there are several.
+            # Without this, transformers 5.24 with compressed-tensors 0.20 refuses packed zero points, because
+            # it expects their unpacked shape, and fails on packed embeddings. With it, everything is decoded
+            # by the first group, so it must not be set if there are several.
             config["dequantize"] = True
         return config
 
@@ -120,7 +125,7 @@ class CompressedTensors(Format):
             "group_size": None if channel else self.group_size,
             "dynamic": False,
         }
-        group = {
+        group: dict[str, Any] = {
             "targets": targets,
             "weights": weights,
             "input_activations": None,
@@ -128,26 +133,26 @@ class CompressedTensors(Format):
         }
         if self.activation_bits is not None:
             group["input_activations"] = {"num_bits": self.activation_bits, **DYNAMIC_TOKENS}
-            # Once more here: unless told, the library packs no weight whose inputs are quantized.
+            # The format has to be repeated here, or the library packs no weight whose inputs are quantized.
             group["format"] = "pack-quantized"
         return group
 
     @classmethod
-    def groups_of(cls, config: Mapping[str, Any]) -> list[tuple[list[str], CompressedTensors]]:
+    def groups_of(cls, config: Mapping[str, Any]) -> list[tuple[list[str], Self]]:
         groups = list((config.get("config_groups") or {}).values())
         if config.get("format") != "pack-quantized" or not groups:
             raise BadInput(
-                f"Of compressed-tensors checkpoints only 'pack-quantized' can be read; this one is "
-                f"'{config.get('format')}'."
+                f"Compressed-tensors checkpoints in the format '{config.get('format')}' cannot be read; "
+                "'pack-quantized' can."
             )
         return [(list(group.get("targets") or []), cls._from_group(group)) for group in groups]
 
     @classmethod
-    def _from_group(cls, group: Mapping[str, Any]) -> CompressedTensors:
+    def _from_group(cls, group: Mapping[str, Any]) -> Self:
         weights = group.get("weights") or {}
         strategy = weights.get("strategy")
         if weights.get("type", "int") != "int" or strategy not in ("group", "channel"):
-            raise BadInput(f"Compressed-tensors weights of strategy '{strategy}' cannot be read here.")
+            raise BadInput(f"Compressed-tensors weights of strategy '{strategy}' cannot be read.")
         inputs = group.get("input_activations")
         dynamic = not inputs or (
             all(inputs.get(key) == value for key, value in DYNAMIC_TOKENS.items())
@@ -155,8 +160,8 @@ class CompressedTensors(Format):
         )
         if not dynamic or group.get("output_activations"):
             raise BadInput(
-                "Of compressed-tensors checkpoints with quantized activations only those can be read here "
-                "whose inputs are whole numbers of 2 to 8 bits, symmetric, dynamic, per token."
+                "Compressed-tensors checkpoints with quantized activations can be read only if these are "
+                "the inputs of linears: integers of 2 to 8 bits, symmetric, dynamic and per token."
             )
         size = CHANNEL if strategy == "channel" else weights["group_size"]
         symmetric = weights.get("symmetric", True)

@@ -11,16 +11,20 @@ import torch
 from compress.errors import BadInput
 from compress.kernels.codes.integer import QuantizedWeight, number_of_groups
 from compress.kernels.codes.packing import pack, pack_gptq_zeros, packed_width, unpack, unpack_gptq_zeros
-from compress.storage.formats.base import Format, Get, expect
+from compress.storage.formats.base import Get, IntegerFormat, expect
 from compress.storage.tensors import TensorInfo
 
 
-class GPTQFormat(Format):
-    """The GPTQ layout (AutoGPTQ, GPTQModel, optimum): for 2, 3, 4 and 8 bits.
+class GPTQFormat(IntegerFormat):
+    """The GPTQ layout (AutoGPTQ, GPTQModel, optimum) for 2, 3, 4 and 8 bits.
 
-    ``qweight`` int32 [in·b/32, out], ``qzeros`` int32 [groups, out·b/32], ``scales`` float16 [groups, out],
-    ``g_idx`` int32 [in]. Version 1 stores zero points minus one and is what every loader reads; it cannot
-    hold a zero point of 0, so asymmetric weights are written as version 2 (``gptq_v2``).
+    The tensors of a linear are ``qweight`` int32 [in·b/32, out], ``qzeros`` int32 [groups, out·b/32],
+    ``scales`` float16 [groups, out] and ``g_idx`` int32 [in].
+
+    Args:
+        bits, group_size, symmetric: as in `Format`.
+        version: 1 stores zero points minus one and is read by all loaders, but cannot hold a zero point of 0;
+            2 stores zero points (``gptq_v2``). None takes 1 for symmetric weights, else 2.
     """
 
     name = "gptq"
@@ -61,7 +65,7 @@ class GPTQFormat(Format):
         expect(f"{name}.scales", scales, (groups, out))
         expect(f"{name}.qzeros", qzeros, (groups, packed_width(out, self.bits)))
         if not torch.equal(get(f"{name}.g_idx").to(torch.int32), self._group_index(width, name)):
-            raise BadInput(f"'{name}' is stored in activation order (desc_act), which cannot be read here.")
+            raise BadInput(f"'{name}' is stored in activation order (desc_act), which cannot be read.")
         codes = unpack(qweight.t(), self.bits, width).contiguous()
         zeros = unpack_gptq_zeros(qzeros, self.bits, out, self.version)
         return QuantizedWeight(
@@ -79,9 +83,9 @@ class GPTQFormat(Format):
         form, *others = dict.fromkeys(linears.values())
         if others or around:
             what = "several bit widths" if others else "a packed head or embedding"
-            raise BadInput(f"The format gptq is not written with {what}; use the format compressed-tensors.")
+            raise BadInput(f"The format gptq cannot store {what}; use the format compressed-tensors.")
         config: dict[str, Any] = {
-            "quant_method": "gptq",
+            "quant_method": cls.name,
             "bits": form.bits,
             "group_size": form.group_size,
             "sym": form.symmetric,
@@ -91,18 +95,19 @@ class GPTQFormat(Format):
             "lm_head": False,
         }
         if skipped:
-            # GPTQModel and vLLM read the first, optimum (transformers) the second: names by their ends.
+            # GPTQModel and vLLM read the first entry. Optimum (transformers) reads the second, and compares
+            # only the ends of names.
             config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in skipped}
             config["modules_in_block_to_quantize"] = [list(linears)]
         return config
 
     @classmethod
-    def groups_of(cls, config: Mapping[str, Any]) -> list[tuple[list[str], GPTQFormat]]:
+    def groups_of(cls, config: Mapping[str, Any]) -> list[tuple[list[str], Self]]:
         layout = config.get("checkpoint_format", "gptq")
         if layout not in ("gptq", "gptq_v2"):
-            raise BadInput(f"GPTQ checkpoints in the layout '{layout}' cannot be read here.")
+            raise BadInput(f"GPTQ checkpoints in the layout '{layout}' cannot be read.")
         if any(not pattern.startswith("-:") for pattern in config.get("dynamic") or {}):
-            raise BadInput("GPTQ checkpoints of several bit widths cannot be read here.")
+            raise BadInput("GPTQ checkpoints of several bit widths cannot be read.")
         form = cls(
             config["bits"],
             config.get("group_size", 128),

@@ -1,9 +1,9 @@
-"""How LLM.int8() weights are stored: as transformers saves what bitsandbytes has made."""
+"""The format of LLM.int8() weights: what transformers saves after bitsandbytes has quantized a model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -14,11 +14,14 @@ from compress.storage.formats.base import Format, Get, expect
 from compress.storage.tensors import TensorInfo
 
 
-class Int8Format(Format):
-    """What transformers saves of a model loaded with ``BitsAndBytesConfig(load_in_8bit=True)``.
+class Int8Format(Format[Int8Weight]):
+    """What transformers saves for a model loaded with ``BitsAndBytesConfig(load_in_8bit=True)``.
 
-    ``weight`` int8 [out, in]; ``SCB`` float32 [out], the largest magnitude of each row; ``weight_format``
-    uint8 [], 0 for codes row after row. The threshold is in config.json.
+    The tensors of a linear are ``weight`` int8 [out, in]; ``SCB`` float32 [out], the largest magnitude of
+    each row; and ``weight_format`` uint8 [], 0 for codes row after row. The threshold is in config.json.
+
+    Args:
+        threshold: inputs of at least this magnitude are not rounded; 0 rounds all inputs.
     """
 
     name = "bitsandbytes"
@@ -51,20 +54,20 @@ class Int8Format(Format):
             raise BadInput(f"The tensor '{name}.weight' is {codes.dtype} where int8 [out, in] was expected.")
         expect(f"{name}.SCB", absmax, (len(codes),))
         if int(get(f"{name}.weight_format")) != 0:
-            raise BadInput(f"The codes of '{name}' are laid out for one kind of GPU and cannot be read here.")
+            raise BadInput(f"The codes of '{name}' are laid out for one kind of GPU and cannot be read.")
         return Int8Weight(codes, absmax.float(), self.threshold)
 
     @classmethod
     def describe(
         cls,
-        linears: Mapping[str, Int8Format],
-        around: Mapping[str, Int8Format],
+        linears: Mapping[str, Self],
+        around: Mapping[str, Self],
         skipped: Sequence[str] = (),
         outside: Sequence[str] = (),
     ) -> dict[str, Any]:
         form = next(iter(linears.values()))
         return {
-            "quant_method": "bitsandbytes",
+            "quant_method": cls.name,
             "load_in_8bit": True,
             "load_in_4bit": False,
             "llm_int8_threshold": form.threshold,
@@ -74,7 +77,7 @@ class Int8Format(Format):
         }
 
     @classmethod
-    def groups_of(cls, config: Mapping[str, Any]) -> list[tuple[list[str], Format]]:
+    def groups_of(cls, config: Mapping[str, Any]) -> list[tuple[list[str], Self]]:
         if config.get("llm_int8_has_fp16_weight"):
-            raise BadInput("Of bitsandbytes' 8-bit checkpoints only those with int8 weights can be read.")
+            raise BadInput("8-bit checkpoints of bitsandbytes can be read only if their weights are int8.")
         return [(["Linear"], cls(float(config.get("llm_int8_threshold", 6.0))))]

@@ -1,46 +1,94 @@
-"""Which other programs load what is written here."""
+"""Which other programs can load what is written here."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from compress.storage.formats.compressed_tensors import CompressedTensors
+from compress.storage.formats.compressed_tensors import CompressedTensorsFormat
+from compress.storage.formats.nf4 import NF4Format
 from compress.storage.formats.table import Formats
 
 
-def loaders(
+@dataclass(frozen=True)
+class LoadsWith:
+    """Which programs besides compress-model can load a model; ``str()`` gives it as a sentence.
+
+    Attributes:
+        transformers: whether stock transformers can.
+        packages: what is needed besides transformers, or what loads the model without transformers. Empty
+            without transformers: compress-model only.
+        where: the machines on which that works, if not on all.
+        trust_remote_code: whether the model brings modelling code with it.
+        adapter: whether peft is needed for an adapter.
+        key_value_bits: bits of the keys and values, which are quantized in compress-model only; or None.
+    """
+
+    transformers: bool = True
+    packages: tuple[str, ...] = ()
+    where: str = ""
+    trust_remote_code: bool = False
+    adapter: bool = False
+    key_value_bits: int | None = None
+
+    @property
+    def compress_model_only(self) -> bool:
+        """Whether no other program can load the model."""
+        return not self.transformers and not self.packages
+
+    def __str__(self) -> str:
+        if self.compress_model_only:
+            return "compress-model only"
+        programs = [" and ".join(self.packages)] if self.packages else []
+        sentence = " with ".join(["transformers", *programs] if self.transformers else programs)
+        if self.where:
+            sentence += f" {self.where}"
+        if self.trust_remote_code:
+            sentence += " (trust_remote_code=True)"
+        if self.adapter:
+            sentence += ", and peft for the adapter"
+        if self.key_value_bits is not None:
+            sentence += f" ({self.key_value_bits}-bit keys and values with compress-model only)"
+        return sentence
+
+
+COMPRESS_MODEL_ONLY = LoadsWith(transformers=False)
+
+
+def loads_with(
     quantization_config: Mapping[str, Any],
     conv1d: bool = False,
     packed_embedding: bool = False,
     linears: Iterable[tuple[int, int]] = (),
-) -> str:
-    """Who besides compress-model can load a model with this ``quantization_config``, for plans and cards.
+) -> LoadsWith:
+    """Which programs besides compress-model can load weights with this ``quantization_config``.
 
-    Tried with transformers 5.24, compressed-tensors 0.20, bitsandbytes 0.50, gptqmodel 7.6 and optimum 2.3.
-    Nothing is said about programs that were not tried.
+    This was tried with transformers 5.24, compressed-tensors 0.20, bitsandbytes 0.50, gptqmodel 7.6 and
+    optimum 2.3. Programs that were not tried are not named.
 
     Args:
-        quantization_config: of config.json.
-        conv1d: whether the quantized linears are ``Conv1D`` modules in transformers (GPT-2), which it
-            replaces by packed ones of bitsandbytes only.
+        quantization_config: of config.json, of any format but stacks.
+        conv1d: whether the quantized linears are ``Conv1D`` modules in transformers (GPT-2). Transformers
+            replaces these by packed ones of bitsandbytes only.
         packed_embedding: whether the token embedding is packed.
         linears: (out_features, in_features) of those inside the layers.
     """
-    form, *others = (form for _, form in Formats(quantization_config).groups)
-    if form.name == CompressedTensors.name:
-        # Of what is not plain symmetric linears, transformers decodes all by one group's settings.
-        plain = not packed_embedding and all(each.symmetric for each in (form, *others))
-        stock = not conv1d and (plain or not others)
-        return "transformers with compressed-tensors" if stock else "compress-model only"
-    if form.name == "bitsandbytes":
-        # With AVX-512 it takes scales of NF4 from wrong blocks where these go on from row to row, and its
-        # kernel for bfloat16 stops there, as it does without whole blocks of 32 rows.
-        whole = all(rows % 32 == 0 and columns % 64 == 0 for rows, columns in linears)
-        where = "" if form.bits == 8 or whole else " (not on CPUs with AVX-512)"
-        return f"transformers with bitsandbytes{where}"
+    first, *others = (form for _, form in Formats(quantization_config).groups)
+    if first.name == CompressedTensorsFormat.name:
+        # Transformers decodes everything by the settings of one group, except plain symmetric linears.
+        plain = not packed_embedding and all(form.symmetric for form in (first, *others))
+        if conv1d or (others and not plain):
+            return COMPRESS_MODEL_ONLY
+        return LoadsWith(packages=("compressed-tensors",))
+    if first.name == NF4Format.name:
+        # If blocks of NF4 run on from row to row, bitsandbytes takes scales from wrong blocks on CPUs with
+        # AVX-512. Its kernel for bfloat16 fails there, and also without whole blocks of 32 rows.
+        whole = all(out % 32 == 0 and width % 64 == 0 for out, width in linears)
+        where = "" if first.bits == 8 or whole else "(not on CPUs with AVX-512)"
+        return LoadsWith(packages=("bitsandbytes",), where=where)
     if conv1d:
-        return "gptqmodel"
-    # GPTQModel's 4-bit kernel for CPUs takes groups of 32 to 256 only.
-    where = " on a GPU" if form.bits == 4 and form.group_size not in (32, 64, 128, 256) else ""
-    return f"transformers with optimum and gptqmodel{where}"
+        return LoadsWith(transformers=False, packages=("gptqmodel",))
+    # The 4-bit kernel of GPTQModel for CPUs takes groups of 32 to 256 only.
+    where = "on a GPU" if first.bits == 4 and first.group_size not in (32, 64, 128, 256) else ""
+    return LoadsWith(packages=("optimum", "gptqmodel"), where=where)

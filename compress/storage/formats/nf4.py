@@ -1,45 +1,59 @@
-"""How NF4 weights are stored: as transformers saves what bitsandbytes has made."""
+"""The format of NF4 weights: what transformers saves after bitsandbytes has quantized a model."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from compress.errors import BadInput
-from compress.kernels.codes.nf4 import BLOCK, NESTED_BLOCK, NF4Weight, pack_high_first, unpack_high_first
+from compress.kernels.codes.nf4 import (
+    BLOCK_SIZE,
+    NESTED_BLOCK_SIZE,
+    NF4Weight,
+    pack_high_first,
+    unpack_high_first,
+)
 from compress.storage.formats.base import Format, Get, expect
 from compress.storage.tensors import DTYPES, TensorInfo
 
 STATE = "weight.quant_state.bitsandbytes__nf4"
+"""The tensor that holds the remaining settings of a linear as JSON."""
 
 
-class NF4Format(Format):
-    """What transformers saves of a model loaded with ``BitsAndBytesConfig(load_in_4bit=True)``.
+class NF4Format(Format[NF4Weight]):
+    """What transformers saves for a model loaded with ``BitsAndBytesConfig(load_in_4bit=True)``.
 
-    ``weight`` uint8 [ceil(out·in / 2), 1]; ``weight.absmax``; ``weight.quant_map`` float32 [16]; with
-    double quantization ``weight.nested_absmax`` and ``weight.nested_quant_map``; and the rest as JSON in
-    bytes, filled up with spaces, so that their number does not depend on the weights.
+    The tensors of a linear are ``weight`` uint8 [ceil(out·in / 2), 1]; ``weight.absmax`` [ceil(out·in / 64)],
+    float32, or uint8 with double quantization; ``weight.quant_map`` float32 [16]; with double quantization
+    ``weight.nested_absmax`` float32 and ``weight.nested_quant_map`` float32 [256]; and the remaining settings
+    as the bytes of a JSON document. With double quantization these are filled up with spaces, so that their
+    number does not depend on the weights.
+
+    Args:
+        double_quant: whether the scales are quantized as well.
+        compute_dtype: what bitsandbytes multiplies in, such as ``bfloat16``.
     """
 
     name = "bitsandbytes"
     marker = "weight.quant_map"
 
     def __init__(self, double_quant: bool, compute_dtype: str) -> None:
-        super().__init__(4, BLOCK, symmetric=False)
+        super().__init__(4, BLOCK_SIZE, symmetric=False)
         self.double_quant, self.compute_dtype = double_quant, compute_dtype
 
     def scale_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
         return torch.float32
 
     def _state(self, shape: tuple[int, int], dtype: torch.dtype, mean: float) -> bytes:
-        state = {"quant_type": "nf4", "blocksize": BLOCK}
+        """The content of `STATE`."""
+        state = {"quant_type": "nf4", "blocksize": BLOCK_SIZE}
         state |= {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape)}
         if not self.double_quant:
             return json.dumps(state).encode()
-        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": 0.0}
+        state |= {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32", "nested_offset": 0.0}
         room = len(json.dumps(state)) + 32
         return json.dumps(state | {"nested_offset": mean}).encode().ljust(room)
 
@@ -51,16 +65,15 @@ class NF4Format(Format):
         }
         mean = 0.0
         if weight.nested is not None:
-            found[f"{name}.weight.nested_absmax"], found[f"{name}.weight.nested_quant_map"], mean = (
-                weight.nested
-            )
-            mean = mean.item()
+            scales, levels, offset = weight.nested
+            found |= {f"{name}.weight.nested_absmax": scales, f"{name}.weight.nested_quant_map": levels}
+            mean = offset.item()
         state = self._state(weight.shape, weight.dtype, mean)
         return found | {f"{name}.{STATE}": torch.frombuffer(bytearray(state), dtype=torch.uint8)}
 
     def tensor_infos(self, name: str, shape: tuple[int, int], weight_dtype: str) -> dict[str, TensorInfo]:
         count = shape[0] * shape[1]
-        blocks = -(-count // BLOCK)
+        blocks = -(-count // BLOCK_SIZE)
         state = self._state(shape, DTYPES[weight_dtype], 0.0)
         infos = {
             f"{name}.weight": TensorInfo("U8", (-(-count // 2), 1)),
@@ -69,7 +82,7 @@ class NF4Format(Format):
             f"{name}.{STATE}": TensorInfo("U8", (len(state),)),
         }
         if self.double_quant:
-            infos[f"{name}.weight.nested_absmax"] = TensorInfo("F32", (-(-blocks // NESTED_BLOCK),))
+            infos[f"{name}.weight.nested_absmax"] = TensorInfo("F32", (-(-blocks // NESTED_BLOCK_SIZE),))
             infos[f"{name}.weight.nested_quant_map"] = TensorInfo("F32", (256,))
         return infos
 
@@ -77,16 +90,18 @@ class NF4Format(Format):
         try:
             state = json.loads(bytes(get(f"{name}.{STATE}").tolist()))
             shape, dtype = tuple(state["shape"]), getattr(torch, state["dtype"])
-            sizes = (state["blocksize"], state.get("nested_blocksize", NESTED_BLOCK))
+            sizes = (state["blocksize"], state.get("nested_blocksize", NESTED_BLOCK_SIZE))
             mean = state.get("nested_offset")
         except (ValueError, KeyError, AttributeError):
-            raise BadInput(f"The tensor '{name}.{STATE}' is not bitsandbytes' description.") from None
-        if sizes != (BLOCK, NESTED_BLOCK):
-            raise BadInput(f"'{name}' has NF4 blocks of {sizes[0]} weights; only {BLOCK} can be read here.")
+            raise BadInput(
+                f"The tensor '{name}.{STATE}' is not a quantization state of bitsandbytes."
+            ) from None
+        if sizes != (BLOCK_SIZE, NESTED_BLOCK_SIZE):
+            raise BadInput(f"'{name}' has NF4 blocks of {sizes[0]} weights; only {BLOCK_SIZE} can be read.")
         packed, absmax = get(f"{name}.weight"), get(f"{name}.weight.absmax")
         count = shape[0] * shape[1]
         expect(f"{name}.weight", packed, (-(-count // 2), 1))
-        expect(f"{name}.weight.absmax", absmax, (-(-count // BLOCK),))
+        expect(f"{name}.weight.absmax", absmax, (-(-count // BLOCK_SIZE),))
         nested = None
         if absmax.dtype == torch.uint8:
             nested = (
@@ -100,14 +115,14 @@ class NF4Format(Format):
     @classmethod
     def describe(
         cls,
-        linears: Mapping[str, NF4Format],
-        around: Mapping[str, NF4Format],
+        linears: Mapping[str, Self],
+        around: Mapping[str, Self],
         skipped: Sequence[str] = (),
         outside: Sequence[str] = (),
     ) -> dict[str, Any]:
         form = next(iter(linears.values()))
         return {
-            "quant_method": "bitsandbytes",
+            "quant_method": cls.name,
             "load_in_4bit": True,
             "load_in_8bit": False,
             "bnb_4bit_quant_type": "nf4",
@@ -118,10 +133,10 @@ class NF4Format(Format):
         }
 
     @classmethod
-    def groups_of(cls, config: Mapping[str, Any]) -> list[tuple[list[str], Format]]:
+    def groups_of(cls, config: Mapping[str, Any]) -> list[tuple[list[str], Self]]:
         if not config.get("load_in_4bit") or config.get("bnb_4bit_quant_type") != "nf4":
-            raise BadInput("Of bitsandbytes checkpoints only NF4 and LLM.int8() can be read.")
+            raise BadInput("Checkpoints of bitsandbytes can be read only if they are NF4 or LLM.int8().")
         if config.get("bnb_4bit_quant_storage", "uint8") != "uint8":
-            raise BadInput("Of bitsandbytes checkpoints only those stored as uint8 can be read.")
+            raise BadInput("4-bit checkpoints of bitsandbytes can be read only if they are stored as uint8.")
         double = bool(config.get("bnb_4bit_use_double_quant"))
         return [(["Linear"], cls(double, config.get("bnb_4bit_compute_dtype", "float32")))]

@@ -1,12 +1,13 @@
-"""Models of which any size can be loaded: every linear is a stack of blocks, and one order for all of them.
+"""Models that can be loaded at any size: each linear is a stack of blocks, and one order for all of them.
 
-The first block of every linear is always there. After that each step of the order adds the next block of one
-linear, so every prefix of the order is a model, and the largest one that fits into the memory there is gets
-loaded. The files hold the blocks in this order, so that reading a prefix touches nothing behind it.
+The first block of every linear is always loaded. After that, each step of the order adds the next block of
+one linear. So every prefix of the order is a model, and the largest one that fits into memory is loaded. The
+files hold the blocks in this order, so that loading a prefix reads nothing behind it.
 
-In config.json ``quantization_config`` holds ``modules``, the names of the linears, ``order``, the index of
-one of them for every step, and ``outside``, how the head and the embedding are packed if they are. Block i of
-a linear is stored as ``{linear}.{part}_{i}`` for each part that `compress.kernels.layers.stacked` says.
+In config.json, ``quantization_config`` holds ``modules``, the names of the linears; ``order``, the index of
+one of them for every step; and ``outside``, the entry of their format if the head or the embedding are
+packed. Block i of a linear is stored as ``{linear}.{part}_{i}`` for each of the parts that its class in
+`compress.kernels.layers.stacked` names.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 
 from compress.errors import BadInput
 from compress.kernels.codes.integer import CHANNEL
-from compress.kernels.layers.stacked import Block, FactorStack, PlaneStack, StackedLinear
+from compress.kernels.layers.stacked import FactorStack, PlaneStack, StackBlock, StackedLinear
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.tensors import CASTABLE, TensorInfo
 
@@ -30,20 +31,26 @@ class StackFormat(ABC):
     """How stacks of one kind are stored."""
 
     name: ClassVar[str]
+    """The format's ``quant_method`` in config.json."""
+
     linear: ClassVar[type[StackedLinear]]
+    """The layer that computes with the blocks."""
+
     marker: ClassVar[str] = "signs_0"
     """The tensor that every stacked linear has: ``{linear}.{marker}``."""
+
     arguments: ClassVar[tuple[str, ...]]
-    """Of the constructor, which config.json holds."""
+    """The arguments of the constructor, which config.json holds as well."""
+
     blocks: int
-    """Of every linear."""
+    """The number of blocks of every linear."""
 
     @abstractmethod
     def infos(self, index: int, shape: tuple[int, int]) -> dict[str, TensorInfo]:
         """Dtypes and shapes of the parts of block ``index`` of a linear of ``shape`` (out, in)."""
 
     def tensor_infos(self, name: str, shape: tuple[int, int]) -> dict[str, TensorInfo]:
-        """Full names, dtypes and shapes of all blocks of a linear."""
+        """Full names, dtypes and shapes of the tensors of all blocks of a linear of ``shape`` (out, in)."""
         return {
             f"{name}.{part}_{index}": info
             for index in range(self.blocks)
@@ -54,23 +61,25 @@ class StackFormat(ABC):
         """Full names of the tensors of one block."""
         return [f"{name}.{part}_{index}" for part in self.linear.parts(index)]
 
-    def read(self, name: str, checkpoint: Checkpoint, start: int = 0, stop: int | None = None) -> list[Block]:
-        """Blocks ``start`` to ``stop`` of a linear, as far as the checkpoint has them."""
+    def read(
+        self, name: str, checkpoint: Checkpoint, start: int = 0, stop: int | None = None
+    ) -> list[StackBlock]:
+        """The blocks from ``start`` up to ``stop`` (None for all) of a linear, if the checkpoint has them."""
         stop = self.blocks if stop is None else stop
         there = [index for index in range(start, stop) if self.names(name, index)[0] in checkpoint]
         tensors = checkpoint.read_many(key for index in there for key in self.names(name, index))
         return [
-            Block({part: tensors[f"{name}.{part}_{index}"] for part in self.linear.parts(index)})
+            StackBlock({part: tensors[f"{name}.{part}_{index}"] for part in self.linear.parts(index)})
             for index in there
         ]
 
     def module(
         self, name: str, shape: tuple[int, int], checkpoint: Checkpoint, bias: torch.Tensor | None
     ) -> StackedLinear:
-        """The linear of ``shape`` (out, in) with all the blocks that the checkpoint has.
+        """The linear ``name`` of ``shape`` (out, in) with all blocks that the checkpoint has.
 
         Raises:
-            BadInput: a tensor has another shape than this format stores for such a linear.
+            BadInput: a tensor has another dtype or shape than this format stores for such a linear.
         """
         for key, info in self.tensor_infos(name, shape).items():
             if key in checkpoint and checkpoint.tensors[key] != info:
@@ -88,8 +97,8 @@ class StackFormat(ABC):
 
         Args:
             modules: full names of the linears in blocks.
-            kept: linears inside the layers that stay as they are.
-            outside: of the head and the embedding if they are packed, the entry of their format.
+            kept: linears inside the layers that are not changed.
+            outside: the entry of their format if the head or the embedding are packed.
         """
         return {
             "quant_method": self.name,
@@ -102,15 +111,19 @@ class StackFormat(ABC):
 
     @classmethod
     def find(cls, config: Mapping[str, Any] | None) -> StackFormat | None:
-        """`from_config`, or None where a ``quantization_config`` is missing or declares something else."""
+        """The format that a ``quantization_config`` declares; None if there is none or it is not of a stack.
+
+        Raises:
+            BadInput: as `from_config`.
+        """
         return cls.from_config(config) if config and config.get("quant_method") in STACKS else None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> StackFormat:
-        """The format that a ``quantization_config`` declares.
+        """The format that a ``quantization_config`` of a stack declares.
 
         Raises:
-            BadInput: it is not one of a stack.
+            BadInput: its entries are missing or damaged.
         """
         kind = STACKS[config["quant_method"]]
         modules, order = config.get("modules"), config.get("order")
@@ -129,11 +142,11 @@ class StackFormat(ABC):
 
 
 class BitStackFormat(StackFormat):
-    """Signs, and a low-rank factorisation of the absolute value.
+    """Each block holds signs and a low-rank factorisation of the absolute values.
 
     Args:
-        blocks: of every linear.
-        rank: of the factors; less where a dimension of the linear is less.
+        blocks: the number of blocks of every linear.
+        rank: of the factors; lower where a dimension of the linear is lower.
     """
 
     name = "bitstack"
@@ -154,12 +167,12 @@ class BitStackFormat(StackFormat):
 
 
 class NestedFormat(StackFormat):
-    """The bits of one code, the two leading ones in the first block and each other one in a block of its own.
+    """The blocks hold the bits of one code: the first has the two leading bits, each other one the next bit.
 
     Args:
-        bits: of all planes together.
-        group_size: values that share a scale along the input axis, at most; −1: a whole row. Where it does
-            not divide the width, as in pruned models, all groups but the last are a little smaller.
+        bits: of the whole code.
+        group_size: the most values along the input axis that share a scale; −1 for a whole row. Where it does
+            not divide the width, as in pruned models, groups are a little smaller, and the last one more so.
     """
 
     name = "nested"
@@ -180,30 +193,31 @@ class NestedFormat(StackFormat):
 
 
 STACKS: dict[str, type[StackFormat]] = {form.name: form for form in (BitStackFormat, NestedFormat)}
+"""``quant_method`` -> the format of stacks."""
 
 
 def stack_of(checkpoint: Checkpoint) -> StackFormat:
-    """The format of a model that is stored in blocks.
+    """The format of a model that is stored in stacks of blocks.
 
     Raises:
-        BadInput: the model is not.
+        BadInput: the model is not stored so.
     """
     form = StackFormat.find(checkpoint.config.get("quantization_config"))
     if form is None:
         raise BadInput(
-            f"The model in '{checkpoint.folder}' has one size only; memory can be chosen for models made "
-            f"with {' or '.join(STACKS)}."
+            f"The model in '{checkpoint.folder}' has one size only; the memory can be chosen only for models "
+            f"made with {' or '.join(STACKS)}."
         )
     return form
 
 
 def sizes(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> list[int]:
-    """Bytes of the model without any step of its order, and after each one.
+    """Bytes of the model before the first step of its order and after each step.
 
     Args:
         checkpoint: with all blocks, or a prefix.
-        dtype: that floating-point tensors outside the stacks are loaded in, scales of packed ones apart;
-            None: as they are stored.
+        dtype: of the floating-point tensors outside the stacks once they are loaded, except the scales of
+            packed ones, which keep theirs; None for the dtypes they are stored with.
     """
     form = stack_of(checkpoint)
     config = checkpoint.config["quantization_config"]
@@ -229,7 +243,7 @@ def sizes(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> list[int]
 
 
 def steps_within(checkpoint: Checkpoint, memory: int | None, dtype: torch.dtype | None = None) -> int:
-    """The most steps of the order with which the whole model takes at most ``memory`` bytes (None: all).
+    """The largest number of steps with which the model takes at most ``memory`` bytes; None for all steps.
 
     Raises:
         BadInput: not even the first blocks fit.
@@ -246,14 +260,14 @@ def steps_within(checkpoint: Checkpoint, memory: int | None, dtype: torch.dtype 
 
 
 def counts_after(checkpoint: Checkpoint, steps: int) -> dict[str, int]:
-    """Full name of every linear -> its blocks after some steps of the order."""
+    """Full name of every linear -> the number of its blocks after some steps of the order."""
     config = checkpoint.config["quantization_config"]
     counts = Counter(config["order"][:steps])
     return {name: 1 + counts[index] for index, name in enumerate(config["modules"])}
 
 
 def prefix(checkpoint: Checkpoint, steps: int) -> Checkpoint:
-    """The model after some steps of its order: the same files, with the blocks behind them left out."""
+    """The model after some steps of its order: it has the same files, without the blocks of later steps."""
     config = checkpoint.config["quantization_config"]
     if steps == len(config["order"]):
         return checkpoint
@@ -264,7 +278,7 @@ def prefix(checkpoint: Checkpoint, steps: int) -> Checkpoint:
 
 
 def with_blocks(checkpoint: Checkpoint, config: dict[str, Any], counts: Mapping[str, int]) -> Checkpoint:
-    """A checkpoint in which some linears have only so many of their blocks (name -> number)."""
+    """The same checkpoint with another config, in which some linears (name -> number) have fewer blocks."""
     form = StackFormat.from_config(config["quantization_config"])
     dropped = {
         key

@@ -1,4 +1,4 @@
-"""All formats, and which one a config.json declares."""
+"""All formats, and which of them a config.json declares."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from compress.errors import BadInput
-from compress.storage.formats.base import Format
-from compress.storage.formats.compressed_tensors import CompressedTensors
+from compress.storage.formats.base import Format, IntegerFormat
+from compress.storage.formats.compressed_tensors import CompressedTensorsFormat
+from compress.storage.formats.floating import NAMES, FloatFormat
 from compress.storage.formats.gptq import GPTQFormat
+from compress.storage.formats.llm_int8 import Int8Format
+from compress.storage.formats.nf4 import NF4Format
 from compress.storage.formats.stacks import STACKS
 
-FORMATS: dict[str, type[CompressedTensors] | type[GPTQFormat]] = {
-    CompressedTensors.name: CompressedTensors,
-    GPTQFormat.name: GPTQFormat,
-}
+FORMATS: dict[str, type[IntegerFormat]] = {form.name: form for form in (CompressedTensorsFormat, GPTQFormat)}
+"""The formats of integer codes, which users choose among."""
 
 
 class Formats:
-    """The formats of a model's packed modules, as the ``quantization_config`` of its config.json declares.
+    """The formats of a model's packed modules, which the ``quantization_config`` of its config.json declares.
 
     Attributes:
         marker: the tensor that every packed module has: ``{module}.{marker}``.
-        groups: targets and their format, see `of`.
-        bits: the bit widths there are, in ascending order.
+        groups: lists of targets, which `of` explains, and the format of each.
+        bits: the bit widths that occur, in ascending order.
 
     Raises:
-        BadInput: a quantization that cannot be read here.
+        BadInput: a quantization that cannot be read.
     """
 
     def __init__(self, quantization_config: Mapping[str, Any]) -> None:
@@ -37,13 +38,17 @@ class Formats:
         self.bits = sorted({form.bits for _, form in self.groups})
 
     def of(self, name: str, kind: str = "Linear") -> Format:
-        """The format of one module, by its full name and its class (``Linear`` or ``Embedding``).
+        """The format of one module.
 
-        Full names go before regular expressions after ``re:``, and these before classes, as in the
-        compressed-tensors library.
+        A target is a full name, a regular expression after ``re:``, or a class. As in the compressed-tensors
+        library, full names are tried first, then regular expressions, then classes.
+
+        Args:
+            name: full name of the module.
+            kind: its class, ``Linear`` or ``Embedding``.
 
         Raises:
-            BadInput: several formats are declared, and none for this module.
+            BadInput: several formats are declared, but none for this module.
         """
         if len(self.groups) == 1:
             return self.groups[0][1]
@@ -64,23 +69,23 @@ class Formats:
 
 
 def _kind_of(quantization_config: Mapping[str, Any]) -> type[Format]:
-    from compress.storage.formats.floating import NAMES, FloatFormat
-    from compress.storage.formats.llm_int8 import Int8Format
-    from compress.storage.formats.nf4 import NF4Format
-
     method = quantization_config.get("quant_method")
     if method == NF4Format.name:
         return Int8Format if quantization_config.get("load_in_8bit") else NF4Format
-    if method == CompressedTensors.name and quantization_config.get("format") in NAMES:
+    if method == CompressedTensorsFormat.name and quantization_config.get("format") in NAMES:
         return FloatFormat
     if method not in FORMATS:
         raise BadInput(
-            f"This model is quantized with '{method}', which cannot be read here; there are: "
+            f"This model is quantized with '{method}', which cannot be read; these can: "
             f"{', '.join([*FORMATS, NF4Format.name, *STACKS])}."
         )
     return FORMATS[method]
 
 
 def format_of(quantization_config: Mapping[str, Any], name: str = "") -> Format:
-    """The format of the linear ``name``, or of any where all have the same; raises BadInput as `Formats`."""
+    """The format of the linear ``name``; the name does not matter if all linears have the same format.
+
+    Raises:
+        BadInput: as `Formats` and `Formats.of`.
+    """
     return Formats(quantization_config).of(name)

@@ -11,7 +11,7 @@ from compress.kernels.codes.integer import quantize_weight
 from compress.quantization.awq import Grid, Inputs, choose_scales, clipped
 from compress.quantization.parts.folding import Fold
 from compress.storage.formats.base import Format
-from compress.storage.formats.compressed_tensors import CompressedTensors
+from compress.storage.formats.compressed_tensors import CompressedTensorsFormat
 
 WIDTH, TOKENS, SIZE = 64, 300, 16
 GRIDS = [(2, False), (3, True), (4, False)]
@@ -62,7 +62,7 @@ def restated_scales(weights: dict[str, Tensor], inputs: Tensor, groups: Tensor, 
 @pytest.mark.parametrize(("bits", "symmetric"), GRIDS)
 def test_scales(bits: int, symmetric: bool, shared: bool) -> None:
     weights, inputs = problem(bits)
-    grid = Grid(CompressedTensors(bits, SIZE, symmetric), torch.float32, "w")
+    grid = Grid(CompressedTensorsFormat(bits, SIZE, symmetric), torch.float32, "w")
     units = torch.arange(WIDTH)
     if shared:  # two value heads of 8 channels, each for four query heads
         units = units.view(2, 4, 8)[:, :1].expand(2, 4, 8).flatten() % 8 + 8 * (units // 32)
@@ -80,7 +80,7 @@ def test_clipping(bits: int, symmetric: bool, size: int) -> None:
     weights, inputs = problem(10 + bits)
     weight, width = weights["a"], WIDTH if size == -1 else size
     found = clipped(
-        weight, seen(inputs).gram, Grid(CompressedTensors(bits, size, symmetric), torch.float32, "w")
+        weight, seen(inputs).gram, Grid(CompressedTensorsFormat(bits, size, symmetric), torch.float32, "w")
     )
 
     shares = set()

@@ -12,7 +12,7 @@ from torch import Tensor
 from compress.calibration.statistics.losses import next_token_loss
 from compress.engine.stream import Seen, StreamedModel
 from compress.engine.windows import Windows
-from compress.kernels.layers.stacked import Block, FactorStack
+from compress.kernels.layers.stacked import FactorStack, StackBlock
 from compress.method import StepContext
 from compress.quantization.bitstack import BitStack, ColumnNorms, decompose, low_rank
 from compress.quantization.parts.block_order import expected_losses, perplexities
@@ -54,7 +54,7 @@ def restated(weight: Tensor, scale: Tensor, blocks: int, rank: int) -> list[Tens
 
 
 def partial_sums(blocks: list[dict[str, Tensor]], out: int, width: int) -> list[Tensor]:
-    stack = FactorStack(width, out, [Block(block) for block in blocks])
+    stack = FactorStack(width, out, [StackBlock(block) for block in blocks])
     return [stack.dense(slice(0, count + 1)).double() for count in range(len(blocks))]
 
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from compress.errors import BadInput
 from compress.kernels.codes.floating import (
-    BLOCK,
     E2M1,
+    GROUP_SIZES,
     FloatWeight,
     pack_nibbles,
     quantize_float,
@@ -47,7 +47,7 @@ def a_weight(seed: int = 0) -> torch.Tensor:
 def library(weight: torch.Tensor, type: str) -> dict[str, torch.Tensor]:
     """The scales that llm-compressor computes, before they are compressed."""
     scheme = preset_name_to_scheme(SCHEMES[type], ["Linear"]).weights
-    grouped = weight.view(OUT, -1, WIDTH if type == "fp8" else BLOCK[type])
+    grouped = weight.view(OUT, -1, WIDTH if type == "fp8" else GROUP_SIZES[type])
     low, high = grouped.amin(-1), grouped.amax(-1)
     found = {}
     if type == "nvfp4":

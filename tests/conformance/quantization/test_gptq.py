@@ -10,10 +10,10 @@ from torch import Tensor
 
 from compress.kernels.codes.integer import QuantizedWeight, quantize_weight
 from compress.quantization.gptq import GPTQ, compensation, quantize
-from compress.storage.formats.compressed_tensors import CompressedTensors
+from compress.storage.formats.compressed_tensors import CompressedTensorsFormat
 
 WIDTH, OUT, TOKENS = 160, 12, 400
-FORM = CompressedTensors(4, 32, True)
+FORM = CompressedTensorsFormat(4, 32, True)
 
 
 def problem(seed: int) -> tuple[Tensor, Tensor]:
@@ -62,7 +62,7 @@ def restated(weight: Tensor, hessian: Tensor, options: GPTQ.Options, size: int) 
 def test_codes(act_order: bool, bits: int, symmetric: bool, size: int) -> None:
     weight, hessian = problem(seed=bits)
     options = GPTQ.Options(bits=bits, symmetric=symmetric, group_size=size, act_order=act_order)
-    form = CompressedTensors(bits, size, symmetric)
+    form = CompressedTensorsFormat(bits, size, symmetric)
     found = quantize(weight, hessian, options, form, torch.float32, "w")
 
     assert torch.equal(found.codes.long(), restated(weight, hessian, options, size))
@@ -142,7 +142,7 @@ def test_asymmetric_calibration_is_least_squares_at_every_step(act_order, bits, 
     options = GPTQ.Options(
         bits=bits, symmetric=False, group_size=size, act_order=act_order, asymmetric_calibration=1
     )
-    form = CompressedTensors(bits, size, False)
+    form = CompressedTensorsFormat(bits, size, False)
     gram, difference = inputs.T @ inputs, (dense - inputs).T @ inputs
     found = quantize(weight, gram, options, form, torch.float32, "w", difference=difference)
 
@@ -157,7 +157,7 @@ def test_asymmetric_calibration_is_least_squares_at_every_step(act_order, bits, 
 
 def test_without_a_difference_nothing_is_made_up_for() -> None:
     weight, inputs, _ = two_streams(seed=0)
-    gram, form = inputs.T @ inputs, CompressedTensors(4, 12, True)
+    gram, form = inputs.T @ inputs, CompressedTensorsFormat(4, 12, True)
 
     def rounded(share: float, difference: torch.Tensor | None) -> QuantizedWeight:
         options = GPTQ.Options(group_size=12, asymmetric_calibration=share)

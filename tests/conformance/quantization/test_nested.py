@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from compress.kernels.codes.integer import quantize_weight
-from compress.kernels.layers.stacked import Block, PlaneStack
+from compress.kernels.layers.stacked import PlaneStack, StackBlock
 from compress.quantization.gptq import GPTQ, quantize
 from compress.quantization.nested import FRACTIONS, choose_scales, nested_codes, planes, value
-from compress.storage.formats.compressed_tensors import CompressedTensors
+from compress.storage.formats.compressed_tensors import CompressedTensorsFormat
 
 WIDTH, OUT, TOKENS, SIZE = 48, 6, 200, 16
 
@@ -77,7 +77,7 @@ def test_groups_that_do_not_divide_the_width_are_as_even_as_can_be() -> None:
     weight, hessian = weight[:, :41], hessian[:41, :41]
     codes, scales = nested_codes(weight, hessian, 8, 3, 0.01, "w")
     assert scales.shape == (OUT, 3)
-    stack = PlaneStack(41, OUT, [Block(block) for block in planes(codes, scales, 8)])
+    stack = PlaneStack(41, OUT, [StackBlock(block) for block in planes(codes, scales, 8)])
     unit = torch.cat(
         [scales[:, :1].expand(-1, 14), scales[:, 1:2].expand(-1, 14), scales[:, 2:].expand(-1, 13)], 1
     )
@@ -121,7 +121,7 @@ def test_scales_have_the_least_error_over_all_widths(bits: int) -> None:
 def test_blocks_add_up_to_every_width(bits: int) -> None:
     weight, hessian = problem(seed=1)
     codes, scales = nested_codes(weight, hessian, bits, WIDTH // SIZE, 0.01, "w")
-    blocks = [Block(block) for block in planes(codes, scales, bits)]
+    blocks = [StackBlock(block) for block in planes(codes, scales, bits)]
     assert len(blocks) == bits - 1
     for count in range(1, bits):
         stack = PlaneStack(WIDTH, OUT, blocks[:count])
@@ -143,13 +143,13 @@ def test_every_width_is_better_than_cutting_a_wide_code_and_narrow_ones_are_near
     codes, scales = nested_codes(weight, hessian, 8, 2, 0.01, "w")
     unit = scales.float().repeat_interleave(32, 1)
     found = {b: error(value(codes >> (8 - b), b) * unit) for b in range(2, 9)}
-    wide = quantize(weight, hessian, GPTQ.Options(), CompressedTensors(8, 32, True), torch.float16, "w")
+    wide = quantize(weight, hessian, GPTQ.Options(), CompressedTensorsFormat(8, 32, True), torch.float16, "w")
     step, middle = wide.scales.float().repeat_interleave(32, 1), 128
     for bits in (2, 3, 4):
         dropped = 8 - bits
         kept = (wide.codes.int() >> dropped << dropped).float() + (2**dropped - 1) / 2 - middle
         narrow = quantize(
-            weight, hessian, GPTQ.Options(), CompressedTensors(bits, 32, True), torch.float16, "w"
+            weight, hessian, GPTQ.Options(), CompressedTensorsFormat(bits, 32, True), torch.float16, "w"
         )
         nearest = quantize_weight(weight, bits, 32, True, torch.float16)
         assert found[bits] < 0.8 * error(kept * step)
@@ -163,7 +163,7 @@ def test_zeros_and_inputs_that_never_come_do_no_harm() -> None:
     weight[0], weight[1, :SIZE] = 0, 0
     hessian[:, 5] = hessian[5] = 0
     codes, scales = nested_codes(weight, hessian, 8, WIDTH // SIZE, 0.01, "w")
-    stack = PlaneStack(WIDTH, OUT, [Block(block) for block in planes(codes, scales, 8)])
+    stack = PlaneStack(WIDTH, OUT, [StackBlock(block) for block in planes(codes, scales, 8)])
     found = stack.dense()
     assert found.isfinite().all()
     assert not found[0].any()

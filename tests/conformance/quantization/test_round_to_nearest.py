@@ -13,7 +13,7 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 
 from compress.kernels.codes.integer import QuantizedWeight, quantize_weight
 from compress.kernels.codes.packing import BITS
-from compress.storage.formats.compressed_tensors import CompressedTensors
+from compress.storage.formats.compressed_tensors import CompressedTensorsFormat
 from compress.storage.formats.gptq import GPTQFormat
 from compress.storage.formats.table import format_of
 
@@ -98,7 +98,7 @@ def test_symmetric_error_is_below_the_conventional_scale(bits):
     assert float((ours - weight).norm()) < float((usual - weight).norm())
 
 
-def library_scheme(form: CompressedTensors) -> QuantizationScheme:
+def library_scheme(form: CompressedTensorsFormat) -> QuantizationScheme:
     config = form.quantization_config([NAME], [], ["lm_head"])
     config.pop("dequantize", None)  # transformers' own
     return QuantizationConfig.model_validate(config).config_groups["group_0"]
@@ -111,7 +111,7 @@ def library_scheme(form: CompressedTensors) -> QuantizationScheme:
 def test_the_compressed_tensors_library_reads_ours_and_writes_the_same_bits(
     bits, group_size, symmetric, dtype
 ):
-    form = CompressedTensors(bits, group_size, symmetric)
+    form = CompressedTensorsFormat(bits, group_size, symmetric)
     weight = quantize_weight(a_weight("shifted"), bits, group_size, symmetric, form.scale_dtype(dtype))
     ours = {name.removeprefix(f"{NAME}."): tensor for name, tensor in form.tensors(NAME, weight).items()}
     scheme = library_scheme(form)

@@ -11,8 +11,8 @@ from compress.kernels.codes.integer import quantize_weight
 from compress.kernels.codes.packing import BITS
 from compress.kernels.layers.embedding import PackedEmbedding
 from compress.kernels.layers.linear import PackedLinear
-from compress.kernels.ops import kernel_name, packed_linear
-from compress.kernels.reference.ops import BLOCK
+from compress.kernels.ops import backend_of, packed_linear
+from compress.kernels.reference.ops import WEIGHTS_AT_ONCE
 
 DEVICES = [
     "cpu",
@@ -67,7 +67,7 @@ def test_it_multiplies_with_the_dequantized_weight(bits, symmetric, dtype, devic
 @pytest.mark.parametrize("width", [40, 72])
 @pytest.mark.parametrize("bits", BITS)
 def test_rows_that_end_inside_a_word_and_inside_a_block_of_rows(bits, width, group_size):
-    out = BLOCK // width * 2 + 3
+    out = WEIGHTS_AT_ONCE // width * 2 + 3
     q, _ = make(bits, out=out, width=width, group_size=group_size, bias=False)
     layer = PackedLinear.from_quantized(q)
     x = torch.randn(2, width)
@@ -107,7 +107,7 @@ def test_a_layer_says_what_it_is():
     assert repr(layer) == (
         "PackedLinear(in_features=96, out_features=40, bits=3, group_size=32, symmetric=True, bias=True)"
     )
-    assert layer.kernel == kernel_name("cpu", 3) == "reference"
+    assert layer.kernel == backend_of("cpu", 3) == "reference"
     assert layer.state_dict() == {}
     assert list(layer.parameters()) == []
 

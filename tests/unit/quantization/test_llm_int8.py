@@ -20,11 +20,12 @@ from compress.errors import BadInput
 from compress.kernels.codes.int8 import Int8Weight
 from compress.kernels.layers import int8_linear
 from compress.kernels.layers.int8_linear import Int8Linear, quantize_inputs
+from compress.kernels.reference import ops as reference
 from compress.pipeline.plan import make_plan
 from compress.pipeline.recipe import parse_recipe
 from compress.pipeline.run import execute
 from compress.storage.checkpoint import Checkpoint
-from compress.storage.formats.loaders import loaders
+from compress.storage.formats.loaders import loads_with
 from compress.storage.formats.table import Formats
 
 functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
@@ -109,7 +110,7 @@ def test_products_are_those_of_the_library(dtype: torch.dtype, threshold: float,
     from bitsandbytes import MatmulLtState, matmul
 
     monkeypatch.setattr(int8_linear, "SCALE", THEIR_SCALE)
-    monkeypatch.setattr(int8_linear, "BLOCK", 200)  # some rows at a time
+    monkeypatch.setattr(reference, "WEIGHTS_AT_ONCE", 200)  # a few rows at once
     x, bias = inputs(6, 48, 3, 17).to(dtype), torch.randn(40).to(dtype)
     weight = quantize_int8(torch.randn(40, 48), threshold, "x")
     state = MatmulLtState(CB=weight.codes, SCB=weight.absmax)
@@ -201,7 +202,7 @@ def test_ours_is_what_transformers_saves(
 
     # And we read theirs.
     assert torch.equal(logits(compress.load(theirs)), logits(ours))
-    assert ModelShape.of(theirs_read).loads_with == "transformers with bitsandbytes"
+    assert str(ModelShape.of(theirs_read).loads_with) == "transformers with bitsandbytes"
 
 
 def test_options_reach_the_file(tiny_decoder: Callable[..., Path], tmp_path: Path) -> None:
@@ -272,7 +273,7 @@ def test_weights_that_cannot_be_rounded(
 def test_what_cannot_be_read_is_said(tiny_decoder: Callable[..., Path], tmp_path: Path) -> None:
     written = rounded(tiny_decoder(), tmp_path / "out")
     config = quantization_config(written)
-    with pytest.raises(BadInput, match="only those with int8 weights"):
+    with pytest.raises(BadInput, match="only if their weights are int8"):
         Formats(config | {"llm_int8_has_fp16_weight": True})
     name, checkpoint = "model.layers.0.mlp.up_proj", Checkpoint.open(written)
     good = {key: checkpoint.read(key) for key in checkpoint.tensors if key.startswith(name)}
@@ -305,4 +306,5 @@ def test_what_cannot_be_made_is_said(
 def test_who_loads_it() -> None:
     config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     assert Formats(config).of("x").threshold == 6
-    assert loaders(config, conv1d=True) == loaders(config) == "transformers with bitsandbytes"
+    assert loads_with(config, conv1d=True) == loads_with(config)
+    assert str(loads_with(config)) == "transformers with bitsandbytes"

@@ -216,9 +216,9 @@ def test_other_programs_checkpoints() -> None:
     assert bits(input_activations=inputs) == 8
     assert bits(input_activations=None) is None
     for wrong in ({"dynamic": False}, {"strategy": "tensor"}, {"type": "float"}, {"num_bits": 16}):
-        with pytest.raises(BadInput, match="dynamic, per token"):
+        with pytest.raises(BadInput, match="dynamic and per token"):
             bits(input_activations=inputs | wrong)
-    with pytest.raises(BadInput, match="dynamic, per token"):
+    with pytest.raises(BadInput, match="dynamic and per token"):
         bits(input_activations=inputs, output_activations=inputs)
 
 

@@ -17,7 +17,7 @@ from compress.engine.shape import ModelShape
 from compress.errors import BadInput
 from compress.quantization.round_to_float import RoundToFloat
 from compress.storage.checkpoint import Checkpoint
-from compress.storage.formats.loaders import loaders
+from compress.storage.formats.loaders import loads_with
 from compress.storage.formats.table import Formats
 from compress.storage.lineage import Step
 
@@ -126,8 +126,8 @@ def test_what_is_declared_is_read_and_other_schemes_are_refused(
     written, _ = rounded(dense("llama"), type="fp8")
     config = json.loads((written / "config.json").read_text())["quantization_config"]
     assert Formats(config).bits == [8]
-    assert loaders(config) == "transformers with compressed-tensors"
-    assert loaders(config, conv1d=True) == "compress-model only"
+    assert str(loads_with(config)) == "transformers with compressed-tensors"
+    assert str(loads_with(config, conv1d=True)) == "compress-model only"
     group = config["config_groups"]["group_0"]
     weights = {**group["weights"], "strategy": "block"}
     for changed in ({**group, "weights": weights}, {**group, "input_activations": None}):

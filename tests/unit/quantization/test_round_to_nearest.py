@@ -223,7 +223,7 @@ def test_options_that_do_not_exist(options):
 def test_who_can_load_a_plan(dense):
     def said(name: str, **options) -> str:
         shape = ModelShape.of(Checkpoint.open(dense(name)))
-        return METHOD.plan(shape, METHOD.Options(group_size=32, **options)).loads_with
+        return str(METHOD.plan(shape, METHOD.Options(group_size=32, **options)).loads_with)
 
     assert said("llama") == "transformers with compressed-tensors"
     assert said("gpt2") == "compress-model only"

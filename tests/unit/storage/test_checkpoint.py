@@ -341,7 +341,7 @@ BROKEN = {
     "truncated weights": (lambda f: truncate(f / "model.safetensors"), r"damaged or not a safetensors file"),
     "empty file": (lambda f: (f / "model.safetensors").write_bytes(b""), r"damaged or not a safetensors"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"holds no \*\.safetensors weights\.$"),
-    "pickles": (only_pickles, r"pickled weights only, which can run code; convert it to safetensors\.$"),
+    "pickles": (only_pickles, r"only pickled weights, which can run code; convert them to safetensors\.$"),
     "adapter": (lora, r"is a LoRA adapter, not a model; merge it into its base model first\.$"),
     "index of a missing file": (lambda f: write_index(f, {"x": "gone.safetensors"}), r"gone.* is missing"),
     "index of a missing tensor": (

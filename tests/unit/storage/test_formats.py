@@ -8,16 +8,16 @@ import torch
 from compress.errors import BadInput
 from compress.kernels.codes.integer import quantize_weight
 from compress.kernels.codes.packing import BITS
-from compress.storage.formats.compressed_tensors import CompressedTensors
+from compress.storage.formats.compressed_tensors import CompressedTensorsFormat
 from compress.storage.formats.gptq import GPTQFormat
-from compress.storage.formats.loaders import loaders
+from compress.storage.formats.loaders import COMPRESS_MODEL_ONLY, LoadsWith, loads_with
 from compress.storage.formats.table import format_of
 from compress.storage.tensors import DTYPE_NAMES, TensorInfo
 
 NAME = "model.layers.0.mlp.up_proj"
 FORMS = [
     form(bits, group_size, symmetric)
-    for form in (CompressedTensors, GPTQFormat)
+    for form in (CompressedTensorsFormat, GPTQFormat)
     for bits in BITS
     for group_size in (32, -1)
     for symmetric in (True, False)
@@ -59,7 +59,7 @@ def test_config_declares_the_format(form):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_compressed_tensors_store_any_shape(bits, symmetric, out):
-    form = CompressedTensors(bits, -1, symmetric)
+    form = CompressedTensorsFormat(bits, -1, symmetric)
     weight = quantize_weight(torch.randn(out, 37), bits, -1, symmetric, torch.bfloat16)
     tensors = form.tensors(NAME, weight)
     assert form.read(NAME, tensors.__getitem__).same_as(weight)
@@ -94,7 +94,9 @@ def test_activation_order_is_refused():
         form.read(NAME, tensors.__getitem__)
 
 
-@pytest.mark.parametrize("form", [CompressedTensors(4, 32, False), GPTQFormat(4, 32, False)], ids=identity)
+@pytest.mark.parametrize(
+    "form", [CompressedTensorsFormat(4, 32, False), GPTQFormat(4, 32, False)], ids=identity
+)
 def test_tensors_that_do_not_fit_together_are_refused(form):
     tensors = form.tensors(NAME, quantized(form))
     leaf = "weight_zero_point" if form.name == "compressed-tensors" else "qzeros"
@@ -125,11 +127,35 @@ def test_other_quantizations_are_refused(config, message):
 
 def test_who_can_load_it():
     def said(form, **kwargs) -> str:
-        return loaders(form.quantization_config([NAME]), **kwargs)
+        return str(loads_with(form.quantization_config([NAME]), **kwargs))
 
-    assert said(CompressedTensors(4, 32, True)) == "transformers with compressed-tensors"
-    assert said(CompressedTensors(4, 32, False)) == "transformers with compressed-tensors"
+    assert said(CompressedTensorsFormat(4, 32, True)) == "transformers with compressed-tensors"
+    assert said(CompressedTensorsFormat(4, 32, False)) == "transformers with compressed-tensors"
     assert said(GPTQFormat(3, 32, True)) == "transformers with optimum and gptqmodel"
     assert "GPU" in said(GPTQFormat(4, -1, True))
     assert said(GPTQFormat(4, 32, True), conv1d=True) == "gptqmodel"
-    assert said(CompressedTensors(4, 32, True), conv1d=True) == "compress-model only"
+    assert said(CompressedTensorsFormat(4, 32, True), conv1d=True) == "compress-model only"
+
+
+@pytest.mark.parametrize(
+    ("who", "sentence"),
+    [
+        (LoadsWith(), "transformers"),
+        (COMPRESS_MODEL_ONLY, "compress-model only"),
+        (LoadsWith(False, adapter=True, key_value_bits=4), "compress-model only"),
+        (LoadsWith(False, ("gptqmodel",), adapter=True), "gptqmodel, and peft for the adapter"),
+        (LoadsWith(trust_remote_code=True), "transformers (trust_remote_code=True)"),
+        (
+            LoadsWith(packages=("compressed-tensors",), trust_remote_code=True, adapter=True),
+            "transformers with compressed-tensors (trust_remote_code=True), and peft for the adapter",
+        ),
+        (
+            LoadsWith(packages=("optimum", "gptqmodel"), where="on a GPU", key_value_bits=4),
+            "transformers with optimum and gptqmodel on a GPU "
+            "(4-bit keys and values with compress-model only)",
+        ),
+    ],
+)
+def test_who_can_load_it_in_words(who: LoadsWith, sentence: str) -> None:
+    assert str(who) == sentence
+    assert who.compress_model_only == (sentence == "compress-model only")

@@ -29,9 +29,10 @@ import torch
 
 from compress.anatomy import weight
 from compress.calibration.statistics.losses import next_token_losses, predicted
-from compress.engine import activations
+from compress.engine.activations import memory_limit
 from compress.engine.branches import Branches
-from compress.engine.stream import Head, Stream, StreamedModel
+from compress.engine.head import Head
+from compress.engine.stream import Stream, StreamedModel
 from compress.engine.windows import Windows
 from compress.pruning.parts.blocks import Block
 from compress.pruning.parts.width import skipped
@@ -119,7 +120,7 @@ class BlockLosses:
     def _chunks(self, rows: torch.Tensor, branches: int) -> tuple[torch.Tensor, ...]:
         """Windows in such numbers that the hidden states of all branches fit into memory."""
         floats = branches * self.windows.tokens.shape[1] * self.model.config.hidden_size
-        return rows.split(max(1, activations.MEMORY_LIMIT // (4 * floats)))
+        return rows.split(max(1, memory_limit() // (4 * floats)))
 
     @contextmanager
     def _through(

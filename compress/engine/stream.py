@@ -107,7 +107,7 @@ class Stream:
     def batches(
         self, starts: Iterable[int] | None = None
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """Yield (first window, hidden states [B, S, D], mask [B, S]) for each of ``starts``, in their order."""
+        """Yield (first window, hidden states [B, S, D], mask [B, S]) for ``starts``, in order."""
         for start in self.starts if starts is None else starts:
             stop = min(start + self.batch_size, len(self.windows.tokens))
             yield start, self.hidden.read(start, stop), self.windows.mask[start:stop]

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from compress.anatomy import weight
-from compress.calibration.statistics.losses import next_token_losses, predicted
+from compress.calibration.statistics.losses import precise_losses, scored_positions
 from compress.engine.activations import memory_limit
 from compress.engine.branches import Branches
 from compress.engine.head import Head
@@ -171,7 +171,7 @@ class BlockLosses:
 
     def _predictions(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The positions of a window whose loss counts, and the tokens that follow them: int64 [T] both."""
-        at = predicted(self.windows)[row].nonzero()[:, 0]
+        at = scored_positions(self.windows)[row].nonzero()[:, 0]
         return at, self.windows.tokens[row, at + 1]
 
     def _settle(
@@ -182,7 +182,7 @@ class BlockLosses:
             at, targets = self._predictions(row)
             hidden = branches.read(alive.index(index), place)[at]
             losses = [
-                next_token_losses(head(part[None]).logits[0].float(), following.to(self.model.device)).cpu()
+                precise_losses(head(part[None]).logits[0].float(), following.to(self.model.device)).cpu()
                 for part, following in split_rows(head, hidden, targets)
             ]
             self.loss[index, row] = torch.cat(losses).mean().nan_to_num(nan=math.inf)
@@ -216,7 +216,7 @@ class Bound:
         """Of some positions: losses, K [T, |K|] with the next token first, sum_v q_v w_v [T, D], and H(q)."""
         logits = head(hidden[None]).logits[0].float()
         targets = targets.to(logits.device)
-        losses = next_token_losses(logits, targets)
+        losses = precise_losses(logits, targets)
         p = logits.softmax(1).scatter_(1, targets[:, None], 2.0)
         likely = p.topk(min(LIKELY_TOKENS, p.shape[1] - 1)).indices
         q = p.scatter_(1, likely, 0.0)

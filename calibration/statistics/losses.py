@@ -29,7 +29,7 @@ def streamed_losses(model: StreamedModel, windows: Windows) -> torch.Tensor:
         windows: the text.
 
     Returns:
-        float64 [tokens]: the loss of every token whose prediction counts (see `scored_positions`), window by window.
+        float64 [tokens]: the losses at the `scored_positions`, window after window.
 
     Raises:
         BadInput: the text does not fit the model (see `StreamedModel.stream`).

@@ -181,9 +181,7 @@ def _conversations(
         messages = [{"role": "user", "content": entry}] if isinstance(entry, str) else list(entry)
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False)
-        except (
-            Exception
-        ) as error:  # the template is a program that comes with the model and may fail in any way
+        except Exception as error:  # a template is a program, and may raise anything
             raise BadInput(
                 f"The model's chat template refuses conversation {index + 1} of {documents.source} ({error})."
             ) from error

@@ -73,7 +73,7 @@ def another(model_type: str) -> Callable[[Path], None]:
     ("breakage", "sentence"),
     [
         (not_json, "config.json is not JSON"),
-        (lambda folder: rewrite(folder, dict.clear), "names no model_type"),
+        (lambda folder: rewrite(folder, dict.clear), "does not name a model_type"),
         (another("lama"), "no model type 'lama'; did you mean 'llama'"),
         (another("t5"), "The model type 't5' is not supported"),
         (another("mamba"), "The model type 'mamba' is not supported"),

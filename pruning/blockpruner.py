@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, PositiveInt, model_validator
 from scipy.stats import t as student
 
-from compress.calibration.statistics.losses import LN_LARGEST, predicted
+from compress.calibration.statistics.losses import LN_LARGEST, scored_positions
 from compress.engine.shape import ModelShape
 from compress.engine.stream import StreamedModel
 from compress.engine.windows import Windows
@@ -147,7 +147,7 @@ class BlockPruner(Method["BlockPruner.Options"]):
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
         shape = ModelShape.of(model.checkpoint)
         sizes, total = block_parameters(shape), layer_parameters(shape)
-        windows = context.calibration.select(predicted(context.calibration).any(1))
+        windows = context.calibration.select(scored_positions(context.calibration).any(1))
         if not len(windows):
             raise BadInput("The calibration windows hold no token to predict; give longer ones.")
         limit = options.max_perplexity or math.inf

@@ -16,7 +16,8 @@ from compress.anatomy import Anatomy, anatomy_of, linears_by_input, set_weight, 
 from compress.calibration.statistics.fisher import Fisher, text_loss
 from compress.calibration.statistics.hessian import Hessian
 from compress.engine.activations import Activations
-from compress.engine.stream import Seen, advance_keeping
+from compress.engine.inputs import advance_keeping
+from compress.engine.stream import Seen
 from compress.errors import BadInput
 from compress.method import Method, Paper, StepReport
 from compress.quantization.parts.clipped import ClippedLinear

@@ -10,7 +10,7 @@ from pydantic import Field
 from compress.anatomy import linears_by_input, set_weight, weight
 from compress.calibration.statistics.hessian import Hessian, inverse_root
 from compress.engine.activations import Activations
-from compress.engine.stream import advance_keeping
+from compress.engine.inputs import advance_keeping
 from compress.errors import BadInput
 from compress.kernels.codes.integer import CHANNEL, QuantizedWeight, choose_grid, nearest_codes
 from compress.method import Method, Paper, StepReport

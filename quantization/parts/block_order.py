@@ -11,7 +11,7 @@ import torch
 
 from compress.anatomy import weight
 from compress.calibration.statistics.fisher import Fisher, expected_loss, sampled_loss
-from compress.calibration.statistics.losses import next_token_losses, predicted
+from compress.calibration.statistics.losses import precise_losses, scored_positions
 from compress.engine.branches import Branches
 from compress.engine.journal import Journal
 from compress.engine.stream import StreamedModel
@@ -147,13 +147,13 @@ def _raised(model: StreamedModel, stacker: Stacker, windows: Windows, folder: Pa
         stream.advance(layer)
         branches.flip()
     losses = torch.zeros(len(numbers), dtype=torch.float64)
-    scored = predicted(windows)
+    scored = scored_positions(windows)
     with model.head() as head:
         for number in range(len(numbers)):
             for window, tokens in enumerate(windows.tokens):
                 at = scored[window].nonzero()[:, 0]
                 logits = head(branches.read(number, window)[None]).logits[0, at].float()
-                losses[number] += next_token_losses(logits, tokens[at + 1].to(logits.device)).sum().cpu()
+                losses[number] += precise_losses(logits, tokens[at + 1].to(logits.device)).sum().cpu()
     return (losses / scored.sum()).exp()
 
 

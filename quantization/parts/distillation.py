@@ -19,7 +19,8 @@ from compress.storage.writer import write_tensors
 
 if TYPE_CHECKING:
     from compress.engine.activations import Activations
-    from compress.engine.stream import Head, StreamedModel
+    from compress.engine.head import Head
+    from compress.engine.stream import StreamedModel
     from compress.engine.windows import Windows
     from compress.method import StepContext
 

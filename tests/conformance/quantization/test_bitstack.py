@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from compress.calibration.statistics.losses import next_token_loss
+from compress.calibration.statistics.losses import streamed_losses
 from compress.engine.stream import Seen, StreamedModel
 from compress.engine.windows import Windows
 from compress.kernels.layers.stacked import FactorStack, StackBlock
@@ -206,7 +206,7 @@ def test_perplexities_are_those_of_models_with_one_more_block(folder: Path) -> N
     for number in (0, 6, 9, 13):
         counts = dict.fromkeys(stacking.modules, 1) | {stacking.modules[number]: 2}
         raised = StreamedModel(with_blocks(run.draft, run.draft.config, counts))
-        expected = float(next_token_loss(raised, run.calibration).mean().exp())
+        expected = float(streamed_losses(raised, run.calibration).mean().exp())
         assert float(found[0, number]) == pytest.approx(expected, rel=1e-5)
 
 

@@ -38,27 +38,28 @@ if TYPE_CHECKING:
 class ApiQ(Method["ApiQ.Options"]):
     """Learn how to clip groups of weights before rounding, and a low-rank adapter that compensates the rest.
 
-    A linear W [out, in] becomes Q = Ŵ + (alpha / r) B A, with A [r, in] and B [out, r]. In every group g, Ŵ lies on
-    a low-bit grid between sigma(l) min(W_g) and sigma(u) max(W_g) (`ClippedLinear`). A, B, u and l are learned on
-    two streams of calibration text: X has gone through the dense layers before, X_q through the quantized ones with
-    their adapters.
+    A linear W [out, in] becomes Q = Ŵ + (alpha / r) B A, with A [r, in] and B [out, r]. In every group g, Ŵ
+    lies on a low-bit grid between sigma(l) min(W_g) and sigma(u) max(W_g) (`ClippedLinear`). A, B, u and l
+    are learned on two streams of calibration text: X has gone through the dense layers before, X_q through
+    the quantized ones with their adapters.
 
-    - layer-wise (ApiQ-lw): linear by linear in the order of the data flow, minimise the mean of
-      (X W^T - X_q Q^T)^2 (`LinearLoss`), where X_q has passed the linears before, which are already quantized. No
-      step touches a token, since two Gram matrices hold all that matters, and each step sees all tokens.
-    - block-wise (ApiQ-bw): for all linears of a layer f at once, minimise the mean of (f(X) - f_q(X_q))^2 and, with
-      ``aug_loss``, that of (f(X_q) - f_q(X_q))^2, in minibatches.
+    - layer-wise (ApiQ-lw): linear by linear in the order of the data flow, minimise the mean of (X W^T - X_q
+      Q^T)^2 (`LinearLoss`), where X_q has passed the linears before, which are already quantized. No step
+      touches a token, since two Gram matrices hold all that matters, and each step sees all tokens.
+    - block-wise (ApiQ-bw): for all linears of a layer f at once, minimise the mean of (f(X) - f_q(X_q))^2
+      and, with ``aug_loss``, that of (f(X_q) - f_q(X_q))^2, in minibatches.
 
-    Both use AdamW with learning rates that fall linearly to 0. The best state seen on the calibration text is kept;
-    plain rounding without an adapter is one of the candidates, so no loss gets worse. The default learning rates
-    are for 100 steps; the paper makes 2560, with constant rates of 5e-3 and 5e-4.
+    Both use AdamW with learning rates that fall linearly to 0. The best state seen on the calibration text is
+    kept; plain rounding without an adapter is one of the candidates, so no loss gets worse. The default
+    learning rates are for 100 steps; the paper makes 2560, with constant rates of 5e-3 and 5e-4.
 
-    With ``saliency`` (Saliency-aware partial retraining, arXiv 2504.13932) lambda * sum F_ij (Ŵ_ij - W_ij)^2 is
-    added to the mean squared error. F is the diagonal Fisher information from squared gradients of windows, not of
-    tokens (`Fisher`). ``before_lora`` trains only u and l with this term; ``after_lora`` has Q in the place of Ŵ.
+    With ``saliency`` (Saliency-aware partial retraining, arXiv 2504.13932) lambda * sum F_ij (Ŵ_ij - W_ij)^2
+    is added to the mean squared error. F is the diagonal Fisher information from squared gradients of
+    windows, not of tokens (`Fisher`). ``before_lora`` trains only u and l with this term; ``after_lora`` has
+    Q in the place of Ŵ.
 
-    Adapters are stored in the dtype of the linear's weight if that has 16 bits, otherwise in float32, and only once,
-    in the way that peft reads them (`compress.storage.adapter`).
+    Adapters are stored in the dtype of the linear's weight if that has 16 bits, otherwise in float32, and
+    only once, in the way that peft reads them (`compress.storage.adapter`).
     """
 
     name = "apiq"
@@ -73,16 +74,19 @@ class ApiQ(Method["ApiQ.Options"]):
         }
 
         symmetric: bool = Field(
-            False, description="fix the zero points in the middle of the codes; otherwise each group stores its own"
+            False,
+            description="fix the zero points in the middle of the codes; otherwise each group stores its own",
         )
         mode: Literal["layer", "block"] = Field(
             "layer",
-            description="what to match with the dense model: the output of each linear (layer), or of each layer "
-            "of the model (block)",
+            description="what to match with the dense model: the output of each linear (layer), or of each "
+            "layer of the model (block)",
         )
         rank: PositiveInt = Field(64, description="rank r of the adapters")
         alpha: PositiveFloat = Field(16, description="adapters are multiplied by alpha / rank")
-        learning_rate: PositiveFloat = Field(0.02, description="learning rate of the adapters at the first step")
+        learning_rate: PositiveFloat = Field(
+            0.02, description="learning rate of the adapters at the first step"
+        )
         clip_learning_rate: PositiveFloat = Field(
             0.2, description="learning rate of the clipping at the first step"
         )
@@ -105,7 +109,8 @@ class ApiQ(Method["ApiQ.Options"]):
         own = anatomy_of(shape.pretrained_config)
         if options.saliency != "none" and (own.kind != "decoder" or own.head is None):
             raise BadInput(
-                "Saliency is measured with the loss of a language model, but this model does not predict tokens."
+                "Saliency is measured with the loss of a language model, but this model does not predict "
+                "tokens."
             )
         return plan_adapters(shape, plan_packed(shape, options), options.rank, options.alpha)
 
@@ -126,7 +131,9 @@ class ApiQ(Method["ApiQ.Options"]):
             generator = torch.Generator().manual_seed(context.seed * model.num_layers + layer.index)
             stored = packer.wanted(layer)
             linears = {
-                path: clipped_linear(weight(layer.linears[path]), name, packer, options.rank, options.alpha, generator)
+                path: clipped_linear(
+                    weight(layer.linears[path]), name, packer, options.rank, options.alpha, generator
+                )
                 for path, name in stored.items()
             }
             information = fisher.read(layer) if fisher is not None else {}

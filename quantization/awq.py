@@ -40,29 +40,31 @@ SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)
 
 
 class AWQ(Method[WeightOptions]):
-    """Scale input channels by the activations they see, round, and clip each group where the error is smallest.
+    """Scale input channels by the activations they see, round, and clip each group where the error is
+    smallest.
 
-    For the linears W_i that read the same input x, whose channels have the mean magnitude m_j = mean |x_j| over the
-    calibration tokens (without padding):
+    For the linears W_i that read the same input x, whose channels have the mean magnitude m_j = mean |x_j|
+    over the calibration tokens (without padding):
 
-    1. Scales: s_j = m_j^alpha, divided by sqrt(max s * min s). Of 20 alphas in [0, 1] the one with the smallest
-       output error is taken: sum over i of ||(Q(W_i diag(s)) diag(s)^-1 - W_i) x||^2 with Q round-to-nearest
-       (equation 4). W_i becomes W_i diag(s). 1/s is folded into the module that x comes from: the norm before query,
-       key and value, or before gate and up; the value projection before the attention output; up before down in a
-       gated MLP. An input that comes from no such module keeps s = 1, and the report says so.
-    2. Clipping: every group of a row gets the grid of its weights cut off at a share of their largest magnitude. Of
-       ten shares from 1 to 0.55 the one with the smallest error of the group's own contribution to the output is
-       taken.
+    1. Scales: s_j = m_j^alpha, divided by sqrt(max s * min s). Of 20 alphas in [0, 1] the one with the
+       smallest output error is taken: sum over i of ||(Q(W_i diag(s)) diag(s)^-1 - W_i) x||^2 with Q
+       round-to-nearest (equation 4). W_i becomes W_i diag(s). 1/s is folded into the module that x comes
+       from: the norm before query, key and value, or before gate and up; the value projection before the
+       attention output; up before down in a gated MLP. An input that comes from no such module keeps s = 1,
+       and the report says so.
+    2. Clipping: every group of a row gets the grid of its weights cut off at a share of their largest
+       magnitude. Of ten shares from 1 to 0.55 the one with the smallest error of the group's own contribution
+       to the output is taken.
 
-    Both errors are quadratic forms in G = sum x x^T, which is measured once: tr(E G E^T), with the diagonal blocks of
-    G for step 2. That costs out in^2 operations, and going through the tokens would cost 2 tokens out in; there are
-    more tokens than inputs wherever calibration is to mean anything.
+    Both errors are quadratic forms in G = sum x x^T, which is measured once: tr(E G E^T), with the diagonal
+    blocks of G for step 2. That costs out in^2 operations, and going through the tokens would cost 2 tokens
+    out in; there are more tokens than inputs wherever calibration is to mean anything.
 
-    Activations are the dense model's, as published. Differences from the published code: the value projection is
-    also scaled with grouped-query attention (the query heads of a group share their scales, from their mean m_j);
-    the error of step 1 is that of the linears themselves, not of the attention or MLP around them; m_j is at least
-    mean(m) / 10^4; query and key are clipped as well; and scales before a norm are moved by up to half a step of the
-    dtype that the norm's weight is stored in, so that it is exact.
+    Activations are the dense model's, as published. Differences from the published code: the value projection
+    is also scaled with grouped-query attention (the query heads of a group share their scales, from their
+    mean m_j); the error of step 1 is that of the linears themselves, not of the attention or MLP around them;
+    m_j is at least mean(m) / 10^4; query and key are clipped as well; and scales before a norm are moved by
+    up to half a step of the dtype that the norm's weight is stored in, so that it is exact.
     """
 
     name = "awq"

@@ -30,23 +30,24 @@ COLUMNS_PER_UPDATE = 128
 
 
 class GPTQ(Method["GPTQ.Options"]):
-    """Round weights column by column; columns that are not yet rounded compensate the error on calibration data.
+    """Round weights column by column; columns that are not yet rounded compensate the error on calibration
+    data.
 
-    For a linear W [out, in] with inputs X [tokens, in], H = X^T X + damping * mean(diag) I, and U is the upper
-    Cholesky factor of H^-1. For every column j in turn: q_j is the nearest code of w_j, and
-    W[:, k] -= (w_j - s (q_j - z)) / U[j, j] * U[j, k] for all k > j.
+    For a linear W [out, in] with inputs X [tokens, in], H = X^T X + damping * mean(diag) I, and U is the
+    upper Cholesky factor of H^-1. For every column j in turn: q_j is the nearest code of w_j, and W[:, k] -=
+    (w_j - s (q_j - z)) / U[j, j] * U[j, k] for all k > j.
 
-    Every layer is calibrated on the outputs of the layers before it, which are already quantized. A group gets its
-    grid when its first column is rounded, from the weights as they are then. With ``act_order``, columns with large
-    inputs come first; then groups get their grids from the weights before any change, so that groups stay
-    contiguous and every loader can read the result.
+    Every layer is calibrated on the outputs of the layers before it, which are already quantized. A group
+    gets its grid when its first column is rounded, from the weights as they are then. With ``act_order``,
+    columns with large inputs come first; then groups get their grids from the weights before any change, so
+    that groups stay contiguous and every loader can read the result.
 
-    With ``asymmetric_calibration`` (GPTAQ, arXiv 2504.02692) outputs are to match those of the dense model, in which
-    the linear has other inputs X~: the error is ||X~ W^T - X Ŵ^T||^2. When column q is rounded, the columns after it
-    also compensate its share (X~ - X)_q w_q of the difference (see `compensation`). The paper takes w_q as it is by
-    then; here it is the weight before any change, for which the compensation is exactly least squares at every
-    step. This is a regression with one coefficient per input, so it needs many tokens; with few of them the full
-    compensation makes models worse.
+    With ``asymmetric_calibration`` (GPTAQ, arXiv 2504.02692) outputs are to match those of the dense model,
+    in which the linear has other inputs X~: the error is ||X~ W^T - X Ŵ^T||^2. When column q is rounded, the
+    columns after it also compensate its share (X~ - X)_q w_q of the difference (see `compensation`). The
+    paper takes w_q as it is by then; here it is the weight before any change, for which the compensation is
+    exactly least squares at every step. This is a regression with one coefficient per input, so it needs many
+    tokens; with few of them the full compensation makes models worse.
     """
 
     name = "gptq"
@@ -57,19 +58,20 @@ class GPTQ(Method["GPTQ.Options"]):
 
     class Options(DampingOptions, WeightOptions):
         act_order: bool = Field(
-            True, description="round columns with larger inputs first; the grids of groups are then fixed before"
+            True,
+            description="round columns with larger inputs first; the grids of groups are then fixed before",
         )
         true_sequential: bool = Field(
             False,
-            description="measure the inputs of a layer's linears one after another, each with the linears before it "
-            "already quantized; takes about twice the time",
+            description="measure the inputs of a layer's linears one after another, each with the linears "
+            "before it already quantized; takes about twice the time",
         )
         asymmetric_calibration: float = Field(
             0.0,
             ge=0,
             le=1,
-            description="share of the errors of the layers before that is compensated as well (GPTAQ); the text then "
-            "also goes through the dense model; 0: none; gptqmodel uses 0.25",
+            description="share of the errors of the layers before that is compensated as well (GPTAQ); the "
+            "text then also goes through the dense model; 0: none; gptqmodel uses 0.25",
         )
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
@@ -107,7 +109,8 @@ class GPTQ(Method["GPTQ.Options"]):
         packer: Packer,
         options: Options,
     ) -> None:
-        """Measure the inputs of some linears, then round these linears in memory and write them to the draft."""
+        """Measure the inputs of some linears, then round these linears in memory and write them to the
+        draft."""
         stream.look(layer, {paths[0]: hessian.add for paths, hessian in zip(groups, hessians, strict=True)})
         for paths, hessian in zip(groups, hessians, strict=True):
             assert hessian.sum is not None  # it has just seen the text
@@ -209,9 +212,9 @@ def compensation(difference: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
     """P of asymmetric calibration, float64 [in, in], strictly upper triangular.
 
     Once the columns up to q are rounded, the columns F after them have to compensate r = sum over j <= q of
-    w_j (X~ - X)_j besides the errors of rounding: by least squares r X_F (X_F^T X_F)^-1. Column q's part of that is
-    w_q P[q] with P[q, F] = D[q, F] (H_FF)^-1, where (H_FF)^-1 = U_FF^T U_FF, since U is triangular. w_q is the weight
-    before any change, so every part can be added before the first column is rounded.
+    w_j (X~ - X)_j besides the errors of rounding: by least squares r X_F (X_F^T X_F)^-1. Column q's part of
+    that is w_q P[q] with P[q, F] = D[q, F] (H_FF)^-1, where (H_FF)^-1 = U_FF^T U_FF, since U is triangular.
+    w_q is the weight before any change, so every part can be added before the first column is rounded.
 
     Columns are in the order in which they are rounded.
 

@@ -1,4 +1,5 @@
-"""HQQ (2023): grids are chosen by a norm that forgives outliers, with half-quadratic splitting and no data."""
+"""HQQ (2023): grids are chosen by a norm that forgives outliers, with half-quadratic splitting and no
+data."""
 
 from __future__ import annotations
 
@@ -36,26 +37,26 @@ CACHED = 2**18
 class HQQ(Method[WeightOptions]):
     """Choose the grid of every group by the p-norm of its rounding error, with p < 1; no calibration.
 
-    For a group w with codes q, scale s and zero point z, minimise ||w - s (q - z)||_p^p, p = 0.7, by half-quadratic
-    splitting: with x = (w - s (q - z)) / s and an auxiliary error e, minimise ||e||_p^p + beta/2 ||e - x||^2 in turn
-    over
+    For a group w with codes q, scale s and zero point z, minimise ||w - s (q - z)||_p^p, p = 0.7, by
+    half-quadratic splitting: with x = (w - s (q - z)) / s and an auxiliary error e, minimise ||e||_p^p +
+    beta/2 ||e - x||^2 in turn over
 
     1. q, the nearest codes;
-    2. e = sign(x) max(|x| - |x|^(p-1) / beta, 0), the generalised soft threshold, which leaves large errors out of
-       the fit;
+    2. e = sign(x) max(|x| - |x|^(p-1) / beta, 0), the generalised soft threshold, which leaves large errors
+       out of the fit;
     3. s, by least squares of w - s e on q - z;
 
-    while beta grows by kappa. Of all iterates, including the grid of min-max, the one with the smallest p-norm is
-    kept. Each is evaluated with s rounded as scales are stored.
+    while beta grows by kappa. Of all iterates, including the grid of min-max, the one with the smallest
+    p-norm is kept. Each is evaluated with s rounded as scales are stored.
 
-    The published method differs: it keeps s and moves a real z to the mean of q - w / s + e. The formats here, which
-    other programs read, have whole zero points. From a whole z that step never gets away, since rounding errors are
-    at most half a step. So z stays that of min-max, and s, which is real, is moved in its place. Errors are measured
-    in steps, so that beta means the same for small and for large weights: with the published beta of 10,
-    |x|^(p-1) / beta would be above |x| for all errors below 0.17.
+    The published method differs: it keeps s and moves a real z to the mean of q - w / s + e. The formats
+    here, which other programs read, have whole zero points. From a whole z that step never gets away, since
+    rounding errors are at most half a step. So z stays that of min-max, and s, which is real, is moved in its
+    place. Errors are measured in steps, so that beta means the same for small and for large weights: with the
+    published beta of 10, |x|^(p-1) / beta would be above |x| for all errors below 0.17.
 
-    A smaller p-norm does not always make a better model: it cuts large weights, which small models cannot spare. At
-    3 bits such a model can come out worse than from plain rounding to nearest.
+    A smaller p-norm does not always make a better model: it cuts large weights, which small models cannot
+    spare. At 3 bits such a model can come out worse than from plain rounding to nearest.
     """
 
     name = "hqq"
@@ -104,7 +105,8 @@ def half_quadratic(
 def fitted_grid(
     grouped: torch.Tensor, bits: int, symmetric: bool, scale_dtype: torch.dtype, name: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and zero points of groups [out, groups, group_size]. Returns and raises the same as `choose_grid`."""
+    """Scales and zero points of groups [out, groups, group_size]. Returns and raises the same as
+    `choose_grid`."""
     scale, zeros = choose_grid(grouped, bits, symmetric, scale_dtype, name)
     best, lowest, beta = scale, torch.full_like(zeros, float("inf")), BETA
     for _ in range(ITERATIONS + 1):

@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 class LLMInt8(Method["LLMInt8.Options"]):
     """Multiply in 8 bits, except for the few input channels with outliers; no calibration.
 
-    - Vector-wise quantization (section 3.1): row i of W becomes round(127 w / c_i) with c_i = max|w|, and every token
-      of the input X becomes round(127 x / r_t) with r_t = max|x|. X W^T is then their product in whole numbers times
-      r_t c_i / 127^2.
+    - Vector-wise quantization (section 3.1): row i of W becomes round(127 w / c_i) with c_i = max|w|, and
+      every token of the input X becomes round(127 x / r_t) with r_t = max|x|. X W^T is then their product in
+      whole numbers times r_t c_i / 127^2.
     - Mixed-precision decomposition (section 3.2): O are the columns of X in which any token of the call has
-      |x| >= ``threshold``. They are multiplied as they are by the same columns of W, dequantized; all other columns
-      are multiplied in 8 bits.
+      |x| >= ``threshold``. They are multiplied as they are by the same columns of W, dequantized; all other
+      columns are multiplied in 8 bits.
 
-    Weights are rounded now, by the library and from float16, as the library's own are. Inputs are rounded when the
-    model runs (see `compress.kernels.layers.int8_linear`). O depends on all tokens of a call, so results do so
-    slightly as well. The weights in the columns O are rounded too: the paper keeps them in 16 bits, but the library
-    does not, and so it needs no calibration.
+    Weights are rounded now, by the library and from float16, as the library's own are. Inputs are rounded
+    when the model runs (see `compress.kernels.layers.int8_linear`). O depends on all tokens of a call, so
+    results do so slightly as well. The weights in the columns O are rounded too: the paper keeps them in 16
+    bits, but the library does not, and so it needs no calibration.
     """
 
     name = "llm-int8"
@@ -46,7 +46,8 @@ class LLMInt8(Method["LLMInt8.Options"]):
     class Options(IgnoreOptions):
         threshold: NonNegativeFloat = Field(
             6.0,
-            description="input channels that reach this magnitude are not rounded; 0: all channels are rounded",
+            description="input channels that reach this magnitude are not rounded; 0: all channels are "
+            "rounded",
         )
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
@@ -81,8 +82,8 @@ def quantize_int8(dense: torch.Tensor, threshold: float, name: str) -> Int8Weigh
     half = dense.to(torch.float16).contiguous()
     if not half.isfinite().all():
         raise BadInput(
-            f"The tensor '{name}' has values too large for float16, from which bitsandbytes rounds; use the method "
-            "rtn with 8 bits."
+            f"The tensor '{name}' has values too large for float16, from which bitsandbytes rounds; use the "
+            "method rtn with 8 bits."
         )
     codes, absmax, _ = int8_vectorwise_quant(half)
     codes[absmax == 0] = 0  # 0 / 0 in the library

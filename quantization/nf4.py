@@ -26,8 +26,8 @@ class NF4(Method["NF4.Options"]):
 
     The 16 levels are quantiles of the normal distribution, scaled to [-1, 1], and include 0. A block of 64
     consecutive weights, row after row, has the scale max|w|. With ``double_quant`` the mean of the scales is
-    subtracted, and the rest is rounded to 8 bits with one scale for 256 of them. bitsandbytes does the rounding, and
-    the format is its own.
+    subtracted, and the rest is rounded to 8 bits with one scale for 256 of them. bitsandbytes does the
+    rounding, and the format is its own.
     """
 
     name = "nf4"

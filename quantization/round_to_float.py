@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 class RoundToFloat(Method["RoundToFloat.Options"]):
     """Round every weight of the layers to the nearest low-bit floating-point number; no calibration.
 
-    See `quantize_float` for the scales. Linears that runtimes fuse (query, key and value; gate and up) share the
-    global scale of NVFP4. The files are the same as those of llm-compressor's schemes FP8_DYNAMIC, MXFP4A16 and
-    NVFP4A16; they are read back and compared at once.
+    See `quantize_float` for the scales. Linears that runtimes fuse (query, key and value; gate and up) share
+    the global scale of NVFP4. The files are the same as those of llm-compressor's schemes FP8_DYNAMIC,
+    MXFP4A16 and NVFP4A16; they are read back and compared at once.
     """
 
     name = "float"
@@ -36,13 +36,14 @@ class RoundToFloat(Method["RoundToFloat.Options"]):
     class Options(IgnoreOptions):
         type: FloatType = Field(
             "fp8",
-            description="fp8: E4M3 with one scale per row, and activations in FP8 with one scale per token; mxfp4: "
-            "E2M1 in groups of 32 with power-of-two scales; nvfp4: E2M1 in groups of 16 with E4M3 scales",
+            description="fp8: E4M3 with one scale per row, and activations in FP8 with one scale per token; "
+            "mxfp4: E2M1 in groups of 32 with power-of-two scales; nvfp4: E2M1 in groups of 16 with E4M3 "
+            "scales",
         )
         scale_rounding: ScaleRounding = Field(
             "ceil",
-            description="how to round the scales of mxfp4 to powers of two; ceil: no weight is cut off; floor: the "
-            "rule of the standard",
+            description="how to round the scales of mxfp4 to powers of two; ceil: no weight is cut off; "
+            "floor: the rule of the standard",
         )
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
@@ -53,7 +54,9 @@ class RoundToFloat(Method["RoundToFloat.Options"]):
         packer = Packer(context.draft, options, journal.state, layout_of)
         for layer in model.walk(journal, label=f"rounding to {options.type}"):
             for paths in linears_by_input(model.anatomy, layer.linears):
-                dense = {name: weight(layer.linears[path]) for path, name in packer.wanted(layer, paths).items()}
+                dense = {
+                    name: weight(layer.linears[path]) for path, name in packer.wanted(layer, paths).items()
+                }
                 largest = max((matrix.abs().max() for matrix in dense.values()), default=None)
                 for name, matrix in dense.items():
                     rounded = quantize_float(

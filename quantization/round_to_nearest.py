@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 class RoundToNearest(Method[WeightOptions]):
     """Round every weight of the layers to the nearest point of a low-bit grid; no calibration.
 
-    For each group of consecutive inputs of an output row, s and z follow from the smallest and the largest weight,
-    and q = clamp(round(w / s) + z, 0, 2^b - 1) (see `quantize_weight`). Norms and biases are kept; the embedding and
-    the head are kept unless an option asks for them. The packed codes are written in a format that other programs
-    load, and are read back and compared at once.
+    For each group of consecutive inputs of an output row, s and z follow from the smallest and the largest
+    weight, and q = clamp(round(w / s) + z, 0, 2^b - 1) (see `quantize_weight`). Norms and biases are kept;
+    the embedding and the head are kept unless an option asks for them. The packed codes are written in a
+    format that other programs load, and are read back and compared at once.
     """
 
     name = "rtn"

@@ -28,9 +28,9 @@ class ClippedLinear:
     - asymmetric: s = (h − m) / (2^b − 1), z = round(−m / s);
     - symmetric: s = −v / 2^(b−1), where v is h or m, whichever is larger in magnitude, and z = 2^(b−1);
 
-    and q = clamp(round(W / s) + z, 0, 2^b − 1), where s is rounded to the dtype it is stored in. With
-    u = l = ∞ this is `quantize_weight`. Gradients pass straight through rounding: W / s and s get the gradients
-    that they would get without it, and z gets none.
+    and q = clamp(round(W / s) + z, 0, 2^b − 1), where s is rounded to the dtype it is stored in. With u = l =
+    ∞ this is `quantize_weight`. Gradients pass straight through rounding: W / s and s get the gradients that
+    they would get without it, and z gets none.
 
     Args:
         weight: W [out, in], float32.

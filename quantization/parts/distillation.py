@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PASS_TOKENS = 2048
-"""Tokens that go through the model in one pass. The logits of more would take gigabytes, and beside so many tokens
-the work on the weights in every pass costs little."""
+"""Tokens that go through the model in one pass. The logits of more would take gigabytes, and beside so many
+tokens the work on the weights in every pass costs little."""
 
 SAVE_SECONDS = 300.0
 """Seconds between two saved states of the training, from which a killed run goes on."""
@@ -53,7 +53,8 @@ class TrainingOptions(Protocol):
 
 @dataclass
 class Teacher:
-    """The dense model, as its hidden states after the last layer, from which its norm and head make exact logits."""
+    """The dense model, as its hidden states after the last layer, from which its norm and head make exact
+    logits."""
 
     head: Head
     hidden: Activations
@@ -65,7 +66,8 @@ class Teacher:
 
 
 def teacher_hidden_states(model: StreamedModel, context: StepContext) -> Activations:
-    """The teacher's hidden states after the last layer, float32 [N, S, D], computed with one layer in memory."""
+    """The teacher's hidden states after the last layer, float32 [N, S, D], computed with one layer in
+    memory."""
     assert context.calibration is not None  # methods that distil need calibration
     stream = model.stream(context.calibration, context.folder / "teacher")
     for layer in model.walk(context.journal("teacher"), stream, label="asking the teacher"):
@@ -76,7 +78,8 @@ def teacher_hidden_states(model: StreamedModel, context: StepContext) -> Activat
 def divergence(student: Student, teacher: Teacher, windows: Windows, rows: torch.Tensor) -> torch.Tensor:
     """KL(teacher ‖ student) in nats per token: the mean over the real tokens of the windows ``rows``.
 
-    The published code divides the sum by the number of windows instead, so its gradient grows with their length.
+    The published code divides the sum by the number of windows instead, so its gradient grows with their
+    length.
     """
     total = torch.zeros(())
     for window, logits in zip(rows.tolist(), student.logits(windows, rows), strict=True):
@@ -97,8 +100,8 @@ def distil(
 ) -> dict[str, Any]:
     """Minimise the divergence with AdamW (no weight decay).
 
-    The learning rate falls from ``learning_rate`` to 0 along a cosine. The run's seed decides the random order of
-    the windows. A killed run goes on from the state that was saved last.
+    The learning rate falls from ``learning_rate`` to 0 along a cosine. The run's seed decides the random
+    order of the windows. A killed run goes on from the state that was saved last.
 
     Returns:
         Metadata of the training: ``losses`` of every step, the means of the first and the last tenth of them,
@@ -138,7 +141,7 @@ def distil(
         tokens += int(windows.mask[rows].sum())
         context.progress("training", (step + 1) / steps)
         if (step + 1) % tenth == 0:
-            log.info("step %d of %d: loss %.4f nats a token", step + 1, steps, _mean(losses[-tenth:]))
+            log.info("step %d of %d: loss %.4f nats per token", step + 1, steps, _mean(losses[-tenth:]))
         if time.perf_counter() - saved > SAVE_SECONDS and step + 1 < steps:
             _save(file, parameters, optimizer, losses)
             saved = time.perf_counter()
@@ -191,7 +194,8 @@ def _save(
 
 @torch.no_grad()
 def _restore(file: Path, parameters: list[nn.Parameter], optimizer: torch.optim.AdamW) -> list[float]:
-    """Restore parameters and moments from ``file``, and return the losses so far; without a file there are none."""
+    """Restore parameters and moments from ``file``, and return the losses so far; without a file there are
+    none."""
     if not file.exists():
         return []
     held = load_file(file)

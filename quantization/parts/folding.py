@@ -1,8 +1,8 @@
 """Folding scales of input channels into the module that computes those channels, which is exact.
 
-For linears W_i that read the same x, W_i x = (W_i diag(s)) (diag(s)^-1 x). If x comes from a norm, or linearly
-from rows of another projection, 1/s goes into the parameters of that module, and the model computes the same as
-before.
+For linears W_i that read the same x, W_i x = (W_i diag(s)) (diag(s)^-1 x). If x comes from a norm, or
+linearly from rows of another projection, 1/s goes into the parameters of that module, and the model computes
+the same as before.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Fold:
         producer: path of the module inside the layer; it is a norm or a linear.
         rows: the outputs of the producer that become input channels, int64 [units].
         units: for each input channel, the index in ``rows`` of the output it comes from, int64 [in]. With
-            grouped-query attention all query heads of a group share the rows of their value head, so they must
-            share scales.
+            grouped-query attention all query heads of a group share the rows of their value head, so they
+            must share scales.
     """
 
     producer: str
@@ -38,7 +38,8 @@ class Fold:
 
 
 def fold_of(model: StreamedModel, index: int, paths: list[str]) -> Fold | None:
-    """Where scales of the input channels of ``paths`` can go. These linears of layer ``index`` share their input.
+    """Where scales of the input channels of ``paths`` can go. These linears of layer ``index`` share their
+    input.
 
     Returns:
         None if the scales can go nowhere: after a norm whose output the residual stream also reads (post-norm
@@ -69,10 +70,11 @@ def fold_of(model: StreamedModel, index: int, paths: list[str]) -> Fold | None:
 def fold(
     model: StreamedModel, layer: Layer, where: Fold, paths: list[str], scales: torch.Tensor
 ) -> torch.Tensor:
-    """Multiply the input channels of ``paths`` by ``scales`` (positive, [units]), and divide the producer by them.
+    """Multiply the input channels of ``paths`` by ``scales`` (positive, [units]), and divide the producer by
+    them.
 
-    If the producer is a norm, the scales are first moved so that its new weight is exact in the dtype it is stored
-    in, and set to 1 where its weight is 0.
+    If the producer is a norm, the scales are first moved so that its new weight is exact in the dtype it is
+    stored in, and set to 1 where its weight is 0.
 
     Returns:
         The scales of the input channels that were applied, float32 [in].

@@ -1,7 +1,7 @@
 """Where the codes of a quantized model go: which linears are packed, each in which format.
 
-A method rounds the linears inside the layers. The head and the token embedding are rounded to the nearest code by
-every method, if at all.
+A method rounds the linears inside the layers. The head and the token embedding are rounded to the nearest
+code by every method, if at all.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Layout:
     Attributes:
         default: the format of the linears that no pattern of ``set`` matches.
         linears: name -> format of the packed linears inside the layers.
-        around: name -> format of the head and the token embedding, where they are packed. If both are one table,
-            it has one entry.
+        around: name -> format of the head and the token embedding, where they are packed. If both are one
+            table, it has one entry.
         kept: linears inside the layers that stay as they are.
         outside: linears outside the layers that stay as they are.
         copies: tables that are stored a second time; these copies are dropped.
@@ -72,8 +72,8 @@ def plan_layout(shape: ModelShape, options: WeightOptions, activation_bits: int 
     heads = {anatomy.head, *anatomy.head_aliases} if packs_head else set()
     if kept := [name for name in skipped if name in heads]:
         raise BadInput(
-            f"The option 'ignore' keeps '{kept[0]}', but lm_head_bits or embedding_bits packs it; drop one of the "
-            "two."
+            f"The option 'ignore' keeps '{kept[0]}', but lm_head_bits or embedding_bits packs it; drop one "
+            "of the two."
         )
     name = options.format
     if name == "auto":
@@ -109,8 +109,8 @@ def linears_to_pack(shape: ModelShape, ignore: list[str]) -> tuple[list[str], li
     """Sort the linears of a model by what happens to them.
 
     Returns:
-        The linears inside the layers that are to be packed; all linears that ``ignore`` keeps; and all linears
-        outside the layers.
+        The linears inside the layers that are to be packed; all linears that ``ignore`` keeps; and all
+        linears outside the layers.
 
     Raises:
         BadInput: the model is already quantized, no linear is left to quantize, or a pattern matches nothing.
@@ -192,7 +192,8 @@ def packed_shape(shape: ModelShape, layout: Layout) -> ModelShape:
 
 
 def stored_weights(shape: ModelShape, names: Iterable[str]) -> dict[str, tuple[tuple[int, int], str]]:
-    """Full name -> the shape (out, in) of a linear or an embedding, and the dtype that its weight is stored in.
+    """Full name -> the shape (out, in) of a linear or an embedding, and the dtype that its weight is stored
+    in.
 
     Raises:
         BadInput: the model lacks one of the weights.
@@ -207,7 +208,9 @@ def stored_weights(shape: ModelShape, names: Iterable[str]) -> dict[str, tuple[t
     return found
 
 
-def stored_linears(layer: Layer, wanted: Container[str], paths: Iterable[str] | None = None) -> dict[str, str]:
+def stored_linears(
+    layer: Layer, wanted: Container[str], paths: Iterable[str] | None = None
+) -> dict[str, str]:
     """Find the stored weights of linears of a layer.
 
     Args:
@@ -229,8 +232,8 @@ def stored_linears(layer: Layer, wanted: Container[str], paths: Iterable[str] | 
 def matches(names: list[str], patterns: Iterable[str], option: str) -> list[list[str]]:
     """The names that each pattern matches.
 
-    A pattern is a full name, a glob, or a regular expression after ``re:``. Regular expressions must match from
-    the beginning of the name, as in llm-compressor.
+    A pattern is a full name, a glob, or a regular expression after ``re:``. Regular expressions must match
+    from the beginning of the name, as in llm-compressor.
 
     Raises:
         BadInput: a pattern of the ``option`` matches nothing, or is not a regular expression.

@@ -16,8 +16,8 @@ ROWS = 256
 class LinearLoss:
     """The mean over tokens and outputs of (X W^T - X_q Q^T)^2, where Q takes the place of W.
 
-    With G = X_q^T X_q, D = (X - X_q)^T X_q and E = Q - W its sum is <E G, E> - 2 <W D, E> + constant. The constant
-    is |X W^T|^2 - 2 <W D, W> - <W G, W>. The gradient of the sum by Q is 2 (E G - W D).
+    With G = X_q^T X_q, D = (X - X_q)^T X_q and E = Q - W its sum is <E G, E> - 2 <W D, E> + constant. The
+    constant is |X W^T|^2 - 2 <W D, W> - <W G, W>. The gradient of the sum by Q is 2 (E G - W D).
 
     Args:
         dense: W, float32 [out, in].

@@ -61,8 +61,8 @@ def mix(
 ) -> Mix:
     """Give every linear one of some widths, so that the loss is least and all tensors fit into ``memory``.
 
-    The loss that a linear causes at a width is estimated from its residual after rounding and one backward pass
-    (`expected_loss`). Bits go where they lower the total most per byte, until no more fit.
+    The loss that a linear causes at a width is estimated from its residual after rounding and one backward
+    pass (`expected_loss`). Bits go where they lower the total most per byte, until no more fit.
 
     A method that looks at text spares the input channels that matter most, so the residual of plain rounding
     says little about it. For such a method the residual is the best of several: each is rounded with the
@@ -79,7 +79,8 @@ def mix(
         calibrated: whether the method looks at text.
 
     Raises:
-        BadInput: the options do not fit the model, or the model does not fit into ``memory`` at the least width.
+        BadInput: the options do not fit the model, or the model does not fit into ``memory`` at the least
+            width.
     """
     if options.set:
         raise BadInput("The option 'mix' chooses bits by pattern itself; leave the option 'set' out.")
@@ -166,7 +167,8 @@ def channel_scales(information: torch.Tensor, alpha: float) -> torch.Tensor:
 
 
 def _patterns(shape: ModelShape, bits: dict[str, int], default: int) -> dict[str, int]:
-    """Patterns for the option ``set`` with the widths other than the default, one per projection and width."""
+    """Patterns for the option ``set`` with the widths other than the default, one per projection and
+    width."""
     anatomy = shape.anatomy
     indices: dict[tuple[str, int], list[str]] = defaultdict(list)
     for index in range(shape.num_layers):

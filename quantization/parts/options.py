@@ -5,7 +5,7 @@ Fields appear in the help in the order of the bases from last to first, then tho
 
 from __future__ import annotations
 
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import Field, PositiveInt
 
@@ -15,15 +15,18 @@ from compress.method import MethodOptions
 Bits = Literal[2, 3, 4, 8]
 Width = TypeVar("Width")
 
+DEFAULT_BITS: Any = 4
+"""A number that every literal type of widths has."""
+
 
 class BitsOptions(MethodOptions, Generic[Width]):
     """The bits of every weight. ``Width`` is a literal type of the numbers that the method offers."""
 
-    bits: Width = Field(4, description="bits of a weight")
+    bits: Width = Field(DEFAULT_BITS, description="bits of a weight")
     set: dict[str, Width] = Field(
         {},
-        description="other bits for the linears that a pattern matches (patterns as in 'ignore'); where several "
-        "match, the last one counts",
+        description="other bits for the linears that a pattern matches (patterns as in 'ignore'); where "
+        "several match, the last one counts",
     )
 
 
@@ -75,7 +78,8 @@ class WeightOptions(IgnoreOptions, TableOptions, GroupOptions, BitsOptions[Bits]
     """Options of the methods that round weights to an integer grid of groups."""
 
     symmetric: bool = Field(
-        True, description="fix the zero points in the middle of the codes; otherwise each group stores its own"
+        True,
+        description="fix the zero points in the middle of the codes; otherwise each group stores its own",
     )
     format: Literal["auto", "compressed-tensors", "gptq"] = Field(
         "auto",
@@ -95,8 +99,8 @@ class StackOptions(IgnoreOptions, TableOptions):
     importance: Literal["gradient", "perplexity"] = Field(
         "gradient",
         description="how to decide which linear gets its next block first; gradient: by the loss that its "
-        "residual causes per byte, estimated with one backward pass; perplexity: as published, by trying every "
-        "linear at every level, which takes hundreds of passes per level",
+        "residual causes per byte, estimated with one backward pass; perplexity: as published, by trying "
+        "every linear at every level, which takes hundreds of passes per level",
     )
     order_windows: PositiveInt = Field(
         16, description="number of calibration windows, of up to 128 tokens, to find the order with"

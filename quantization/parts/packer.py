@@ -20,7 +20,7 @@ from compress.storage.formats.base import Format
 from compress.storage.tensors import DTYPES
 
 if TYPE_CHECKING:
-    from compress.engine.stream import Layer, StreamedModel
+    from compress.engine.stream import Layer
 
 ELEMENTS_AT_ONCE = 1 << 22
 """Weights that are rounded, or compared, in one step. Results do not depend on it."""
@@ -44,8 +44,8 @@ class Packer:
     Args:
         draft: equal to its parent, or restored by a journal.
         options: of the method.
-        errors: where the errors of rounding are recorded. In the state of a journal they survive a kill, so that
-            a resumed run reports all linears.
+        errors: where the errors of rounding are recorded. In the state of a journal they survive a kill, so
+            that a resumed run reports all linears.
         layout_of: makes the layout of the model's shape and the options.
 
     Attributes:
@@ -68,7 +68,8 @@ class Packer:
         self.planned = packed_shape(self.before, self.layout)
 
     def wanted(self, layer: Layer, paths: Iterable[str] | None = None) -> dict[str, str]:
-        """Path -> stored tensor of the linears of a layer that are to be quantized, all or those at ``paths``."""
+        """Path -> stored tensor of the linears of a layer that are to be quantized, all or those at
+        ``paths``."""
         return stored_linears(layer, self.layout.linears, paths)
 
     def linears(self, layer: Layer) -> Iterator[tuple[str, torch.Tensor]]:
@@ -160,7 +161,8 @@ def report(
     }
     around = "".join(f", {name} at {form.bits} bits" for name, form in layout.around.items())
     summary = (
-        f"{len(layout.linears)} linears{around}: {details['bits_per_weight']:.2f} bits per weight with scales "
-        f"({layout.default.name}); relative weight error {mean:.1%} on average, {relative[worst]:.1%} at most"
+        f"{len(layout.linears)} linears{around}: {details['bits_per_weight']:.2f} bits per weight with "
+        f"scales ({layout.default.name}); relative weight error {mean:.1%} on average, "
+        f"{relative[worst]:.1%} at most"
     )
     return StepReport(summary, details)

@@ -38,7 +38,9 @@ def plan_stacked(shape: ModelShape, options: StackOptions, form: StackFormat) ->
     around, copies = _around(shape, options)
     added: dict[str, TensorInfo] = {}
     for name, (size, dtype) in stored_weights(shape, [*modules, *around]).items():
-        added |= around[name].tensor_infos(name, size, dtype) if name in around else form.tensor_infos(name, size)
+        added |= (
+            around[name].tensor_infos(name, size, dtype) if name in around else form.tensor_infos(name, size)
+        )
     config = dict(shape.config)
     outside = CompressedTensors.describe(around, around) if around else None
     kept = [name for name in shape.linears() if name in skipped]
@@ -66,8 +68,8 @@ class Stacker:
             resumed run reports all linears.
 
     Attributes:
-        errors: full name of a linear -> squared norms of its weight and of what is left of it after each block,
-            float64 [blocks + 1].
+        errors: full name of a linear -> squared norms of its weight and of what is left of it after each
+            block, float64 [blocks + 1].
         planned: the shape of the model with all blocks.
         modules: full names of the linears in stacks.
     """
@@ -82,7 +84,8 @@ class Stacker:
         self.modules: list[str] = self.planned.config["quantization_config"]["modules"]
 
     def wanted(self, layer: Layer, paths: Iterable[str] | None = None) -> dict[str, str]:
-        """Path -> stored tensor of the linears of a layer that are to be stacked, all or those at ``paths``."""
+        """Path -> stored tensor of the linears of a layer that are to be stacked, all or those at
+        ``paths``."""
         return stored_linears(layer, self.modules, paths)
 
     def write(self, stored: str, dense: torch.Tensor, blocks: Sequence[Mapping[str, torch.Tensor]]) -> None:
@@ -154,7 +157,8 @@ class Stacker:
 def residual_norms(
     form: StackFormat, dense: torch.Tensor, blocks: Sequence[Mapping[str, torch.Tensor]]
 ) -> torch.Tensor:
-    """Squared norms of ``dense`` [out, in] and of what is left of it after each block: float64 [blocks + 1]."""
+    """Squared norms of ``dense`` [out, in] and of what is left of it after each block: float64 [blocks +
+    1]."""
     out, width = dense.shape
     stack = form.linear(width, out, [Block(parts) for parts in blocks])
     left = dense.float().clone()

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
-from torch import nn
-from torch.func import functional_call
 
 from compress.anatomy import Anatomy, anatomy_of, linears_by_input, set_weight, weight
 from compress.calibration.statistics.fisher import Fisher, text_loss
@@ -26,6 +24,7 @@ from compress.quantization.parts.linear_losses import LinearLoss, Saliency, cros
 from compress.quantization.parts.options import WeightOptions
 from compress.quantization.parts.packer import Packer
 from compress.quantization.parts.state import StatePart
+from compress.quantization.parts.substituted import Substituted
 from compress.storage import adapter
 from compress.system.memory import give_back_memory
 
@@ -43,9 +42,10 @@ class ApiQ(Method["ApiQ.Options"]):
     are learned on two streams of calibration text: X has gone through the dense layers before, X_q through
     the quantized ones with their adapters.
 
-    - layer-wise (ApiQ-lw): linear by linear in the order of the data flow, minimise the mean of (X W^T - X_q
-      Q^T)^2 (`LinearLoss`), where X_q has passed the linears before, which are already quantized. No step
-      touches a token, since two Gram matrices hold all that matters, and each step sees all tokens.
+    - layer-wise (ApiQ-lw): linear by linear in the order of the data flow, minimise the mean of
+      (X W^T - X_q Q^T)^2 (`LinearLoss`), where X_q has passed the linears before, which are already
+      quantized. No step touches a token, since two Gram matrices hold all that matters, and each step sees
+      all tokens.
     - block-wise (ApiQ-bw): for all linears of a layer f at once, minimise the mean of (f(X) - f_q(X_q))^2
       and, with ``aug_loss``, that of (f(X_q) - f_q(X_q))^2, in minibatches.
 
@@ -327,7 +327,7 @@ class Learning:
     def _computing_with(self, weights: Mapping[str, torch.Tensor]) -> Layer:
         """The layer with other weights [out, in] of its linears, for which outputs can be differentiated."""
         given = {f"{path}.weight": w.T if self.anatomy.conv1d else w for path, w in weights.items()}
-        return replace(self.layer, module=WithParameters(self.layer.module, given))
+        return replace(self.layer, module=Substituted(self.layer.module, given))
 
     def _block_loss(self, states: Mapping[str, dict[str, torch.Tensor]], targets: list[Activations]) -> float:
         """The loss on all the text, with the linears as they would be stored in these states."""
@@ -352,14 +352,3 @@ class Learning:
         for path, state in states.items():
             self.linears[path].load(state)
             set_weight(self.layer.linears[path], self.linears[path].stored())
-
-
-class WithParameters(nn.Module):
-    """A module that computes with tensors in the place of some of its parameters."""
-
-    def __init__(self, module: nn.Module, given: dict[str, torch.Tensor]) -> None:
-        super().__init__()
-        self.module, self.given = module, given
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return functional_call(self.module, self.given, args, kwargs)

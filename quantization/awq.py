@@ -40,8 +40,7 @@ SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)
 
 
 class AWQ(Method[WeightOptions]):
-    """Scale input channels by the activations they see, round, and clip each group where the error is
-    smallest.
+    """Scale input channels by their activations, round, and clip each group where the error is least.
 
     For the linears W_i that read the same input x, whose channels have the mean magnitude m_j = mean |x_j|
     over the calibration tokens (without padding):

@@ -30,12 +30,11 @@ COLUMNS_PER_UPDATE = 128
 
 
 class GPTQ(Method["GPTQ.Options"]):
-    """Round weights column by column; columns that are not yet rounded compensate the error on calibration
-    data.
+    """Round weights column by column; later columns compensate the error on calibration data.
 
     For a linear W [out, in] with inputs X [tokens, in], H = X^T X + damping * mean(diag) I, and U is the
-    upper Cholesky factor of H^-1. For every column j in turn: q_j is the nearest code of w_j, and W[:, k] -=
-    (w_j - s (q_j - z)) / U[j, j] * U[j, k] for all k > j.
+    upper Cholesky factor of H^-1. For every column j in turn: q_j is the nearest code of w_j, and
+    W[:, k] -= (w_j - s (q_j - z)) / U[j, j] * U[j, k] for all k > j.
 
     Every layer is calibrated on the outputs of the layers before it, which are already quantized. A group
     gets its grid when its first column is rounded, from the weights as they are then. With ``act_order``,
@@ -59,7 +58,7 @@ class GPTQ(Method["GPTQ.Options"]):
     class Options(DampingOptions, WeightOptions):
         act_order: bool = Field(
             True,
-            description="round columns with larger inputs first; the grids of groups are then fixed before",
+            description="round columns with larger inputs first; groups get their grids before anything is rounded",
         )
         true_sequential: bool = Field(
             False,
@@ -109,8 +108,7 @@ class GPTQ(Method["GPTQ.Options"]):
         packer: Packer,
         options: Options,
     ) -> None:
-        """Measure the inputs of some linears, then round these linears in memory and write them to the
-        draft."""
+        """Measure the inputs of some linears, then round these in memory and in the draft."""
         stream.look(layer, {paths[0]: hessian.add for paths, hessian in zip(groups, hessians, strict=True)})
         for paths, hessian in zip(groups, hessians, strict=True):
             assert hessian.sum is not None  # it has just seen the text

@@ -1,5 +1,4 @@
-"""HQQ (2023): grids are chosen by a norm that forgives outliers, with half-quadratic splitting and no
-data."""
+"""HQQ (2023): grids chosen without data, by a norm that forgives outliers."""
 
 from __future__ import annotations
 
@@ -105,8 +104,7 @@ def half_quadratic(
 def fitted_grid(
     grouped: torch.Tensor, bits: int, symmetric: bool, scale_dtype: torch.dtype, name: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and zero points of groups [out, groups, group_size]. Returns and raises the same as
-    `choose_grid`."""
+    """Scales and zero points of groups [out, groups, group_size], as `choose_grid` returns them."""
     scale, zeros = choose_grid(grouped, bits, symmetric, scale_dtype, name)
     best, lowest, beta = scale, torch.full_like(zeros, float("inf")), BETA
     for _ in range(ITERATIONS + 1):

@@ -129,7 +129,7 @@ class LLMQAT(Method["LLMQAT.Options"]):
         batches = math.ceil(len(windows) / options.batch_size)
         steps = options.epochs * batches if options.steps is None else options.steps
         packer = Packer(context.draft, options, {}, layout_of)
-        # Before the student is in memory.
+        # The teacher comes first: the student then fills the memory.
         reference = teacher_hidden_states(model, context) if steps else None
         student = FakeQuantizedModel(model, packer, options, context)
         training: dict[str, Any] = {"steps": 0}
@@ -235,8 +235,7 @@ class LatentWeight(nn.Module):
 
 
 class FakeQuantizedModel:
-    """The student: the whole model in memory, in float32, with quantizers that gradients pass straight
-    through.
+    """The student: the whole model, in memory and in float32, with straight-through quantizers.
 
     Attributes:
         names: finds the stored names of parameters.
@@ -292,8 +291,7 @@ class FakeQuantizedModel:
 
     @torch.no_grad()
     def write(self, packer: Packer, context: StepContext) -> None:
-        """Write packed codes to the draft, and everything else that was trained in the dtype it is stored
-        in."""
+        """Write packed codes to the draft, and all else that was trained in its stored dtype."""
         for stored, latent in self.latents.items():
             trained = self.linears[stored].get_parameter("parametrizations.weight.original")
             dense = latent.latent(trained).cpu()
@@ -326,8 +324,7 @@ def _quantize_input(
 
 @torch.no_grad()
 def check_written(student: FakeQuantizedModel, context: StepContext) -> float:
-    """KL(trained ‖ written) of the first window in nats per token, where the written model is read from its
-    codes.
+    """KL(trained ‖ written) of the first window, nats per token. The written model is read from its codes.
 
     Raises:
         CompressError: the divergence is larger than rounding explains.

@@ -1,5 +1,4 @@
-"""Nested codes: every width from 2 to 8 bits in one file, each code being the leading bits of the wider
-ones."""
+"""Nested codes: every width from 2 to 8 bits in one file; narrow codes are the leading bits of wide ones."""
 
 from __future__ import annotations
 
@@ -164,8 +163,7 @@ def value(code: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def choose_scales(grouped: torch.Tensor, importance: torch.Tensor, bits: int) -> torch.Tensor:
-    """Choose s of each group so that the sum over widths of λ_b times the error of rounding to nearest is
-    least.
+    """Choose s of each group to minimise the sum over widths of λ_b times the error of rounding to nearest.
 
     For widths beyond 4 bits only the part of a weight that lies outside of all codes counts as an error.
 
@@ -256,8 +254,7 @@ def _choose(wanted: torch.Tensor, stands: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def planes(codes: torch.Tensor, scales: torch.Tensor, bits: int) -> list[dict[str, torch.Tensor]]:
-    """The blocks of codes, uint8 [out, in]: the two leading bits with the scales first, then each other
-    bit."""
+    """The blocks of codes, uint8 [out, in]: the two leading bits with the scales, then one block per bit."""
     signs = [(codes >> (bits - 1 - plane)) & 1 > 0 for plane in range(bits)]
     first = {"signs": pack_signs(torch.stack(signs[:2])), "scales": scales}
     return [first, *({"signs": pack_signs(plane)} for plane in signs[2:])]

@@ -113,8 +113,7 @@ def expected_losses(
 
 
 def perplexities(stacker: Stacker, windows: Windows, context: StepContext) -> torch.Tensor:
-    """The published measure: with all linears at b blocks, the perplexity when one of them gets its next
-    block.
+    """The published measure: with all linears at b blocks, the perplexity when one gets its next block.
 
     For one b all linears are tried in one walk through the model, each from its own layer on. NaN counts as
     infinite.

@@ -53,8 +53,7 @@ class TrainingOptions(Protocol):
 
 @dataclass
 class Teacher:
-    """The dense model, as its hidden states after the last layer, from which its norm and head make exact
-    logits."""
+    """The dense model: its hidden states after the last layer, and the head that makes logits of them."""
 
     head: Head
     hidden: Activations
@@ -66,8 +65,7 @@ class Teacher:
 
 
 def teacher_hidden_states(model: StreamedModel, context: StepContext) -> Activations:
-    """The teacher's hidden states after the last layer, float32 [N, S, D], computed with one layer in
-    memory."""
+    """Compute the teacher's hidden states after the last layer, float32 [N, S, D], layer by layer."""
     assert context.calibration is not None  # methods that distil need calibration
     stream = model.stream(context.calibration, context.folder / "teacher")
     for layer in model.walk(context.journal("teacher"), stream, label="asking the teacher"):
@@ -194,8 +192,7 @@ def _save(
 
 @torch.no_grad()
 def _restore(file: Path, parameters: list[nn.Parameter], optimizer: torch.optim.AdamW) -> list[float]:
-    """Restore parameters and moments from ``file``, and return the losses so far; without a file there are
-    none."""
+    """Restore parameters and moments from ``file``, if it exists. Returns the losses so far."""
     if not file.exists():
         return []
     held = load_file(file)

@@ -38,8 +38,7 @@ class Fold:
 
 
 def fold_of(model: StreamedModel, index: int, paths: list[str]) -> Fold | None:
-    """Where scales of the input channels of ``paths`` can go. These linears of layer ``index`` share their
-    input.
+    """Where scales of the input channels of ``paths`` can go; these linears of a layer share their input.
 
     Returns:
         None if the scales can go nowhere: after a norm whose output the residual stream also reads (post-norm
@@ -70,8 +69,7 @@ def fold_of(model: StreamedModel, index: int, paths: list[str]) -> Fold | None:
 def fold(
     model: StreamedModel, layer: Layer, where: Fold, paths: list[str], scales: torch.Tensor
 ) -> torch.Tensor:
-    """Multiply the input channels of ``paths`` by ``scales`` (positive, [units]), and divide the producer by
-    them.
+    """Multiply the input channels of ``paths`` by ``scales`` [units] > 0, and divide the producer by them.
 
     If the producer is a norm, the scales are first moved so that its new weight is exact in the dtype it is
     stored in, and set to 1 where its weight is 0.

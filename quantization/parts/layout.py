@@ -192,8 +192,7 @@ def packed_shape(shape: ModelShape, layout: Layout) -> ModelShape:
 
 
 def stored_weights(shape: ModelShape, names: Iterable[str]) -> dict[str, tuple[tuple[int, int], str]]:
-    """Full name -> the shape (out, in) of a linear or an embedding, and the dtype that its weight is stored
-    in.
+    """Full name -> the shape (out, in) of a linear or an embedding, and the stored dtype of its weight.
 
     Raises:
         BadInput: the model lacks one of the weights.

@@ -167,8 +167,7 @@ def channel_scales(information: torch.Tensor, alpha: float) -> torch.Tensor:
 
 
 def _patterns(shape: ModelShape, bits: dict[str, int], default: int) -> dict[str, int]:
-    """Patterns for the option ``set`` with the widths other than the default, one per projection and
-    width."""
+    """The widths other than the default as patterns for ``set``, one per projection and width."""
     anatomy = shape.anatomy
     indices: dict[tuple[str, int], list[str]] = defaultdict(list)
     for index in range(shape.num_layers):

@@ -49,8 +49,7 @@ def plan_stacked(shape: ModelShape, options: StackOptions, form: StackFormat) ->
 
 
 def _around(shape: ModelShape, options: TableOptions) -> tuple[dict[str, CompressedTensors], list[str]]:
-    """The format of the head and the token embedding where they are to be packed, with one scale per row; and
-    copies of a shared table, which are dropped."""
+    """The formats of the head and the token embedding, and copies of a shared table (see `around_bits`)."""
     bits, copies = around_bits(shape, options)
     return {name: CompressedTensors(width, CHANNEL, symmetric=True) for name, width in bits.items()}, copies
 
@@ -84,8 +83,7 @@ class Stacker:
         self.modules: list[str] = self.planned.config["quantization_config"]["modules"]
 
     def wanted(self, layer: Layer, paths: Iterable[str] | None = None) -> dict[str, str]:
-        """Path -> stored tensor of the linears of a layer that are to be stacked, all or those at
-        ``paths``."""
+        """Path -> stored tensor of the linears that are to be stacked: of a whole layer, or at ``paths``."""
         return stored_linears(layer, self.modules, paths)
 
     def write(self, stored: str, dense: torch.Tensor, blocks: Sequence[Mapping[str, torch.Tensor]]) -> None:
@@ -157,8 +155,7 @@ class Stacker:
 def residual_norms(
     form: StackFormat, dense: torch.Tensor, blocks: Sequence[Mapping[str, torch.Tensor]]
 ) -> torch.Tensor:
-    """Squared norms of ``dense`` [out, in] and of what is left of it after each block: float64 [blocks +
-    1]."""
+    """Squared norms of ``dense`` [out, in] and of its residual after each block: float64 [blocks + 1]."""
     out, width = dense.shape
     stack = form.linear(width, out, [Block(parts) for parts in blocks])
     left = dense.float().clone()

@@ -58,7 +58,7 @@ class GPTQ(Method["GPTQ.Options"]):
     class Options(DampingOptions, WeightOptions):
         act_order: bool = Field(
             True,
-            description="round columns with larger inputs first; groups get their grids before anything is rounded",
+            description="round columns with larger inputs first; all groups then get their grids beforehand",
         )
         true_sequential: bool = Field(
             False,

@@ -83,7 +83,9 @@ def mix(
             width.
     """
     if options.set:
-        raise BadInput("The option 'mix' chooses bits by pattern itself; leave the option 'set' out.")
+        raise BadInput(
+            "Mixing chooses the bits of every linear itself, so 'set' does not apply; leave the option out."
+        )
     widths = sorted(set(widths))
     shape = ModelShape.of(model.checkpoint)
     options = options.model_copy(update={"mix": False})

@@ -83,8 +83,8 @@ class WeightOptions(IgnoreOptions, TableOptions, GroupOptions, BitsOptions[Bits]
     )
     format: Literal["auto", "compressed-tensors", "gptq"] = Field(
         "auto",
-        description="how to store the codes; auto: gptq if all linears have 2 or all have 3 bits, otherwise "
-        "compressed-tensors",
+        description="how to store the codes; auto: gptq for 2 or 3 bits everywhere, if head and embedding "
+        "are kept; otherwise compressed-tensors",
     )
     mix: bool = Field(
         False,

@@ -68,7 +68,7 @@ class Packer:
         self.planned = packed_shape(self.before, self.layout)
 
     def wanted(self, layer: Layer, paths: Iterable[str] | None = None) -> dict[str, str]:
-        """Path -> stored tensor of the linears that are to be quantized: of a whole layer, or at ``paths``."""
+        """Path -> stored tensor of the linears that are to be packed: of a whole layer, or at ``paths``."""
         return stored_linears(layer, self.layout.linears, paths)
 
     def linears(self, layer: Layer) -> Iterator[tuple[str, torch.Tensor]]:

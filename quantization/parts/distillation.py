@@ -46,9 +46,17 @@ class Student(Protocol):
 class TrainingOptions(Protocol):
     """The options of a method that training needs."""
 
-    batch_size: int
-    learning_rate: float
-    max_gradient_norm: float
+    @property
+    def batch_size(self) -> int:
+        """Number of windows in a step."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate at the first step."""
+
+    @property
+    def max_gradient_norm(self) -> float:
+        """Gradients above this norm are scaled down to it."""
 
 
 @dataclass

@@ -41,7 +41,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2LMHeadModel", {"hidden_size": 32}),
     "gpt_neox": ("GPTNeoXForCausalLM", SMALL),
 }
-FAST = {"bits": 2, "group_size": 16, "rank": 4, "steps": 25, "epochs": 4, "batch": 2, "lora_lr": 5e-3}
+FAST = {
+    "bits": 2,
+    "group_size": 16,
+    "rank": 4,
+    "steps": 25,
+    "epochs": 4,
+    "batch_size": 2,
+    "learning_rate": 5e-3,
+}
 
 
 Dense = Callable[..., Path]

@@ -62,8 +62,8 @@ class BlockPruner(Method["BlockPruner.Options"]):
        without R and b.
     2. b* = argmin PPL(b), and R = R + {b*}.
 
-    The published criterion tends to remove small blocks first. ``cost: parameters`` takes the argmin of
-    (ln PPL(b) - ln PPL(R)) / parameters of b instead. ``search: racing`` looks at a growing random part of the
+    The published criterion tends to remove small blocks first. ``cost: parameters`` takes the argmin of (ln
+    PPL(b) - ln PPL(R)) / parameters of b instead. ``search: racing`` looks at a growing random part of the
     windows, and drops a block from the round once it is behind the best one by Student's bound on the mean of
     the paired differences; ``confidence`` holds for all comparisons of a round together (Bonferroni). The
     blocks that are left go through all windows, so the perplexities in the result are those on all of them.
@@ -213,8 +213,8 @@ class BlockPruner(Method["BlockPruner.Options"]):
         before, after = float(losses.current.mean()), float(losses.loss[best].mean())
         if not max(before, after) < LN_LARGEST:
             raise CompressError(
-                f"Without one more block the model has a loss of at least {after:.0f} nats per token, so it is "
-                "broken or overflows; remove fewer blocks."
+                f"Without one more block the model has a loss of at least {after:.0f} nats per token, so it "
+                "is broken or overflows; remove fewer blocks."
             )
         return Removal(
             *losses.blocks[best], math.exp(after), math.exp(before), losses.evaluated, losses.loss.numel()
@@ -280,8 +280,8 @@ def _earlier(options: BlockPruner.Options, model: StreamedModel, windows: Window
     } | {key: found.options[key] == getattr(options, key) for key in ("mode", "cost", "search", "confidence")}
     if different := [key for key, equal in same.items() if not equal]:
         raise BadInput(
-            f"The order of removal in '{path}' was found with another {' and '.join(different)}; search again "
-            "without order_from."
+            f"The order of removal in '{path}' was found with another {' and '.join(different)}; search "
+            "again without order_from."
         )
     return [Removal(**{key: removal[key] for key in Removal._fields}) for removal in found.details["removed"]]
 

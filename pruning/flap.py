@@ -69,19 +69,19 @@ class Flap(Method["Flap.Options"]):
     3. Structure. AL-AM: one ranking of all heads and neurons, weighted by their cost in parameters. AL-MM:
        one ranking of heads, of which a given number are removed, and one of neurons. UL-MM: the same in every
        layer. UL-UM: every layer loses floor(ratio * units) of its heads and of its neurons.
-    4. Compensate. bias: b <- b + sum over pruned j of mu_j W_:j, so that the mean of the block's output
-       stays the same. least-squares: W_k <- W_k + W_p S_pk (S_kk + lambda I)^-1 for the kept channels k and the
-       pruned channels p. This minimises the squared error of the block's output plus
-       lambda |change of W_k|^2. S are sums over tokens of products of channels, and lambda = damping * mean
-       diagonal of S_kk. Where the projection has a bias, S is computed from deviations from the mean, and the
-       bias is also fitted.
+    4. Compensate. bias: b <- b + sum over pruned j of mu_j W_:j, so that the mean of the block's output stays
+       the same. least-squares: W_k <- W_k + W_p S_pk (S_kk + lambda I)^-1 for the kept channels k and the
+       pruned channels p. This minimises the squared error of the block's output plus lambda |change of
+       W_k|^2. S are sums over tokens of products of channels, and lambda = damping * mean diagonal of S_kk.
+       Where the projection has a bias, S is computed from deviations from the mean, and the bias is also
+       fitted.
 
     The inputs for the compensation come from the dense model (``propagate: dense``) or from the layers
     already pruned (``pruned``). The target is the output of the unpruned block for the same input.
 
-    Differences from the published code: variances are correct (its running mean is updated before it is
-    used) and include all tokens except padding; grouped-query attention stays whole; costs are exact; every
-    layer keeps at least one unit of each kind. With few key-value heads UL-UM removes less than ``ratio``; the
+    Differences from the published code: variances are correct (its running mean is updated before it is used)
+    and include all tokens except padding; grouped-query attention stays whole; costs are exact; every layer
+    keeps at least one unit of each kind. With few key-value heads UL-UM removes less than ``ratio``; the
     default for uniform shapes is UL-MM, where neurons fill the rest of the budget. The paper compensates with
     biases; the default here is least squares, because it comes closer to the dense model.
     """
@@ -249,8 +249,8 @@ def structure_widths(units: list[Units], options: Flap.Options) -> list[Widths]:
         case "UL-MM":
             if heads is not None and heads % len(units):
                 raise BadInput(
-                    f"{heads} heads cannot be shared equally by {len(units)} layers, but UL-MM removes the same "
-                    "number from each; change remove_heads."
+                    f"{heads} heads cannot be shared equally by {len(units)} layers, but UL-MM removes the "
+                    "same number from each; change remove_heads."
                 )
             return even_widths(units, ratio, multiple, heads and heads // len(units))
         case _:

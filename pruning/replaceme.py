@@ -77,8 +77,8 @@ class ReplaceMe(Method["ReplaceMe.Options"]):
         l1: NonNegativeFloat = Field(0.0, description="weight of the sum of |T| in the loss (cosine)")
         l2: NonNegativeFloat = Field(
             0.0,
-            description="weight of the sum of T^2 in the loss (cosine); added to the diagonal of the Gram matrix "
-            "(least-squares)",
+            description="weight of the sum of T^2 in the loss (cosine); added to the diagonal of the Gram "
+            "matrix (least-squares)",
         )
         epochs: PositiveInt = Field(10, description="passes over the tokens (cosine)")
         learning_rate: float = Field(1e-4, gt=0, le=1, description="learning rate of Adam (cosine)")
@@ -252,8 +252,8 @@ def least_squares(samples: Samples, options: ReplaceMe.Options, _: torch.Generat
 def cosine(samples: Samples, options: ReplaceMe.Options, generator: torch.Generator) -> torch.Tensor:
     """T that minimises the cosine loss: float64 [hidden_size, hidden_size].
 
-    Adam starts from the identity, in float32. Every epoch takes the windows in a new order, and every step the
-    next ``batch_size`` tokens of them.
+    Adam starts from the identity, in float32. Every epoch takes the windows in a new order, and every step
+    the next ``batch_size`` tokens of them.
     """
     transform = torch.eye(samples.hidden_size, device=samples.device, requires_grad=True)
     optimizer = torch.optim.Adam([transform], lr=options.learning_rate)

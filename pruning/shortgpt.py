@@ -15,7 +15,6 @@ from compress.pruning.parts.options import LayerCount
 
 if TYPE_CHECKING:
     from compress.engine.shape import ModelShape
-    from compress.engine.windows import Windows
     from compress.method import StepContext
 
 
@@ -26,7 +25,8 @@ class ShortGPT(Method["ShortGPT.Options"]):
 
         BI_i = 1 - mean over tokens t of cos(X_{i,t}, X_{i+1,t})
 
-    in float64, over the real tokens (no padding). The output of the last layer is taken before the final norm.
+    in float64, over the real tokens (no padding). The output of the last layer is taken before the final
+    norm.
     """
 
     name = "shortgpt"
@@ -48,23 +48,22 @@ class ShortGPT(Method["ShortGPT.Options"]):
         return plan_without_layers(shape, range(1, options.layers + 1))
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
-        windows = context.calibration
-        assert windows is not None  # the method needs calibration
-        influence = self.block_influence(model, windows, context)
+        assert context.calibration is not None  # the method needs calibration
+        influence = self.block_influence(model, context)
         order = torch.argsort(influence, stable=True).tolist()
         removed = sorted(order[: options.layers])
         remove_layers(context.draft, removed)
         details = {
             "block_influence": [round(value, 6) for value in influence.tolist()],
             "removed": removed,
-            "tokens": windows.num_tokens,
+            "tokens": context.calibration.num_tokens,
         }
         return StepReport(f"removed layers {', '.join(map(str, removed))}.", details)
 
-    def block_influence(
-        self, model: StreamedModel, windows: Windows, context: StepContext
-    ) -> torch.Tensor:
+    def block_influence(self, model: StreamedModel, context: StepContext) -> torch.Tensor:
         """The block influence of every layer: float64 [num_layers]."""
+        windows = context.calibration
+        assert windows is not None  # the method needs calibration
         stream = model.stream(windows, context.folder / "influence")
         journal = context.journal("influence")
         journal.state["similarity"] = torch.zeros(model.num_layers, dtype=torch.float64)

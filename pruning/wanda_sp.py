@@ -1,4 +1,4 @@
-"""Wanda-sp: the baseline of the FLAP paper, which scores heads and neurons by Wanda's weights times inputs."""
+"""Wanda-sp: the baseline of the FLAP paper, which scores heads and neurons by weights times inputs."""
 
 from __future__ import annotations
 

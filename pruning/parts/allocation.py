@@ -192,7 +192,8 @@ def even_widths(
             heads = "" if removed_groups is None else f" when it loses {removed_groups} of its heads"
             raise BadInput(
                 f"Layer {index} has {layer.groups} key-value heads and {layer.neurons} neurons, and no "
-                f"number of neurons makes it lose a share of {ratio:g}{heads}; change ratio or width_multiple."
+                f"number of neurons makes it lose a share of {ratio:g}{heads}; change ratio or "
+                "width_multiple."
             )
         wanted = (1 - ratio) * layer.groups
         widths.append(min(found, key=lambda width: (abs(width.groups - wanted), -width.groups)))

@@ -26,7 +26,7 @@ METRICS: dict[str, Callable[[torch.Tensor, Moments], torch.Tensor]] = {
     "WIFV": lambda matrix, moments: moments.variance * matrix.square().sum(0),
     "WIFN": lambda matrix, moments: matrix.abs().mean(0) * moments.squared_norm.sqrt(),
 }
-"""The metric of every input channel [in], computed from the weight [out, in] and the moments of the inputs."""
+"""Metric of every input channel [in], computed from the weight [out, in] and the moments of the inputs."""
 
 
 def channel_statistics(model: StreamedModel, metric: Metric, context: StepContext) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from compress.storage.draft import Draft
 
 
 class Cut(NamedTuple):
-    """The layers to remove behind one layer, which takes the linear map that replaces them, if there is one."""
+    """Layers to remove, and the layer before them, which takes the linear map that replaces them."""
 
     layer: int
     length: int

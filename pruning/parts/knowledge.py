@@ -36,7 +36,8 @@ class Sublayer:
         index: number of the layer.
         name: attention or mlp.
         path: path of the output projection inside the layer.
-        channels: int64 [units, channels of a unit], the inputs of the output projection that belong to a unit.
+        channels: int64 [units, channels of a unit], the inputs of the output projection that belong to a
+        unit.
         flops: FLOPs of one unit in one sequence.
         heads: query heads in a unit; 1 for neurons.
     """
@@ -174,8 +175,8 @@ class Knowledge:
         representational: K_rep, mean over real tokens of a^2, times mean over the outputs of W_out^2.
         predictive: K_pred, mean over windows of (1/2) (dKL/dm)^2, with one mask m per channel and window.
 
-    Both are means over the channels of a head or neuron. The knowledge of a key-value head is the sum over its
-    query heads, because its FLOPs are also the sum over them.
+    Both are means over the channels of a head or neuron. The knowledge of a key-value head is the sum over
+    its query heads, because its FLOPs are also the sum over them.
     """
 
     representational: torch.Tensor

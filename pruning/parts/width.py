@@ -151,8 +151,8 @@ def write_layer(draft: Draft, model: StreamedModel, layer: Layer) -> None:
             new = parameter.detach().to(DTYPES[model.checkpoint.tensors[like].dtype])
             if not all_finite(new):
                 raise CompressError(
-                    f"'{stored}' is too large or not a number after pruning; use more calibration windows, or "
-                    "no compensation."
+                    f"'{stored}' is too large or not a number after pruning; use more calibration windows, "
+                    "or no compensation."
                 )
             if stored not in model.checkpoint or not _equal(model.checkpoint.read(stored), new):
                 draft.write({stored: new})
@@ -333,7 +333,7 @@ def _tensors(before: ModelShape, after: ModelShape) -> dict[str, TensorInfo]:
 
 
 def head_of_its_class(before: ModelShape, after: ModelShape) -> dict[str, str]:
-    """New name -> old name of the head's weight, if a model with its own modelling code calls it otherwise."""
+    """New name -> old name of the head's weight, if a model with its own modelling code renames it."""
     old, new = before.anatomy.head, anatomy_of(before.pretrained_config).head
     named = "pruned" in after.config and old is not None and f"{old}.weight" in before.tensors
     return {f"{new}.weight": f"{old}.weight"} if named and old != new else {}

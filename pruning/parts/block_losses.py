@@ -214,7 +214,7 @@ class Bound:
         self.holds = abs(float(self.of(head.features(hidden[None]))) - self.loss) < ROUNDING / 10
 
     def _look(self, head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Losses [T], K [T, |K|] with the next token first, sum_v q_v w_v [T, D] and H(q) [T] of positions."""
+        """Losses [T], K [T, |K|] with the next token first, sum_v q_v w_v [T, D], H(q) [T], of positions."""
         logits = head(hidden[None]).logits[0].float()
         targets = targets.to(logits.device)
         losses = next_token_losses(logits, targets)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from compress.engine.stream import StreamedModel
+from compress.engine.stream import Stream, StreamedModel
 from compress.engine.windows import Windows
 from compress.storage.checkpoint import Checkpoint
 
@@ -25,3 +25,25 @@ def streamed_logits(checkpoint: Checkpoint, windows: Windows, device: str = "cpu
 def first_output(output: Any) -> torch.Tensor:
     """The logits of a model output, or its first tensor if it has none."""
     return output["logits"] if "logits" in output else output[0]
+
+
+@torch.no_grad()
+def through_all_layers(model: StreamedModel, windows: Windows, label: str = "") -> Stream:
+    """Take windows through all layers of a model, with one layer in memory.
+
+    Args:
+        model: the model.
+        windows: token ids [N, S].
+        label: text of the progress bar.
+
+    Returns: A stream whose hidden states, float32 [N, S, D], are those behind the last layer, before the
+        final norm.
+
+    Raises:
+        BadInput: as `StreamedModel.stream`.
+        CompressError: a layer puts out NaN or infinite values.
+    """
+    stream = model.stream(windows)
+    for layer in model.walk(None, stream, label=label):
+        stream.advance(layer)
+    return stream

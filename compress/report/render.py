@@ -37,7 +37,7 @@ def render(comparison: Comparison, format: str) -> str:
 
 
 def print_table(comparison: Comparison, console: Console) -> None:
-    """Print as many tables as the width of the console needs, each with the models' names, then the caption."""
+    """Print the comparison in as many tables as the width of the console needs, then the caption."""
     from rich.cells import cell_len
     from rich.padding import Padding
     from rich.table import Table

@@ -69,7 +69,7 @@ class StepContext:
 
     Attributes:
         draft: the model under construction; the method writes its changes there.
-        calibration: windows of tokens, or None if the recipe needs none.
+        windows: calibration windows; None if no method of the recipe needs calibration.
         seed: seed of every random choice.
         folder: room for the step's files; it is removed when the step is done.
         device: where to compute.
@@ -77,11 +77,18 @@ class StepContext:
     """
 
     draft: Draft
-    calibration: Windows | None
+    windows: Windows | None
     seed: int
     folder: Path
     device: str
     progress: Progress
+
+    @property
+    def calibration(self) -> Windows:
+        """The calibration windows, which every method has that declares ``needs_calibration``."""
+        if self.windows is None:
+            raise ValueError("A method without needs_calibration asked for calibration windows.")
+        return self.windows
 
     def journal(self, name: str) -> Journal:
         """The journal of one walk over the layers; `name` tells the step's walks apart."""

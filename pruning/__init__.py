@@ -1,1 +1,1 @@
-"""Training-free structured pruning: one file a method."""
+"""Training-free structured pruning. Each file is a method; what they share lies in ``parts``."""

@@ -1,4 +1,4 @@
-"""BlockPruner (Findings of ACL 2025): attention and MLP blocks are taken out one by one, by perplexity."""
+"""BlockPruner (Findings of ACL 2025): remove attention and MLP blocks one by one, by perplexity."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, PositiveInt, model_validator
-from scipy.stats import t as student
+from scipy.stats import t as students_t
 
 from compress.calibration.statistics.losses import LN_LARGEST, scored_positions
 from compress.engine.shape import ModelShape
@@ -23,6 +23,7 @@ from compress.pruning.parts.block_losses import BlockLosses
 from compress.pruning.parts.blocks import (
     PARTS,
     Block,
+    Part,
     block_parameters,
     layer_parameters,
     plan_without_blocks,
@@ -38,14 +39,14 @@ ROUNDING = 1e-9  # of a share of parameters: 1 - 0.2 is less than 0.8
 
 
 class Removal(NamedTuple):
-    """A block in the order of removal."""
+    """A block that is removed, and how it was chosen."""
 
     layer: int
-    part: Literal["attention", "mlp"]
-    perplexity: float  # without it, on all calibration windows
-    before: float  # with it
+    part: Part
+    perplexity: float  # of the model without it, on all calibration windows
+    before: float  # of the model with it
     evaluated: int  # pairs of block and window that went through the model to choose it
-    pairs: int  # of so many
+    pairs: int  # all pairs of block and window in that round
 
     @property
     def block(self) -> Block:
@@ -53,25 +54,26 @@ class Removal(NamedTuple):
 
 
 class BlockPruner(Method["BlockPruner.Options"]):
-    """Take out the blocks (attention or MLP, with its norms) that a model misses least, one after the other.
+    """Remove, one after the other, the blocks (attention or MLP, with its norms) that a model misses least.
 
-    With R the blocks removed so far (none at the beginning), until the target is reached (section 3):
+    With R the blocks removed so far (none at the beginning), repeat until the target is reached (section 3):
 
     1. For every block b that is left, PPL(b) = exp(mean over windows of the mean token loss) of the model
        without R and b.
     2. b* = argmin PPL(b), and R = R + {b*}.
 
-    ``cost: parameters`` takes the argmin of (ln PPL(b) - ln PPL(R)) / parameters of b instead: perplexity per
-    block, as published, takes the small blocks first. ``search: racing`` drops a block from a round once it
-    is behind the best one on a growing random part of the windows, by Student's bound on the mean of the
-    paired differences; ``confidence`` is for all comparisons of a round together (Bonferroni). What is left
-    goes through all windows, so the perplexities in the result are those on all of them.
+    The published criterion tends to remove small blocks first. ``cost: parameters`` takes the argmin of (ln
+    PPL(b) - ln PPL(R)) / parameters of b instead. ``search: racing`` looks at a growing random part of the
+    windows, and drops a block from the round once it is behind the best one by Student's bound on the mean of
+    the paired differences; ``confidence`` holds for all comparisons of a round together (Bonferroni). The
+    blocks that are left go through all windows, so the perplexities in the result are those on all of them.
 
-    Losses are those of float32 logits, with sums in float64, of real tokens only; block_losses.py says how
-    they are found fast. The last attention block is never taken: without one, tokens do not see each other.
+    Losses are computed from float32 logits of real tokens, with sums in float64; `BlockLosses` finds them
+    fast. The last attention block always stays, because without one tokens do not see each other.
 
-    Results are nested: the first n removals are the result for n blocks. ``order_from`` takes them from an
-    earlier result, so a smaller target needs no search, and a larger one goes on where that one ended.
+    Results are nested: the first n removals are the result for n blocks. ``order_from`` takes the removals
+    from an earlier result, so a smaller target needs no search, and a larger one continues where the earlier
+    result ended.
     """
 
     name = "blockpruner"
@@ -123,9 +125,11 @@ class BlockPruner(Method["BlockPruner.Options"]):
             return self
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
-        """Which blocks go is not known before; here the smallest ones do. So with ``blocks`` no larger model
-        can come out, and with ``ratio`` one whose size differs by a block at most; ``max_perplexity`` is
-        planned as if nothing went."""
+        """The shape if the smallest blocks are removed, because the text decides which ones really are.
+
+        With ``blocks`` the real model is at most as large as this, and with ``ratio`` its size differs by one
+        block at most. With ``max_perplexity`` the plan removes nothing.
+        """
         if shape.anatomy.kind != "decoder" or shape.anatomy.head is None:
             raise BadInput(
                 "BlockPruner searches by the loss of the next token, which this "
@@ -138,7 +142,7 @@ class BlockPruner(Method["BlockPruner.Options"]):
             if not left:
                 which = "blocks" if options.mode == "mix" else f"{options.mode} blocks"
                 raise BadInput(
-                    f"BlockPruner can take at most {len(removed)} {which} out of this model, which leaves "
+                    f"BlockPruner can remove at most {len(removed)} {which} from this model, which leaves "
                     f"{_kept(removed, sizes, total):.1%} of its layers' parameters."
                 )
             removed.append(min(left, key=lambda block: sizes[block]))
@@ -147,11 +151,12 @@ class BlockPruner(Method["BlockPruner.Options"]):
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
         shape = ModelShape.of(model.checkpoint)
         sizes, total = block_parameters(shape), layer_parameters(shape)
-        windows = context.calibration.select(scored_positions(context.calibration).any(1))
+        calibration = context.calibration
+        windows = calibration.select(scored_positions(calibration).any(1))
         if not len(windows):
-            raise BadInput("The calibration windows hold no token to predict; give longer ones.")
+            raise BadInput("The calibration windows have no token to predict; use longer ones.")
         limit = options.max_perplexity or math.inf
-        earlier = _earlier(options, model, context.calibration)
+        earlier = _earlier(options, model, calibration)
         journal = context.journal("search")
         journal.restore([])
         done = journal.state.get("removals", torch.empty(0)).tolist()
@@ -183,7 +188,7 @@ class BlockPruner(Method["BlockPruner.Options"]):
         kept = [_kept(removed[: count + 1], sizes, total) for count in range(len(removed))]
         details = {
             "model_sha256": model.checkpoint.sha256,
-            "calibration_sha256": context.calibration.sha256,
+            "calibration_sha256": calibration.sha256,
             "windows": len(windows),
             "removed": [
                 {**removal._asdict(), "kept": share} for removal, share in zip(removals, kept, strict=True)
@@ -192,7 +197,7 @@ class BlockPruner(Method["BlockPruner.Options"]):
         return StepReport(_summary(removals, kept, len(windows)), details)
 
     def search(self, losses: BlockLosses, options: Options, context: StepContext) -> Removal:
-        """One round of the search: the block to remove next."""
+        """Choose the block to remove next, in one round of the search."""
         count = losses.loss.shape[1]
         rows, alive = torch.arange(count), list(range(len(losses.blocks)))
         if options.search == "racing":
@@ -207,8 +212,8 @@ class BlockPruner(Method["BlockPruner.Options"]):
         before, after = float(losses.current.mean()), float(losses.loss[best].mean())
         if not max(before, after) < LN_LARGEST:
             raise CompressError(
-                f"Without one more block the model has a loss of {after:.0f} nats per token at best: it is "
-                "broken, or overflows; remove fewer blocks."
+                f"Without one more block the model has a loss of at least {after:.0f} nats per token, so it "
+                "is broken or overflows; remove fewer blocks."
             )
         return Removal(
             *losses.blocks[best], math.exp(after), math.exp(before), losses.evaluated, losses.loss.numel()
@@ -216,9 +221,9 @@ class BlockPruner(Method["BlockPruner.Options"]):
 
 
 def contenders(losses: BlockLosses, alive: list[int], seen: torch.Tensor, error: float) -> list[int]:
-    """The blocks that may still be best on all windows, judged by those ``seen`` so far.
+    """The blocks that may still be the best on all windows, judged by the windows ``seen`` so far.
 
-    A block is out if the mean of its differences to the best one, window by window, is above zero by
+    A block is dropped if the mean of its differences from the best one, window by window, is above zero by
     Student's one-sided bound at level ``error``, with the variance of a sample without replacement.
     """
     best = losses.best(alive, seen)
@@ -226,12 +231,12 @@ def contenders(losses: BlockLosses, alive: list[int], seen: torch.Tensor, error:
     differences = rises - rises[alive.index(best)]
     share_unseen = 1 - len(seen) / losses.loss.shape[1]
     spread = differences.std(1) * math.sqrt(share_unseen / len(seen))
-    lower = differences.mean(1) - float(student.isf(error, len(seen) - 1)) * spread
+    lower = differences.mean(1) - float(students_t.isf(error, len(seen) - 1)) * spread
     return [block for block, bound in zip(alive, lower.tolist(), strict=True) if block == best or bound <= 0]
 
 
 def _stages(count: int) -> list[int]:
-    """How many windows a race has seen at the end of each stage: every one doubles them."""
+    """How many windows a race has seen at the end of each stage; each stage doubles them."""
     return [*takewhile(lambda seen: seen < count, (FIRST_WINDOWS << n for n in itertools.count())), count]
 
 
@@ -259,14 +264,14 @@ def _kept(removed: Sequence[Block], sizes: Mapping[Block, int], total: int) -> f
 
 
 def _earlier(options: BlockPruner.Options, model: StreamedModel, windows: Windows) -> list[Removal]:
-    """The removals of the result that ``order_from`` names."""
+    """The removals of the earlier result in ``order_from``; none without that option."""
     if options.order_from is None:
         return []
     path = options.order_from
     lineage = read_lineage(path.parent if path.name == LINEAGE else path)
     steps = [step for step in (lineage.steps if lineage else []) if step.method == BlockPruner.name]
     if not steps:
-        raise BadInput(f"'{path}' is no result of BlockPruner, so there is no order to take from it.")
+        raise BadInput(f"'{path}' is not a result of BlockPruner, so it has no order of removal.")
     found = steps[-1]
     same = {
         "model": found.details["model_sha256"] == model.checkpoint.sha256,
@@ -275,14 +280,14 @@ def _earlier(options: BlockPruner.Options, model: StreamedModel, windows: Window
     if different := [key for key, equal in same.items() if not equal]:
         raise BadInput(
             f"The order of removal in '{path}' was found with another {' and '.join(different)}; search "
-            "again, without order_from."
+            "again without order_from."
         )
     return [Removal(**{key: removal[key] for key in Removal._fields}) for removal in found.details["removed"]]
 
 
 def _summary(removals: Sequence[Removal], kept: Sequence[float], windows: int) -> str:
     if not removals:
-        return "removed nothing: without any one block the perplexity would be above max_perplexity."
+        return "removed nothing, because without any one block the perplexity would be above max_perplexity."
     counts = [sum(removal.part == part for removal in removals) for part in PARTS]
     return (
         f"removed {counts[0]} attention and {counts[1]} MLP blocks, {1 - kept[-1]:.1%} of the layers' "

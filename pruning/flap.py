@@ -1,4 +1,4 @@
-"""FLAP (AAAI 2024): heads and neurons that fluctuate least are pruned, and what stays makes up for them."""
+"""FLAP (AAAI 2024): prune the heads and neurons that fluctuate least, and compensate the loss."""
 
 from __future__ import annotations
 
@@ -39,10 +39,20 @@ from compress.pruning.parts.channels import (
     watch,
 )
 from compress.pruning.parts.options import ParameterRatio, WidthMultiple
-from compress.pruning.parts.width import Kept, finish, narrow, plan_widths, shallow_copy, skipped, write_layer
+from compress.pruning.parts.width import (
+    Kept,
+    bias_of,
+    finish,
+    narrow,
+    plan_widths,
+    shallow_copy,
+    skipped,
+    write_layer,
+)
 
 if TYPE_CHECKING:
     from compress.engine.stream import Layer, Stream, StreamedModel
+    from compress.engine.windows import Windows
     from compress.method import StepContext
 
 
@@ -54,33 +64,33 @@ class Flap(Method["Flap.Options"]):
 
     1. Metric of a channel. IFV: v_j. WIFV: v_j sum_o W_oj^2. WIFN: mean_o |W_oj| sqrt(n_j). The metrics of
        attention channels are squared, as in the published code.
-    2. Standardise them over the channels of each block to mean 0 and standard deviation 1. A neuron has one
-       channel; the score of a key-value head is the mean over the channels of all its query heads.
+    2. Standardise the metrics of each block over its channels, to mean 0 and standard deviation 1. A neuron
+       has one channel; the score of a key-value head is the mean over the channels of all its query heads.
     3. Structure. AL-AM: one ranking of all heads and neurons, weighted by their cost in parameters. AL-MM:
-       one ranking of heads, of which a given number go, and one of neurons. UL-MM: the same in every layer.
-       UL-UM: in every layer floor(ratio * units) of its heads and of its neurons.
-    4. Compensate. bias: b <- b + sum over pruned j of mu_j W_:j, so that the mean of the block's output
-       stays. least-squares: W_k <- W_k + W_p S_pk (S_kk + lambda I)^-1 for the kept channels k and the pruned
-       ones p, which minimises the squared error of the block's output plus lambda |change of W_k|^2. S are
-       sums over tokens of products of channels, and lambda = damping * mean diagonal of S_kk. Where the
-       projection has a bias, S is of deviations from the mean and the bias is fitted, too.
+       one ranking of heads, of which a given number are removed, and one of neurons. UL-MM: the same in every
+       layer. UL-UM: every layer loses floor(ratio * units) of its heads and of its neurons.
+    4. Compensate. bias: b <- b + sum over pruned j of mu_j W_:j, so that the mean of the block's output stays
+       the same. least-squares: W_k <- W_k + W_p S_pk (S_kk + lambda I)^-1 for the kept channels k and the
+       pruned channels p. This minimises the squared error of the block's output plus lambda |change of
+       W_k|^2. S are sums over tokens of products of channels, and lambda = damping * mean diagonal of S_kk.
+       Where the projection has a bias, S is computed from deviations from the mean, and the bias is also
+       fitted.
 
-    What the compensation sees is the dense model (``propagate: dense``), or what the layers pruned before
-    make of the text (``pruned``); its target is what the unpruned block makes of the same input.
+    The inputs for the compensation come from the dense model (``propagate: dense``) or from the layers
+    already pruned (``pruned``). The target is the output of the unpruned block for the same input.
 
-    Differences from the published code: variances are correct (its running mean is updated before it is
-    used) and of all tokens, padding excepted; grouped-query attention stays whole; costs are exact; something
-    stays in every layer. With few key-value heads UL-UM removes less than ``ratio``; the default for uniform
-    shapes is UL-MM, where neurons make up for what heads cannot. The paper compensates by biases; here the
-    default is least squares, which came closer to the dense model (KL on Wikipedia of the 135 M demo model
-    pruned by 20 and 30 % on 4,096 tokens of Brown: biases 0.67 and 1.44, least squares 0.62 and 1.23).
+    Differences from the published code: variances are correct (its running mean is updated before it is used)
+    and include all tokens except padding; grouped-query attention stays whole; costs are exact; every layer
+    keeps at least one unit of each kind. With few key-value heads UL-UM removes less than ``ratio``; the
+    default for uniform shapes is UL-MM, where neurons fill the rest of the budget. The paper compensates with
+    biases; the default here is least squares, because it comes closer to the dense model.
     """
 
     name = "flap"
     family = "pruning"
     paper = Paper("Fluctuation-based Adaptive Structured Pruning for Large Language Models", "2312.11983")
 
-    class Options(ParameterRatio, WidthMultiple):
+    class Options(WidthMultiple, ParameterRatio):
         renamed: ClassVar[Mapping[str, str]] = {"ridge": "damping"}
 
         metric: Metric = Field("WIFV", description="how to score a channel")
@@ -143,9 +153,11 @@ class Flap(Method["Flap.Options"]):
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
         shape = ModelShape.of(model.checkpoint)
-        if options.compensate == "least-squares":
-            _check_tokens(shape, context)
         units = units_of(shape)
+        windows = context.calibration
+        assert windows is not None  # the method needs calibration
+        if options.compensate == "least-squares":
+            _check_tokens(shape, windows)
         statistics = channel_statistics(model, options.metric, context)
         scores = []
         for index in range(model.num_layers):
@@ -156,7 +168,7 @@ class Flap(Method["Flap.Options"]):
         finish(context.draft, model, kept)
         summary, details = removal(kept, units)
         how = f"{options.chosen_structure}, {options.metric}, compensation: {options.compensate}"
-        details |= {"structure": options.chosen_structure, "tokens": context.calibration.num_tokens}
+        details |= {"structure": options.chosen_structure, "tokens": windows.num_tokens}
         return StepReport(f"{summary} ({how}).", details)
 
     def prune(
@@ -167,7 +179,7 @@ class Flap(Method["Flap.Options"]):
         options: Options,
         context: StepContext,
     ) -> None:
-        """Narrow every layer to what is kept, make up for the rest, and write it to the draft."""
+        """Narrow every layer to what is kept, compensate the loss, and write it to the draft."""
         streams = []
         if options.compensate == "least-squares" or (
             options.compensate == "bias" and options.propagate == "pruned"
@@ -195,7 +207,7 @@ class Flap(Method["Flap.Options"]):
         stream: Stream,
         options: Options,
     ) -> None:
-        """Correct the output projections, which keep their width, by what they see of the stream."""
+        """Correct the output projections, still unnarrowed, by the inputs they get from the stream."""
 
         def accumulator(path: str) -> Moments | Products:
             linear, columns = layer.linears[path], pruned[path]
@@ -205,30 +217,30 @@ class Flap(Method["Flap.Options"]):
             return Products(channels, columns, linear.bias is not None, model.device)
 
         def correct(path: str, seen: Moments | Products) -> None:
-            if options.compensate == "bias":
+            if isinstance(seen, Moments):
                 add_bias(layer.linears[path], pruned[path], seen.mean)
             else:
                 refit(layer.linears[path], seen, options.damping)
 
         if options.propagate == "dense":
-            seen = {path: accumulator(path) for path in pruned}
-            stream.advance(layer, observe={path: watch(seen[path]) for path in seen})
-            for path in seen:
-                correct(path, seen[path])
+            found = {path: accumulator(path) for path in pruned}
+            stream.advance(layer, observe={path: watch(seen) for path, seen in found.items()})
+            for path, seen in found.items():
+                correct(path, seen)
             return
         if (path := model.anatomy.attention_output) in pruned:
             seen = accumulator(path)
             with skipped(layer, model.anatomy, "mlp"):
                 stream.look(layer, {path: watch(seen)})
             correct(path, seen)
-        if (path := model.anatomy.down) in pruned:  # whose input depends on what attention has become
+        if (path := model.anatomy.down) in pruned:  # its input depends on the corrected attention
             seen = accumulator(path)
             stream.look(layer, {path: watch(seen)})
             correct(path, seen)
 
 
 def structure_widths(units: list[Units], options: Flap.Options) -> list[Widths]:
-    """How many units of every layer stay, for the adaptive structures a prediction."""
+    """How many units of every layer stay; for the adaptive structures this is a prediction."""
     ratio, multiple, heads = options.ratio, options.width_multiple, options.remove_heads
     match options.chosen_structure:
         case "UL-UM":
@@ -236,8 +248,8 @@ def structure_widths(units: list[Units], options: Flap.Options) -> list[Widths]:
         case "UL-MM":
             if heads is not None and heads % len(units):
                 raise BadInput(
-                    f"{heads} heads cannot be shared equally by {len(units)} layers; UL-MM removes as many "
-                    "from each."
+                    f"{heads} heads cannot be shared equally by {len(units)} layers, but UL-MM removes the "
+                    "same number from each; change remove_heads."
                 )
             return even_widths(units, ratio, multiple, heads and heads // len(units))
         case _:
@@ -245,7 +257,7 @@ def structure_widths(units: list[Units], options: Flap.Options) -> list[Widths]:
 
 
 def choose(scores: list[Scores], units: list[Units], options: Flap.Options) -> list[Kept]:
-    """The units of every layer that stay."""
+    """Choose the units of every layer that stay."""
     ratio, multiple, heads = options.ratio, options.width_multiple, options.remove_heads
     match options.chosen_structure:
         case "AL-AM":
@@ -258,18 +270,18 @@ def choose(scores: list[Scores], units: list[Units], options: Flap.Options) -> l
 
 
 def add_bias(linear: nn.Module, stay: torch.Tensor, mean: torch.Tensor) -> None:
-    """b <- b + sum over pruned j of mean_j W_:j, and W_:j <- 0."""
+    """b <- b + sum over pruned j of mean_j W_:j, and W_:j <- 0; the channels ``stay`` are not pruned."""
     matrix = weight(linear)
     gone = torch.ones(matrix.shape[1], dtype=torch.bool, device=matrix.device)
     gone[stay] = False
     bias = matrix[:, gone].double() @ mean.to(matrix.device)[gone]
-    if linear.bias is not None:
-        bias += linear.bias
+    if (old := bias_of(linear)) is not None:
+        bias += old
     set_weight(linear, matrix.masked_fill(gone, 0), bias)
 
 
 def refit(linear: nn.Module, seen: Products, damping: float) -> None:
-    """W_k <- W_k + W_p S_pk (S_kk + lambda I)^-1; where there is a bias, it keeps the mean; W_p <- 0.
+    """W_k <- W_k + W_p S_pk (S_kk + lambda I)^-1 and W_p <- 0; a bias is changed so that the mean stays.
 
     Raises:
         BadInput: the system is singular.
@@ -286,17 +298,17 @@ def refit(linear: nn.Module, seen: Products, damping: float) -> None:
     change = torch.cholesky_solve(seen.across @ matrix[:, ~chosen].double().T, factor).T
     new = matrix.masked_fill(~chosen, 0).double()
     new[:, chosen] += change
-    bias = linear.bias
+    bias = bias_of(linear)
     if bias is not None:
         bias = bias + (matrix.double() - new) @ seen.mean
     set_weight(linear, new, bias)
 
 
-def _check_tokens(shape: ModelShape, context: StepContext) -> None:
+def _check_tokens(shape: ModelShape, windows: Windows) -> None:
     outputs = (shape.anatomy.attention_output, shape.anatomy.down)
     most = max(columns for name, (_, columns) in shape.linears().items() if name.endswith(outputs))
-    if (tokens := context.calibration.num_tokens) < most:
+    if (tokens := windows.num_tokens) < most:
         raise BadInput(
             f"Least squares needs at least {most:,} calibration tokens for this model, better several times "
-            f"as many; there are {tokens:,}, so use more windows, or compensate: bias."
+            f"as many; there are only {tokens:,}, so use more windows, or set compensate to bias."
         )

@@ -1,4 +1,4 @@
-"""K-prune (ICLR 2024): heads and neurons pruned by the knowledge they hold, without retraining."""
+"""K-prune (ICLR 2024): prune heads and neurons by the knowledge they hold, without retraining."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from compress.engine.stream import Layer, Observer, Seen, Stream, StreamedModel
 from compress.engine.windows import Windows
 from compress.errors import BadInput, CompressError
 from compress.method import Method, MethodOptions, Paper, StepReport
-from compress.pruning.parts.knowledge import Block, Divergence, blocks_of, measure
-from compress.pruning.parts.width import Kept, finish, narrow, plan_widths, write_layer
+from compress.pruning.parts.knowledge import Divergence, Sublayer, measure_knowledge, sublayers_of
+from compress.pruning.parts.width import Kept, bias_of, finish, narrow, plan_widths, write_layer
 from compress.storage.tensors import DTYPES
 
 if TYPE_CHECKING:
@@ -27,39 +27,40 @@ if TYPE_CHECKING:
 
 
 class KPrune(Method["KPrune.Options"]):
-    """Prune the sublayers bottom-up, and repair each before the next (section 4).
+    """Prune the sublayers bottom-up, and repair each one before the next (section 4).
 
-    The sublayers l = 0 .. 2L-1 are the attention and the MLP of every layer, their units attention heads
-    (under grouped-query attention: key-value heads with their query heads) and neurons. The budget B is the
-    share of the layers' FLOPs that is to stay. With the dense model as the teacher T, for every l:
+    The sublayers l = 0 .. 2L-1 are the attention and the MLP of every layer. Their units are attention heads
+    (with grouped-query attention: key-value heads with their query heads) and neurons. The budget B is the
+    number of FLOPs that all layers together keep. With the dense model as the teacher T, for every l:
 
     1. Knowledge of every unit of the sublayers >= l in the student S, the model pruned so far:
        K_pred = mean over samples of (1/2) (dKL/dm)^2, where m is a mask on a channel of the unit and
        KL = g^2 KL(softmax(z_T / g) || softmax(z_S / g)); K_rep = mean over tokens of a^2, times mean W_out^2.
-       Score = (lambda_rep K_rep + lambda_pred K_pred) / F, with F the unit's FLOPs; of heads mu times that.
-       K is the mean over the channels of a head, and of a key-value head the sum over its query heads.
-    2. Knowledge-preserving mask search: the lowest scores of all units of sublayers >= l are dropped until
-       what is left fits B. This decides for sublayer l only; B is lowered by what stays of it.
+       The score of a unit is (lambda_rep K_rep + lambda_pred K_pred) / F, with F its FLOPs, and for heads mu
+       times that. K of a head is the mean over its channels, and K of a key-value head the sum over its query
+       heads.
+    2. Knowledge-preserving mask search: the units of sublayers >= l with the lowest scores are dropped until
+       the others fit B. This decides for sublayer l only; then B is lowered by the FLOPs of its kept units.
     3. Knowledge-preserving weight tuning: W_out = argmin |A W - (X_T + Sub_T(X_T) - X_S - b)|^2 over the
        real tokens, with A the inputs of the kept channels in the student, X the residual stream before the
-       sublayer (in post-norm models the sum is taken before the norm) and b the bias, which stays. From
-       float64 Grams, with both streams in lockstep. A sublayer that nothing is left of adds nothing.
+       sublayer (in post-norm models the sum is taken before the norm) and b the bias, which stays. It is
+       solved from float64 Grams, while the text goes through both models in lockstep. A sublayer without
+       units adds nothing.
 
-    Scores are of single units, so all heads of a layer can go where each of them could: a classifier that was
-    to lose 80 % of its FLOPs lost all heads of its last layers, and said the same of every text. With
-    ``min_heads`` of 1 it did not.
+    Units are scored one by one, so a layer can lose all its heads although each of them alone was expendable.
+    At high ratios this can break a model; ``min_heads`` prevents it.
 
-    Differences from the published code: gradients are squared for each sample on its own, so the batch size
-    does not matter; padding is masked everywhere; every sublayer behind the first pruned one is tuned, pruned
-    or not, but not at any price: each half of the calibration windows tells how strongly a W_out fitted to
-    the other half should be held to its present value, from not at all (as published) to altogether. Plain
-    least squares on fewer tokens than channels reproduces the teacher on them and nowhere else: on 1,024
-    tokens of Brown it took the demo model to a perplexity of millions on Wikipedia. While nothing is pruned
-    yet, S is T and the gradient of the KL is zero, so that the published K_pred of the first sublayer is
-    nothing at all; here it is what (1/2) (dKL/dm)^2 stands for, the second-order term of the KL, known there
-    by the Fisher information (see `Divergence.scores`). Decoders are pruned by the KL of their next-token
-    predictions. Where a norm acts on a block's output before it is added (Gemma), tuning is refused: the
-    target is not linear in W_out.
+    Differences from the published code: gradients are squared for each sample separately, so the batch size
+    does not matter; padding is masked everywhere; every sublayer behind the first pruned one is tuned,
+    whether
+    or not it is pruned itself. The tuning is damped: for each half of the calibration windows, W_out is
+    fitted to one half and checked on the other, which decides how strongly it keeps its old value, from not
+    at all (as published) to entirely. Otherwise, on fewer tokens than channels, least squares would reproduce
+    the teacher on these tokens and fail on all other text. While nothing is pruned yet, S is T and the
+    gradient of the KL is zero, so the published K_pred of the first sublayer is zero; here the second-order
+    term of the KL, which (1/2) (dKL/dm)^2 approximates, is computed from the Fisher information instead (see
+    `Divergence.scores`). Decoders are pruned by the KL of their next-token predictions. Models with a norm on
+    a block's output before it is added (Gemma) are not tuned, because the target is not linear in W_out.
     """
 
     name = "kprune"
@@ -95,10 +96,11 @@ class KPrune(Method["KPrune.Options"]):
             raise BadInput(f"{obstacle} Use 'tune: false', or another method.")
         if anatomy.head is None and (anatomy.kind == "decoder" or task_of(config) is None):
             raise BadInput(
-                "K-prune compares predictions: it prunes causal language models, and encoders with a head "
-                "for sequence classification, token classification, question answering or masked words."
+                "K-prune compares predictions, so it needs a causal language model, or an encoder with a "
+                "head for sequence classification, token classification, question answering or masked words."
             )
-        # Which units go is decided by data; this is an even spread, but for one neuron, as widths differ.
+        # The text decides which units go. This plan spreads them evenly, but for one neuron, because widths
+        # will differ.
         before = layer_shapes(config)
         kept = [
             Kept(*(torch.arange(round(count * (1 - options.ratio))) for count in counts))
@@ -110,67 +112,64 @@ class KPrune(Method["KPrune.Options"]):
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
         windows = context.calibration
-        blocks = blocks_of(model.config, windows.tokens.shape[1])
-        total = sum(block.total for block in blocks)
+        assert windows is not None  # the method needs calibration
+        sublayers = sublayers_of(model.config, windows.tokens.shape[1])
+        total = sum(sublayer.total for sublayer in sublayers)
         journal = context.journal("prune")
         journal.state["budget"] = torch.tensor(total - round(options.ratio * total))
-        pruning = Pruning(model, blocks, journal.state, options, context)
+        pruning = Pruning(model, windows, sublayers, journal.state, options, context)
         for layer in model.walk(journal, pruning.dense, pruning.student, label="pruning"):
             held = pruning.prune(layer)
             pruning.student.advance(held)
             write_layer(context.draft, model, held)
         kept = [pruning.kept(index) for index in range(model.num_layers)]
         finish(context.draft, model, kept)
-        left = sum(block.flops * len(pruning.units(block)) for block in blocks)
-        dampings = {_key(block): journal.state.get(f"damping.{_key(block)}") for block in blocks}
+        left = sum(sublayer.flops * len(pruning.units(sublayer)) for sublayer in sublayers)
+        dampings = {_key(sublayer): journal.state.get(f"damping.{_key(sublayer)}") for sublayer in sublayers}
+        heads, neurons = [len(units.groups) for units in kept], [len(units.neurons) for units in kept]
         details = {
             "tokens": windows.num_tokens,
             "sequence_length": windows.tokens.shape[1],
             "flops_before": total,
             "flops_after": left,
-            "heads": [len(units.groups) for units in kept],
-            "neurons": [len(units.neurons) for units in kept],
+            "heads": heads,
+            "neurons": neurons,
             "dampings": {name: value.item() for name, value in dampings.items() if value is not None},
         }
-        heads, neurons = sum(details["heads"]), sum(details["neurons"])
         how = (
             "refitted the output projections" if options.tune else "left the output projections as they were"
         )
         summary = (
-            f"kept {heads} key-value heads and {neurons} neurons, {left / total:.1%} of the layers' FLOPs at "
-            f"{details['sequence_length']} tokens, and {how}."
+            f"kept {sum(heads)} key-value heads and {sum(neurons)} neurons, {left / total:.1%} of the "
+            f"layers' FLOPs at {windows.tokens.shape[1]} tokens, and {how}."
         )
         return StepReport(summary, details)
 
 
 class Pruning:
-    """One run of K-prune: the streams of the dense model and of the student in lockstep, before one layer.
+    """K-prune at work: the text goes through the dense model and the student in lockstep.
 
     Args:
         model: the dense model.
-        blocks: its sublayers bottom-up.
-        state: of the journal: ``budget``, bool [units] for every block that has been pruned, and the damping
-            of those that were tuned, -1 where the present values were better than any.
-        options: of the method.
-        context: calibration text, and room for files.
+        windows: the calibration text.
+        sublayers: the sublayers of the model, bottom-up.
+        state: of the journal: ``budget``, bool [units] for every sublayer that has been pruned, and the
+            damping of those that were tuned, -1 where the present values were better than any.
+        options: options of the method.
+        context: seed, folder and journals.
     """
 
     def __init__(
         self,
         model: StreamedModel,
-        blocks: Sequence[Block],
+        windows: Windows,
+        sublayers: Sequence[Sublayer],
         state: dict[str, torch.Tensor],
         options: KPrune.Options,
         context: StepContext,
     ) -> None:
-        self.model, self.blocks, self.state, self.options, self.context = (
-            model,
-            blocks,
-            state,
-            options,
-            context,
-        )
-        windows = context.calibration
+        self.model, self.windows, self.sublayers = model, windows, sublayers
+        self.state, self.options, self.context = state, options, context
         self.divergence = Divergence(model.config, windows, options.temperature, context.seed)
         self.teacher = self._teacher() if options.ratio else None
         self.dense, self.student = (
@@ -181,11 +180,11 @@ class Pruning:
         self.scratch = Activations(shape, room / "scratch")
         self.halves = halves_of(windows)
         if options.ratio and options.tune and options.damping is None and len(windows) < 2:
-            raise BadInput("With one calibration window none can be held out; use more, or give a damping.")
+            raise BadInput("With one calibration window none can be held out; use more, or set damping.")
 
     def _teacher(self) -> Activations:
         """The dense model's hidden states behind its last layer."""
-        stream = self.model.stream(self.context.calibration, self.context.folder / "teacher")
+        stream = self.model.stream(self.windows, self.context.folder / "teacher")
         for layer in self.model.walk(
             self.context.journal("teacher"), stream, label="running the dense model"
         ):
@@ -193,25 +192,26 @@ class Pruning:
         return stream.hidden
 
     def prune(self, layer: Layer) -> Layer:
-        """The student's layer, pruned and tuned; the dense stream advances."""
-        self.dense.advance(layer, observe_blocks(self.model.anatomy, self.dense, layer, self._keep_target))
+        """Advance the dense stream, and return the student's layer, pruned and tuned."""
+        self.dense.advance(layer, observe_sublayers(self.model.anatomy, self.dense, layer, self._keep_target))
         for target in self.targets.values():
             target.flip()
-        held, tuned = replace(layer), {}
-        for number, block in enumerate(self.blocks):
-            if block.index != layer.index:
+        held = replace(layer)
+        tuned: dict[str, Tensor] = {}
+        for number, sublayer in enumerate(self.sublayers):
+            if sublayer.index != layer.index:
                 continue
-            mask = self.search(self.blocks[number:], held)
-            self.state[_key(block)] = mask
-            self.state["budget"] = self.state["budget"] - block.flops * mask.sum()
+            mask = self.search(self.sublayers[number:], held)
+            self.state[_key(sublayer)] = mask
+            self.state["budget"] = self.state["budget"] - sublayer.flops * mask.sum()
             if not mask.all():
                 held = replace(layer)
                 narrow(self.model, held, self.kept(layer.index))
                 for path, matrix in tuned.items():
                     set_weight(held.linears[path], matrix)
             if self.options.tune and self.pruned and mask.any():
-                tuned[block.path] = self.tune(held, block)
-                set_weight(held.linears[block.path], tuned[block.path])
+                tuned[sublayer.path] = self.tune(held, sublayer)
+                set_weight(held.linears[sublayer.path], tuned[sublayer.path])
         return held
 
     def _keep_target(self, name: str, seen: Seen, residual: Tensor) -> None:
@@ -219,85 +219,96 @@ class Pruning:
 
     @property
     def pruned(self) -> bool:
-        """Whether the student has lost anything so far; as long as it has not, it is the teacher."""
-        masks = (self.state[_key(block)] for block in self.blocks if _key(block) in self.state)
+        """Whether the student has lost a unit so far; until then it is the same model as the teacher."""
+        masks = (self.state[_key(sublayer)] for sublayer in self.sublayers if _key(sublayer) in self.state)
         return not all(mask.all() for mask in masks)
 
-    def units(self, block: Block) -> Tensor:
-        """Indices of the units of a block that stay; all while it is not pruned yet."""
-        return self.state.get(_key(block), torch.ones(len(block.channels), dtype=torch.bool)).nonzero()[:, 0]
+    def units(self, sublayer: Sublayer) -> Tensor:
+        """Indices of the units of a sublayer that stay; all of them until it is pruned."""
+        return self.state.get(_key(sublayer), torch.ones(len(sublayer.channels), dtype=torch.bool)).nonzero()[
+            :, 0
+        ]
 
     def kept(self, index: int) -> Kept:
-        """What stays of layer ``index``."""
-        found = {block.name: self.units(block) for block in self.blocks if block.index == index}
+        """The units of layer ``index`` that stay."""
+        found = {
+            sublayer.name: self.units(sublayer) for sublayer in self.sublayers if sublayer.index == index
+        }
         none = torch.arange(0)
         return Kept(found.get("attention", none), found.get("mlp", none))
 
-    def search(self, blocks: Sequence[Block], held: Layer) -> Tensor:
-        """Which units of the first of the ``blocks``, all that are not pruned yet, stay: bool [units]."""
+    def search(self, sublayers: Sequence[Sublayer], held: Layer) -> Tensor:
+        """Decide which units of the first sublayer stay: bool [units].
+
+        Args:
+            sublayers: all sublayers that are not pruned yet.
+            held: the student's layer that the first of them is in.
+        """
         budget = int(self.state["budget"])
-        if sum(block.total for block in blocks) <= budget:
-            return torch.ones(len(blocks[0].channels), dtype=torch.bool)
+        if sum(sublayer.total for sublayer in sublayers) <= budget:
+            return torch.ones(len(sublayers[0].channels), dtype=torch.bool)
         tape = Tape(self.model, self.student, self.context.folder / "tape", held)
-        found = measure(tape, blocks, self.divergence, self.teacher if self.pruned else None)
+        found = measure_knowledge(tape, sublayers, self.divergence, self.teacher if self.pruned else None)
         scores = []
-        for block, known in zip(blocks, found, strict=True):
+        for sublayer, known in zip(sublayers, found, strict=True):
             total = (
                 self.options.lambda_rep * known.representational + self.options.lambda_pred * known.predictive
             )
-            if block.name == "attention":
+            if sublayer.name == "attention":
                 total *= self.options.mu
                 total[total.topk(min(self.options.min_heads, len(total))).indices] = torch.inf
-            scores.append(total / block.flops)
-        return affordable(scores, [block.flops for block in blocks], budget)[0]
+            scores.append(total / sublayer.flops)
+        return affordable(scores, [sublayer.flops for sublayer in sublayers], budget)[0]
 
-    def tune(self, held: Layer, block: Block) -> Tensor:
-        """W_out refitted to the dense stream, as it will be stored: [out, kept channels].
+    def tune(self, held: Layer, sublayer: Sublayer) -> Tensor:
+        """Refit W_out to the dense stream: [out, kept channels], rounded to the dtype it is stored in.
 
         Raises:
             CompressError: it is not finite in the dtype the model is stored in.
         """
-        linear = held.linears[block.path]
-        present = weight(linear).double().T
+        linear = held.linears[sublayer.path]
+        present, bias = weight(linear).double().T, bias_of(linear)
         fits = [Fit(present), Fit(present)]
 
         def add(name: str, seen: Seen, residual: Tensor) -> None:
-            if name != block.name:
+            if name != sublayer.name:
                 return
             a, start, mask = seen.inputs, seen.start, seen.mask
             target = self.targets[name].read(start, start + len(a)).to(a)
             for half, fit in enumerate(fits):
                 chosen = mask & (self.halves[start : start + len(a), None] == half).to(mask.device)
                 wanted = (target - residual)[chosen].double()
-                if linear.bias is not None:
-                    wanted -= linear.bias
+                if bias is not None:
+                    wanted -= bias
                 fit.add(a[chosen].double(), wanted)
 
-        observers = observe_blocks(self.model.anatomy, self.student, held, add)
+        observers = observe_sublayers(self.model.anatomy, self.student, held, add)
         self.student.advance(held, observers, into=self.scratch)
         damping = choose_damping(fits) if self.options.damping is None else self.options.damping
-        self.state[f"damping.{_key(block)}"] = torch.tensor(-1 if damping is None else damping).double()
+        self.state[f"damping.{_key(sublayer)}"] = torch.tensor(-1 if damping is None else damping).double()
         fitted = present if damping is None else (fits[0] + fits[1]).solve(damping)
-        stored = held.stored(block.path)
+        stored = held.stored(sublayer.path)
+        assert stored is not None
         new = fitted.T.to(DTYPES[self.model.checkpoint.tensors[stored].dtype])
         if not torch.isfinite(new).all():
             raise CompressError(
-                f"The refitted '{block.path}' of layer {held.index} is not finite in the dtype of the model; "
-                "use more calibration text, or tune: false."
+                f"The refitted '{sublayer.path}' of layer {held.index} is not finite in the dtype of the "
+                "model; use more calibration text, or set tune to false."
             )
         return new.float()
 
 
 def affordable(scores: Sequence[Tensor], flops: Sequence[int], budget: int) -> list[Tensor]:
-    """Knowledge-preserving mask search: drop the units of lowest score until the others fit the budget.
+    """Knowledge-preserving mask search: drop the units with the lowest scores until the others fit the
+    budget.
 
     Args:
-        scores: [units] of every block.
-        flops: of one unit of every block.
+        scores: for every sublayer the scores of its units [units].
+        flops: for every sublayer the FLOPs of one unit.
         budget: FLOPs that all units together may cost.
 
     Returns:
-        bool [units] for every block, True for what stays.
+        For every sublayer bool [units], True for units that stay.
     """
     costs = torch.cat([torch.full((len(each),), cost) for each, cost in zip(scores, flops, strict=True)])
     order = torch.cat(list(scores)).argsort(stable=True)
@@ -311,10 +322,10 @@ DAMPINGS = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
 
 class Fit:
-    """Least squares from Grams: W minimising |A W - Y|^2 + r mean_k |A_k|^2 |W - present|^2.
+    """Least squares from Grams: the W that minimises |A W - Y|^2 + r mean_k |A_k|^2 |W - present|^2.
 
     Args:
-        present: float64 [k, out], where W is held to.
+        present: float64 [k, out], the value that W should stay near.
     """
 
     def __init__(self, present: Tensor) -> None:
@@ -323,7 +334,7 @@ class Fit:
         self.rest = torch.zeros_like(present)  # A^T (Y - A present)
 
     def add(self, inputs: Tensor, wanted: Tensor) -> None:
-        """More rows of A [rows, k] and Y [rows, out], float64."""
+        """Add rows of A [rows, k] and Y [rows, out], float64."""
         self.gram.addmm_(inputs.T, inputs)
         self.rest.addmm_(inputs.T, wanted - inputs @ self.present)
 
@@ -334,13 +345,13 @@ class Fit:
 
     @property
     def regular(self) -> bool:
-        """Whether there is only one W without a damping: never if there are fewer rows than channels."""
+        """Whether W is unique without damping; it never is with fewer rows than channels."""
         scale = self.gram.diagonal().sqrt()
         factor, failed = torch.linalg.cholesky_ex(self.gram / scale.outer(scale))
         return not failed and bool(factor.diagonal().min().square() > self._tolerance)
 
     def solve(self, damping: float) -> Tensor:
-        """W for r = ``damping``; without one, of several solutions the nearest to ``present``."""
+        """W for r = ``damping``: float64 [k, out]. Of several solutions, the one nearest to ``present``."""
         if damping or self.regular:
             held = self.gram.clone()
             held.diagonal().add_(damping * self.gram.diagonal().mean())
@@ -353,7 +364,7 @@ class Fit:
         return self.present + vectors @ (vectors.T @ self.rest / values[:, None])
 
     def gain(self, matrix: Tensor) -> float:
-        """By how much the squared error on these rows is smaller with ``matrix`` than with ``present``."""
+        """How much smaller the squared error on these rows is with ``matrix`` than with ``present``."""
         change = matrix - self.present
         return float((change * (2 * self.rest - self.gram @ change)).sum())
 
@@ -363,9 +374,12 @@ class Fit:
 
 
 def choose_damping(fits: Sequence[Fit]) -> float | None:
-    """Of DAMPINGS the one whose W, fitted to one half of the text, errs least on the other, both ways added.
+    """The one of `DAMPINGS` whose W, fitted to one half of the text, has the least error on the other half.
 
-    None if the present W is better than any. Without a damping only if that has one solution.
+    The errors of both ways are added. No damping (0) is tried only if its solution is unique.
+
+    Returns:
+        The damping, or None if the present W is better than all others.
     """
     one, other = fits
     gains = {
@@ -378,19 +392,19 @@ def choose_damping(fits: Sequence[Fit]) -> float | None:
 
 
 def halves_of(windows: Windows) -> Tensor:
-    """0 or 1 for each window, int64 [N], equally often, and the same in whatever order they come."""
+    """Split the windows: 0 or 1 for each, int64 [N], equally often, and independent of their order."""
     rows = [tokens[mask].tolist() for tokens, mask in zip(windows.tokens, windows.mask, strict=True)]
     order = torch.tensor(sorted(range(len(rows)), key=rows.__getitem__))
     return torch.zeros(len(rows), dtype=torch.int64).scatter_(0, order, torch.arange(len(rows)) % 2)
 
 
 Take = Callable[[str, Seen, Tensor], None]
-"""Called with the name of a block, what its output projection computed, and the residual stream before the
-block [B, S, D]."""
+"""Called with the name of a sublayer, what its output projection computed, and the residual stream before the
+sublayer [B, S, D]."""
 
 
-def observe_blocks(anatomy: Anatomy, stream: Stream, layer: Layer, take: Take) -> dict[str, Observer]:
-    """Observers by which `Stream.advance` shows both blocks of a layer to ``take``."""
+def observe_sublayers(anatomy: Anatomy, stream: Stream, layer: Layer, take: Take) -> dict[str, Observer]:
+    """Observers for `Stream.advance` that show both sublayers of a layer to ``take``."""
     between: dict[int, Tensor] = {}  # the residual stream before the MLP
 
     def before(output: Tensor, start: int) -> Tensor:
@@ -416,5 +430,5 @@ def observe_blocks(anatomy: Anatomy, stream: Stream, layer: Layer, take: Take) -
     return observers
 
 
-def _key(block: Block) -> str:
-    return f"{block.name}.{block.index}"
+def _key(sublayer: Sublayer) -> str:
+    return f"{sublayer.name}.{sublayer.index}"

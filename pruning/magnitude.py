@@ -1,4 +1,4 @@
-"""Structured magnitude pruning: the baseline without data that every other method is measured against."""
+"""Structured magnitude pruning: the baseline that needs no data, with which other methods are compared."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ if TYPE_CHECKING:
 
 
 class Magnitude(Method["Magnitude.Options"]):
-    """Prune the heads and MLP neurons with the smallest weights; no calibration.
+    """Prune the heads and MLP neurons with the smallest weights, without calibration.
 
     The score of a unit (a key-value head with the query heads of its group, or a neuron) is the mean of w^2
-    over all its weights: rows of the query, key and value projections (of gate and up), columns of the output
-    projection. Being a mean, it ranks units of different sizes by what is lost per parameter removed.
+    over all its weights. Those of a head are its rows of the query, key and value projections and its columns
+    of the output projection; those of a neuron are its rows of gate and up and its column of down. Because
+    the score is a mean, units of different sizes are ranked by what is lost per parameter removed.
     """
 
     name = "magnitude"
@@ -42,11 +43,12 @@ class Magnitude(Method["Magnitude.Options"]):
     paper = Paper("Pruning Filters for Efficient ConvNets", "1608.08710")
     needs_calibration = False
 
-    class Options(ParameterRatio, WidthMultiple):
+    class Options(WidthMultiple, ParameterRatio):
         allocation: Literal["per-layer", "global", "standardised"] = Field(
             "per-layer",
-            description="remove the same share of every layer; or rank all units of all layers together, by "
-            "their scores or by scores standardised in each block",
+            description="how to spread the removal over layers; per-layer: the same share of every layer; "
+            "global: one ranking of the units of all layers; standardised: one ranking, by scores that are "
+            "standardised in each block",
         )
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
@@ -77,7 +79,7 @@ class Magnitude(Method["Magnitude.Options"]):
 
 
 def mean_squares(model: StreamedModel, layer: Layer) -> Scores:
-    """The score of every unit of the layer."""
+    """The score of every unit of a layer: the mean of its squared weights."""
     anatomy, config = model.anatomy, model.config
     rows = projection_rows(config, layer.index)
     squares = {path: weight(linear).double().square() for path, linear in layer.linears.items()}

@@ -1,4 +1,4 @@
-"""ReplaceMe (NeurIPS 2025): consecutive layers become one linear map, folded into the projection before."""
+"""ReplaceMe (NeurIPS 2025): replace layers by a linear map that is folded into the projection before them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from compress.engine.activations import Activations
 from compress.engine.stream import Layer, Seen, Stream, StreamedModel
 from compress.engine.windows import Windows
 from compress.errors import BadInput, CompressError
-from compress.method import Method, MethodOptions, Paper, StepReport
+from compress.method import Method, Paper, StepReport
 from compress.pruning.parts.depth import Cut, choose_cuts, plan_without_layers, remove_layers
+from compress.pruning.parts.options import LayerCount
 from compress.storage.draft import Draft
 
 if TYPE_CHECKING:
@@ -30,23 +31,22 @@ class ReplaceMe(Method["ReplaceMe.Options"]):
     With X_i the input of layer i, Y_i = X_i + attention, M_i = MLP(norm(Y_i)) and L_i = Y_i + M_i (section 3;
     where attention and MLP are parallel, M_i = MLP(norm(X_i)), and all else is the same):
 
-    1. Selection: i* minimises the angular distance arccos(cos(L_i, L_{i+n})) / pi, averaged over
-       all tokens, or over the last token of each window.
-    2. Estimate T [hidden_size, hidden_size] so that M_i T + Y_i stands for L_{i+n}.
+    1. Select: i* minimises the angular distance arccos(cos(L_i, L_{i+n})) / pi, averaged over all tokens, or
+       over the last token of each window.
+    2. Estimate T [hidden_size, hidden_size] so that M_i T + Y_i approximates L_{i+n}.
        Least squares: T = (M^T M + l2 I)^-1 M^T (L_{i+n} - Y_i), from float64 Grams.
        Cosine: T minimises mean(1 - cos(M_i T, L_{i+n} - Y_i)) + l1 sum|T| + l2 sum T^2, by Adam from the
        identity; with ``exact`` the cosine is that of M_i T + Y_i and L_{i+n}.
-    3. Merge: W_down <- T^T W_down and b_down <- T^T b_down, so the output is the plain architecture with
+    3. Merge: W_down <- T^T W_down and b_down <- T^T b_down, so the result is the plain architecture with
        fewer layers.
 
     Several transforms are all estimated on the activations of the dense model.
 
     Differences from the published code: padding is masked everywhere; L_{i+n} is taken before the final norm;
-    several transforms are always cut in disjoint places, and adjacent cuts are merged into one; buffers are
-    streamed. Layers are selected on all tokens by default, because the last ones are few: on 42 windows they
-    chose layers of the demo model whose removal costs six times the perplexity. And a part of the windows
-    is held out to compare the result with removing the same layers without any transform, which is what you
-    get if the transform loses.
+    several transforms replace layers in disjoint places, and adjacent cuts are merged into one; activations
+    are streamed. Layers are selected on all tokens by default, because a few last tokens may select layers
+    whose removal costs far more. And some windows are held out, on which the result is compared with removing
+    the same layers without any transform; the better of the two is written.
     """
 
     name = "replaceme"
@@ -56,10 +56,9 @@ class ReplaceMe(Method["ReplaceMe.Options"]):
         "2505.02819",
     )
 
-    class Options(MethodOptions):
+    class Options(LayerCount):
         renamed: ClassVar[Mapping[str, str]] = {"batch_tokens": "batch_size"}
 
-        layers: PositiveInt = Field(description="how many layers to remove in all")
         transform: Literal["cosine", "least-squares", "none"] = Field(
             "cosine",
             description="how to estimate the linear map; none removes the layers without a replacement",
@@ -75,12 +74,14 @@ class ReplaceMe(Method["ReplaceMe.Options"]):
             False,
             description="compare whole layer outputs by their cosine, instead of the part that T explains",
         )
-        l1: NonNegativeFloat = Field(0.0, description="weight of the sum of |T| in the loss (cosine only)")
+        l1: NonNegativeFloat = Field(0.0, description="weight of the sum of |T| in the loss (cosine)")
         l2: NonNegativeFloat = Field(
-            0.0, description="ridge (least-squares), or weight of the sum of T^2 (cosine)"
+            0.0,
+            description="weight of the sum of T^2 in the loss (cosine); added to the diagonal of the Gram "
+            "matrix (least-squares)",
         )
         epochs: PositiveInt = Field(10, description="passes over the tokens (cosine)")
-        learning_rate: float = Field(1e-4, gt=0, le=1, description="of Adam (cosine)")
+        learning_rate: float = Field(1e-4, gt=0, le=1, description="learning rate of Adam (cosine)")
         batch_size: PositiveInt = Field(1024, description="tokens in an Adam step (cosine)")
         held_out: float = Field(
             0.125,
@@ -96,7 +97,7 @@ class ReplaceMe(Method["ReplaceMe.Options"]):
                     f"{self.layers} layers cannot be shared equally by {self.transforms} transforms"
                 )
             if self.transform != "cosine" and (self.exact or self.l1):
-                raise ValueError("exact and l1 belong to the cosine transform")
+                raise ValueError("exact and l1 are options of the cosine transform only")
             return self
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
@@ -107,7 +108,7 @@ class ReplaceMe(Method["ReplaceMe.Options"]):
             )
         if options.transform != "none" and (obstacle := shape.anatomy.merge_obstacle):
             raise BadInput(f"{obstacle} Use 'transform: none', or another method.")
-        # Layers of one model have the same size, so any of them stand for those that will be chosen.
+        # The calibration text decides which layers go; in a plain model all have the same size.
         return plan_without_layers(shape, range(1, options.layers + 1))
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
@@ -116,12 +117,12 @@ class ReplaceMe(Method["ReplaceMe.Options"]):
         if options.transform == "least-squares" and fit.num_tokens < size and not options.l2:
             raise BadInput(
                 f"Least squares needs at least {size} calibration tokens for this model, better {size**2:,}; "
-                f"there are {fit.num_tokens}, so use more windows, or l2."
+                f"there are only {fit.num_tokens}, so use more windows, or set l2."
             )
         distances = self.distances(model, fit, options, context)
         cuts = choose_cuts(distances, options.transforms, options.layers // options.transforms)
         removed = sorted(index for cut in cuts for index in cut.removed)
-        details = {
+        details: dict[str, Any] = {
             "distances": [round(float(value), 6) for value in distances],
             "cuts": [{"layer": cut.layer, "removed": list(cut.removed)} for cut in cuts],
             "tokens": fit.num_tokens,
@@ -140,7 +141,7 @@ class ReplaceMe(Method["ReplaceMe.Options"]):
     def distances(
         self, model: StreamedModel, windows: Windows, options: Options, context: StepContext
     ) -> torch.Tensor:
-        """Distance of L_i and L_{i+n} for every i: float64 [num_layers - n], in half turns (0 to 1)."""
+        """The angular distance of L_i and L_{i+n} for every i: float64 [num_layers - n], from 0 to 1."""
         n = options.layers // options.transforms
         count, length = windows.tokens.shape
         last = None
@@ -148,8 +149,8 @@ class ReplaceMe(Method["ReplaceMe.Options"]):
             last, length = windows.mask.long().cumsum(1).argmax(1), 1
         stream = model.stream(windows, context.folder / "distances")
         journal = context.journal("distances")
-        # L_{i-n} to L_i, in turn.
         shape = (count, length, stream.hidden.shape[-1])
+        # L_{i-n} to L_i, which take turns in n + 1 places.
         recent = [journal.activations(f"recent-{slot}", shape) for slot in range(n + 1)]
         journal.state["distances"] = torch.zeros(model.num_layers - n, dtype=torch.float64)
         for layer in model.walk(journal, stream, *recent, label="measuring distances"):
@@ -173,7 +174,7 @@ class ReplaceMe(Method["ReplaceMe.Options"]):
     def estimate(
         self, model: StreamedModel, windows: Windows, cuts: list[Cut], options: Options, context: StepContext
     ) -> dict[int, torch.Tensor]:
-        """T for every cut: layer i -> float64 [hidden_size, hidden_size]."""
+        """Estimate T for every cut: layer i -> float64 [hidden_size, hidden_size]."""
         solve = least_squares if options.transform == "least-squares" else cosine
         stream = model.stream(windows, context.folder / "estimate")
         journal = context.journal("estimate")
@@ -196,7 +197,7 @@ class ReplaceMe(Method["ReplaceMe.Options"]):
     def _keep(
         model: StreamedModel, stream: Stream, layer: Layer, mlp: Activations, rest: Activations
     ) -> None:
-        """Keep M_i and Y_i = L_i - M_i while the text goes through layer i."""
+        """Take the text through layer i, and keep M_i and Y_i = L_i - M_i."""
 
         def keep_mlp(seen: Seen) -> None:
             mlp.write(seen.start, seen.output)
@@ -209,7 +210,7 @@ class ReplaceMe(Method["ReplaceMe.Options"]):
 
 
 class Samples:
-    """The tokens T is estimated on: M_i, Y_i and L_{i+n} without padding, window by window."""
+    """What T is estimated on: M_i, Y_i and L_{i+n} of the real tokens, window by window."""
 
     def __init__(self, mlp: Activations, rest: Activations, stream: Stream, device: str) -> None:
         self.parts = (mlp, rest, stream.hidden)
@@ -221,7 +222,7 @@ class Samples:
         return len(self.mask)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """M, Y and L of one window: float32 [tokens, hidden_size] each, on the device."""
+        """M, Y and L of the real tokens of one window: float32 [tokens, hidden_size] each, on the device."""
         m, y, target = (part.read(index, index + 1)[0] for part in self.parts)
         mask = self.mask[index]
         return m[mask].to(self.device), y[mask].to(self.device), target[mask].to(self.device)
@@ -242,15 +243,16 @@ def least_squares(samples: Samples, options: ReplaceMe.Options, _: torch.Generat
         gram += m.T @ m
         cross += m.T @ (target - y)
     factor, failed = torch.linalg.cholesky_ex(gram)
-    if failed:  # directions that the MLP never writes to: the solution of least norm
+    if failed:  # the MLP never writes to some directions: take the solution of least norm
         return torch.linalg.lstsq(gram.cpu(), cross.cpu(), driver="gelsd").solution
     return torch.cholesky_solve(cross, factor).cpu()
 
 
 def cosine(samples: Samples, options: ReplaceMe.Options, generator: torch.Generator) -> torch.Tensor:
-    """T minimising the cosine loss, by Adam in float32 from the identity: float64 [hidden_size, hidden_size].
+    """T that minimises the cosine loss: float64 [hidden_size, hidden_size].
 
-    Every epoch sees the windows in a new order; a step takes the next ``batch_size`` tokens.
+    Adam starts from the identity, in float32. Every epoch takes the windows in a new order, and every step
+    the next ``batch_size`` tokens of them.
     """
     transform = torch.eye(samples.hidden_size, device=samples.device, requires_grad=True)
     optimizer = torch.optim.Adam([transform], lr=options.learning_rate)
@@ -282,7 +284,7 @@ def cosine(samples: Samples, options: ReplaceMe.Options, generator: torch.Genera
 def merge(
     draft: Draft, model: StreamedModel, removed: list[int], transforms: dict[int, torch.Tensor]
 ) -> None:
-    """Make ``draft`` the model without the layers ``removed`` and with each T folded into its ``down``.
+    """Turn ``draft`` into the model without the layers ``removed``, with each T folded into its ``down``.
 
     W_down <- T^T W_down and b_down <- T^T b_down are computed in float64 and rounded to the stored dtype.
 
@@ -301,18 +303,20 @@ def merge(
             new = new.to(old.dtype)
             if not torch.isfinite(new).all():
                 raise CompressError(
-                    f"The linear map for layer {index} came out too large or not a number; use a smaller "
-                    "learning_rate (cosine), or more calibration windows or l2 (least-squares)."
+                    f"The linear map for layer {index} is too large or not a number; use a smaller "
+                    "learning_rate (cosine), or more calibration windows or a larger l2 (least-squares)."
                 )
             draft.write({renamed[stored]: new})
 
 
 def _split(windows: Windows, options: ReplaceMe.Options) -> tuple[Windows, Windows]:
-    """Windows to estimate on, and evenly spread ones to decide on."""
+    """The windows to estimate on, and the held-out ones, which are spread evenly."""
     count = len(windows)
     aside = math.ceil(count * options.held_out) if options.transform != "none" else 0
     if aside >= count:
-        raise BadInput(f"With {count} calibration window(s) none can be held out; use more, or held_out: 0.")
+        raise BadInput(
+            f"With {count} calibration window(s) none can be held out; use more, or set held_out to 0."
+        )
     chosen = torch.zeros(count, dtype=torch.bool)
     chosen[torch.arange(aside) * count // max(aside, 1)] = True
     return windows.select(~chosen), windows.select(chosen)
@@ -321,14 +325,14 @@ def _split(windows: Windows, options: ReplaceMe.Options) -> tuple[Windows, Windo
 def _compare(
     model: StreamedModel, removed: list[int], windows: Windows, context: StepContext
 ) -> dict[str, Any]:
-    """Perplexity on the held-out windows with the transform and without any, and which one is chosen."""
+    """The perplexities on the held-out windows with the transform and without any, and which is chosen."""
     plain = Draft(context.draft.parent, context.folder / "without")
     merge(plain, model, removed, {})
 
     def loss(draft: Draft) -> float:
         try:
             return float(streamed_losses(StreamedModel(draft, context.device), windows).mean())
-        except CompressError:  # activations overflow: no transform may come to this
+        except CompressError:  # activations overflow, which rules the model out
             return math.inf
 
     with_transform, without = loss(context.draft), loss(plain)
@@ -341,7 +345,7 @@ def _compare(
 
 
 def _perplexity(loss: float) -> float | None:
-    """exp of a mean loss in nats, None where that is beyond a float."""
+    """exp of a mean loss in nats; None where that is too large for a float."""
     return math.exp(loss) if loss < 700 else None
 
 
@@ -364,4 +368,4 @@ def _summary(
 
 
 def _shown(perplexity: float | None) -> str:
-    return "beyond measure" if perplexity is None else f"{perplexity:.2f}"
+    return "too large to state" if perplexity is None else f"{perplexity:.2f}"

@@ -1,4 +1,4 @@
-"""ShortGPT: the layers that change their input least are removed."""
+"""ShortGPT: remove the layers that change their input least."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from pydantic import Field, PositiveInt
 
 from compress.engine.stream import Seen, StreamedModel
 from compress.errors import BadInput
-from compress.method import Method, MethodOptions, Paper, StepReport
+from compress.method import Method, Paper, StepReport
 from compress.pruning.parts.depth import plan_without_layers, remove_layers
+from compress.pruning.parts.options import LayerCount
 
 if TYPE_CHECKING:
     from compress.engine.shape import ModelShape
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
 
 class ShortGPT(Method["ShortGPT.Options"]):
-    """Remove the n layers of least block influence, all at once, and put nothing in their place.
+    """Remove the n layers with the least block influence, all at once, and put nothing in their place.
 
     With X_i the input of layer i and X_{i+1} its output (section 3), the block influence is
 
         BI_i = 1 - mean over tokens t of cos(X_{i,t}, X_{i+1,t})
 
-    in float64, over the real tokens. The output of the last layer is taken before the final norm.
+    in float64, over the real tokens (no padding). The output of the last layer is taken before the final
+    norm.
     """
 
     name = "shortgpt"
@@ -34,8 +35,8 @@ class ShortGPT(Method["ShortGPT.Options"]):
         "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", "2403.03853"
     )
 
-    class Options(MethodOptions):
-        layers: PositiveInt = Field(description="how many layers to remove")
+    class Options(LayerCount):
+        """How many layers to remove, nothing else."""
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
         if options.layers >= shape.num_layers:
@@ -43,7 +44,7 @@ class ShortGPT(Method["ShortGPT.Options"]):
                 f"ShortGPT can remove at most {shape.num_layers - 1} of the model's {shape.num_layers} "
                 f"layers, not {options.layers}."
             )
-        # Which ones is not known before; in a plain model all have the same size.
+        # The calibration text decides which layers go; in a plain model all have the same size.
         return plan_without_layers(shape, range(1, options.layers + 1))
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
@@ -59,14 +60,16 @@ class ShortGPT(Method["ShortGPT.Options"]):
         return StepReport(f"removed layers {', '.join(map(str, removed))}.", details)
 
     def block_influence(self, model: StreamedModel, context: StepContext) -> torch.Tensor:
-        """BI of every layer: float64 [num_layers]."""
-        stream = model.stream(context.calibration, context.folder / "influence")
+        """The block influence of every layer: float64 [num_layers]."""
+        windows = context.calibration
+        assert windows is not None  # the method needs calibration
+        stream = model.stream(windows, context.folder / "influence")
         journal = context.journal("influence")
         journal.state["similarity"] = torch.zeros(model.num_layers, dtype=torch.float64)
         for layer in model.walk(journal, stream, label="measuring block influence"):
             total = journal.state["similarity"][layer.index]
             stream.advance(layer, observe={"": partial(_add_similarity, total)})
-        return 1 - journal.state["similarity"] / context.calibration.num_tokens
+        return 1 - journal.state["similarity"] / windows.num_tokens
 
 
 def _add_similarity(total: torch.Tensor, seen: Seen) -> None:

@@ -1,4 +1,4 @@
-"""Wanda-sp: Wanda's score summed over heads and neurons, FLAP's baseline."""
+"""Wanda-sp: the baseline of the FLAP paper, which scores heads and neurons by weights times inputs."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 class WandaSp(Method["WandaSp.Options"]):
     """Prune in every layer the heads and MLP neurons whose weights times inputs are smallest.
 
-    Wanda's score of a weight is |W_oj| ||X_j||, with X_j the input channel j over all tokens. Its mean over
-    the outputs o of an output projection (of attention or MLP) is that of a channel, and over the channels of
-    a key-value head's query heads that of the head (section 4 of the FLAP paper). Every layer loses the same
-    share of its parameters, and nothing makes up for it.
+    Wanda's score of a weight is |W_oj| ||X_j||, with X_j the input channel j over all tokens. The score of a
+    channel is the mean over the outputs o of its output projection (of attention or MLP). The score of a
+    key-value head is the mean over the channels of its query heads (section 4 of the FLAP paper). Every layer
+    loses the same share of its parameters, and nothing compensates the loss.
     """
 
     name = "wanda-sp"
     family = "pruning"
     paper = Paper("A Simple and Effective Pruning Approach for Large Language Models", "2306.11695")
 
-    class Options(ParameterRatio, WidthMultiple):
-        """See the mixins."""
+    class Options(WidthMultiple, ParameterRatio):
+        """What to remove and which widths are allowed, nothing else."""
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
         units = units_of(shape)

@@ -117,7 +117,6 @@ class ApiQ(Method["ApiQ.Options"]):
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
         windows = context.calibration
-        assert windows is not None  # `needs_calibration`
         length = windows.tokens.shape[1]
         size = {"batch_tokens": options.batch_size * length} if options.mode == "block" else {}
         dense = model.stream(windows, context.folder / "dense", **size)

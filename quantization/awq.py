@@ -78,7 +78,6 @@ class AWQ(Method[WeightOptions]):
         return plan_packed(shape, options)
 
     def apply(self, model: StreamedModel, options: WeightOptions, context: StepContext) -> StepReport:
-        assert context.calibration is not None  # `needs_calibration`
         stream = model.stream(context.calibration, context.folder / "stream")
         journal = context.journal("rounding")
         packer = Packer(context.draft, options, journal.state)

@@ -66,7 +66,6 @@ class BitStack(Method["BitStack.Options"]):
         return plan_stacked(shape, options, BitStackFormat(options.blocks, options.rank))
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
-        assert context.calibration is not None  # `needs_calibration`
         stream = model.stream(context.calibration, context.folder / "stream")
         form = BitStackFormat(options.blocks, options.rank)
         journal = context.journal("decomposition")

@@ -77,7 +77,6 @@ class GPTQ(Method["GPTQ.Options"]):
         return plan_packed(shape, options)
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
-        assert context.calibration is not None  # `needs_calibration`
         stream = model.stream(context.calibration, context.folder / "stream")
         dense = None
         if options.asymmetric_calibration:

@@ -125,7 +125,6 @@ class LLMQAT(Method["LLMQAT.Options"]):
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
         windows = context.calibration
-        assert windows is not None  # `needs_calibration`
         batches = math.ceil(len(windows) / options.batch_size)
         steps = options.epochs * batches if options.steps is None else options.steps
         packer = Packer(context.draft, options, {}, layout_of)
@@ -330,7 +329,6 @@ def check_written(student: FakeQuantizedModel, context: StepContext) -> float:
         CompressError: the divergence is larger than rounding explains.
     """
     windows = context.calibration
-    assert windows is not None  # `needs_calibration`
     window = windows.select(torch.arange(len(windows)) == 0)
     mask = window.mask[0]
     trained = student.logits(window, torch.tensor([0]))[0].cpu()[mask].log_softmax(-1)

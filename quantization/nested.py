@@ -81,7 +81,6 @@ class Nested(Method["Nested.Options"]):
         return plan_stacked(shape, options, self._format(options))
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
-        assert context.calibration is not None  # `needs_calibration`
         stream = model.stream(context.calibration, context.folder / "stream")
         journal = context.journal("rounding")
         form = self._format(options)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from compress.engine.stream import StreamedModel
+from compress.engine.stream import Stream, StreamedModel
 from compress.engine.windows import Windows
 from compress.storage.checkpoint import Checkpoint
 
@@ -39,3 +39,25 @@ def first_output(output: Any) -> torch.Tensor:
     """The logits in what a transformers model returned, or the first tensor if it has no logits (the hidden
     states of a bare encoder, the start logits of a question answerer)."""
     return output["logits"] if "logits" in output else output[0]
+
+
+@torch.no_grad()
+def through_all_layers(model: StreamedModel, windows: Windows, label: str = "") -> Stream:
+    """Take windows through all layers of a model, with one layer in memory.
+
+    Args:
+        model: the model.
+        windows: token ids [N, S].
+        label: text of the progress bar.
+
+    Returns: A stream whose hidden states, float32 [N, S, D], are those behind the last layer, before the
+        final norm.
+
+    Raises:
+        BadInput: as `StreamedModel.stream`.
+        CompressError: a layer puts out NaN or infinite values.
+    """
+    stream = model.stream(windows)
+    for layer in model.walk(None, stream, label=label):
+        stream.advance(layer)
+    return stream

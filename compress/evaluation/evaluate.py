@@ -1,4 +1,4 @@
-"""Evaluating a model beside the dense one: fidelity streamed layer by layer, cost in a fresh process."""
+"""Evaluate a model against the dense one: quality layer by layer, memory and speed in a fresh process."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 from compress.calibration.text.examples import TaskFile
 from compress.calibration.text.windows import evaluation_windows
+from compress.engine.logits import through_all_layers
 from compress.engine.shape import ModelShape
-from compress.engine.stream import Stream, StreamedModel
+from compress.engine.stream import StreamedModel
 from compress.engine.tokenizer import load_tokenizer
 from compress.engine.windows import Windows
 from compress.errors import BadInput
@@ -41,7 +42,7 @@ log = logging.getLogger(__name__)
 Progress = Callable[[str, float], None]
 
 TASK_REPETITIONS = 100
-"""Of the timed forward pass on one input of a task, which takes milliseconds."""
+"""How often the forward pass on one input of a task is timed; it takes only milliseconds."""
 
 
 def evaluate(
@@ -58,31 +59,35 @@ def evaluate(
     memory: str | int | None = None,
     progress: Progress = lambda text, share: None,
 ) -> list[Scorecard]:
-    """Evaluate a model and, if compress-model wrote it, add the result to its compression.json (a warning
-    says so where that cannot be written).
+    """Evaluate a model against the dense model.
 
-    Returns the scorecard of the dense model (which is not measured again if its own compression.json has this
-    very evaluation) and, if ``baseline`` is another model, that of ``model``.
+    If compress-model wrote the model, the result is added to its compression.json; a warning is logged if
+    that file cannot be written. The dense model is not measured again if its own compression.json has the
+    same evaluation.
 
     Args:
         model: folder, hub id or ``demo``.
         revision: branch, tag or commit of a model on the hub.
-        baseline: the dense model; the model itself if not given.
-        baseline_revision: of a baseline on the hub.
+        baseline: the dense model; by default the model itself.
+        baseline_revision: branch, tag or commit of a baseline on the hub.
         task_file: labelled examples for an encoder with a task head, scored in place of text (see
             :mod:`compress.calibration.text.examples`).
-        text: what to score; sources as for calibration.
+        text: the text to score, with the same sources as for calibration.
         context: tokens in a window; windows do not overlap, and the first token of each is not scored.
-        windows: number of windows at most.
+        windows: largest number of windows; None takes the whole text.
         device: where to compute and to measure.
-        memory: such as "90MB": evaluate the largest size of a model stored in blocks that fits.
-        progress: told a text and the share done.
+        memory: evaluate the largest version that fits into this much memory, for example "90MB" (models
+            stored in blocks only).
+        progress: called with a text and the share that is done.
+
+    Returns:
+        The scorecard of the dense model and, if ``baseline`` is another model, that of ``model``.
 
     Raises:
-        BadInput: not a causal language model (with ``task_file``: no encoder with a task head), vocabularies
-            or labels differ, the file is no good, the model was calibrated on this text, or it has no size
-            that fits ``memory``.
-        CompressError: text or model cannot be fetched, or the model puts out NaN.
+        BadInput: the model is not a causal language model (with ``task_file``: not an encoder with a task
+            head), vocabularies or labels differ, the file is not valid, the model was calibrated on this
+            text, or no version of it fits into ``memory``.
+        CompressError: text or model cannot be downloaded, or the model puts out NaN.
     """
     check_device(device)
     source = find_model(model, revision)
@@ -118,18 +123,23 @@ def evaluate(
     if read_lineage(source.folder) is not None:
         try:
             add_evaluations(source.folder, [card.model_dump(mode="json") for card in cards])
-        except OSError as error:  # minutes of measuring are not lost because a folder is read-only
-            log.warning("The evaluation is not kept in '%s' (%s).", source.folder, error.strerror or error)
+        except OSError as error:  # a read-only folder must not lose minutes of measuring
+            log.warning("The evaluation was not added to '%s' (%s).", source.folder, error.strerror or error)
     return cards
 
 
 @dataclass(frozen=True)
 class _Found:
-    """What scoring found, as the fields of the two scorecards, and what to time."""
+    """The result of scoring both models.
+
+    Attributes:
+        dense, model: fields of the two scorecards.
+        timed: arguments for `measure`.
+    """
 
     dense: dict[str, Any]
     model: dict[str, Any]
-    timed: dict[str, int]  # for `measure`
+    timed: dict[str, int]
 
 
 def _score_text(
@@ -196,7 +206,7 @@ def _score_task(
 
 
 def _known(source: ModelSource, identity: ModelIdentity, scores: dict[str, Any]) -> Scorecard | None:
-    """The dense model's own scorecard in its compression.json, if it was made by the same protocol."""
+    """The dense model's scorecard in its own compression.json, if it was made with the same protocol."""
     lineage = read_lineage(source.folder)
     cards = [Scorecard.model_validate(card) for card in (lineage.evaluations if lineage else [])]
     wanted = (identity, scores.get("protocol"), scores.get("task_protocol"))
@@ -218,7 +228,7 @@ def _cost(
     files = {item.file for item in checkpoint.sources.values()}
     wanted = None if memory is None else parse_memory(memory)
     cost = Cost(
-        # Of a prefix the tensors, since its files hold more.
+        # The files hold more than a prefix, so its tensors are counted.
         weight_bytes=checkpoint.nbytes
         if memory is not None
         else sum(Path(file).stat().st_size for file in files),
@@ -236,10 +246,14 @@ def compare_streams(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> FidelityAccumulator:
-    """Score ``model`` beside ``dense`` on ``windows``.
+    """Score ``model`` and ``dense`` on ``windows``.
 
-    Both are streamed, so models larger than memory are the ordinary case; logits are float32 and are compared
-    window by window. What comes out of the dense model's last layer is kept in the cache for the next model.
+    Both are streamed, so models may be larger than memory. Logits are float32, and are compared window by
+    window. The dense model's hidden states behind its last layer are cached for the next model.
+
+    Raises:
+        BadInput: ``dense`` is not a causal language model, or vocabularies differ.
+        CompressError: a model puts out NaN or infinite values.
     """
     streamed = StreamedModel(dense, device, progress)
     if streamed.anatomy.kind != "decoder" or streamed.anatomy.head is None:
@@ -266,19 +280,17 @@ def compare_streams(
 def logits_of(
     head: Callable[[torch.Tensor], Any], hidden: torch.Tensor
 ) -> Callable[[int, int], torch.Tensor]:
-    """The logits of some positions when they are asked for: those of a whole window can be gigabytes."""
+    """A function that computes the logits of some positions, because those of a window can be gigabytes."""
     return lambda start, stop: head(hidden[None, start:stop]).logits[0].cpu()
 
 
 def last_hidden(model: StreamedModel, windows: Windows, label: str) -> torch.Tensor:
-    stream: Stream = model.stream(windows)
-    for layer in model.walk(None, stream, label=label):
-        stream.advance(layer)
-    return stream.hidden.read(0, len(windows))
+    """Hidden states behind the last layer, float32 [N, S, D]."""
+    return through_all_layers(model, windows, label).hidden.read(0, len(windows))
 
 
 def _cached_dense(model: StreamedModel, windows: Windows) -> torch.Tensor:
-    """Hidden states after the dense model's last layer, float32 [N, S, D]; the latest ones are kept."""
+    """Hidden states behind the dense model's last layer, float32 [N, S, D]; the cache keeps the latest."""
     key = hashlib.sha256(
         f"{model.checkpoint.sha256} {windows.sha256} {torch.__version__}".encode()
     ).hexdigest()
@@ -293,7 +305,7 @@ def _cached_dense(model: StreamedModel, windows: Windows) -> torch.Tensor:
             old.unlink(missing_ok=True)
         write_tensors({"hidden": hidden}, file)
     except OSError as error:
-        log.debug("The dense model's hidden states are not kept for next time: %s", error)
+        log.debug("The dense model's hidden states were not cached: %s", error)
     return hidden
 
 

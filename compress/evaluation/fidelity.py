@@ -1,16 +1,16 @@
 """How close a compressed model stays to the dense one, token by token.
 
-Both models read the same windows of text. At every position t whose next token is real, the two
-distributions over the vocabulary are compared, with p the dense and q the compressed one:
+Both models read the same windows of text. At every position t whose next token is real (no padding), their
+distributions over the vocabulary are compared: p of the dense model and q of the compressed one.
 
     negative log-likelihood   -ln q[token t+1]                 perplexity = exp of its mean
-    KL(p || q)                sum_v p_v (ln p_v - ln q_v)      full vocabulary, nats
+    KL(p || q)                sum_v p_v (ln p_v - ln q_v)      over the full vocabulary, in nats
     agreement                 argmax p = argmax q
     delta p                   q[token t+1] - p[token t+1]
 
-The set of statistics follows what llama.cpp's perplexity tool made customary, and "Accuracy Is Not All
-You Need" (arXiv:2407.09141); the intervals are ours: means over tokens are ratio estimators clustered by
-window (Cochran, Sampling Techniques, section 6.3), since neighbouring tokens are not independent.
+The statistics are those of llama.cpp's perplexity tool and of "Accuracy Is Not All You Need"
+(arXiv:2407.09141). The intervals are our own: means over tokens are ratio estimators clustered by window
+(Cochran, Sampling Techniques, section 6.3), because neighbouring tokens are not independent.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 
 CHUNK_ELEMENTS = 2**21
-"""Logits worked on at a time: 8 MiB in float32, and about ten times that with the temporaries."""
+"""Logits in one chunk of work: 8 MiB in float32, and about ten times as much with temporary tensors."""
 
 
 class _Window(NamedTuple):
-    """Sums over the scored tokens of one window, and the KL of each of them."""
+    """Sums over the scored tokens of one window, and the KL of each token."""
 
     nll_dense: float
     nll_model: float
@@ -46,10 +46,10 @@ class _Window(NamedTuple):
 
 
 class FidelityAccumulator:
-    """Takes the logits of both models window by window and gives their :class:`Fidelity`.
+    """Computes the :class:`Fidelity` of a model from the logits of both models, window by window.
 
-    Sums are float64 and exactly rounded (``math.fsum``), so the result does not depend on the order in
-    which windows arrive.
+    Sums are float64 and exactly rounded (``math.fsum``), so the result does not depend on the order of
+    windows.
     """
 
     def __init__(self, vocab_size: int) -> None:
@@ -58,7 +58,7 @@ class FidelityAccumulator:
 
     @property
     def windows(self) -> int:
-        """Windows with at least one scored token."""
+        """Number of windows with at least one scored token."""
         return len(self._windows)
 
     @property
@@ -69,13 +69,13 @@ class FidelityAccumulator:
         """Score one window.
 
         Args:
-            dense, model: logits [S, V] of any floating dtype, or a function ``(start, stop)`` that gives
-                the rows [stop - start, V] when they are wanted, so that [S, V] need never be in memory.
+            dense, model: logits [S, V] of any floating dtype, or a function ``(start, stop)`` that computes
+                the rows [stop - start, V], so that [S, V] need not be in memory.
             tokens: int64 [S].
-            mask: bool [S], True for a real token. Position t counts where tokens t and t+1 are real.
+            mask: bool [S], True for a real token. Position t counts if tokens t and t+1 are real.
 
         Raises:
-            BadInput: the shapes do not fit, or the two models have different vocabularies.
+            BadInput: the shapes do not fit together, or the two models have different vocabularies.
             CompressError: a logit is NaN or infinite.
         """
         import numpy as np
@@ -93,12 +93,12 @@ class FidelityAccumulator:
             return
         if not 0 <= int(targets[scored].min()) <= int(targets[scored].max()) < self.vocab_size:
             raise BadInput(
-                f"The text has token ids outside the vocabulary of {self.vocab_size} entries: "
-                "use the tokenizer that belongs to the model."
+                f"The text has token ids outside the vocabulary of {self.vocab_size} entries; use the "
+                "tokenizer of the model."
             )
 
-        # Filled in place: small tensors kept from each chunk would sit in the holes that its large ones
-        # leave, and the heap would grow by a chunk every time.
+        # Filled in place: small tensors that are kept from a chunk would fill the gaps that its large ones
+        # leave in the heap, which would grow by a chunk every time.
         found = np.empty((4, len(scored)))
         done = 0
         rows = max(1, CHUNK_ELEMENTS // self.vocab_size)
@@ -117,8 +117,8 @@ class FidelityAccumulator:
         ln_p, ln_q, kl, agree = found
         if not np.isfinite(kl).all():
             raise CompressError(
-                "The two models' logits are too far apart to compare: the KL divergence overflows; "
-                "check the compressed model's weights."
+                "The KL divergence overflows because the logits of the two models are too far apart; check "
+                "the compressed model's weights."
             )
         delta_p = np.exp(ln_q) - np.exp(ln_p)
         self._windows.append(
@@ -132,7 +132,7 @@ class FidelityAccumulator:
         )
 
     def _rows(self, logits: Logits, start: int, stop: int, here: Tensor, length: int, whose: str) -> Tensor:
-        """The scored rows of positions start to stop, in float32."""
+        """The rows ``here`` (of positions from start to stop) of the logits, in float32."""
         if callable(logits):
             rows = logits(start, stop)
             expected = [stop - start, self.vocab_size]
@@ -141,28 +141,28 @@ class FidelityAccumulator:
             expected = [length, self.vocab_size]
         if list(rows.shape) != expected:
             raise BadInput(
-                f"The {whose} model gives logits of shape {list(rows.shape)} where {expected} was expected: "
-                "both models must read the same windows with the same vocabulary."
+                f"The {whose} model gives logits of shape {list(rows.shape)} instead of {expected}; both "
+                "models must read the same windows with the same vocabulary."
             )
         rows = rows[(here - start if callable(logits) else here).to(rows.device)].float()
         if not rows.sum().isfinite():  # one pass; a NaN or infinity anywhere makes the sum one
             raise CompressError(
-                f"The {whose} model gives logits that are NaN or infinite: its weights are damaged or "
+                f"The {whose} model gives logits that are NaN or infinite, so its weights are damaged or "
                 "overflow in this dtype."
             )
         return rows
 
     def fidelity(self) -> Fidelity:
-        """Of the compressed model.
+        """The fidelity of the compressed model.
 
         Raises:
             BadInput: no token was scored.
-            CompressError: perplexity is beyond what a float64 holds.
+            CompressError: the perplexity is too large for a float64.
         """
         return _fidelity(self._scored_windows())
 
     def dense_fidelity(self) -> Fidelity:
-        """Of the dense model: its perplexity, and by definition no distance to itself.
+        """The fidelity of the dense model: its perplexity, and no distance from itself.
 
         Raises:
             BadInput: no token was scored.
@@ -183,18 +183,24 @@ class FidelityAccumulator:
 
     def _scored_windows(self) -> list[_Window]:
         if not self._windows:
-            raise BadInput("The text has no token to score: it needs a window of at least two real tokens.")
+            raise BadInput("The text has no token to score; it needs a window of at least two real tokens.")
         return self._windows
 
 
 def compare_tokens(dense: Tensor, model: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """ln p[target], ln q[target], KL(p || q) (float64 [T]) and whether the argmaxes agree (bool [T]).
+    """Compare the distributions p (dense) and q (model) of T tokens.
 
-    ``dense`` and ``model`` are float32 [T, V], ``targets`` int64 [T]. Logits are shifted by their maximum,
-    which is exact where the probability is. Sums over the vocabulary are torch's cascaded float32 sums
-    (relative error about 1e-7, many times faster than in float64); everything after them is float64:
+    Logits are shifted by their maximum. Sums over the vocabulary are torch's cascaded float32 sums (relative
+    error about 1e-7, and many times faster than in float64). Everything after them is float64:
 
         KL = sum_v e^{z_v} (z_v - y_v) / Z_p + ln Z_q - ln Z_p    for shifted logits z (dense) and y (model)
+
+    Args:
+        dense, model: logits, float32 [T, V].
+        targets: the next tokens, int64 [T].
+
+    Returns:
+        ln p[target], ln q[target], KL(p || q), each float64 [T], and whether the argmaxes agree, bool [T].
     """
     z, y = dense - dense.amax(-1, keepdim=True), model - model.amax(-1, keepdim=True)
     exp_z = z.exp()
@@ -217,7 +223,7 @@ def _fidelity(windows: list[_Window], *, whose: str = "compressed") -> Fidelity:
     nll = mean_by_window([w.nll_dense if whose == "dense" else w.nll_model for w in windows], counts)
     if nll.mean > LN_LARGEST:
         raise CompressError(
-            f"The perplexity of the {whose} model is too large to state ({nll.mean:.0f} nats per token): "
+            f"The perplexity of the {whose} model is too large to state ({nll.mean:.0f} nats per token), so "
             "the model is broken."
         )
     ln_ratio = mean_by_window([w.nll_model - w.nll_dense for w in windows], counts)

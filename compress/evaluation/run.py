@@ -1,4 +1,4 @@
-"""Carrying out a recipe from its text to its scorecard."""
+"""Carry out a recipe, from its text to its scorecard."""
 
 from __future__ import annotations
 

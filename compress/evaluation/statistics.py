@@ -7,32 +7,37 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from compress.calibration.statistics.losses import LN_LARGEST
-from compress.report.scorecard import Figure
+from compress.report.scorecard import Figure, UnitName
 
 CONFIDENCE = 0.95
 
 
 def wilson(successes: int, total: int) -> Figure:
-    """A share of independent trials with Wilson's interval."""
+    """The share of successes in independent trials, with Wilson's interval."""
     from scipy.stats import binomtest
 
     share, interval = (
         successes / total,
         binomtest(successes, total).proportion_ci(CONFIDENCE, method="wilson"),
     )
-    # At 0 % and 100 % rounding may cross the estimate.
+    # At 0 % and 100 %, rounding may put an end beyond the estimate.
     return Figure(value=share, low=min(interval.low, share), high=max(interval.high, share), unit="fraction")
 
 
 class MeanByWindow(NamedTuple):
-    """A mean over tokens with the standard error that windows as clusters give it."""
+    """A mean over tokens, with its standard error clustered by window."""
 
     mean: float
-    standard_error: float | None  # none with a single window
+    standard_error: float | None  # None if there is only one window
     windows: int
 
-    def figure(self, transform: Callable[[float], float], unit: str = "") -> Figure:
-        """The transformed mean, with Student's t interval transformed end by end (transform: increasing)."""
+    def figure(self, transform: Callable[[float], float], unit: UnitName = "") -> Figure:
+        """The transformed mean, and the transformed ends of its Student's t interval.
+
+        Args:
+            transform: an increasing function.
+            unit: unit of its result.
+        """
         if self.standard_error is None:
             return Figure(value=transform(self.mean), unit=unit)
         from scipy.stats import t
@@ -47,9 +52,9 @@ class MeanByWindow(NamedTuple):
 
 
 def mean_by_window(sums: list[float], counts: list[int]) -> MeanByWindow:
-    """Mean over all tokens of a quantity whose sum (and number of tokens) in each window is given.
+    """The mean over all tokens of a quantity, from its sums S_w and token counts c_w in each window w.
 
-    Standard error of the ratio estimator m = sum_w S_w / C:
+    The standard error is that of the ratio estimator m = sum_w S_w / C:
     se^2 = W / (W - 1) * sum_w (S_w - m c_w)^2 / C^2, with W windows and C = sum_w c_w tokens.
     """
     total, windows = sum(counts), len(counts)
@@ -61,5 +66,5 @@ def mean_by_window(sums: list[float], counts: list[int]) -> MeanByWindow:
 
 
 def bounded_exp(mean: float) -> float:
-    """exp, with the upper end of a wild interval held at the largest number there is."""
+    """exp, limited to the largest float, which the upper end of a wide interval may exceed."""
     return math.exp(min(mean, LN_LARGEST))

@@ -1,8 +1,8 @@
-"""The examples of a task file through a model, streamed layer by layer, and what it predicts for each.
+"""Predict the examples of a task file with a model that is streamed layer by layer.
 
-Inputs are sorted by length and go through the model a chunk at a time, padded to the longest of their chunk,
-so that memory is bounded by the chunk and one layer, and little is spent on padding. What is predicted does
-not depend on the chunks: padding is masked.
+Inputs are sorted by length and cut into chunks, which are padded to their longest input. So memory holds one
+chunk and one layer, and there is little padding. Predictions do not depend on the chunks, because padding is
+masked.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from compress.calibration.text.examples import read_task_file, task_of_encoder
 from compress.engine.checks import check_finite
 from compress.engine.config import config_of
 from compress.engine.flops import flops
-from compress.engine.logits import first_output
+from compress.engine.logits import first_output, through_all_layers
 from compress.engine.skeleton import longest_input
 from compress.engine.stream import StreamedModel
 from compress.errors import BadInput
@@ -27,20 +27,20 @@ from compress.report.scorecard import Figure, TaskProtocol
 if TYPE_CHECKING:
     from compress.storage.checkpoint import Checkpoint
 
-CHUNK_TOKENS = 1 << 14  # of one chunk, with padding
-ANSWER_TOKENS = 30  # the longest answer, as in BERT's evaluation on SQuAD
+CHUNK_TOKENS = 1 << 14  # tokens in one chunk, with padding
+ANSWER_TOKENS = 30  # tokens in the longest answer, as in BERT's evaluation on SQuAD
 
 
 class TaskEvaluation:
-    """The examples of a file as a model's inputs, and what it and its compressed versions predict on them.
+    """The examples of a file as inputs for a model and its compressed versions.
 
     Args:
         path: the task file.
-        dense: the model whose tokenizer and labels count.
+        dense: the dense model, whose tokenizer and labels are used.
         device: where to compute.
 
     Raises:
-        BadInput: the model is no encoder with a task head, or the file has no examples of its task.
+        BadInput: the model is not an encoder with a task head, or the file has no examples of its task.
     """
 
     def __init__(self, path: str, dense: Checkpoint, device: str = "cpu") -> None:
@@ -69,25 +69,29 @@ class TaskEvaluation:
         )
 
     def flops(self, checkpoint: Checkpoint) -> Figure:
-        """Of one input of mean length."""
+        """The FLOPs of a model for one input of mean length."""
         return Figure(
             value=flops(config_of(checkpoint), self.protocol.mean_tokens).total,
             unit="flops",
         )
 
     def predictions(self, checkpoint: Checkpoint, progress: Callable[[float], None]) -> list[Any]:
-        """Of each example: a label, labels by number of the word, or an answer.
+        """Predict every example: a label, a dictionary of word number -> label, or the text of an answer.
+
+        Args:
+            checkpoint: the model.
+            progress: called with the share that is done.
 
         Raises:
             BadInput: the model has another task or other labels than the dense one.
-            CompressError: it puts out NaN or infinite values.
+            CompressError: the model puts out NaN or infinite values.
         """
         config, dense = config_of(checkpoint), config_of(self.dense)
         task = task_of_encoder(config, str(checkpoint.folder))
         if task != self.file.task or config.id2label != dense.id2label:
             raise BadInput(
                 f"'{checkpoint.folder}' and '{self.dense.folder}' do not have the same task and labels, so "
-                "their predictions do not compare."
+                "their predictions cannot be compared."
             )
         model = StreamedModel(checkpoint, self.device)
         flat = [one for inputs in self.inputs for one in inputs]
@@ -103,8 +107,16 @@ class TaskEvaluation:
 def outputs(
     model: StreamedModel, inputs: Sequence[Input], progress: Callable[[float], None] = lambda share: None
 ) -> list[torch.Tensor]:
-    """What the head puts out for each input, float32 on the CPU: [labels] of a text, [S, labels] of words,
-    and [S, 2] (begin and end) of a context, with S the length of the input.
+    """Compute the output of the head for each input.
+
+    Args:
+        model: the model.
+        inputs: the inputs.
+        progress: called with the share that is done.
+
+    Returns:
+        float32 on the CPU, with S the length of an input: [labels] for sequence classification, [S, labels]
+        for token classification, and [S, 2] (begin and end) for question answering.
 
     Raises:
         CompressError: the model puts out NaN or infinite values.
@@ -113,15 +125,13 @@ def outputs(
     done, total = 0, sum(len(one.tokens) for one in inputs)
     for numbers in _chunks(inputs):
         windows = padded([inputs[number] for number in numbers], model.config.pad_token_id or 0)
-        stream = model.stream(windows)
-        for layer in model.walk(None, stream):
-            stream.advance(layer)
+        stream = through_all_layers(model, windows)
         with model.head() as head:
             for start, hidden, mask in stream.batches():
                 values = _logits(head(hidden)).float().cpu()
                 check_finite(values, "The head")
                 for number, row, real in zip(numbers[start:], values, mask, strict=False):
-                    # Copies: views would keep what was put out for the padding.
+                    # Copies, because views would keep the outputs for padding in memory.
                     found[number] = row.clone() if row.ndim == 1 else row[real].clone()
         done += windows.num_tokens
         progress(done / total)
@@ -135,7 +145,7 @@ def _logits(output: Any) -> torch.Tensor:
 
 
 def _chunks(inputs: Sequence[Input]) -> Iterator[list[int]]:
-    """Numbers of the inputs by length, as many at a time as fit into CHUNK_TOKENS with their padding."""
+    """Yield the numbers of the inputs, sorted by length, in chunks of CHUNK_TOKENS with padding."""
     chunk: list[int] = []
     for number in sorted(range(len(inputs)), key=lambda number: len(inputs[number].tokens)):
         if chunk and (len(chunk) + 1) * len(inputs[number].tokens) > CHUNK_TOKENS:
@@ -161,13 +171,14 @@ def best_answer(
     logits: Sequence[torch.Tensor],
     no_answer: bool,
 ) -> str:
-    """The span of the context, at most ANSWER_TOKENS long, whose begin and end logits have the largest sum in
-    any window; or "" where there may be no answer and the first token's, least of all windows, is larger.
+    """The span of the context, of at most ANSWER_TOKENS, with the largest sum of begin and end logits.
 
     Args:
-        places: for each window, position of a token of the context -> its characters.
-        logits: for each window [S, 2].
-        no_answer: whether there may be none.
+        context: the text that has the answer.
+        places: for each window of the context: position of a token -> where its characters begin and end.
+        logits: for each window [S, 2], begin and end.
+        no_answer: whether there may be no answer. It is then "" if the least sum over the windows of the
+            logits of the first token is larger than that of the span.
     """
     best, answer = -float("inf"), ""
     for spans, scores in zip(places, logits, strict=True):

@@ -1,9 +1,10 @@
-"""How well a model does its task, and whether that differs from the dense model by more than chance.
+"""Score how well a model does its task, and test whether it differs from the dense model by more than chance.
 
-Intervals are 95 % ones: Wilson's for shares of independent examples, Student's t over examples for means, and
-Student's t clustered by example where one example has several words (Cochran, Sampling Techniques, section
-6.3), since the words of a sentence are not independent. The paired test against the dense model is McNemar's
-exact one on examples: with b of them right for the dense model only and c for the compressed one only, p is
+Intervals have 95 %: Wilson's for shares of independent examples, Student's t over examples for means, and
+Student's t clustered by example if one example has several words (Cochran, Sampling Techniques, section 6.3),
+because the words of a sentence are not independent. The paired test against the dense model is McNemar's
+exact
+test on examples: if b of them are right for the dense model only and c for the compressed one only, p is
 two-sided binomial, min(b, c) of b + c at 1/2.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -30,12 +31,12 @@ PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 @dataclass(frozen=True)
 class _Marked:
-    """The predictions of one model beside what is right.
+    """The predictions of one model, marked.
 
     Attributes:
-        metrics: by the names of `TaskScore`.
+        metrics: name of a metric of `TaskScore` -> its figure.
         right: whether each example is wholly right.
-        given: each example's predictions, in a form that can be compared.
+        given: each example's predictions, in a form that can be compared between models.
     """
 
     metrics: dict[str, Figure]
@@ -44,19 +45,15 @@ class _Marked:
 
 
 def score(file: TaskFile, dense: Sequence[Any], model: Sequence[Any] | None, flops: Figure) -> TaskScore:
-    """The score of ``model``, or of the dense model itself where ``model`` is None.
+    """Score ``model`` against the dense model, or the dense model itself if ``model`` is None.
 
     Args:
-        file: what is right.
-        dense, model: each example's prediction: a label (sequence classification), labels by the number of
-            the word (token classification; words that were cut off are missing), or an answer's text.
-        flops: of one input of the model that is scored.
+        file: the examples with the right answers.
+        dense, model: each example's prediction: a label (sequence classification), a dictionary of word
+            number -> label without words that were cut off (token classification), or the text of an answer.
+        flops: FLOPs of the scored model for one input.
     """
-    mark = {
-        "sequence classification": _mark_labels,
-        "token classification": _mark_words,
-        "question answering": _mark_answers,
-    }[file.task]
+    mark = MARKS[file.task]
     expected = mark(file, dense)
     if model is None:
         return TaskScore(
@@ -86,21 +83,21 @@ def macro_f1(right: Sequence[int], given: Sequence[int]) -> float:
     """Mean over the labels that occur in ``right`` of 2 TP / (2 TP + FP + FN)."""
     import numpy as np
 
-    right, given = np.asarray(right), np.asarray(given)
-    found = [
-        2 * np.sum((right == label) & (given == label)) / (np.sum(right == label) + np.sum(given == label))
-        for label in np.unique(right)
+    wanted, found = np.asarray(right), np.asarray(given)
+    scores = [
+        2 * np.sum((wanted == label) & (found == label)) / (np.sum(wanted == label) + np.sum(found == label))
+        for label in np.unique(wanted)
     ]
-    return float(np.mean(found))
+    return float(np.mean(scores))
 
 
 def normalized(answer: str) -> str:
-    """SQuAD's normalisation: lower case, without punctuation, articles and extra white space."""
+    """Normalise an answer as SQuAD does: lower case, without punctuation, articles and extra white space."""
     return " ".join(ARTICLES.sub(" ", answer.lower().translate(PUNCTUATION)).split())
 
 
 def token_f1(answer: str, right: str) -> float:
-    """SQuAD's F1 of two answers: harmonic mean of the shares of their normalised words in common."""
+    """SQuAD's F1 of two answers: the harmonic mean of the shares of normalised words that they share."""
     given, wanted = normalized(answer).split(), normalized(right).split()
     if not given or not wanted:
         return float(given == wanted)
@@ -114,12 +111,11 @@ def _mark_labels(file: TaskFile, predictions: Sequence[int]) -> _Marked:
 
 
 def _mark_words(file: TaskFile, predictions: Sequence[dict[int, int]]) -> _Marked:
-    """Of the words that have a prediction; all of a model's inputs are cut alike."""
+    """Mark the words that have a prediction; the inputs of all models are cut in the same places."""
     examples: tuple[WordsExample, ...] = file.examples
     given = [list(found.values()) for found in predictions]
-    wanted = [
-        [example.labels[word] for word in found] for found, example in zip(predictions, examples, strict=True)
-    ]
+    labels = [example.labels or () for example in examples]
+    wanted = [[right[word] for word in found] for found, right in zip(predictions, labels, strict=True)]
     return _Marked(
         {
             "accuracy": _shares(wanted, given),
@@ -131,7 +127,7 @@ def _mark_words(file: TaskFile, predictions: Sequence[dict[int, int]]) -> _Marke
 
 
 def _mark_answers(file: TaskFile, predictions: Sequence[str]) -> _Marked:
-    """An answer is as good as it is beside the best of the right ones; without any, only none is right."""
+    """Mark each answer by the right answer that suits it best; if there is none, only "" is right."""
     examples: tuple[QuestionExample, ...] = file.examples
     exact, f1 = [], []
     for given, example in zip(predictions, examples, strict=True):
@@ -145,15 +141,22 @@ def _mark_answers(file: TaskFile, predictions: Sequence[str]) -> _Marked:
     )
 
 
+MARKS: dict[str, Callable[[TaskFile, Sequence[Any]], _Marked]] = {
+    "sequence classification": _mark_labels,
+    "token classification": _mark_words,
+    "question answering": _mark_answers,
+}
+
+
 def _agreement(dense: list[list[Any]], model: list[list[Any]]) -> Figure:
-    """Share of equal predictions."""
+    """The share of equal predictions."""
     if all(len(given) == 1 for given in dense):
         return wilson(sum(one == other for one, other in zip(dense, model, strict=True)), len(dense))
     return _shares(dense, model)
 
 
 def _shares(wanted: list[list[Any]], given: list[list[Any]]) -> Figure:
-    """Share of equal entries, clustered by list."""
+    """The share of equal entries, clustered by list."""
     equal = [
         sum(one == other for one, other in zip(*pair, strict=True))
         for pair in zip(wanted, given, strict=True)

@@ -43,7 +43,6 @@ def settled(method: Method, options: MethodOptions, model: Checkpoint, context: 
         return type(options).model_validate_json(chosen.read_text(encoding="utf-8"))
     room = context.folder / "mixing"
     room.mkdir(exist_ok=True)
-    assert context.calibration is not None  # `Recipe.needs_calibration`
     found = mix(
         StreamedModel(model, context.device, context.progress),
         options,

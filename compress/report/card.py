@@ -1,4 +1,4 @@
-"""The model card, and the lineage it is drawn from."""
+"""Write the model card from the lineage of a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ CARD = "README.md"
 
 
 def add_evaluations(folder: Path, evaluations: list[dict[str, Any]]) -> None:
-    """Append scorecards to the lineage of a folder and write its card again."""
+    """Append scorecards to the lineage of a folder, and write its card again.
+
+    Raises:
+        BadInput: the folder has no compression.json.
+    """
     lineage = read_lineage(folder)
     if lineage is None:
         raise BadInput(f"'{folder}' was not written by compress-model: it has no {LINEAGE}.")
@@ -23,14 +27,14 @@ def add_evaluations(folder: Path, evaluations: list[dict[str, Any]]) -> None:
 
 
 def write_lineage(folder: Path, lineage: Lineage) -> None:
-    """Write compression.json and the card that is drawn from it."""
+    """Write compression.json, and the card (README.md) that is made from it."""
     card = render_card(lineage, (folder / RECIPE).read_text(encoding="utf-8"))
     write_atomically(folder / LINEAGE, lineage.model_dump_json(indent=2))
     write_atomically(folder / CARD, card)
 
 
 def render_card(lineage: Lineage, recipe: str) -> str:
-    """The model card (Markdown with the hub's front matter) of a lineage."""
+    """The model card of a lineage: Markdown with the front matter of the hub."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     from compress.report.compare import newest_side_by_side

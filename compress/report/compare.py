@@ -1,6 +1,6 @@
-"""Scorecards side by side: read them, refuse what does not compare, lay out one table.
+"""Read scorecards, refuse those that cannot be compared, and lay the others out as one table.
 
-The renderers in :mod:`compress.report.render` only arrange what is decided here; they format no number.
+The renderers in :mod:`compress.report.render` only arrange what is decided here; they do not format numbers.
 """
 
 from __future__ import annotations
@@ -22,13 +22,19 @@ Cell = Figure | str | None
 
 
 class Column(NamedTuple):
-    """A column of the comparison: its key in CSV and JSON, its heading, the unit of its figures, and what
-    it belongs to."""
+    """A column of the comparison.
+
+    Attributes:
+        key: its name in CSV and JSON.
+        title: its title in tables.
+        unit: the unit of its figures, a key of `UNITS`.
+        section: what models must have been scored on for the column to be shown; "" always shows it.
+    """
 
     key: str
     title: str
     unit: str = ""
-    section: Literal["", "text", "task"] = ""  # shown only where a model was scored on such a thing
+    section: Literal["", "text", "task"] = ""
 
     @property
     def heading(self) -> str:
@@ -57,7 +63,7 @@ COLUMNS = (
     Column("flops_ratio", "FLOPs ÷\ndense", section="task"),
     Column("latency", "latency", "seconds", section="task"),
     Column("peak_memory", "peak memory", "bytes"),
-    Column("added_memory", "of it, model", "bytes"),
+    Column("added_memory", "memory added\nby the model", "bytes"),
     Column("prefill", "prefill", "tokens/s", section="text"),
     Column("decode", "decode", "tokens/s", section="text"),
     Column("kernel", "kernel"),
@@ -67,7 +73,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One model: a cell for every column, None where nothing was measured."""
+    """One model: a cell for every column, which is None if nothing was measured."""
 
     scorecard: Scorecard
     cells: dict[str, Cell]
@@ -77,7 +83,7 @@ class Row:
         return self.scorecard.is_dense
 
     def text(self, column: Column) -> str:
-        """What people see in a cell, in every format for people."""
+        """The text of a cell in every format for people."""
         cell = self.cells[column.key]
         if cell is None:
             return MISSING
@@ -86,7 +92,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows that may stand in one table, the dense model first, and what must be said under it."""
+    """Models that can be compared, the dense model first, and the caption that explains the numbers."""
 
     rows: list[Row]
     caption: list[str]
@@ -101,14 +107,14 @@ class Comparison:
 def compare(*models: str | Path | Scorecard | Iterable[Scorecard]) -> Comparison:
     """Put evaluated models into one table, the dense model first, the others in the order given.
 
-    Of each model the newest evaluation is taken that was made in the same way as the others'.
+    Each model is represented by its newest evaluation that was made in the same way as the others'.
 
     Args:
         models: folders with evaluations in their compression.json, files that
             ``compress-model evaluate --json`` wrote, or scorecards, one by one or several together.
 
     Returns:
-        The comparison; ``str()`` of it is the table as text, and `compress.report.render.render` knows more
+        The comparison. ``str()`` turns it into a table of text; `compress.report.render.render` has more
         formats.
 
     Raises:
@@ -131,10 +137,10 @@ def side_by_side(scorecards: Sequence[Scorecard], files: Sequence[str] | None = 
 
     Args:
         scorecards: at least one.
-        files: where each one was read, for the error message; by default the models' names.
+        files: the files they were read from, for the error message; by default the names of the models.
 
     Raises:
-        BadInput: nothing to compare, or two scorecards were not made the same way.
+        BadInput: there is nothing to compare, or two scorecards were not made in the same way.
     """
     if not scorecards:
         raise BadInput(f"There is nothing to compare; evaluate a model first: {EVALUATE}.")
@@ -146,7 +152,7 @@ def side_by_side(scorecards: Sequence[Scorecard], files: Sequence[str] | None = 
 
 
 def _columns(rows: list[Row]) -> tuple[Column, ...]:
-    """Those of text, unless all rows are of tasks, and of a task those some row has a figure in."""
+    """The columns to show: those of text, unless all rows are of tasks, and non-empty ones of tasks."""
     scored_on_text = any(row.scorecard.task is None for row in rows)
 
     def shown(column: Column) -> bool:
@@ -158,9 +164,10 @@ def _columns(rows: list[Row]) -> tuple[Column, ...]:
 
 
 def newest_side_by_side(scorecards: Sequence[Scorecard]) -> Comparison:
-    """Of each model the newest scorecard made like the newest one of a model that is not the dense one.
+    """Compare the scorecards in one model's own history, in which evaluations of any kind follow each other.
 
-    For one model's own history, in which evaluations of any kind follow each other.
+    The newest scorecard that is not the dense model's decides how it was evaluated. Of each model the newest
+    scorecard that was made in the same way is shown.
     """
     newest = max(scorecards, key=lambda card: (not card.is_dense, card.when))
     wanted = protocol_fields(newest)
@@ -170,10 +177,10 @@ def newest_side_by_side(scorecards: Sequence[Scorecard]) -> Comparison:
 
 
 def read_scorecards(path: str | Path) -> list[Scorecard]:
-    """The scorecards of a model folder (in its compression.json) or of a JSON file (one, or a list).
+    """Read the scorecards of a model folder (from its compression.json) or of a JSON file (one, or a list).
 
     Raises:
-        BadInput: there is none, or what is there is not a scorecard.
+        BadInput: there are none, or something else is there.
     """
     path = Path(path)
     file = path / "compression.json" if path.is_dir() else path
@@ -207,26 +214,27 @@ def _scorecard(entry: Any, file: Path) -> Scorecard:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the document"
         raise BadInput(
-            f"'{file}' holds something that is not a scorecard ({where}: {first['msg']}); "
+            f"'{file}' contains something that is not a scorecard ({where}: {first['msg']}); "
             f"write one with: {EVALUATE}."
         ) from None
 
 
 def protocol_fields(card: Scorecard) -> dict[str, object]:
-    """What must agree before scorecards compare: the protocol (not the kernel) and the dense model."""
+    """What must be equal before scorecards compare: the protocol (but not the kernel) and the dense model."""
     if card.protocol is not None:
-        fields = {"scored on": "text"} | card.protocol.model_dump(exclude={"kernel"})
+        fields = {"scored on": "text", **card.protocol.model_dump(exclude={"kernel"})}
     elif card.task_protocol is not None:
-        fields = {"scored on": "a task file"} | card.task_protocol.model_dump(exclude={"file", "kernel"})
+        fields = {"scored on": "a task file", **card.task_protocol.model_dump(exclude={"file", "kernel"})}
     else:
         return {}
     return {**fields, "baseline.sha256": card.baseline.sha256}
 
 
 def _newest_of_each_model(found: list[tuple[Scorecard, str]]) -> list[tuple[Scorecard, str]]:
-    """One scorecard per model: the newest under the newest protocol that all models have in common.
+    """One scorecard per model: the newest with the newest protocol that all models have in common.
 
-    Without a common one, the newest of each, which :func:`compare` then refuses with the reason.
+    If there is no common protocol, the newest of each model, which :func:`side_by_side` refuses with the
+    reason.
     """
     models: dict[str, list[tuple[Scorecard, str]]] = {}
     for card, file in found:
@@ -255,7 +263,7 @@ def _refuse_different_protocols(scorecards: Sequence[Scorecard], files: Sequence
             name = different[0]
             more = f" (and {', '.join(different[1:])})" if different[1:] else ""
             raise BadInput(
-                f"'{first_file}' and '{file}' were not evaluated the same way: {name}{more} is "
+                f"'{first_file}' and '{file}' were not evaluated in the same way: {name}{more} is "
                 f"{_short(first[name])} in one and {_short(fields[name])} in the other; "
                 "evaluate both again with the same options."
             )
@@ -267,89 +275,103 @@ def _short(value: object) -> str:
 
 
 def _cells(card: Scorecard, dense: Scorecard | None) -> dict[str, Cell]:
-    fidelity, task, cost, measured = card.fidelity, card.task, card.cost, card.cost.measured
-    ratio = Figure(value=cost.weight_bytes / dense.cost.weight_bytes) if dense else None
-    flops_ratio = None
-    if task and dense and dense.task:
-        flops_ratio = Figure(value=task.flops.value / dense.task.flops.value)
-    return {
+    """Key of every column -> its cell for one model."""
+    cost = card.cost
+    cells: dict[str, Cell] = dict.fromkeys(column.key for column in COLUMNS)
+    cells |= {
         "model": card.model.name,
         "size": cost.size,
-        "size_ratio": ratio,
         "bits_per_parameter": cost.bits_per_parameter,
         "parameters": cost.parameter_count,
-        "perplexity": fidelity and fidelity.perplexity,
-        "perplexity_ratio": fidelity and fidelity.perplexity_ratio,
-        "kl_mean": fidelity and fidelity.kl_mean,
-        "top1_agreement": fidelity and fidelity.top1_agreement,
-        "accuracy": task and task.accuracy,
-        "exact_match": task and task.exact_match,
-        "f1": task and task.f1,
-        "macro_f1": task and task.macro_f1,
-        "agreement": task and task.agreement,
-        "mcnemar_p": task and task.mcnemar_p,
-        "flops": task and task.flops,
-        "flops_ratio": flops_ratio,
-        "latency": measured.latency if task and measured else None,
-        "peak_memory": measured and measured.peak_memory,
-        "added_memory": measured and measured.added_memory,
-        "prefill": measured and measured.prefill,
-        "decode": measured and measured.decode,
         "kernel": _kernel(card),
         "loads_with": card.loads_with,
     }
+    if dense:
+        cells["size_ratio"] = Figure(value=cost.weight_bytes / dense.cost.weight_bytes)
+    if fidelity := card.fidelity:
+        cells |= {
+            "perplexity": fidelity.perplexity,
+            "perplexity_ratio": fidelity.perplexity_ratio,
+            "kl_mean": fidelity.kl_mean,
+            "top1_agreement": fidelity.top1_agreement,
+        }
+    if task := card.task:
+        cells |= {
+            "accuracy": task.accuracy,
+            "exact_match": task.exact_match,
+            "f1": task.f1,
+            "macro_f1": task.macro_f1,
+            "agreement": task.agreement,
+            "mcnemar_p": task.mcnemar_p,
+            "flops": task.flops,
+        }
+        if dense and dense.task:
+            cells["flops_ratio"] = Figure(value=task.flops.value / dense.task.flops.value)
+    if measured := cost.measured:
+        cells |= {
+            "latency": measured.latency if task else None,
+            "peak_memory": measured.peak_memory,
+            "added_memory": measured.added_memory,
+            "prefill": measured.prefill,
+            "decode": measured.decode,
+        }
+    return cells
 
 
 def _caption(cards: list[Scorecard], dense: Scorecard | None) -> list[str]:
-    """Context, stride, text and denominators: what the numbers mean."""
-    lines = []
-    scored = next((card for card in cards if card.protocol), None)
-    if scored:
-        protocol = scored.protocol
+    """Sentences that say what the numbers mean and how they were made."""
+    lines: list[str] = []
+    scored, protocol = next(((card, card.protocol) for card in cards if card.protocol), (None, None))
+    if scored and protocol:
         lines.append(
             f"Text: {protocol.text} (sha256 {_short(protocol.text_sha256)}), {protocol.windows:,} windows of "
-            f"{protocol.context_tokens:,} tokens, stride {protocol.stride_tokens:,}, "
-            f"{protocol.tokens_scored:,} tokens scored in {protocol.compute_dtype}, seed {protocol.seed}."
+            f"{protocol.context_tokens:,} tokens with stride {protocol.stride_tokens:,}; "
+            f"{protocol.tokens_scored:,} tokens were scored in {protocol.compute_dtype}, with seed "
+            f"{protocol.seed}."
         )
         lines.append(
-            f"Dense is {scored.baseline.name} (sha256 {_short(scored.baseline.sha256)}). KL(dense ‖ model) "
-            "over the full vocabulary, perplexity ratio and top-1 agreement are against it, token by token."
+            f"The dense model is {scored.baseline.name} (sha256 {_short(scored.baseline.sha256)}). "
+            "Perplexity ratio, KL(dense ‖ model) over the full vocabulary and top-1 agreement compare each "
+            "model with it token by token."
         )
         lines.append(
-            "± is a 95 % interval (its wider side): Student's t clustered by window, paired for the ratio; "
-            "Wilson's for the agreement."
+            "± is a 95 % interval (its wider side): Student's t clustered by window, which is paired for the "
+            "ratio, and Wilson's interval for the agreement."
         )
     lines += _task_caption(cards)
     lines.append(
-        "MB = 10^6 bytes. Size is that of the weight files; bits per parameter = 8 × size ÷ the model's own "
-        "parameters." + ("" if dense else " No scorecard of the dense model was given, so no ratio of sizes.")
+        "MB = 10^6 bytes. Size is the size of the weight files; bits per parameter = 8 × size ÷ the model's "
+        "own parameters."
+        + ("" if dense else " Sizes have no ratio, because no scorecard of the dense model was given.")
     )
     measured = [card.cost.measured for card in cards if card.cost.measured]
     if measured:
         before = sorted(m.baseline_resident_bytes for m in measured)
         lines.append(
-            "Peak memory is the resident set of a fresh process, interpreter and libraries included "
-            f"({_range(Figure(value=size, unit='bytes').text for size in before)} MB before the model comes)."
+            "Peak memory is the resident set of a fresh process, with interpreter and libraries, which take "
+            f"{_range(Figure(value=size, unit='bytes').text for size in before)} MB before the model "
+            "is loaded."
         )
         machines = sorted({f"{m.device}, {m.threads} thread{'s' * (m.threads > 1)}" for m in measured})
         prefill = _range(f"{n:,}" for n in sorted(m.prefill_tokens for m in measured))
         decode = _range(f"{n:,}" for n in sorted(m.decode_tokens or 0 for m in measured) if n)
         lines.append(
-            f"Speed at batch size 1 on {'; '.join(machines)}: median (interquartile range), "
-            f"{'prefill' if scored else 'forward pass'} of {prefill} tokens"
-            f"{f', greedy decode of {decode} tokens' if decode else ''}."
+            f"Speed was measured at batch size 1 on {'; '.join(machines)}, as the median (interquartile "
+            f"range) of a {'prefill' if scored else 'forward pass'} of {prefill} tokens"
+            f"{f' and a greedy decode of {decode} tokens' if decode else ''}."
         )
         if len(machines) > 1:
-            lines.append("Rows were timed on different machines or threads: their speeds do not compare.")
+            lines.append(
+                "Models were timed on different machines or numbers of threads, so speeds do not compare."
+            )
     return lines
 
 
 def _task_caption(cards: list[Scorecard]) -> list[str]:
-    """Which examples, what counts as right, and which intervals and test."""
-    card = next((card for card in cards if card.task_protocol), None)
-    if card is None:
+    """Sentences about the examples, what counts as right, the intervals and the test."""
+    card, protocol = next(((card, card.task_protocol) for card in cards if card.task_protocol), (None, None))
+    if card is None or protocol is None:
         return []
-    protocol = card.task_protocol
     task = protocol.task
     cut = f", {protocol.cut:,} of them cut off" if protocol.cut else ""
     inputs = f" in {protocol.inputs:,} inputs" if protocol.inputs != protocol.examples else ""
@@ -357,11 +379,11 @@ def _task_caption(cards: list[Scorecard]) -> list[str]:
         f"Examples: {protocol.file} (sha256 {_short(protocol.file_sha256)}), {protocol.examples:,} for "
         f"{task}{inputs}{cut}, at most {protocol.longest_tokens:,} tokens long, scored in "
         f"{protocol.compute_dtype}.",
-        f"Dense is {card.baseline.name} (sha256 {_short(card.baseline.sha256)}). Agreement is the share of "
-        "predictions equal to its own; p is McNemar's exact one, two-sided, on examples "
-        f"{RIGHT[task]} by one of the two models only.",
+        f"The dense model is {card.baseline.name} (sha256 {_short(card.baseline.sha256)}). Agreement is the "
+        "share of predictions that are equal to its own; p is that of McNemar's exact two-sided test on the "
+        f"examples {RIGHT[task]} by only one of the two models.",
         INTERVALS[task],
-        "FLOPs (a multiplication with its addition counts as two) and latency are those of one input of mean "
+        "FLOPs (a multiplication with its addition counts as two) and latency are for one input of mean "
         f"length, {protocol.mean_tokens:,} tokens.",
     ]
 
@@ -378,21 +400,21 @@ INTERVALS = {
         "over the labels that occur."
     ),
     "question answering": (
-        "± is a 95 % interval (its wider side): Wilson's, for F1 Student's t. Answers are normalised as in "
-        "SQuAD."
+        "± is a 95 % interval (its wider side): Wilson's, and Student's t for F1. Answers are normalised as "
+        "in SQuAD."
     ),
 }
 
 
 def _range(texts: Iterable[str]) -> str:
-    """``a`` or ``a to b`` from sorted texts; "" from none."""
+    """``a``, or ``a to b`` from sorted texts; "" from none."""
     ends = list(dict.fromkeys(texts))
     return " to ".join(dict.fromkeys([ends[0], ends[-1]])) if ends else ""
 
 
 def _kernel(card: Scorecard) -> str | None:
-    """The kernel that was timed, and the one that was scored if it was another."""
-    timed = card.cost.measured and card.cost.measured.kernel
+    """The kernel that was timed, and the one that was used for scoring if that was another."""
+    timed = card.cost.measured.kernel if card.cost.measured else None
     protocol = card.protocol or card.task_protocol
-    scored = protocol and protocol.kernel
+    scored = protocol.kernel if protocol else None
     return f"{timed} (scored: {scored})" if timed and scored and timed != scored else timed or scored

@@ -1,40 +1,46 @@
-"""The quality-against-size plot of a comparison, as SVG that takes its colours from the page around it."""
+"""Plot quality against size as SVG that takes its colours from the page around it."""
 
 from __future__ import annotations
 
 import io
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from compress.report.compare import Comparison, Row
+from compress.report.compare import Comparison
+from compress.report.scorecard import Figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Stand-ins in the drawing, replaced by CSS so that the plot follows the page into dark mode.
+# Stand-in colours, which CSS replaces so that the plot follows the page into dark mode.
 INK, FAINT, ACCENT, PAPER = "#010101", "#020202", "#030303", "#040404"
 CSS_COLOURS = {INK: "var(--ink)", FAINT: "var(--faint)", ACCENT: "var(--accent)", PAPER: "var(--paper)"}
 
 LABEL_POINTS = 11
-"""Height of a label, in points: labels keep this distance from each other."""
+"""Height of a label in points. Labels keep this distance from each other."""
 
 
 def quality_against_size(comparison: Comparison) -> str:
-    """Perplexity (with its interval) over megabytes of weights as one ``<svg>`` element, or a sentence.
+    """Perplexity (with its interval) over megabytes of weights, as one ``<svg>`` element.
 
-    The line joins the models that no other one beats on both axes.
+    The line joins the models for which no other model is both smaller and better. If there is nothing to
+    plot, or no matplotlib, a paragraph says so instead.
     """
-    rows = [row for row in comparison.rows if row.scorecard.fidelity]
-    if not rows:
-        return "<p>No model here was scored on text, so there is no quality to plot against size.</p>"
+    points = [
+        _Point(card.model.name, card.is_dense, card.cost.weight_bytes / 1e6, card.fidelity.perplexity)
+        for card in (row.scorecard for row in comparison.rows)
+        if card.fidelity
+    ]
+    if not points:
+        return "<p>No model was scored on text, so there is no quality to plot against size.</p>"
     try:
         import matplotlib as mpl
         from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure as Drawing
     except ImportError:
         return "<p>The plot needs matplotlib: <code>pip install 'compress-model[plot]'</code>.</p>"
 
-    style = {
+    style: Any = {
         "svg.fonttype": "none",  # text stays text: searchable, in the font of the page
         "svg.hashsalt": "compress-model",  # the same comparison gives the same bytes
         "font.size": 10,
@@ -46,16 +52,16 @@ def quality_against_size(comparison: Comparison) -> str:
         "text.parse_math": False,
     }
     with mpl.rc_context(style):
-        figure = Figure(figsize=(8.4, 4.4), layout="constrained")
-        canvas = FigureCanvasSVG(figure)
-        figure.patch.set_alpha(0)
-        axes = figure.add_subplot(facecolor="none")
-        _draw(axes, rows)
+        drawing = Drawing(figsize=(8.4, 4.4), layout="constrained")
+        canvas = FigureCanvasSVG(drawing)
+        drawing.patch.set_alpha(0)
+        axes = drawing.add_subplot(facecolor="none")
+        _draw(axes, points)
         file = io.StringIO()
         canvas.print_svg(file, metadata={"Date": None})
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
-    # Metadata and namespaces only hold addresses, which a page that fetches nothing need not mention.
+    # Metadata and namespaces contain only addresses, which a page that fetches nothing does not need.
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
     for stand_in, colour in CSS_COLOURS.items():
@@ -63,19 +69,28 @@ def quality_against_size(comparison: Comparison) -> str:
     return svg.replace("<svg ", '<svg role="img" aria-label="Perplexity against size of the models" ', 1)
 
 
-def _draw(axes: Axes, rows: list[Row]) -> None:
-    sizes = [row.scorecard.cost.weight_bytes / 1e6 for row in rows]
-    figures = [row.scorecard.fidelity.perplexity for row in rows]
-    values = [figure.value for figure in figures]
+class _Point(NamedTuple):
+    """One model in the plot."""
+
+    name: str
+    is_dense: bool
+    size: float  # of the weights, in MB
+    perplexity: Figure
+
+
+def _draw(axes: Axes, points: list[_Point]) -> None:
+    sizes = [point.size for point in points]
+    values = [point.perplexity.value for point in points]
     if max(values) > 4 * min(values):
         _scale_logarithmically(axes)
     front = _front(sizes, values)
     if len(front) > 1:
         axes.plot([sizes[i] for i in front], [values[i] for i in front], color=FAINT, linewidth=1.2, zorder=1)
-    for row, size, figure in zip(rows, sizes, figures, strict=True):
-        if figure.low is not None:
+    for point in points:
+        size, figure = point.size, point.perplexity
+        if figure.low is not None and figure.high is not None:
             axes.plot([size, size], [figure.low, figure.high], color=ACCENT, linewidth=1.5, zorder=2)
-        fill = PAPER if row.is_dense else ACCENT
+        fill = PAPER if point.is_dense else ACCENT
         axes.plot(
             size, figure.value, "o", markersize=7, markerfacecolor=fill, markeredgecolor=ACCENT, zorder=3
         )
@@ -86,11 +101,11 @@ def _draw(axes: Axes, rows: list[Row]) -> None:
     axes.grid(axis="y", color=FAINT, linewidth=0.5, alpha=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(color=FAINT)
-    _label(axes, rows, sizes, values)
+    _label(axes, points)
 
 
 def _scale_logarithmically(axes: Axes) -> None:
-    """With plain numbers at 1, 2, 5, 10, ... instead of powers of ten."""
+    """Make the y axis logarithmic, with plain numbers at 1, 2, 5, 10, ... instead of powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_yscale("log")
@@ -100,7 +115,7 @@ def _scale_logarithmically(axes: Axes) -> None:
 
 
 def _front(sizes: list[float], values: list[float]) -> list[int]:
-    """Indices of the models that no other one beats on size and perplexity, by size."""
+    """Indices, ordered by size, of the models for which no other model is both smaller and better."""
     front: list[int] = []
     for index in sorted(range(len(sizes)), key=lambda i: (sizes[i], values[i])):
         if not front or values[index] < values[front[-1]]:
@@ -108,19 +123,21 @@ def _front(sizes: list[float], values: list[float]) -> list[int]:
     return front
 
 
-def _label(axes: Axes, rows: list[Row], sizes: list[float], values: list[float]) -> None:
-    """Names beside the points, inwards from the nearer edge, moved up where two would overlap."""
-    axes.figure.draw_without_rendering()
-    points = axes.transData.transform(list(zip(sizes, values, strict=True)))
-    scale = axes.figure.dpi / 72
+def _label(axes: Axes, points: list[_Point]) -> None:
+    """Write names beside the points, towards the middle, and higher where two would overlap."""
+    drawing = axes.get_figure(root=True)
+    assert drawing is not None
+    drawing.draw_without_rendering()
+    places = axes.transData.transform([(point.size, point.perplexity.value) for point in points])
+    scale = drawing.dpi / 72
     middle = axes.transAxes.transform((0.5, 0.5))[0]
     taken: list[tuple[float, float, float]] = []  # left, right, height of each label so far
-    for index in sorted(range(len(rows)), key=lambda i: points[i][1]):
-        x, y = points[index] / scale
-        name = rows[index].scorecard.model.name
+    for index in sorted(range(len(points)), key=lambda i: places[i][1]):
+        x, y = places[index] / scale
+        name = points[index].name
         name = name if len(name) <= 40 else f"{name[:39]}…"
         width = 5.5 * len(name)
-        rightwards = points[index][0] < middle
+        rightwards = places[index][0] < middle
         left, right = (x + 8, x + 8 + width) if rightwards else (x - 8 - width, x - 8)
         height = y
         for other_left, other_right, other in sorted(taken, key=lambda label: label[2]):
@@ -129,7 +146,7 @@ def _label(axes: Axes, rows: list[Row], sizes: list[float], values: list[float])
         taken.append((left, right, height))
         axes.annotate(
             name,
-            (sizes[index], values[index]),
+            (points[index].size, points[index].perplexity.value),
             xytext=(8 if rightwards else -8, height - y),
             textcoords="offset points",
             ha="left" if rightwards else "right",

@@ -1,4 +1,4 @@
-"""A comparison as terminal table, Markdown, CSV, JSON and HTML. Figures format themselves, not here."""
+"""Render a comparison as a terminal table, Markdown, CSV, JSON or HTML. Figures format themselves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("table", "markdown", "csv", "json", "html")
 FILE_WIDTH = 160
-"""Columns of a terminal table that goes into a file."""
+"""Width in characters of a table that is not printed to a terminal."""
 
 
 def render(comparison: Comparison, format: str) -> str:
@@ -37,7 +37,7 @@ def render(comparison: Comparison, format: str) -> str:
 
 
 def print_table(comparison: Comparison, console: Console) -> None:
-    """As many tables as the console's width needs, each with the models' names, then the caption."""
+    """Print the comparison in as many tables as the width of the console needs, then the caption."""
     from rich.cells import cell_len
     from rich.padding import Padding
     from rich.table import Table
@@ -48,7 +48,7 @@ def print_table(comparison: Comparison, console: Console) -> None:
     def width(column: Column) -> int:
         lines = column.heading.splitlines() + [row.text(column) for row in comparison.rows]
         longest = max(map(cell_len, lines))
-        # Names fold at a third of the width; 3 = two of padding and one of divider.
+        # Names fold at a third of the width; 3 characters are padding and divider.
         return (min(longest, console.width // 3) if column == name else longest) + 3
 
     groups: list[list[Column]] = []
@@ -63,11 +63,14 @@ def print_table(comparison: Comparison, console: Console) -> None:
     for columns in groups:
         table = Table(box=_rules(), show_edge=False, header_style="bold", pad_edge=True)
         for column in columns:
-            justify = "right" if _is_number(comparison, column) else "left"
-            folds = (
-                {"max_width": width(column) - 3, "overflow": "fold"} if column == name else {"no_wrap": True}
+            is_name = column == name
+            table.add_column(
+                column.heading,
+                justify="right" if _is_number(comparison, column) else "left",
+                max_width=width(column) - 3 if is_name else None,
+                overflow="fold" if is_name else "ellipsis",
+                no_wrap=not is_name,
             )
-            table.add_column(column.heading, justify=justify, **folds)
         for row in comparison.rows:
             table.add_row(*(Text(row.text(c)) for c in columns), style="dim" if row.is_dense else None)
         console.print(table)
@@ -87,7 +90,7 @@ def _is_number(comparison: Comparison, column: Column) -> bool:
 
 
 def to_markdown(comparison: Comparison) -> str:
-    """A table for a README, with the caption as a list under it."""
+    """The comparison as a Markdown table, with the caption as a list below."""
 
     def escaped(text: str) -> str:
         for special in "\\|*_`<[$~":
@@ -105,11 +108,13 @@ def to_markdown(comparison: Comparison) -> str:
 
 
 def to_csv(comparison: Comparison) -> str:
-    """One line a model, base units (bytes, fractions of 1), every digit, empty where nothing was measured.
+    """The comparison as CSV: one line per model, base units (bytes, fractions of 1), and every digit.
 
-    The protocol, which other formats state in a caption, stands in columns of every line.
+    A cell is empty if nothing was measured. The protocol, which other formats state in a caption, has columns
+    of its own in every line.
     """
-    header, lines = [], []
+    header: list[str] = []
+    lines: list[dict[str, Any]] = []
     for row in comparison.rows:
         record: dict[str, Any] = {}
         for column in comparison.columns:
@@ -134,7 +139,7 @@ def _has_interval(comparison: Comparison, column: Column) -> bool:
 
 
 def _provenance(row: Row, with_task: bool) -> dict[str, Any]:
-    """Where the numbers of a row come from: context, stride, text, denominators, machine, and task."""
+    """How the numbers of a row were made: text, context, stride, machine, and task."""
     card, protocol, measured = row.scorecard, row.scorecard.protocol, row.scorecard.cost.measured
     asked = (
         "text",
@@ -167,7 +172,7 @@ def _provenance(row: Row, with_task: bool) -> dict[str, Any]:
 
 
 def to_json(comparison: Comparison) -> str:
-    """The figures as stored (value, low, high, unit, spread) with the whole scorecard of each row."""
+    """The comparison as JSON: the figures (value, low, high, unit, spread) and scorecard of each row."""
     rows = [
         {
             "cells": {
@@ -184,7 +189,7 @@ def to_json(comparison: Comparison) -> str:
 
 
 def to_html(comparison: Comparison) -> str:
-    """One self-contained page: plot, table, caption; nothing is fetched from anywhere."""
+    """The comparison as one page with plot, table and caption, which fetches nothing from anywhere."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 

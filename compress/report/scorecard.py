@@ -1,8 +1,8 @@
-"""What one evaluation found, as one document: the scorecard.
+"""The scorecard: the result of one evaluation of one model.
 
-``compression.json`` keeps a list of these, ``compress-model evaluate --json`` prints one, and
-``compress-model compare`` puts several side by side. Every number is a :class:`Figure`, which knows its
-unit and its uncertainty and is the only place that turns numbers into text.
+``compression.json`` keeps a list of scorecards, ``compress-model evaluate --json`` prints one, and
+``compress-model compare`` puts several side by side. Every number is a :class:`Figure`, which knows its unit
+and its uncertainty. Only figures turn numbers into text.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 MISSING = "–"
-"""How a figure that was not measured is shown: never as 0."""
+"""Shown in place of a figure that was not measured, which is never shown as 0."""
 
 UnitName = Literal[
     "", "bits", "bytes", "flops", "fraction", "nats/token", "parameters", "seconds", "tokens/s"
@@ -41,7 +41,7 @@ class Unit(NamedTuple):
 UNITS: dict[str, Unit] = {
     "": Unit(1, ""),
     "bits": Unit(1, "bits"),
-    "bytes": Unit(1e-6, "MB"),  # decimal megabytes, as download sizes are given; captions say so
+    "bytes": Unit(1e-6, "MB"),  # decimal megabytes, like download sizes; captions say so
     "flops": Unit(1e-9, "GFLOPs"),
     "fraction": Unit(100, "%"),
     "nats/token": Unit(1, "nats/token"),
@@ -52,7 +52,7 @@ UNITS: dict[str, Unit] = {
 
 
 class Document(BaseModel):
-    """Base of everything on a scorecard: unknown keys are errors, values do not change."""
+    """Base of everything on a scorecard: unknown keys are errors, and values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -74,13 +74,15 @@ class Figure(Document):
     def _ordered(self) -> Self:
         if (self.low is None) != (self.high is None):
             raise ValueError("an interval needs both ends")
-        if self.low is not None and not self.low <= self.value <= self.high:
-            raise ValueError(f"{self.value} lies outside its interval [{self.low}, {self.high}]")
+        low = self.value if self.low is None else self.low
+        high = self.value if self.high is None else self.high
+        if not low <= self.value <= high:
+            raise ValueError(f"{self.value} lies outside its interval [{low}, {high}]")
         return self
 
     @property
     def text(self) -> str:
-        """For people, without the unit (it stands in the heading): two digits of the uncertainty decide.
+        """The number for people, with two digits of its uncertainty, and without the unit (see the heading).
 
         A confidence interval reads ``12.34 ± 0.05`` (the wider side), or ``12.34 +0.07/−0.05`` where the
         sides differ by more than 15 %; an interquartile range reads ``35.2 (34.9–35.6)``.
@@ -115,15 +117,17 @@ class Figure(Document):
     @property
     def cells(self) -> tuple[str, str, str]:
         """Value, low and high for a CSV file: base units, every digit, empty where there is none."""
-        return tuple("" if number is None else _exact(number) for number in (self.value, self.low, self.high))
+        return _exact(self.value), _exact(self.low), _exact(self.high)
 
 
-def _exact(number: float) -> str:
+def _exact(number: float | None) -> str:
+    if number is None:
+        return ""
     return str(int(number)) if number.is_integer() and abs(number) < 2**53 else repr(number)
 
 
 def _decimals(number: float, *, digits: int) -> int:
-    """Decimals that show this many significant digits of the number."""
+    """How many decimals show this many significant digits of the number."""
     return max(0, digits - 1 - math.floor(math.log10(abs(number)))) if number else 0
 
 
@@ -132,93 +136,109 @@ def _fixed(number: float, decimals: int) -> str:
 
 
 class ModelIdentity(Document):
-    """Which model: a name for people, and the hash of its weights for comparing."""
+    """A name for people, and the hash of the weights to compare models by."""
 
     name: str = Field(min_length=1)
     sha256: Sha256
 
 
 class Protocol(Document):
-    """How the text was scored. Two scorecards compare only where these agree (the kernel may differ)."""
+    """How the text was scored. Scorecards can be compared only if these agree (the kernel may differ)."""
 
     text: str = Field(description="where the text comes from")
     text_sha256: Sha256
     context_tokens: PositiveInt = Field(description="length of a window")
     stride_tokens: PositiveInt = Field(description="distance between the starts of two windows")
     windows: PositiveInt
-    tokens_scored: PositiveInt = Field(description="denominator of every per-token mean")
+    tokens_scored: PositiveInt = Field(description="number of tokens in every mean over tokens")
     compute_dtype: str
     seed: int
-    kernel: str = Field(description="what ran the low-bit layers")
+    kernel: str = Field(description="the kernel of the low-bit layers")
 
 
 class Fidelity(Document):
-    """How close a model stays to the dense one. Per-token statistics over ``Protocol.tokens_scored`` tokens.
+    """How close a model is to the dense one, token by token, over ``Protocol.tokens_scored`` tokens.
 
-    KL(dense || model) is over the full vocabulary, in nats. Means carry 95 % intervals of Student's t with
-    the variance between windows, because the tokens of one window are not independent.
+    KL(dense || model) is over the full vocabulary, in nats. Means have 95 % intervals of Student's t with the
+    variance between windows, because the tokens of one window are not independent.
     """
 
     perplexity: Figure = Field(description="exp of the mean negative log-likelihood")
-    perplexity_ratio: Figure = Field(description="to dense, on the same tokens: exp of the mean ln-ratio")
+    perplexity_ratio: Figure = Field(
+        description="perplexity divided by the dense model's on the same tokens: exp of the mean log ratio"
+    )
     kl_mean: Figure
-    kl_standard_error: FiniteFloat | None = Field(description="of kl_mean, clustered by window; nats/token")
+    kl_standard_error: FiniteFloat | None = Field(
+        description="standard error of kl_mean, clustered by window, in nats/token"
+    )
     kl_median: Figure
     kl_p99: Figure
     kl_max: Figure
-    top1_agreement: Figure = Field(description="share of tokens with the same argmax; Wilson interval")
+    top1_agreement: Figure = Field(description="share of tokens with the same argmax, with Wilson's interval")
     rms_delta_p: Figure = Field(description="root mean square change of the true token's probability")
 
 
 class TaskProtocol(Document):
-    """Which labelled examples were scored, and how. Two scorecards compare only where these agree (the
-    file's name and the kernel may differ)."""
+    """Which labelled examples were scored, and how.
+
+    Scorecards can be compared only if these agree (the file's name and the kernel may differ).
+    """
 
     task: Literal["sequence classification", "token classification", "question answering"]
     file: str
     file_sha256: Sha256
     examples: PositiveInt
-    inputs: PositiveInt = Field(description="what the model was run on: long contexts give several")
-    cut: NonNegativeInt = Field(description="examples of which the end was cut off")
+    inputs: PositiveInt = Field(
+        description="number of inputs of the model; a long context is split into several"
+    )
+    cut: NonNegativeInt = Field(description="number of examples whose end was cut off")
     longest_tokens: PositiveInt = Field(description="length of the longest input")
-    mean_tokens: PositiveInt = Field(description="mean length of an input; FLOPs and latency are for it")
+    mean_tokens: PositiveInt = Field(description="mean length of an input, for which FLOPs and latency are")
     compute_dtype: str
-    kernel: str = Field(description="what ran the low-bit layers")
+    kernel: str = Field(description="the kernel of the low-bit layers")
 
 
 class TaskScore(Document):
-    """How well a model does the task of its head, by the metrics of that task, and beside the dense model.
+    """How well a model does the task of its head, and whether it differs from the dense model.
 
-    Which intervals and tests: :mod:`compress.evaluation.task_score`.
+    :mod:`compress.evaluation.task_score` describes the intervals and tests.
     """
 
-    accuracy: Figure | None = Field(None, description="share of right labels, of texts or of words")
-    macro_f1: Figure | None = Field(None, description="of words: mean F1 of the labels that occur")
+    accuracy: Figure | None = Field(None, description="share of texts or words with the right label")
+    macro_f1: Figure | None = Field(None, description="mean over the labels that occur of the F1 over words")
     exact_match: Figure | None = Field(None, description="share of right answers, normalised as in SQuAD")
     f1: Figure | None = Field(None, description="mean overlap of answers, normalised as in SQuAD")
     agreement: Figure = Field(description="share of predictions equal to the dense model's")
-    gained: NonNegativeInt = Field(description="examples wholly right that the dense model gets wrong")
-    lost: NonNegativeInt = Field(description="examples wrong that the dense model gets wholly right")
-    mcnemar_p: Figure | None = Field(None, description="two-sided exact p for gained against lost")
-    flops: Figure = Field(description="of one input of mean length")
+    gained: NonNegativeInt = Field(
+        description="number of examples that are wholly right and that the dense model gets wrong"
+    )
+    lost: NonNegativeInt = Field(
+        description="number of examples that are wrong and that the dense model gets wholly right"
+    )
+    mcnemar_p: Figure | None = Field(
+        None, description="two-sided exact p of McNemar's test of gained against lost"
+    )
+    flops: Figure = Field(description="FLOPs of one input of mean length")
 
 
 class Measurement(Document):
-    """Speed and memory of a model alone in a fresh process, batch size 1."""
+    """Speed and memory of a model that is alone in a fresh process, at batch size 1."""
 
     peak_resident_bytes: PositiveInt = Field(description="largest resident set, libraries included")
     baseline_resident_bytes: PositiveInt = Field(description="the same before the model was loaded")
-    peak_device_bytes: NonNegativeInt | None = Field(None, description="allocated on a GPU, at most")
+    peak_device_bytes: NonNegativeInt | None = Field(None, description="most bytes allocated on a GPU")
     prefill: Figure = Field(description="median over the repetitions, with their interquartile range")
-    prefill_tokens: PositiveInt = Field(description="length of the prompt really timed")
+    prefill_tokens: PositiveInt = Field(description="length of the prompt that was timed")
     prefill_repetitions: PositiveInt
-    decode: Figure | None = Field(None, description="greedy, with key-value cache; none for encoders")
-    decode_tokens: PositiveInt | None = Field(None, description="tokens really generated per repetition")
+    decode: Figure | None = Field(
+        None, description="greedy decoding with a key-value cache; none for encoders"
+    )
+    decode_tokens: PositiveInt | None = Field(None, description="tokens generated in each repetition")
     decode_repetitions: PositiveInt | None = None
     threads: PositiveInt
     device: str = Field(description="name of the processor or GPU")
     kernel: str
-    storage_dtype: str = Field(description="dtypes of the weights as held in memory, largest share first")
+    storage_dtype: str = Field(description="dtypes of the weights in memory, largest share first")
 
     @property
     def latency(self) -> Figure:
@@ -234,15 +254,15 @@ class Measurement(Document):
 
     @property
     def added_memory(self) -> Figure:
-        """What the model adds to an interpreter that has its libraries imported."""
+        """The memory that the model adds to an interpreter with its libraries imported."""
         return Figure(value=max(0, self.peak_resident_bytes - self.baseline_resident_bytes), unit="bytes")
 
 
 class Cost(Document):
-    """What a model costs: bytes of its weight files, parameters, and (if measured) speed and memory."""
+    """What a model costs: bytes, parameters, and (if measured) speed and memory."""
 
     weight_bytes: PositiveInt = Field(description="size of the weight files on disk")
-    parameters: PositiveInt = Field(description="weights the model has, however many bits each one takes")
+    parameters: PositiveInt = Field(description="number of weights, however many bits each of them takes")
     measured: Measurement | None = None
 
     @property
@@ -255,14 +275,14 @@ class Cost(Document):
 
     @property
     def bits_per_parameter(self) -> Figure:
-        """Effective: scales, zero points and unquantized layers are in the bytes, so they count."""
+        """The effective bits: the bytes include scales, zero points and layers that are not quantized."""
         return Figure(value=8 * self.weight_bytes / self.parameters, unit="bits")
 
 
 class Scorecard(Document):
     """One evaluation of one model.
 
-    ``protocol`` and ``fidelity`` are absent where no text was scored, ``task_protocol`` and ``task`` where no
+    ``protocol`` and ``fidelity`` are None if no text was scored, ``task_protocol`` and ``task`` if no
     labelled file was.
     """
 

@@ -1,1 +1,1 @@
-"""What pruning methods are made of."""
+"""Building blocks that the pruning methods share."""

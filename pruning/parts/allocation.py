@@ -1,9 +1,9 @@
-"""How wide each layer stays: what methods share that score heads and neurons and prune to a budget.
+"""Decide how many heads and neurons each layer keeps, and which ones, for a budget of parameters.
 
-A unit is a key-value head with the query heads of its group, or an MLP neuron; its cost is the number of
-parameters that go with it. ``ratio`` is a share of the parameters of all units. In every layer at least one
-key-value head and ``multiple`` neurons stay, and the number of neurons is a multiple of ``multiple`` unless
-all stay.
+A unit is a key-value head with the query heads of its group, or an MLP neuron. Its cost is the number of
+parameters that are removed with it. ``ratio`` is the share of the parameters of all units to remove. Every
+layer keeps at least one key-value head and ``multiple`` neurons, and the number of neurons is a multiple of
+``multiple`` unless all of them stay.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from compress.pruning.parts.width import Kept
 
 
 class Scores(NamedTuple):
-    """How much each unit of one layer is worth: float64 [key-value heads] and [neurons]."""
+    """The scores of the units of one layer, larger ones stay: float64 [key-value heads] and [neurons]."""
 
     groups: torch.Tensor
     neurons: torch.Tensor
@@ -37,13 +37,13 @@ class Widths(NamedTuple):
 
     @property
     def kept(self) -> Kept:
-        """The first units: for plans, where it does not matter which ones stay."""
+        """The first units, for plans, which depend only on how many stay."""
         return Kept(torch.arange(self.groups), torch.arange(self.neurons))
 
 
 @dataclass(frozen=True)
 class Units:
-    """How many units one layer has, and the parameters, biases included, that go with one of them."""
+    """How many units one layer has, and the parameters (with biases) that are removed with one of them."""
 
     groups: int
     neurons: int
@@ -52,11 +52,11 @@ class Units:
 
     @property
     def cost(self) -> float:
-        """Of all units."""
+        """The parameters of all units."""
         return self.groups * self.group_cost + self.neurons * self.neuron_cost
 
     def least_cost(self, multiple: int) -> float:
-        """Of the units that must stay."""
+        """The parameters of the units that must stay."""
         return min(self.groups, 1) * self.group_cost + min(self.neurons, multiple) * self.neuron_cost
 
     def nearest_width(self, neurons: float, multiple: int) -> int:
@@ -67,7 +67,7 @@ class Units:
 
 
 def units_of(shape: ModelShape) -> list[Units]:
-    """The units of every layer; a block that was removed has none, at no cost."""
+    """The units of every layer; a block that was removed has none."""
     layers = shape.skeleton.base_model.get_submodule(shape.anatomy.layers)
     return [
         _units(shape, index, layer, widths)
@@ -84,7 +84,7 @@ def _units(shape: ModelShape, index: int, layer: torch.nn.Module, widths: LayerS
     def cost(units: int, output: str, *roles: str) -> float:
         if not units:
             return 0.0
-        total = linears[output].weight.numel()
+        total = weight(linears[output]).numel()
         for role in roles:
             if role in rows:
                 linear = linears[getattr(anatomy, role)]
@@ -101,7 +101,11 @@ def _units(shape: ModelShape, index: int, layer: torch.nn.Module, widths: LayerS
 
 
 def check_ratio(units: Sequence[Units], ratio: float, multiple: int) -> None:
-    """Raises BadInput if this share cannot be removed, or a layer has less than ``multiple`` neurons."""
+    """Check that a share can be removed.
+
+    Raises:
+        BadInput: too little would be left, or a layer has less than ``multiple`` neurons.
+    """
     for index, layer in enumerate(units):
         if 0 < layer.neurons < multiple:
             raise BadInput(
@@ -112,13 +116,13 @@ def check_ratio(units: Sequence[Units], ratio: float, multiple: int) -> None:
     if ratio > most:
         few = "one neuron" if multiple == 1 else f"{multiple} neurons"
         raise BadInput(
-            f"A ratio of {ratio:g} leaves too little: one key-value head and {few} stay in every layer, so "
-            f"at most {math.floor(1000 * most) / 1000:g} of this model can be removed."
+            f"A ratio of {ratio:g} leaves too little: every layer keeps one key-value head and {few}, so at "
+            f"most {math.floor(1000 * most) / 1000:g} of this model can be removed."
         )
 
 
 def rank(scores: Sequence[Scores], units: Sequence[Units], ratio: float, multiple: int = 1) -> list[Kept]:
-    """One ranking of the units of all layers, cut where what stays is nearest to the budget."""
+    """Rank the units of all layers together, and keep the best ones, as near to the budget as possible."""
     budget = (1 - ratio) * sum(layer.cost for layer in units)
     groups, neurons = _lists(scores, units, multiple)
     kept = _best(groups + neurons, budget)
@@ -128,8 +132,8 @@ def rank(scores: Sequence[Scores], units: Sequence[Units], ratio: float, multipl
 def rank_apart(
     scores: Sequence[Scores], units: Sequence[Units], ratio: float, removed_groups: int, multiple: int = 1
 ) -> list[Kept]:
-    """A ranking of the heads of all layers, of which ``removed_groups`` go, and one of the neurons, which
-    make up the rest of the budget.
+    """Rank the heads of all layers, of which ``removed_groups`` are removed, and apart from them the neurons,
+    which fill the rest of the budget.
 
     Raises:
         BadInput: as `spread_widths`.
@@ -143,7 +147,7 @@ def rank_apart(
 
 
 def best(scores: Sequence[Scores], widths: Sequence[Widths]) -> list[Kept]:
-    """The best units of each layer, as many as ``widths`` says."""
+    """Keep the best units of each layer, as many as ``widths`` says."""
     return [
         Kept(_top(of.groups, width.groups), _top(of.neurons, width.neurons))
         for of, width in zip(scores, widths, strict=True)
@@ -151,7 +155,7 @@ def best(scores: Sequence[Scores], widths: Sequence[Widths]) -> list[Kept]:
 
 
 def floor_widths(units: Sequence[Units], ratio: float, multiple: int = 1) -> list[Widths]:
-    """Every layer loses floor(ratio * units) of its heads and of its neurons, so less than ``ratio``."""
+    """Remove floor(ratio * units) of the heads and of the neurons of every layer: at most ``ratio``."""
     return [
         Widths(
             layer.groups - math.floor(ratio * layer.groups),
@@ -164,31 +168,32 @@ def floor_widths(units: Sequence[Units], ratio: float, multiple: int = 1) -> lis
 def even_widths(
     units: Sequence[Units], ratio: float, multiple: int = 1, removed_groups: int | None = None
 ) -> list[Widths]:
-    """Every layer loses the same share of its parameters.
+    """Remove the same share of the parameters of every layer.
 
     Args:
-        units: of every layer.
+        units: the units of every layer.
         ratio: share to remove.
-        multiple: of neurons.
-        removed_groups: key-value heads that each layer loses; neurons make up the rest of its budget. If not
-            given, as near to ``ratio`` of them as that allows.
+        multiple: keep a multiple of this many neurons.
+        removed_groups: key-value heads that each layer loses; neurons fill the rest of its budget. By default
+            it is as near to the share ``ratio`` of them as the budget allows.
 
     Raises:
-        BadInput: neurons cannot make up for so many heads.
+        BadInput: no number of neurons fills the budget.
     """
     widths = []
     for index, layer in enumerate(units):
         budget = (1 - ratio) * layer.cost
-        counts = range(layer.groups) if layer.groups else range(1)
+        counts: Sequence[int] = range(layer.groups) if layer.groups else range(1)
         if removed_groups is not None:
             counts = [removed_groups] if removed_groups in counts else []
-        found = [_filled(layer, layer.groups - count, budget, multiple) for count in counts]
-        found = [width for width in found if width is not None]
+        filled = (_filled(layer, layer.groups - count, budget, multiple) for count in counts)
+        found = [width for width in filled if width is not None]
         if not found:
-            which = "one more head" if removed_groups is None else f"{removed_groups} heads"
+            heads = "" if removed_groups is None else f" when it loses {removed_groups} of its heads"
             raise BadInput(
-                f"Layer {index} has {layer.groups} key-value heads and {layer.neurons} neurons: neurons "
-                f"cannot fill up to a share of {ratio:g} when {which} go; change ratio or width_multiple."
+                f"Layer {index} has {layer.groups} key-value heads and {layer.neurons} neurons, and no "
+                f"number of neurons makes it lose a share of {ratio:g}{heads}; change ratio or "
+                "width_multiple."
             )
         wanted = (1 - ratio) * layer.groups
         widths.append(min(found, key=lambda width: (abs(width.groups - wanted), -width.groups)))
@@ -196,7 +201,7 @@ def even_widths(
 
 
 def _filled(layer: Units, groups: int, budget: float, multiple: int) -> Widths | None:
-    """So many heads and the neurons that fill the budget, if there is such a number of neurons."""
+    """The widths with ``groups`` heads and the neurons that fill the budget; None if no number does."""
     if not layer.neurons:
         off = abs(groups * layer.group_cost - budget)
         return Widths(groups, 0) if off <= layer.group_cost / 2 else None
@@ -208,10 +213,10 @@ def _filled(layer: Units, groups: int, budget: float, multiple: int) -> Widths |
 def spread_widths(
     units: Sequence[Units], ratio: float, multiple: int = 1, removed_groups: int | None = None
 ) -> list[Widths]:
-    """A prediction for rankings over layers: widths of the right sum, which differ as they will.
+    """Predict the widths that a ranking over all layers gives: their sum is right, and they differ.
 
     Raises:
-        BadInput: neurons cannot make up for so many heads, or a layer would be left without any.
+        BadInput: no number of neurons fills the budget, or a layer would be left without heads.
     """
     if removed_groups is None:
         removed_groups = default_removed_groups(units, ratio)
@@ -230,7 +235,7 @@ def spread_widths(
 
 
 def default_removed_groups(units: Sequence[Units], ratio: float) -> int:
-    """The share ``ratio`` of all key-value heads, as far as one can stay in every layer."""
+    """The share ``ratio`` of all key-value heads, but at least one of them stays in every layer."""
     total, layers = sum(layer.groups for layer in units), sum(layer.groups > 0 for layer in units)
     return min(round(ratio * total), total - layers)
 
@@ -238,11 +243,12 @@ def default_removed_groups(units: Sequence[Units], ratio: float) -> int:
 def _for_neurons(
     units: Sequence[Units], ratio: float, removed_groups: int, spent: float, multiple: int
 ) -> float:
-    """What is left for neurons of the budget, of which heads take ``spent``."""
+    """The parameters that neurons may have, when heads take ``spent`` of the budget."""
     total, layers = sum(layer.groups for layer in units), sum(layer.groups > 0 for layer in units)
     if removed_groups > total - layers:
         raise BadInput(
-            f"At most {total - layers} of the {total} key-value heads can go: one of each layer stays."
+            f"At most {total - layers} of the {total} key-value heads can be removed, because every layer "
+            "keeps one; change remove_heads."
         )
     budget = (1 - ratio) * sum(layer.cost for layer in units) - spent
     most = sum(layer.neurons * layer.neuron_cost for layer in units)
@@ -250,14 +256,14 @@ def _for_neurons(
     slack = max(multiple * layer.neuron_cost for layer in units)
     if not least - slack <= budget <= most + slack:
         raise BadInput(
-            f"When {removed_groups} key-value heads go, neurons cannot make that a share of {ratio:g} of the "
-            "parameters; change remove_heads or ratio."
+            f"When {removed_groups} key-value heads are removed, no number of neurons makes that a share of "
+            f"{ratio:g} of the parameters; change remove_heads or ratio."
         )
     return budget
 
 
 class _List(NamedTuple):
-    """Units of one kind in one layer, best first, cut into blocks that stay or go together."""
+    """Units of one kind in one layer, best first, in bundles that stay or go together."""
 
     order: torch.Tensor
     sizes: torch.Tensor
@@ -282,12 +288,12 @@ def _list(scores: torch.Tensor, cost: float, size: int) -> _List:
     sums = torch.zeros(len(starts), dtype=torch.float64)
     sums.index_add_(0, torch.arange(len(scores)) // size, scores[order].double())
     means = sums / sizes
-    means[:1] = torch.inf  # the best block stays in any case
+    means[:1] = torch.inf  # the best bundle always stays
     return _List(order, sizes, means, sizes * float(cost))
 
 
 def _best(lists: Sequence[_List], budget: float) -> list[torch.Tensor]:
-    """The best blocks of all lists, as many as come nearest to the budget: sorted indices for each list."""
+    """Keep the best bundles of all lists, as near to the budget as possible: sorted indices for each list."""
     scores = torch.cat([listed.scores for listed in lists])
     costs = torch.cat([listed.costs for listed in lists])
     if not len(scores):
@@ -298,8 +304,8 @@ def _best(lists: Sequence[_List], budget: float) -> list[torch.Tensor]:
     stays = torch.zeros(len(scores), dtype=torch.bool)
     stays[order[:count]] = True
     kept = []
-    for listed, blocks in zip(lists, stays.split([len(listed.sizes) for listed in lists]), strict=True):
-        kept.append(listed.order[: int(listed.sizes[blocks].sum())].sort().values)
+    for listed, bundles in zip(lists, stays.split([len(listed.sizes) for listed in lists]), strict=True):
+        kept.append(listed.order[: int(listed.sizes[bundles].sum())].sort().values)
     return kept
 
 
@@ -308,27 +314,24 @@ def _top(scores: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def standardised(values: torch.Tensor) -> torch.Tensor:
-    """(x - mean) / standard deviation (unbiased); zeros where all are equal."""
+    """(x - mean) / standard deviation (unbiased), or zeros if all values are equal."""
     if len(values) < 2 or not (deviation := values.std()) > 0:
         return torch.zeros_like(values)
     return (values - values.mean()) / deviation
 
 
 def removal(kept: Sequence[Kept], units: Sequence[Units]) -> tuple[str, dict[str, Any]]:
-    """What went, as the beginning of a sentence and as details for a report."""
+    """What was removed, as the beginning of a sentence and as details for a report."""
     left = sum(
         len(stay.groups) * layer.group_cost + len(stay.neurons) * layer.neuron_cost
         for stay, layer in zip(kept, units, strict=True)
     )
-    details = {
-        "ratio_removed": 1 - left / sum(layer.cost for layer in units),
-        "key_value_heads": [len(stay.groups) for stay in kept],
-        "neurons": [len(stay.neurons) for stay in kept],
-    }
+    ratio = 1 - left / sum(layer.cost for layer in units)
+    kept_groups, kept_neurons = [len(stay.groups) for stay in kept], [len(stay.neurons) for stay in kept]
     groups, neurons = sum(layer.groups for layer in units), sum(layer.neurons for layer in units)
     text = (
-        f"removed {details['ratio_removed']:.1%} of the layers' projections: "
-        f"{groups - sum(details['key_value_heads'])} of {groups} key-value heads with their query heads, "
-        f"{neurons - sum(details['neurons']):,} of {neurons:,} neurons"
+        f"removed {ratio:.1%} of the layers' projections: "
+        f"{groups - sum(kept_groups)} of {groups} key-value heads with their query heads, "
+        f"{neurons - sum(kept_neurons):,} of {neurons:,} neurons"
     )
-    return text, details
+    return text, {"ratio_removed": ratio, "key_value_heads": kept_groups, "neurons": kept_neurons}

@@ -1,20 +1,20 @@
-"""The losses of a model without one more block, for every block at once.
+"""Compute the losses of a model without one more block, for all blocks at once.
 
-Two savings make this cheaper than a forward pass for each block, and neither changes which block is best:
+Two ideas make this cheaper than a forward pass for each block, without changing which block is best:
 
-Prefix reuse. Without block b of layer l the layers before l compute what they compute in the model as it is.
-So one walk over the layers carries the hidden states of the model as it is (the prefix), and from layer l on
-those of a branch for each of its blocks. L layers take about L^2 layer passes instead of 2 L^2.
+Prefix reuse. Removing block b of layer l does not change what the layers before l compute. So one walk over
+the layers carries the hidden states of the present model (the prefix), and from layer l on the hidden states
+of one branch for each block of l. For L layers this takes about L^2 layer passes instead of 2 L^2.
 
 A lower bound of the loss. The projection to the vocabulary is a large part of a small model, and every branch
-needs all of it. Take a branch's logits z_v = w_v h, the set K of the tokens that the model as it is finds
-most probable at this position (the next token among them), and its distribution q over all other tokens, with
-entropy H(q). By Jensen's inequality
+would need all of it. Take a branch's logits z_v = w_v h, the set K of the tokens that the present model finds
+most probable at this position (the next token is always among them), and the present model's distribution q
+over all other tokens, with entropy H(q). By Jensen's inequality
 
     ln sum_v e^{z_v}  >=  ln( sum_{v in K} e^{z_v} + exp( h . sum_{v not in K} q_v w_v + H(q) ) )
 
-which takes |K| + 1 dot products instead of one for every v. The nearer the branch is to the model as it is,
-the less the two sides differ. Only where a block's bound is the least of all is its loss itself computed.
+which takes |K| + 1 dot products instead of one for every v. The nearer the branch is to the present model,
+the less the two sides differ. The loss itself is computed only for the block with the least bound.
 """
 
 from __future__ import annotations
@@ -35,29 +35,30 @@ from compress.engine.head import Head
 from compress.engine.stream import Stream, StreamedModel
 from compress.engine.windows import Windows
 from compress.pruning.parts.blocks import Block
-from compress.pruning.parts.width import skipped
+from compress.pruning.parts.width import bias_of, skipped
 
-CHUNK_ELEMENTS = 2**23  # float32 worked on at a time behind the layers: 32 MiB
-LIKELY_TOKENS = 256  # in K
-ROUNDING = 1e-4  # nats that a bound is set lower, so that rounding never lifts it above the loss
+CHUNK_ELEMENTS = 2**23  # float32 values in one chunk of the work behind the layers: 32 MiB
+LIKELY_TOKENS = 256  # number of tokens in K
+ROUNDING = 1e-4  # nats; bounds are lowered by this, so that rounding never lifts them above the loss
 
 
 class BlockLosses:
-    """What is known of the losses of a model without one more block: means over a window's tokens, in nats.
+    """The losses of a model without one more block, or bounds: means over a window's tokens, in nats.
 
     Attributes:
-        blocks: the candidates, C of them.
-        loss: float64 [C, N], for each block and window the loss where ``exact``, else a bound below it.
+        blocks: the C candidates for removal.
+        loss: float64 [C, N], for each block and window the loss where ``exact``, otherwise a lower bound.
         exact: bool [C, N].
-        current: float64 [N], the losses of the model as it is, of the windows measured.
-        evaluated: pairs of block and window that went through the model.
+        current: float64 [N], the losses of the present model on the windows measured so far.
+        evaluated: number of pairs of block and window that went through the model.
 
     Args:
-        windows: each with a token to predict.
-        removed: the blocks that the model as it is lacks already.
-        costs: for each candidate, what the rise of the loss by its removal is divided by.
-        folder: for the hidden states of a single window, should they be too many for memory.
-        label: what the progress bar says.
+        model: the model before any removal.
+        windows: the text; each window has a token to predict.
+        removed: the blocks that are already removed in the present model.
+        costs: candidate -> the number by which the rise of the loss is divided when candidates are compared.
+        folder: takes the hidden states of a single window if they do not fit into memory.
+        label: text of the progress bar.
     """
 
     def __init__(
@@ -79,21 +80,22 @@ class BlockLosses:
         self.evaluated = 0
 
     def rises(self, alive: list[int], seen: torch.Tensor) -> torch.Tensor:
-        """Rise of the loss per cost, or a bound below it: float64 [len(alive), len(seen)]."""
+        """The rise of the loss per cost, or a lower bound of it: float64 [len(alive), len(seen)]."""
         return (self.loss[alive][:, seen] - self.current[seen]) / self.costs[alive, None]
 
     def least(self, alive: list[int], seen: torch.Tensor) -> int:
-        """The block whose rise, or its bound, is least in the mean over ``seen``; of equals, the first."""
+        """The block with the least mean rise, or bound of it, over ``seen``; the first one of equals."""
         return min(zip(self.rises(alive, seen).mean(1).tolist(), alive, strict=True))[1]
 
     @torch.no_grad()
     def measure(self, alive: list[int], rows: torch.Tensor, before: torch.Tensor) -> None:
-        """Find the losses, or bounds below them, on some windows.
+        """Compute the losses, or lower bounds of them, on some windows.
 
         Args:
-            alive: indices of blocks.
+            alive: indices of the blocks to measure.
             rows: int64, indices of windows.
-            before: those measured before; over these and the new ones together the least rise is made exact.
+            before: indices of the windows measured before. The losses of the block with the least mean rise
+                over these and the new windows are computed exactly.
         """
         for chunk in self._chunks(rows, len(alive)):
             before = torch.cat([before, chunk])
@@ -107,7 +109,7 @@ class BlockLosses:
 
     @torch.no_grad()
     def best(self, alive: list[int], seen: torch.Tensor) -> int:
-        """The block with the least mean rise over the windows ``seen``; its losses there are exact then."""
+        """The block with the least mean rise over the windows ``seen``, by exact losses."""
         while True:
             least = self.least(alive, seen)
             missing = seen[~self.exact[least, seen]]
@@ -118,7 +120,7 @@ class BlockLosses:
                     self._settle(head, branches, [least], [least], chunk)
 
     def _chunks(self, rows: torch.Tensor, branches: int) -> tuple[torch.Tensor, ...]:
-        """Windows in such numbers that the hidden states of all branches fit into memory."""
+        """Split windows so that the hidden states of all branches fit into memory."""
         floats = branches * self.windows.tokens.shape[1] * self.model.config.hidden_size
         return rows.split(max(1, memory_limit() // (4 * floats)))
 
@@ -126,7 +128,7 @@ class BlockLosses:
     def _through(
         self, alive: list[int], rows: torch.Tensor, prefix: bool = True
     ) -> Iterator[tuple[Stream, Branches]]:
-        """Windows behind the last layer of the model as it is (if ``prefix``), and without each block."""
+        """The windows behind the last layer of the present model (if ``prefix``), and of each branch."""
         stream = self.model.stream(self.windows.select(rows), self.folder / "prefix")
         branches = Branches(len(alive), stream, self.folder / "branches")
         blocks = [self.blocks[index] for index in alive]
@@ -149,10 +151,10 @@ class BlockLosses:
     def _bound(
         self, head: Head, prefix: Stream, branches: Branches, alive: list[int], rows: torch.Tensor
     ) -> bool:
-        """The losses of the model as it is, and bounds for the branches.
+        """Compute the losses of the present model, and bounds for the branches.
 
-        Returns:
-            False if there are no bounds, because the model does more to its logits, such as capping them.
+        Returns: False if there are no bounds, because the model transforms its logits, for example by capping
+            them.
         """
         _, length, width = prefix.hidden.shape
         group = max(1, CHUNK_ELEMENTS // (length * width))
@@ -170,14 +172,14 @@ class BlockLosses:
         return bounded
 
     def _predictions(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The positions of a window whose loss counts, and the tokens that follow them: int64 [T] both."""
+        """The positions of a window whose loss counts, and the tokens that follow them: int64 [T] each."""
         at = scored_positions(self.windows)[row].nonzero()[:, 0]
         return at, self.windows.tokens[row, at + 1]
 
     def _settle(
         self, head: Head, branches: Branches, alive: list[int], wanted: list[int], rows: torch.Tensor
     ) -> None:
-        """The losses of some of the branches, exactly."""
+        """Compute the exact losses of the branches ``wanted``."""
         for index, (place, row) in itertools.product(wanted, enumerate(rows.tolist())):
             at, targets = self._predictions(row)
             hidden = branches.read(alive.index(index), place)[at]
@@ -190,30 +192,30 @@ class BlockLosses:
 
 
 class Bound:
-    """Bounds below the losses of branches on one window (see above), from the model as it is.
+    """Lower bounds of the losses of branches on one window (see above).
 
     Attributes:
-        loss: of the model as it is.
-        holds: whether its logits are a projection of the features, so that there are bounds.
+        loss: the loss of the present model.
+        holds: whether its logits are a projection of the features; otherwise there are no bounds.
 
     Args:
-        head: in memory.
-        hidden: [T, D], of the model as it is, behind the last layer.
+        head: head of the model, in memory.
+        hidden: [T, D], hidden states of the present model behind the last layer.
         targets: int64 [T], the tokens to predict.
     """
 
     def __init__(self, head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> None:
-        self._weight, self._bias = weight(head.projection), head.projection.bias
+        self._weight, self._bias = weight(head.projection), bias_of(head.projection)
         parts = [self._look(head, *part) for part in split_rows(head, hidden, targets)]
         losses, self._likely, self._mean, self._entropy = (
             torch.cat(part) for part in zip(*parts, strict=True)
         )
         self.loss = float(losses.mean())
-        # For the model as it is, the bound is the loss.
+        # For the present model, the bound equals the loss.
         self.holds = abs(float(self.of(head.features(hidden[None]))) - self.loss) < ROUNDING / 10
 
     def _look(self, head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Of some positions: losses, K [T, |K|] with the next token first, sum_v q_v w_v [T, D], and H(q)."""
+        """Losses [T], K [T, |K|] with the next token first, sum_v q_v w_v [T, D], H(q) [T], of positions."""
         logits = head(hidden[None]).logits[0].float()
         targets = targets.to(logits.device)
         losses = precise_losses(logits, targets)
@@ -229,8 +231,11 @@ class Bound:
         return losses, likely, q @ self._weight, entropy.masked_fill(mass[:, 0] < tiny, -math.inf)
 
     def of(self, features: torch.Tensor) -> torch.Tensor:
-        """Bounds, but for rounding, for branches that give [B, T, D] to the projection: float64 [B], on the
-        CPU."""
+        """Bounds, up to rounding, for B branches: float64 [B] on the CPU.
+
+        Args:
+            features: [B, T, D], what each branch gives to the projection.
+        """
         total = torch.zeros(len(features), dtype=torch.float64, device=features.device)
         rows = max(1, CHUNK_ELEMENTS // 8 // (self._likely.shape[1] * features.shape[2]))
         for start in range(0, features.shape[1], rows):
@@ -247,6 +252,6 @@ class Bound:
 def split_rows(
     head: Head, hidden: torch.Tensor, targets: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Positions in such numbers that their logits may be in memory."""
+    """Split positions into chunks whose logits fit into memory."""
     rows = max(1, CHUNK_ELEMENTS // len(weight(head.projection)))
     return zip(hidden.split(rows), targets.split(rows), strict=True)

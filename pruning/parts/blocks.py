@@ -1,4 +1,4 @@
-"""Taking residual blocks out of a model: an attention or an MLP with its norms, or both and so the layer."""
+"""Remove blocks from a model: an attention or an MLP with its norms; a layer without both is gone."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from compress.pruning.parts.depth import plan_without_layers, remove_layers
 from compress.pruning.parts.width import Kept, head_of_its_class, plan_widths, skipped
 from compress.storage.draft import Draft
 
-PARTS = ("attention", "mlp")
+Part = Literal["attention", "mlp"]
+PARTS: tuple[Part, Part] = ("attention", "mlp")
 
 
 class Block(NamedTuple):
-    """A residual sublayer: what it computes is added to the hidden states."""
+    """The attention or the MLP of a layer, whose output is added to the hidden states."""
 
     layer: int
-    part: Literal["attention", "mlp"]
+    part: Part
 
     def __str__(self) -> str:
         return f"{self.part} {self.layer}"
 
 
 def block_parameters(shape: ModelShape) -> dict[Block, int]:
-    """The parameters of every block that the model has (its linears, and the norms that go with it), in the
-    order of the data flow."""
+    """The number of parameters of every block (its linears and norms), in the order of the data flow."""
     found = {}
     for index, module in enumerate(shape.skeleton.base_model.get_submodule(shape.anatomy.layers)):
         layer = Layer(index, shape.anatomy.layer_name(index), module, {})
@@ -43,7 +43,7 @@ def block_parameters(shape: ModelShape) -> dict[Block, int]:
 
 
 def layer_parameters(shape: ModelShape) -> int:
-    """The parameters of all layers together: everything but embeddings, final norm and head."""
+    """The number of parameters of all layers together, without embeddings, final norm and head."""
     layers = shape.skeleton.base_model.get_submodule(shape.anatomy.layers)
     return sum(parameter.numel() for parameter in layers.parameters())
 
@@ -55,8 +55,8 @@ def _parameters(layer: Layer) -> int:
 def plan_without_blocks(shape: ModelShape, removed: Collection[Block]) -> ModelShape:
     """The shape of the model when the blocks ``removed`` are gone.
 
-    A layer without any block is gone itself, unless norms behind its residual sums stay in it. If no
-    other block is gone, the result is the plain architecture.
+    A layer that loses both blocks is removed itself, unless it has norms behind its residual sums. If only
+    whole layers are removed, the result is the plain architecture.
 
     Raises:
         BadInput: the model is quantized, or these layers cannot be removed (see `plan_without_layers`).
@@ -74,7 +74,7 @@ def plan_without_blocks(shape: ModelShape, removed: Collection[Block]) -> ModelS
 
 
 def remove_blocks(draft: Draft, removed: Collection[Block]) -> None:
-    """Take the blocks ``removed`` out of a draft equal to its parent; tensors stay in the parent's files.
+    """Remove blocks from a draft that is equal to its parent; kept tensors stay in the parent's files.
 
     Raises:
         BadInput: as `plan_without_blocks`.

@@ -1,6 +1,6 @@
-"""The input channels of the output projections of attention and MLP: their statistics and their worth.
+"""Score the input channels of output projections (of attention and MLP) by statistics of their inputs.
 
-A neuron has one channel, a key-value head those of all query heads of its group.
+A neuron has one channel. A key-value head has the channels of all query heads of its group.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 Metric = Literal["IFV", "WIFV", "WIFN"]
 
 METRICS: dict[str, Callable[[torch.Tensor, Moments], torch.Tensor]] = {
-    "IFV": lambda weight, moments: moments.variance,
-    "WIFV": lambda weight, moments: moments.variance * weight.square().sum(0),
-    "WIFN": lambda weight, moments: weight.abs().mean(0) * moments.squared_norm.sqrt(),
+    "IFV": lambda matrix, moments: moments.variance,
+    "WIFV": lambda matrix, moments: moments.variance * matrix.square().sum(0),
+    "WIFN": lambda matrix, moments: matrix.abs().mean(0) * moments.squared_norm.sqrt(),
 }
-"""Of every input channel, from the weight [out, in] and the moments of the inputs."""
+"""Metric of every input channel [in], computed from the weight [out, in] and the moments of the inputs."""
 
 
 def channel_statistics(model: StreamedModel, metric: Metric, context: StepContext) -> dict[str, torch.Tensor]:
-    """What the output projections are given by the dense model.
+    """The statistics of the inputs that the output projections get in the dense model.
 
     Returns:
         "{layer}.{path}.metric" and "{layer}.{path}.mean" -> float64 [channels]: the metric of every input
@@ -55,7 +55,7 @@ def channel_statistics(model: StreamedModel, metric: Metric, context: StepContex
 def channels_of(
     model: StreamedModel, index: int, statistics: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The metrics of a layer's channels: those of its attention and of its MLP; empty where there is none."""
+    """The metrics of the channels of a layer's attention and of its MLP; empty for a block that is gone."""
     none = torch.zeros(0, dtype=torch.float64)
     paths = (model.anatomy.attention_output, model.anatomy.down)
     attention, mlp = (statistics.get(f"{index}.{path}.metric", none) for path in paths)
@@ -63,13 +63,13 @@ def channels_of(
 
 
 def unit_scores(model: StreamedModel, index: int, attention: torch.Tensor, mlp: torch.Tensor) -> Scores:
-    """Scores of the units of a layer from those of its channels: the mean over the channels of a unit."""
+    """The scores of a layer's units: the mean of the scores of each unit's channels."""
     channels = channels_of_groups(model.anatomy, model.config, index)
     return Scores(attention[channels].mean(1), mlp)
 
 
 def pruned_inputs(model: StreamedModel, layer: Layer, kept: Kept) -> dict[str, torch.Tensor]:
-    """The channels that stay, int64, by the path of every output projection that loses some."""
+    """Path of every output projection that loses channels -> the channels that it keeps, int64."""
     anatomy = model.anatomy
     groups = channels_of_groups(anatomy, model.config, layer.index)
     columns = {anatomy.attention_output: groups[kept.groups].flatten(), anatomy.down: kept.neurons}
@@ -81,7 +81,7 @@ def pruned_inputs(model: StreamedModel, layer: Layer, kept: Kept) -> dict[str, t
 
 
 def watch(statistics: Moments | Products) -> Observer:
-    """An observer that takes in a module's inputs, window by window, without padding."""
+    """An observer that adds the inputs of a module, without padding, to statistics."""
 
     def observer(seen: Seen) -> None:
         for window, real in zip(seen.inputs, seen.mask, strict=True):

@@ -1,4 +1,4 @@
-"""Taking whole layers out of a model: what every depth-pruning method shares."""
+"""Remove whole layers from a model."""
 
 from __future__ import annotations
 
@@ -14,25 +14,27 @@ from compress.storage.draft import Draft
 
 
 class Cut(NamedTuple):
-    """The ``count`` layers behind ``layer`` are removed; what stands for them goes into ``layer``."""
+    """Layers to remove, and the layer before them, which takes the linear map that replaces them."""
 
     layer: int
-    count: int
+    length: int
 
     @property
     def removed(self) -> range:
-        return range(self.layer + 1, self.layer + self.count + 1)
+        """The numbers of the removed layers."""
+        return range(self.layer + 1, self.layer + self.length + 1)
 
 
 def choose_cuts(distances: torch.Tensor, transforms: int, n: int) -> list[Cut]:
-    """The lowest-distance cuts of n layers that do not overlap, greedily; adjacent ones are merged into one.
+    """Choose cuts of n layers that do not overlap, greedily by their distances.
 
-    A cut that would leave no room for the others is passed over. Layer 0 is never removed.
+    A cut that would leave no room for the others is passed over. Adjacent cuts are merged into one. Layer 0
+    always stays.
 
     Args:
         distances: [num_layers - n]; entry i is the distance over layers i+1 to i+n.
         transforms: how many cuts; they fit if transforms * n < num_layers.
-        n: layers in a cut.
+        n: how many layers each cut removes.
     """
     free = [False] + [True] * (len(distances) + n - 1)
     chosen: list[Cut] = []
@@ -46,8 +48,8 @@ def choose_cuts(distances: torch.Tensor, transforms: int, n: int) -> list[Cut]:
     merged: list[Cut] = []
     for cut in sorted(chosen):
         if merged and merged[-1].removed[-1] == cut.layer:
-            # The layer that would take this map is itself removed, so the map before it takes both.
-            merged[-1] = Cut(merged[-1].layer, merged[-1].count + cut.count)
+            # The layer that would take this map is itself removed, so the map before it replaces both.
+            merged[-1] = Cut(merged[-1].layer, merged[-1].length + cut.length)
         else:
             merged.append(cut)
     return merged
@@ -64,7 +66,7 @@ def _room(free: list[bool], n: int) -> int:
 
 
 def plan_without_layers(shape: ModelShape, removed: Collection[int]) -> ModelShape:
-    """The shape of the model when the layers ``removed`` are gone and the others are numbered anew.
+    """The shape of the model without the layers ``removed``, with the others renumbered.
 
     Raises:
         BadInput: the model is quantized, or these layers cannot be removed (see `without_layers`).
@@ -73,14 +75,14 @@ def plan_without_layers(shape: ModelShape, removed: Collection[int]) -> ModelSha
         raise BadInput("The model is quantized already, and packed layers cannot be pruned; prune first.")
     before = shape.pretrained_config.to_dict()
     after = without_layers(shape.pretrained_config, removed).to_dict()
-    # Only what removing layers changes: config.json keeps the rest as it was written.
+    # Take over only what changes, so that config.json keeps the rest as it was written.
     changed = {key: value for key, value in after.items() if before.get(key) != value}
     tensors = {new: shape.tensors[old] for old, new in _renamed(shape, removed).items()}
     return ModelShape(shape.config | changed, tensors, shape.folder)
 
 
 def remove_layers(draft: Draft, removed: Collection[int]) -> dict[str, str]:
-    """Take the layers ``removed`` out of a draft equal to its parent; tensors stay in the parent's files.
+    """Remove layers from a draft that is equal to its parent; kept tensors stay in the parent's files.
 
     Returns:
         Old name -> new name of every tensor that is kept.
@@ -100,7 +102,7 @@ def remove_layers(draft: Draft, removed: Collection[int]) -> dict[str, str]:
 
 
 def _renamed(shape: ModelShape, removed: Collection[int]) -> dict[str, str]:
-    """Old tensor name -> new tensor name."""
+    """Old name -> new name of every tensor that is kept."""
     kept = [index for index in range(shape.num_layers) if index not in removed]
     number = {str(old): new for new, old in enumerate(kept)}
     prefix = shape.anatomy.in_model(shape.anatomy.layers) + "."

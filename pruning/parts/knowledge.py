@@ -1,7 +1,7 @@
-"""The knowledge in attention heads and neurons that K-prune measures (arXiv:2308.03449, section 4).
+"""Measure the knowledge in attention heads and neurons, for K-prune (arXiv:2308.03449, section 4).
 
-A *channel* is one input of a block's output projection W_out. A neuron is one channel, a head as many as it
-is wide. All sums are over real tokens, in float64.
+A *sublayer* is the attention or the MLP of a layer. A *channel* is one input of its output projection W_out:
+a neuron has one, an attention head as many as it is wide. All sums are over real tokens, in float64.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +21,7 @@ from compress.engine.backward import Tape
 from compress.engine.flops import unit_flops
 from compress.engine.stream import Layer, Observer, Seen
 from compress.engine.windows import Windows
+from compress.pruning.parts.blocks import Part
 from compress.pruning.parts.width import channels_of_groups
 
 if TYPE_CHECKING:
@@ -28,20 +29,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Block:
-    """A sublayer: the attention or the MLP of one layer.
+class Sublayer:
+    """The attention or the MLP of one layer, and its units.
 
     Attributes:
-        index: of the layer.
-        name: which of its blocks.
-        path: of the output projection inside the layer.
-        channels: int64 [units, channels of a unit], which inputs of the output projection are whose.
-        flops: of one unit in one sequence.
+        index: number of the layer.
+        name: attention or mlp.
+        path: path of the output projection inside the layer.
+        channels: int64 [units, channels of a unit], the inputs of the output projection that belong to a
+        unit.
+        flops: FLOPs of one unit in one sequence.
         heads: query heads in a unit; 1 for neurons.
     """
 
     index: int
-    name: Literal["attention", "mlp"]
+    name: Part
     path: str
     channels: torch.Tensor
     flops: int
@@ -53,37 +55,38 @@ class Block:
         return self.flops * len(self.channels)
 
 
-def blocks_of(config: PretrainedConfig, tokens: int) -> list[Block]:
-    """The blocks of a model bottom-up, those that are gone already left out; ``tokens`` are in a sequence."""
-    anatomy, blocks = anatomy_of(config), []
+def sublayers_of(config: PretrainedConfig, tokens: int) -> list[Sublayer]:
+    """The sublayers of a model bottom-up, without those already removed; a sequence has ``tokens`` tokens."""
+    anatomy, sublayers = anatomy_of(config), []
     for index, shape in enumerate(layer_shapes(config)):
         group, neuron = unit_flops(config, index, tokens)
         if shape.num_key_value_heads:
             channels = channels_of_groups(anatomy, config, index)
             heads = shape.num_attention_heads // shape.num_key_value_heads
-            blocks.append(Block(index, "attention", anatomy.attention_output, channels, group, heads))
+            output = anatomy.attention_output
+            sublayers.append(Sublayer(index, "attention", output, channels, group, heads))
         if shape.intermediate_size:
             channels = torch.arange(shape.intermediate_size)[:, None]
-            blocks.append(Block(index, "mlp", anatomy.down, channels, neuron))
-    return blocks
+            sublayers.append(Sublayer(index, "mlp", anatomy.down, channels, neuron))
+    return sublayers
 
 
 class Divergence:
-    """How far the student's predictions are from the teacher's, a loss for each window.
+    """How far the student's predictions are from the teacher's: a loss for each window.
 
-    A window has R predictions: one for the real tokens each (causal and masked language models, token
-    classification), one (sequence classification), begin and end of the answer (question answering), one for
-    each label (several labels at once). With logits z and temperature g,
+    A window has R predictions: one for each real token (causal and masked language models, token
+    classification), one (sequence classification), begin and end of the answer (question answering), or one
+    for each label (several labels at once). With logits z and temperature g,
 
-        KL = g^2 mean over R of KL(softmax(z_teacher / g) || softmax(z_student / g)),
+        KL = g^2 mean over R of KL(softmax(z_teacher / g) || softmax(z_student / g)).
 
-    and where the model predicts numbers (regression), it is their mean squared error.
+    For a model that predicts numbers (regression) the mean squared error takes its place.
 
     Args:
-        config: of the model, whose class says what it predicts.
+        config: config of the model; its class decides what it predicts.
         windows: the text; padding has no predictions.
         temperature: g.
-        seed: of the labels that `scores` draws.
+        seed: seed of the labels that `scores` draws.
     """
 
     def __init__(self, config: PretrainedConfig, windows: Windows, temperature: float, seed: int) -> None:
@@ -98,8 +101,8 @@ class Divergence:
         self.many_labels = sequence and kind == "multi_label_classification"
 
     def divergences(self, output: Any, start: int, teacher: Any) -> torch.Tensor:
-        """The sum of the KL (or squared error) of the windows from ``start`` on."""
-        total = 0.0
+        """The sum of the KL (or squared error) over the windows of a batch, which begins with ``start``."""
+        total = torch.zeros(())
         pairs = zip(self._predictions(output, start), self._predictions(teacher, start), strict=True)
         for student, wanted in pairs:
             if self.regression:
@@ -111,20 +114,20 @@ class Divergence:
         return total
 
     def scores(self, output: Any, start: int, *_: Any) -> torch.Tensor:
-        """What stands for `divergences` while student and teacher are the same model.
+        """The sum that replaces `divergences` while student and teacher are the same model.
 
-        There the KL has its minimum, so its gradient vanishes and (1/2)(dKL/dm)^2 says nothing. What it
-        stands for, the second-order term of the KL, is there known exactly: its curvature is the Fisher
-        information, (1/2) E[(d log p_y / dm)^2] for labels y that the teacher draws. With one y for each of
-        the R predictions the gradient of
+        There the KL has its minimum, so its gradient vanishes and (1/2)(dKL/dm)^2 says nothing. But the term
+        that it approximates, the second-order term of the KL, is known exactly there: the curvature is the
+        Fisher information, so it is (1/2) E[(d log p_y / dm)^2] for labels y that the teacher draws. With one
+        y for each of the R predictions the gradient of
 
             (g / sqrt(R)) sum over R of log softmax(z / g)_y
 
         has a square with that expectation, because scores have mean zero and labels are independent. For
-        regression it is sqrt(2 / R) sum of e z with random signs e. Labels and signs depend on the seed and
-        on the window's tokens, not on the order of windows or on batches.
+        regression the sum is sqrt(2 / R) sum of e z with random signs e. Labels and signs depend on the seed
+        and on the window's tokens, but not on the order of windows or on batches.
         """
-        total = 0.0
+        total = torch.zeros(())
         for row, values in enumerate(self._predictions(output, start), start):
             drawn = self._uniform(row, len(values)).to(values.device)
             if self.regression:
@@ -137,7 +140,7 @@ class Divergence:
         return total
 
     def _predictions(self, output: Any, start: int) -> Iterator[torch.Tensor]:
-        """For every window: logits [R, classes], or numbers [R] (regression)."""
+        """Yield the predictions of every window: logits [R, classes], or numbers [R] (regression)."""
         answers = self.task == "question answering"
         count = len(output.start_logits if answers else output.logits)
         for row in range(count):
@@ -157,7 +160,7 @@ class Divergence:
         return torch.log_softmax(logits / self.temperature, -1)
 
     def _uniform(self, row: int, count: int) -> torch.Tensor:
-        """Random numbers that belong to the window: float64 [count], from 0 to 1."""
+        """Random numbers that depend on the seed and the window's tokens: float64 [count], from 0 to 1."""
         tokens = self.windows.tokens[row][self.windows.mask[row]].tolist()
         digest = hashlib.sha256(repr((self.seed, tokens)).encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -166,38 +169,37 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What the units of a block know: float64 [units] each.
+    """The knowledge in the units of a sublayer: float64 [units] each.
 
     Attributes:
         representational: K_rep, mean over real tokens of a^2, times mean over the outputs of W_out^2.
-        predictive: K_pred, mean over windows of (1/2) (dKL/dm)^2, one mask m per channel and window.
+        predictive: K_pred, mean over windows of (1/2) (dKL/dm)^2, with one mask m per channel and window.
 
-    Both are means over the channels of a head or neuron. Key-value heads know the sum of what their query
-    heads know, as they cost the sum: the mean over all of a group's channels would count its FLOPs for all of
-    its heads and its knowledge for one.
+    Both are means over the channels of a head or neuron. The knowledge of a key-value head is the sum over
+    its query heads, because its FLOPs are also the sum over them.
     """
 
     representational: torch.Tensor
     predictive: torch.Tensor
 
 
-def measure(
-    tape: Tape, blocks: Sequence[Block], divergence: Divergence, teacher: Activations | None
+def measure_knowledge(
+    tape: Tape, sublayers: Sequence[Sublayer], divergence: Divergence, teacher: Activations | None
 ) -> list[Knowledge]:
-    """The knowledge of the units of every block in the model on the tape, with nothing masked.
+    """Measure the knowledge in the units of some sublayers of the student.
 
     Args:
-        tape: from the layer of the first block on.
-        blocks: the blocks to measure.
-        divergence: from the teacher.
-        teacher: hidden states behind its last layer; None if the student is the teacher.
+        tape: the student, from the layer of the first sublayer on.
+        sublayers: the sublayers to measure.
+        divergence: the distance from the teacher.
+        teacher: the teacher's hidden states behind its last layer; None if the student is the teacher.
     """
     windows = divergence.windows
-    squares = [torch.zeros(block.channels.numel(), dtype=torch.float64) for block in blocks]
+    squares = [torch.zeros(sublayer.channels.numel(), dtype=torch.float64) for sublayer in sublayers]
     gradients = [torch.zeros_like(values) for values in squares]
-    here: dict[int, dict[str, int]] = {}  # layer -> path of an output projection -> number of the block
-    for number, block in enumerate(blocks):
-        here.setdefault(block.index, {})[block.path] = number
+    here: dict[int, dict[str, int]] = {}  # layer -> path of an output projection -> number of the sublayer
+    for number, sublayer in enumerate(sublayers):
+        here.setdefault(sublayer.index, {})[sublayer.path] = number
 
     def observe(layer: Layer) -> Mapping[str, Observer]:
         def look(number: int, path: str) -> Observer:
@@ -216,8 +218,8 @@ def measure(
         with ExitStack() as stack:
             for path, number in here.get(layer.index, {}).items():
                 linear = layer.linears[path]
-                width = blocks[number].channels.numel()
-                leaves[path] = torch.ones(count, 1, width, device=linear.weight.device, requires_grad=True)
+                shape, device = (count, 1, sublayers[number].channels.numel()), weight(linear).device
+                leaves[path] = torch.ones(shape, device=device, requires_grad=True)
                 stack.callback(_masked(linear, leaves[path]).remove)
             yield leaves
 
@@ -230,18 +232,18 @@ def measure(
     tape.backward(masks, take)
     return [
         Knowledge(
-            block.heads * (square / windows.num_tokens)[block.channels].mean(1),
-            block.heads * (gradient / len(windows))[block.channels].mean(1),
+            sublayer.heads * (square / windows.num_tokens)[sublayer.channels].mean(1),
+            sublayer.heads * (gradient / len(windows))[sublayer.channels].mean(1),
         )
-        for block, square, gradient in zip(blocks, squares, gradients, strict=True)
+        for sublayer, square, gradient in zip(sublayers, squares, gradients, strict=True)
     ]
 
 
 def _masked(linear: torch.nn.Module, mask: torch.Tensor) -> Any:
-    """Multiply the inputs of a linear by ``mask`` [B, 1, channels]; the handle that ends it."""
+    """Multiply the inputs of a linear by ``mask`` [B, 1, channels] until the returned handle is removed."""
 
     def multiply(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        (given,) = inputs  # OPT gives its MLP the tokens of all windows in one row
+        (given,) = inputs  # OPT flattens the tokens of all windows before its MLP: [B * S, channels]
         return ((given.view(len(mask), -1, given.shape[-1]) * mask).view(given.shape),)
 
     return linear.register_forward_pre_hook(multiply)

@@ -19,3 +19,9 @@ class WidthMultiple(MethodOptions):
     """Which widths are allowed."""
 
     width_multiple: PositiveInt = Field(1, description="keep a multiple of this many neurons in every layer")
+
+
+class LayerCount(MethodOptions):
+    """How much to remove, as a number of layers."""
+
+    layers: PositiveInt = Field(description="how many layers to remove in all")

@@ -1,9 +1,9 @@
-"""Narrower layers: what every method shares that removes attention heads and MLP neurons.
+"""Remove attention heads and MLP neurons, which makes layers narrower.
 
-The unit of attention is a key-value head with all query heads of its group, so grouped-query attention stays
-what it is. Layers may end up with different widths, and a block from which every unit is taken is gone. If
-all layers come out alike and the architecture can say so in its config.json, the result is the plain
-architecture; else it is one that carries its modelling code (compress/pruned.py).
+The unit of attention is a key-value head with all query heads of its group, so grouped-query attention keeps
+its structure. Layers may end up with different widths, and a block that loses all its units is gone. If all
+layers have the same widths and the config.json of the architecture can express them, the result is the plain
+architecture; otherwise it carries its own modelling code (compress/engine/pruned.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compress.anatomy import (
     Anatomy,
@@ -42,25 +42,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Kept:
-    """The units of one layer that stay: sorted int64 indices. An empty one takes the block out."""
+    """The units of one layer that stay: sorted int64 indices. Without any unit the block is removed."""
 
     groups: torch.Tensor  # key-value heads, each with its query heads
     neurons: torch.Tensor
 
     def shape(self, before: LayerShape) -> LayerShape:
-        """The widths of the layer that is left of one of the shape ``before``."""
+        """The widths of the pruned layer, which had the shape ``before``."""
         per_group = before.num_attention_heads // max(before.num_key_value_heads, 1)
         groups = len(self.groups)
         return LayerShape(groups * per_group, groups, len(self.neurons))
 
     def heads(self, before: LayerShape) -> torch.Tensor:
-        """The query heads that stay."""
+        """The query heads that stay: int64 indices in a layer that had the shape ``before``."""
         per_group = before.num_attention_heads // max(before.num_key_value_heads, 1)
         return (self.groups[:, None] * per_group + torch.arange(per_group)).flatten()
 
 
 def channels_of_groups(anatomy: Anatomy, config: Any, index: int) -> torch.Tensor:
-    """Which inputs of the attention's output projection come from which key-value head of layer ``index``.
+    """The input channels of the attention's output projection by key-value head, in layer ``index``.
 
     Returns:
         int64 [num_key_value_heads, heads in a group * head_dim].
@@ -71,10 +71,10 @@ def channels_of_groups(anatomy: Anatomy, config: Any, index: int) -> torch.Tenso
 
 
 def narrow(model: StreamedModel, layer: Layer, kept: Kept) -> None:
-    """Let ``layer.module`` be a narrowed copy of itself, in which only the units in ``kept`` are.
+    """Replace ``layer.module`` by a copy that has only the units in ``kept``.
 
-    Rows of the query, key, value, gate and up projections and columns of the two output projections are taken
-    out; what is left keeps its order and its values.
+    Removed are rows of the query, key, value, gate and up projections, and columns of the two output
+    projections. What is left keeps its order and its values.
     """
     anatomy, config = model.anatomy, model.config
     before = layer_shapes(config)[layer.index]
@@ -89,19 +89,19 @@ def narrow(model: StreamedModel, layer: Layer, kept: Kept) -> None:
     for role in ("query", "key", "value", "gate", "up"):
         if role in rows:
             kept_rows.setdefault(getattr(anatomy, role), []).append(rows[role][picked[role]].flatten())
-    narrowed = {}
+    narrowed: dict[str, tuple[Tensor, Tensor | None]] = {}
     for path, linear in layer.linears.items():
-        matrix, bias = weight(linear), linear.bias
+        matrix, bias = weight(linear), bias_of(linear)
         if path in columns:
             narrowed[path] = (matrix[:, columns[path]], bias)
         else:
             chosen = torch.cat(kept_rows[path])
             if anatomy.qkv_layout == "interleaved" and path == anatomy.query:
-                chosen = chosen.sort().values  # head by head, as they lie in the fused projection
+                chosen = chosen.sort().values  # the fused projection stores one head after the other
             narrowed[path] = (matrix[chosen], None if bias is None else bias[chosen])
 
     module = shallow_copy(layer.module)
-    # A bias that an earlier pruning added is there already, so no biases to add.
+    # The module already has the biases that an earlier pruning step added.
     after = _shape_entry(anatomy, config, layer.index, kept, biases=[])
     reshape_layer(module, pruned_parts(anatomy, config), after)
     layer.module, layer.linears = module, anatomy.linears(module)
@@ -109,14 +109,20 @@ def narrow(model: StreamedModel, layer: Layer, kept: Kept) -> None:
         set_weight(linear, *narrowed[path])
 
 
+def bias_of(linear: nn.Module) -> Tensor | None:
+    """The bias [out] of a linear, without gradient; None if it has none."""
+    bias = linear.bias
+    return bias.detach() if isinstance(bias, Tensor) else None
+
+
 def shallow_copy(module: nn.Module) -> nn.Module:
-    """A copy whose modules are its own and whose parameters are shared, until they are replaced."""
+    """A copy with submodules of its own, which shares the parameters until they are replaced."""
     return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
 
 
 @contextmanager
 def skipped(layer: Layer, anatomy: Anatomy, block: Literal["attention", "mlp"]) -> Iterator[None]:
-    """The layer without one of its blocks inside the ``with``: the block adds nothing, and costs nothing."""
+    """Switch off a block of a layer inside the ``with``: it adds nothing and takes no time."""
     before = put(layer.module, without(layer.module, pruned_parts(anatomy), block))
     try:
         yield
@@ -125,7 +131,7 @@ def skipped(layer: Layer, anatomy: Anatomy, block: Literal["attention", "mlp"]) 
 
 
 def write_layer(draft: Draft, model: StreamedModel, layer: Layer) -> None:
-    """Write what a narrowed layer has changed into the draft, in the dtypes it was stored in.
+    """Write the changed parameters of a narrowed layer into the draft, in the dtypes they were stored in.
 
     Raises:
         CompressError: a value is not finite in the dtype it is stored in.
@@ -134,28 +140,26 @@ def write_layer(draft: Draft, model: StreamedModel, layer: Layer) -> None:
     for name in _owned(model.anatomy):
         for leaf in ("weight", "bias"):
             stored = layer.stored(name, leaf)
-            new = parameters.get(f"{name}.{leaf}")
-            if new is None:
+            parameter = parameters.get(f"{name}.{leaf}")
+            if parameter is None:
                 if stored is not None:
                     draft.drop(stored)
                 continue
-            if stored is None:  # a bias that the layer did not have
-                stored = f"{layer.stored(name).removesuffix('weight')}{leaf}"
-                dtype = model.checkpoint.tensors[f"{stored.removesuffix(leaf)}weight"].dtype
-            else:
-                dtype = model.checkpoint.tensors[stored].dtype
-            new = new.detach().to(DTYPES[dtype])
+            like = stored or layer.stored(name)  # a bias that the layer did not have is like the weight
+            assert like is not None
+            stored = stored or f"{like.removesuffix('weight')}{leaf}"
+            new = parameter.detach().to(DTYPES[model.checkpoint.tensors[like].dtype])
             if not all_finite(new):
                 raise CompressError(
-                    f"'{stored}' came out too large or not a number; use more calibration windows, or no "
-                    "compensation."
+                    f"'{stored}' is too large or not a number after pruning; use more calibration windows, "
+                    "or no compensation."
                 )
             if stored not in model.checkpoint or not _equal(model.checkpoint.read(stored), new):
                 draft.write({stored: new})
 
 
 def prune(model: StreamedModel, kept: Sequence[Kept], context: StepContext) -> None:
-    """Narrow every layer and write the model: for methods that leave the weights that stay as they are."""
+    """Narrow every layer and write the model, for methods that do not change the kept weights."""
     for layer in model.walk(context.journal("pruning"), label="pruning"):
         narrow(model, layer, kept[layer.index])
         write_layer(context.draft, model, layer)
@@ -163,9 +167,9 @@ def prune(model: StreamedModel, kept: Sequence[Kept], context: StepContext) -> N
 
 
 def finish(draft: Draft, model: StreamedModel, kept: Sequence[Kept]) -> None:
-    """Give the draft, whose layers are all written, the config.json of its new shape.
+    """Give a draft whose layers are all written the config.json of its new shape.
 
-    Where the plain architecture has a bias for more projections than were given one, the others get zeros.
+    If the plain architecture demands biases for projections that got none, they get zeros.
     """
     before = ModelShape.of(draft.parent)
     biases = []
@@ -192,13 +196,13 @@ def finish(draft: Draft, model: StreamedModel, kept: Sequence[Kept]) -> None:
 def plan_widths(
     shape: ModelShape, kept: Sequence[Kept], biased: Sequence[str] = (), uniform: bool = False
 ) -> ModelShape:
-    """The shape of the model when each layer has only the units in ``kept`` (which ones does not matter).
+    """The shape of the model when each layer has only the units in ``kept``.
 
     Args:
-        shape: before.
-        kept: for every layer.
+        shape: the model before pruning.
+        kept: the units of every layer that stay; only their numbers matter.
         biased: output projections (paths inside a layer) that get a bias if they have none.
-        uniform: insist on the plain architecture.
+        uniform: whether the result must have the plain architecture.
 
     Raises:
         BadInput: the model is quantized, or its plain architecture cannot have this shape.
@@ -211,14 +215,14 @@ def plan_widths(
         linears = shape.anatomy.linears(layer)
         biases.append({path for path in biased if left[path] and linears[path].bias is None})
     config = _config(shape, kept, biases)
-    if uniform and "pruned" in config:
-        raise BadInput(obstacle(shape, kept, biases))
+    if uniform and "pruned" in config and (why := obstacle(shape, kept, biases)):
+        raise BadInput(why)
     after = ModelShape(config, shape.tensors, shape.folder)
     return ModelShape(config, _tensors(shape, after), shape.folder)
 
 
 def obstacle(shape: ModelShape, kept: Sequence[Kept], biases: Sequence[set[str]]) -> str | None:
-    """Why the plain architecture cannot have this shape: a sentence, or None if it can."""
+    """Why the plain architecture cannot have this shape, as a sentence; None if it can."""
     anatomy, kind = shape.anatomy, shape.anatomy.model_type
     before = layer_shapes(shape.pretrained_config)
     after = [units.shape(old) for units, old in zip(kept, before, strict=True)]
@@ -233,7 +237,7 @@ def obstacle(shape: ModelShape, kept: Sequence[Kept], biases: Sequence[set[str]]
             f"In a plain {kind} model heads are as wide as hidden_size / heads, so none can be taken out; "
             "use shape: heterogeneous."
         )
-    added = set().union(*biases)
+    added = set[str]().union(*biases)
     missing = [path for path in sorted(added) if _bias_key(anatomy, path) is None]
     if missing:
         return (
@@ -263,7 +267,7 @@ def pruned_parts(anatomy: Anatomy, config: Any = None) -> dict[str, Any]:
 
 
 def _config(shape: ModelShape, kept: Sequence[Kept], biases: Sequence[set[str]]) -> dict[str, Any]:
-    """config.json of the pruned model: plain if the architecture can have the shape, else with ``pruned``."""
+    """The config.json of the pruned model, with a section ``pruned`` unless the architecture is plain."""
     anatomy, config = shape.anatomy, shape.pretrained_config
     if obstacle(shape, kept, biases) is None:
         first = kept[0].shape(layer_shapes(config)[0])
@@ -272,8 +276,8 @@ def _config(shape: ModelShape, kept: Sequence[Kept], biases: Sequence[set[str]])
             sizes["num_attention_heads"] = first.num_attention_heads
             sizes["num_key_value_heads"] = first.num_key_value_heads
             sizes["head_dim"] = shape.sizes.head_dim
-        keys = {_bias_key(anatomy, path) for path in set().union(*biases)}
-        return shape.config | sizes | dict.fromkeys(keys, True)
+        keys = (_bias_key(anatomy, path) for path in sorted(set[str]().union(*biases)))
+        return shape.config | sizes | {key: True for key in keys if key is not None}
     section = {
         "parts": pruned_parts(anatomy, config),
         "layers": [
@@ -305,12 +309,12 @@ def _layers(shape: ModelShape) -> Any:
 
 
 def _owned(anatomy: Anatomy) -> tuple[str, ...]:
-    """Everything of a layer that pruning may change or take away."""
+    """Paths of the modules of a layer that pruning may change or remove."""
     return (*anatomy.linear_paths, *anatomy.norm_paths)
 
 
 def _tensors(before: ModelShape, after: ModelShape) -> dict[str, TensorInfo]:
-    """The tensors of ``after``, whose layers are resized and whose other tensors are those of ``before``."""
+    """The tensors of the pruned model: its layers are resized, everything else is as in ``before``."""
     tensors = dict(before.tensors)
     for index, layer in enumerate(_layers(after)):
         parameters = dict(layer.named_parameters())
@@ -329,7 +333,7 @@ def _tensors(before: ModelShape, after: ModelShape) -> dict[str, TensorInfo]:
 
 
 def head_of_its_class(before: ModelShape, after: ModelShape) -> dict[str, str]:
-    """New name -> old name of the head, if transformers knows the old one only for the plain architecture."""
+    """New name -> old name of the head's weight, if a model with its own modelling code renames it."""
     old, new = before.anatomy.head, anatomy_of(before.pretrained_config).head
     named = "pruned" in after.config and old is not None and f"{old}.weight" in before.tensors
     return {f"{new}.weight": f"{old}.weight"} if named and old != new else {}

@@ -75,7 +75,6 @@ class Teacher:
 
 def teacher_hidden_states(model: StreamedModel, context: StepContext) -> Activations:
     """Compute the teacher's hidden states after the last layer, float32 [N, S, D], layer by layer."""
-    assert context.calibration is not None  # methods that distil need calibration
     stream = model.stream(context.calibration, context.folder / "teacher")
     for layer in model.walk(context.journal("teacher"), stream, label="asking the teacher"):
         stream.advance(layer)

@@ -50,7 +50,7 @@ def test_an_evaluation_that_cannot_be_kept_is_shown(
     ended = command("evaluate", quantized, "--baseline", tiny, *SCORING, "-q", "--json")
     assert ended.code == 0
     assert len(ended.document) == 2
-    assert ended.err == f"The evaluation is not kept in '{quantized}' (Read-only file system).\n"
+    assert ended.err == f"The evaluation was not added to '{quantized}' (Read-only file system).\n"
 
 
 def test_a_run_evaluates_its_own_result_against_the_revision_it_began_with(

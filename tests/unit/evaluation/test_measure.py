@@ -12,7 +12,7 @@ import transformers
 
 from compress.errors import BadInput, CompressError
 from compress.evaluation import measure as module
-from compress.evaluation.measure import kernel_name, measure, measure_model, repeat, storage_dtype
+from compress.evaluation.measure import kernels_of, measure, measure_model, repeat, storage_dtype
 from compress.system.memory import peak_memory
 
 
@@ -179,5 +179,5 @@ def test_what_ran_and_what_is_stored_are_named():
     model.model.layers[0].mlp.gate_proj.kernel = "cpu"
     model.model.layers[0].mlp.up_proj.kernel = "reference"
     model.model.layers[0].mlp.up_proj.register_buffer("packed", torch.zeros(4000, dtype=torch.int32))
-    assert kernel_name(model) == "cpu + reference"
+    assert kernels_of(model) == "cpu + reference"
     assert storage_dtype(model) == "int32 + bfloat16"

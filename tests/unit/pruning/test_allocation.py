@@ -157,7 +157,7 @@ def test_even_widths_take_heads_where_neurons_alone_will_not_do():
         (lambda: check_ratio(LLAMA, 0.1, 2048), "fewer than the width_multiple 2048"),
         (lambda: spread_widths(LLAMA, 0.1, 1, 9), "At most 8 of the 12"),
         (lambda: spread_widths(LLAMA, 0.01, 1, 8), "change remove_heads or ratio"),
-        (lambda: even_widths(LLAMA, 0.8, 1, 0), "when 0 heads go"),
+        (lambda: even_widths(LLAMA, 0.8, 1, 0), "when it loses 0 of its heads"),
     ],
 )
 def test_what_cannot_be(action, words: str):

@@ -95,7 +95,7 @@ def test_an_order_for_something_else_is_refused(folders: dict[str, Path], tmp_pa
     refused("another calibration; search again", windows=windows_of(seed=2))
     refused("another mode and cost", mode="mlp", cost="parameters")
     refused("another search", search="racing")
-    refused("is no result of BlockPruner", order_from=folders["llama"])
+    refused("is not a result of BlockPruner", order_from=folders["llama"])
 
 
 # Going on after a kill.

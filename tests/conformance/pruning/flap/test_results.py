@@ -219,7 +219,7 @@ def test_options_that_contradict_each_other(options: dict[str, Any], words: str)
         ("llama", {"ratio": 0.9}, "at most 0"),
         ("llama", {"ratio": 0.2, "width_multiple": 32}, "fewer than the width_multiple"),
         ("llama", {"ratio": 0.3, "structure": "UL-MM", "remove_heads": 2}, "shared equally by 3 layers"),
-        ("llama", {"ratio": 0.02, "structure": "UL-MM", "remove_heads": 3}, "when 1 heads go"),
+        ("llama", {"ratio": 0.02, "structure": "UL-MM", "remove_heads": 3}, "when it loses 1 of its heads"),
         ("llama", {"ratio": 0.3, "structure": "AL-MM", "remove_heads": 4}, "At most 3 of the 6"),
         ("qwen2", {"ratio": 0.4, "shape": "uniform", "compensate": "bias"}, "compensate: least-squares"),
         ("gpt2", {"ratio": 0.4, "shape": "uniform"}, "as wide as hidden_size / heads"),

@@ -20,7 +20,7 @@ from compress.engine.stream import StreamedModel
 from compress.errors import BadInput
 from compress.pipeline.artefact import write_model
 from compress.pruning.kprune import KPrune, affordable
-from compress.pruning.parts.knowledge import Divergence, blocks_of, measure
+from compress.pruning.parts.knowledge import Divergence, measure_knowledge, sublayers_of
 from compress.storage.checkpoint import Checkpoint
 
 from .common import MODELS, SEED, SIZE, Result, run, windows_of
@@ -186,9 +186,9 @@ def test_key_value_heads_know_what_their_query_heads_know(folders: dict[str, Pat
     windows, known = windows_of(), []
     for folder in (shared, apart):
         streamed = StreamedModel(Checkpoint.open(folder))
-        blocks = blocks_of(streamed.config, 12)
+        blocks = sublayers_of(streamed.config, 12)
         tape = Tape(streamed, streamed.stream(windows))
-        known.append(measure(tape, blocks, Divergence(streamed.config, windows, 2.0, SEED), None))
+        known.append(measure_knowledge(tape, blocks, Divergence(streamed.config, windows, 2.0, SEED), None))
     for number, (group, heads) in enumerate(zip(*known, strict=True)):
         for kind in ("representational", "predictive"):
             found, wanted = getattr(group, kind), getattr(heads, kind)

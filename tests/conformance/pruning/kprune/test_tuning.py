@@ -110,6 +110,6 @@ def test_tuning_is_not_worse_on_other_text(folders: dict[str, Path], tmp_path: P
 
 
 def test_one_window_cannot_be_held_out(folders: dict[str, Path], tmp_path: Path):
-    with pytest.raises(BadInput, match="give a damping"):
+    with pytest.raises(BadInput, match="set damping"):
         run(folders["llama"], tmp_path / "run", windows_of((12,)), ratio=0.3)
     run(folders["llama"], tmp_path / "held", windows_of((12,)), ratio=0.3, damping=0.1)

@@ -124,7 +124,7 @@ def estimate(
     folder: Path, work: Path, windows: Windows, cuts: list[Cut], **options: Any
 ) -> dict[int, torch.Tensor]:
     model, run, _ = opened(folder, work, windows)
-    options = ReplaceMe.Options(layers=sum(cut.count for cut in cuts), **options)
+    options = ReplaceMe.Options(layers=sum(cut.length for cut in cuts), **options)
     return ReplaceMe().estimate(model, windows, cuts, options, run)
 
 

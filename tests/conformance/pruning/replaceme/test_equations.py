@@ -43,7 +43,7 @@ def rows(folder: Path, family: str, windows: Windows, cut: Cut) -> tuple[torch.T
     """M_i, Y_i and L_{i+n} of the real tokens: float64 [tokens, D]."""
     outputs, mlps = dense(folder, family, windows)
     m = mlps[cut.layer]
-    return tuple(part[windows.mask] for part in (m, outputs[cut.layer] - m, outputs[cut.layer + cut.count]))
+    return tuple(part[windows.mask] for part in (m, outputs[cut.layer] - m, outputs[cut.layer + cut.length]))
 
 
 def cosine_loss(

@@ -82,7 +82,7 @@ def test_the_written_model_computes_what_the_equations_say(
     windows = windows_of()
     _, run, report = applied(folders[family], tmp_path / "step", windows, held_out=0.0, **options)
     cuts = [Cut(cut["layer"], len(cut["removed"])) for cut in report.details["cuts"]]
-    assert sum(cut.count for cut in cuts) == options["layers"]
+    assert sum(cut.length for cut in cuts) == options["layers"]
     if options is TWO:
         assert (len(cuts) == 2) == (family in TWO_APART)
     # The restatement gives `distances` and `estimate` their own tests; here T is taken as it was estimated.

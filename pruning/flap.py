@@ -96,8 +96,8 @@ class Flap(Method["Flap.Options"]):
         metric: Metric = Field("WIFV", description="how to score a channel")
         structure: Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM"] | None = Field(
             None,
-            description="whether layers (L) and modules (M) share the removal uniformly (U) or adaptively "
-            "(A), or modules by hand (MM); by default AL-AM, and UL-MM for shape uniform",
+            description="spread the removal uniformly (U) or adaptively (A) over layers (L) and modules (M), "
+            "or over modules by a given number of heads (MM); by default AL-AM, and UL-MM for shape uniform",
         )
         shape: Literal["heterogeneous", "uniform"] = Field(
             "heterogeneous",

@@ -1,1 +1,1 @@
-"""Where calibration and evaluation text comes from."""
+"""Text for calibration and evaluation, and statistics that are taken on it."""

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, PositiveInt, model_validator
 from scipy.stats import t as students_t
 
-from compress.calibration.statistics.losses import LN_LARGEST, predicted
+from compress.calibration.statistics.losses import LN_LARGEST, scored_positions
 from compress.engine.shape import ModelShape
 from compress.engine.stream import StreamedModel
 from compress.engine.windows import Windows
@@ -153,7 +153,7 @@ class BlockPruner(Method["BlockPruner.Options"]):
         sizes, total = block_parameters(shape), layer_parameters(shape)
         calibration = context.calibration
         assert calibration is not None  # the method needs calibration
-        windows = calibration.select(predicted(calibration).any(1))
+        windows = calibration.select(scored_positions(calibration).any(1))
         if not len(windows):
             raise BadInput("The calibration windows have no token to predict; use longer ones.")
         limit = options.max_perplexity or math.inf

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
 from compress.anatomy import sizes_of
-from compress.calibration.statistics.losses import next_token_loss
+from compress.calibration.statistics.losses import streamed_losses
 from compress.engine.activations import Activations
 from compress.engine.stream import Layer, Seen, Stream, StreamedModel
 from compress.engine.windows import Windows
@@ -332,7 +332,7 @@ def _compare(
 
     def loss(draft: Draft) -> float:
         try:
-            return float(next_token_loss(StreamedModel(draft, context.device), windows).mean())
+            return float(streamed_losses(StreamedModel(draft, context.device), windows).mean())
         except CompressError:  # activations overflow, which rules the model out
             return math.inf
 

@@ -1,4 +1,4 @@
-"""AWQ (MLSys 2024): input channels that see large activations are scaled up before weights are rounded."""
+"""AWQ (MLSys 2024): input channels with large activations are scaled up before weights are rounded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from compress.kernels.codes.integer import (
 )
 from compress.method import Method, Paper, StepReport
 from compress.quantization.parts.folding import Fold, fold, fold_of, write_changed
-from compress.quantization.parts.layout import WeightOptions, plan_packed
+from compress.quantization.parts.layout import plan_packed
+from compress.quantization.parts.options import WeightOptions
 from compress.quantization.parts.packer import Packer
 from compress.storage.formats.base import Format
 
@@ -29,38 +30,40 @@ if TYPE_CHECKING:
     from compress.method import StepContext
 
 ALPHAS = torch.linspace(0, 1, 20, dtype=torch.float64).tolist()
-"""Section 3.2."""
+"""Powers of the mean magnitudes that are tried as scales (section 3.2 of the paper)."""
 
-BLOCK = 256
-"""Columns of G in one product; only speed depends on it."""
+GRAM_COLUMNS = 256
+"""Columns of G in one product. Only speed depends on it."""
+
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)
-"""Shares of the largest weight of a group that clipping leaves."""
+"""Clipping cuts a group off at one of these shares of its largest magnitude."""
 
 
-class AWQ(Method):
-    """Scale input channels by the activations they see, round, and clip each group where that errs least.
+class AWQ(Method[WeightOptions]):
+    """Scale input channels by their activations, round, and clip each group where the error is least.
 
     For the linears W_i that read the same input x, whose channels have the mean magnitude m_j = mean |x_j|
-    over the calibration tokens (padding excepted):
+    over the calibration tokens (without padding):
 
-    1. Scales: s_j = m_j^alpha, divided by sqrt(max s * min s). Of 20 alphas in [0, 1] the one whose output
-       error is smallest, sum over i of ||(Q(W_i diag(s)) diag(s)^-1 - W_i) x||^2 with Q round-to-nearest
-       (equation 4). W_i becomes W_i diag(s); 1/s is folded into what x comes from: the norm before query,
-       key and value, or gate and up; the value projection before the attention output; up before down in a
-       gated MLP. Where nothing can take it up, that input keeps s = 1, and the report says so.
+    1. Scales: s_j = m_j^alpha, divided by sqrt(max s * min s). Of 20 alphas in [0, 1] the one with the
+       smallest output error is taken: sum over i of ||(Q(W_i diag(s)) diag(s)^-1 - W_i) x||^2 with Q
+       round-to-nearest (equation 4). W_i becomes W_i diag(s). 1/s is folded into the module that x comes
+       from: the norm before query, key and value, or before gate and up; the value projection before the
+       attention output; up before down in a gated MLP. An input that comes from no such module keeps s = 1,
+       and the report says so.
     2. Clipping: every group of a row gets the grid of its weights cut off at a share of their largest
-       magnitude, the one of ten shares from 1 to 0.55 that has the smallest error of the group's own
-       contribution to the output.
+       magnitude. Of ten shares from 1 to 0.55 the one with the smallest error of the group's own contribution
+       to the output is taken.
 
-    Both errors are quadratic forms in G = sum x x^T, taken once: tr(E G E^T), with the diagonal blocks of G
-    for step 2. That costs out in^2 operations where going through the tokens costs 2 tokens out in, and
-    there are more tokens than inputs wherever calibration is to mean anything.
+    Both errors are quadratic forms in G = sum x x^T, which is measured once: tr(E G E^T), with the diagonal
+    blocks of G for step 2. That costs out in^2 operations, and going through the tokens would cost 2 tokens
+    out in; there are more tokens than inputs wherever calibration is to mean anything.
 
-    Activations are the dense model's, as published. Differences from the published code: the value
-    projection is scaled with grouped-query attention, too (the query heads of a group share their scales,
-    from their mean m_j); the error of step 1 is that of the linears themselves, not of the attention or MLP
-    around them; m_j is taken to be mean(m) / 10^4 at least; query and key are clipped, too; and scales before
-    a norm are moved by up to half a step of the dtype its weight is stored in, to be exact there.
+    Activations are the dense model's, as published. Differences from the published code: the value projection
+    is also scaled with grouped-query attention (the query heads of a group share their scales, from their
+    mean m_j); the error of step 1 is that of the linears themselves, not of the attention or MLP around them;
+    m_j is at least mean(m) / 10^4; query and key are clipped as well; and scales before a norm are moved by
+    up to half a step of the dtype that the norm's weight is stored in, so that it is exact.
     """
 
     name = "awq"
@@ -75,6 +78,7 @@ class AWQ(Method):
         return plan_packed(shape, options)
 
     def apply(self, model: StreamedModel, options: WeightOptions, context: StepContext) -> StepReport:
+        assert context.calibration is not None  # `needs_calibration`
         stream = model.stream(context.calibration, context.folder / "stream")
         journal = context.journal("rounding")
         packer = Packer(context.draft, options, journal.state)
@@ -82,11 +86,10 @@ class AWQ(Method):
             groups = linears_by_input(model.anatomy, layer.linears)
             inputs = [Inputs() for _ in groups]
             stream.advance(layer, {paths[0]: seen.add for paths, seen in zip(groups, inputs, strict=True)})
-            stored = {path: layer.stored(path) for path in layer.linears}
+            stored = packer.wanted(layer)
             grids = {
                 path: Grid(packer.format_of(name), packer.scale_dtype(name), name)
                 for path, name in stored.items()
-                if packer.wants(name)
             }
             changed: set[str] = set()
             for paths, seen in zip(groups, inputs, strict=True):
@@ -98,8 +101,8 @@ class AWQ(Method):
                     changed |= {where.producer, *paths}
             for paths, seen in zip(groups, inputs, strict=True):
                 for path in (path for path in paths if path in grids):
-                    dense = weight(layer.linears[path])
-                    packer.write(stored[path], dense, clipped(dense, seen.gram, grids[path]))
+                    scaled = weight(layer.linears[path])
+                    packer.write(stored[path], scaled, clipped(scaled, seen.gram, grids[path]))
             write_changed(context.draft, model, layer, changed)
         return self._report(model, packer)
 
@@ -110,13 +113,13 @@ class AWQ(Method):
         unscaled = [path for path in first if fold_of(model, 0, [path]) is None]
         report.details["unscaled"] = unscaled
         if unscaled:
-            report.summary += f"; nothing takes up scales before {', '.join(unscaled)}"
+            report.summary += f"; no module can take up scales before {', '.join(unscaled)}"
         return report
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What the codes of one linear may be."""
+    """How one linear is rounded: its format, the dtype of its scales, and its name for error messages."""
 
     form: Format
     scale_dtype: torch.dtype
@@ -124,39 +127,50 @@ class Grid:
 
 
 class Inputs:
-    """The inputs of some linears without padding, summed up in float64.
-
-    Attributes:
-        gram: sum of x x^T [in, in].
-        magnitude: sum of |x| [in].
-    """
+    """Sums in float64 over the inputs x of some linears, without padding."""
 
     def __init__(self) -> None:
         self._hessian = Hessian()
-        self.magnitude: torch.Tensor | None = None
+        self._magnitude: torch.Tensor | None = None
 
     @property
     def gram(self) -> torch.Tensor:
+        """Sum of x x^T [in, in]."""
+        assert self._hessian.sum is not None  # inputs have been added
         return self._hessian.sum
 
+    @property
+    def magnitude(self) -> torch.Tensor:
+        """Sum of |x| [in]."""
+        assert self._magnitude is not None  # inputs have been added
+        return self._magnitude
+
     def add(self, seen: Seen) -> None:
+        """Add the inputs of a batch."""
         self._hessian.add(seen)
         magnitude = seen.inputs[seen.mask].abs().sum(0, dtype=torch.float64)
-        self.magnitude = magnitude if self.magnitude is None else self.magnitude + magnitude
+        self._magnitude = magnitude if self._magnitude is None else self._magnitude + magnitude
 
     def divide(self, scales: torch.Tensor) -> None:
-        """What the sums are when the inputs have been divided by ``scales`` [in]."""
+        """Turn the sums into those of the inputs divided by ``scales`` [in]."""
         scales = scales.double()
-        self._hessian.sum.div_(scales).div_(scales[:, None])
-        self.magnitude = self.magnitude / scales
+        self.gram.div_(scales).div_(scales[:, None])
+        self._magnitude = self.magnitude / scales
 
 
 def choose_scales(
     dense: dict[str, torch.Tensor], grids: dict[str, Grid], seen: Inputs, where: Fold
 ) -> torch.Tensor:
-    """Step 1 for weights [out, in] by path: the scales of the units, float64 [units]."""
+    """Step 1: the scales of the units of a fold, float64 [units].
+
+    Args:
+        dense: path of a linear -> weight [out, in].
+        grids: path of a linear -> how it is rounded.
+        seen: the inputs of these linears.
+        where: the module that takes up the scales.
+    """
     magnitude = torch.zeros(len(where.rows), dtype=torch.float64, device=seen.magnitude.device)
-    # Sums stand for means here: all units have equally many channels, and all channels equally many tokens.
+    # Sums do for means: all units have equally many channels, and all channels equally many tokens.
     magnitude.index_add_(0, where.units.to(magnitude.device), seen.magnitude)
     magnitude = (magnitude / magnitude.mean().clamp(min=torch.finfo(torch.float64).tiny)).clamp(min=1e-4)
     # G is symmetric: with L below its diagonal and half of that, tr(E G E^T) = 2 tr(E L E^T).
@@ -177,21 +191,21 @@ def choose_scales(
 
 
 def half_form(off: torch.Tensor, lower: torch.Tensor) -> float:
-    """tr(E L E^T) of E [out, in] and a lower triangular L [in, in]: half as much work as for all of L."""
-    starts = range(0, off.shape[1], BLOCK)
-    parts = zip(off.split(BLOCK, 1), lower.split(BLOCK, 1), starts, strict=True)
+    """tr(E L E^T) of E [out, in] and a lower triangular L [in, in], with half the work of a full L."""
+    starts = range(0, off.shape[1], GRAM_COLUMNS)
+    parts = zip(off.split(GRAM_COLUMNS, 1), lower.split(GRAM_COLUMNS, 1), starts, strict=True)
     return sum(float((off[:, at:] @ columns[at:]).mul_(part).sum()) for part, columns, at in parts)
 
 
 def rounded(matrix: torch.Tensor, grid: Grid) -> QuantizedWeight:
-    """Q(matrix): round to nearest."""
+    """Q(matrix): a weight [out, in] rounded to the nearest codes."""
     return quantize_weight(
         matrix, grid.form.bits, grid.form.group_size, grid.form.symmetric, grid.scale_dtype, grid.name
     )
 
 
 def clipped(dense: torch.Tensor, gram: torch.Tensor, grid: Grid) -> QuantizedWeight:
-    """Step 2 for a weight [out, in]."""
+    """Step 2: a weight [out, in], rounded with clipped groups. ``gram`` is G of its inputs."""
     out, width = dense.shape
     size = width if grid.form.group_size == CHANNEL else grid.form.group_size
     grouped = dense.float().reshape(out, -1, size).transpose(0, 1)  # [groups, out, size]
@@ -201,7 +215,7 @@ def clipped(dense: torch.Tensor, gram: torch.Tensor, grid: Grid) -> QuantizedWei
     lowest = torch.full(grouped.shape[:2], float("inf"), device=dense.device)
     best = rounded(dense, grid)
     for share in SHARES:
-        # The symmetric grid has a side with one level more, which cutting could turn round.
+        # One side of a symmetric grid has one level more. Clamping could change which side that is.
         cut = grouped * share if grid.form.symmetric else grouped.clamp(-share * largest, share * largest)
         scales, zeros = choose_grid(cut, grid.form.bits, grid.form.symmetric, grid.scale_dtype, grid.name)
         codes = nearest_codes(grouped, scales.unsqueeze(-1), zeros.unsqueeze(-1), grid.form.bits)

@@ -1,8 +1,8 @@
-"""GPTQ (ICLR 2023): weights are rounded one column after another, and those to come make up for the error."""
+"""GPTQ (ICLR 2023): weights are rounded column by column, and the columns to come compensate the error."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
@@ -10,11 +10,12 @@ from pydantic import Field
 from compress.anatomy import linears_by_input, set_weight, weight
 from compress.calibration.statistics.hessian import Hessian, inverse_root
 from compress.engine.activations import Activations
-from compress.engine.stream import advance_keeping
+from compress.engine.inputs import advance_keeping
 from compress.errors import BadInput
 from compress.kernels.codes.integer import CHANNEL, QuantizedWeight, choose_grid, nearest_codes
 from compress.method import Method, Paper, StepReport
-from compress.quantization.parts.layout import WeightOptions, plan_packed
+from compress.quantization.parts.layout import plan_packed
+from compress.quantization.parts.options import DampingOptions, WeightOptions
 from compress.quantization.parts.packer import Packer
 from compress.storage.formats.base import Format
 
@@ -24,31 +25,28 @@ if TYPE_CHECKING:
     from compress.method import StepContext
 
 
-BLOCK = 128
-"""Columns between two updates of all columns behind them, and rows of H in one product; only speed and memory
-depend on it."""
+COLUMNS_PER_UPDATE = 128
+"""Columns that are rounded between two updates of all columns after them. Only speed depends on it."""
 
 
-class GPTQ(Method):
-    """Round weights column by column; the columns not yet rounded make up for the error on calibration data.
+class GPTQ(Method["GPTQ.Options"]):
+    """Round weights column by column; later columns compensate the error on calibration data.
 
-    For a linear W [out, in] with inputs X [tokens, in], H = X^T X + damping * mean(diag) I, and U the upper
-    Cholesky factor of H^-1. For every column j in turn: q_j is the nearest code of w_j, and
+    For a linear W [out, in] with inputs X [tokens, in], H = X^T X + damping * mean(diag) I, and U is the
+    upper Cholesky factor of H^-1. For every column j in turn: q_j is the nearest code of w_j, and
     W[:, k] -= (w_j - s (q_j - z)) / U[j, j] * U[j, k] for all k > j.
 
-    Every layer is calibrated on the outputs of the layers before it, quantized already. Groups get their grid
-    when their first column comes up, from the weights as they are then; with ``act_order``, which takes
-    columns with large inputs first, from the weights before any change, so that groups stay contiguous and
-    every loader reads the result.
+    Every layer is calibrated on the outputs of the layers before it, which are already quantized. A group
+    gets its grid when its first column is rounded, from the weights as they are then. With ``act_order``,
+    columns with large inputs come first; then groups get their grids from the weights before any change, so
+    that groups stay contiguous and every loader can read the result.
 
-    With ``asymmetric_calibration`` (GPTAQ, arXiv 2504.02692) outputs are to be those of the dense model, in
-    which the linear has other inputs X~: the error is ||X~ W^T - X Ŵ^T||^2. When column q is rounded, those
-    behind it make up for its share (X~ - X)_q w_q of the difference, too (see `compensation`). The
-    paper takes w_q as it is by then, here it is the weight before any change, for which that is exactly least
-    squares at every step. That is a regression with one coefficient for every input, which calls for many
-    tokens: on the first six layers of the demo model (3 bits, groups of 64, calibrated on Brown, KL on
-    Wikipedia) all of it took the KL from 0.32 to 0.51 with 2,048 tokens and from 0.23 to 0.26, within the
-    error bars, with 16,384. A quarter, as gptqmodel has it, made no difference in either case.
+    With ``asymmetric_calibration`` (GPTAQ, arXiv 2504.02692) outputs are to match those of the dense model,
+    in which the linear has other inputs X~: the error is ||X~ W^T - X Ŵ^T||^2. When column q is rounded, the
+    columns after it also compensate its share (X~ - X)_q w_q of the difference (see `compensation`). The
+    paper takes w_q as it is by then; here it is the weight before any change, for which the compensation is
+    exactly least squares at every step. This is a regression with one coefficient per input, so it needs many
+    tokens; with few of them the full compensation makes models worse.
     """
 
     name = "gptq"
@@ -57,28 +55,29 @@ class GPTQ(Method):
         "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", "2210.17323"
     )
 
-    class Options(WeightOptions):
-        act_order: bool = Field(True, description="columns with larger inputs first, with static groups")
-        damping: float = Field(
-            0.01, gt=0, le=1, description="share of the mean of H's diagonal that is added to it"
+    class Options(DampingOptions, WeightOptions):
+        act_order: bool = Field(
+            True,
+            description="round columns with larger inputs first; all groups then get their grids beforehand",
         )
         true_sequential: bool = Field(
             False,
-            description="measure the inputs of a layer's linears one after another, each behind quantized "
-            "ones; takes about twice the time",
+            description="measure the inputs of a layer's linears one after another, each with the linears "
+            "before it already quantized; takes about twice the time",
         )
         asymmetric_calibration: float = Field(
             0.0,
             ge=0,
             le=1,
-            description="how much of the error of the layers before to make up for, too (GPTAQ): outputs are "
-            "held against the dense model's, through which the text goes as well; 0: none; 0.25 in gptqmodel",
+            description="share of the errors of the layers before that is compensated as well (GPTAQ); the "
+            "text then also goes through the dense model; 0: none; gptqmodel uses 0.25",
         )
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
         return plan_packed(shape, options)
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
+        assert context.calibration is not None  # `needs_calibration`
         stream = model.stream(context.calibration, context.folder / "stream")
         dense = None
         if options.asymmetric_calibration:
@@ -109,18 +108,18 @@ class GPTQ(Method):
         packer: Packer,
         options: Options,
     ) -> None:
-        """Measure the inputs of some linears, then round them in memory and into the draft."""
+        """Measure the inputs of some linears, then round these in memory and in the draft."""
         stream.look(layer, {paths[0]: hessian.add for paths, hessian in zip(groups, hessians, strict=True)})
         for paths, hessian in zip(groups, hessians, strict=True):
-            stored = {path: layer.stored(path) for path in paths}
-            # Linears with the same input go through the columns together, if they are rounded alike.
-            alike: dict[Any, list[str]] = {}
+            assert hessian.sum is not None  # it has just seen the text
+            stored = packer.wanted(layer, paths)
+            # Linears with the same input go through the columns together if they are rounded in the same way.
+            alike: dict[tuple[Format, torch.dtype], list[str]] = {}
             for path, name in stored.items():
-                if packer.wants(name):
-                    alike.setdefault((packer.format_of(name), packer.scale_dtype(name)), []).append(path)
+                alike.setdefault((packer.format_of(name), packer.scale_dtype(name)), []).append(path)
             for (form, scale_dtype), wanted in alike.items():
                 dense = [weight(layer.linears[path]) for path in wanted]
-                rounded = quantize(
+                rounded = round_by_columns(
                     torch.cat(dense),
                     hessian.sum,
                     options,
@@ -136,7 +135,7 @@ class GPTQ(Method):
                     set_weight(layer.linears[path], part.dequantize())
 
 
-def quantize(
+def round_by_columns(
     dense: torch.Tensor,
     hessian: torch.Tensor,
     options: GPTQ.Options,
@@ -146,17 +145,24 @@ def quantize(
     *,
     difference: torch.Tensor | None = None,
 ) -> QuantizedWeight:
-    """The algorithm for one weight [out, in] and its H (float64 [in, in], without damping).
+    """The algorithm for one weight.
 
-    ``difference`` is D, for asymmetric calibration.
+    Args:
+        dense: W [out, in].
+        hessian: H without damping, float64 [in, in].
+        options: of the method.
+        form: the format of the weight, which gives its bits, group size and symmetry.
+        scale_dtype: the dtype that scales are stored in.
+        name: of the weight, for error messages.
+        difference: D (see `compensation`), float64 [in, in]; without it nothing but rounding is compensated.
 
     Raises:
-        BadInput: NaN or infinite weights, or H is not positive even with damping.
+        BadInput: there are NaN or infinite weights, or H is not positive even with damping.
     """
     width = dense.shape[1]
     size = width if form.group_size == CHANNEL else form.group_size
     diagonal = hessian.diagonal().clone()
-    unused = diagonal == 0  # no input ever: nothing to make up for, and nothing changes if they are rounded
+    unused = diagonal == 0  # these inputs are always 0, so the columns do not matter
     diagonal[unused] = 1
     order = torch.arange(width)
     grid = (form.bits, form.symmetric, scale_dtype, name)
@@ -168,20 +174,20 @@ def quantize(
         raise BadInput(
             f"The inputs of '{name}' are too alike for GPTQ; use more calibration text or damping."
         )
-    columns = dense.T[order].double()  # each in one piece of memory
+    columns = dense.T[order].double()  # so that each column is contiguous
     if difference is not None:
         share = options.asymmetric_calibration
         columns += share * compensation(difference[order][:, order], upper).T @ columns
 
     steps, points = scales.double().T.contiguous(), zeros.double().T.contiguous()
     codes = torch.empty(columns.shape, dtype=torch.uint8)
-    for start in range(0, width, BLOCK):
-        stop = min(start + BLOCK, width)
+    for start in range(0, width, COLUMNS_PER_UPDATE):
+        stop = min(start + COLUMNS_PER_UPDATE, width)
         errors = torch.zeros_like(columns[start:stop])
         for column in range(start, stop):
             group = int(order[column]) // size
             if not options.act_order and column % size == 0:
-                # All columns of the group with what they make up for so far, those behind this block, too.
+                # All columns of the group as they are now, including those that are not yet updated.
                 behind = columns[column : column + size].clone()
                 if column + size > stop:
                     done = column - start
@@ -201,12 +207,14 @@ def quantize(
 
 
 def compensation(difference: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
-    """P of asymmetric calibration, strictly upper triangular, for columns in the order they are rounded in.
+    """P of asymmetric calibration, float64 [in, in], strictly upper triangular.
 
-    Once the columns up to q are rounded, those behind them, F, have to make up for r = sum over j <= q of
+    Once the columns up to q are rounded, the columns F after them have to compensate r = sum over j <= q of
     w_j (X~ - X)_j besides the errors of rounding: by least squares r X_F (X_F^T X_F)^-1. Column q's part of
     that is w_q P[q] with P[q, F] = D[q, F] (H_FF)^-1, where (H_FF)^-1 = U_FF^T U_FF, since U is triangular.
     w_q is the weight before any change, so every part can be added before the first column is rounded.
+
+    Columns are in the order in which they are rounded.
 
     Args:
         difference: D = (X~ - X)^T X, float64 [in, in].

@@ -1,10 +1,11 @@
-"""LLM-QAT (Findings of ACL 2024): trained with its quantizers in place, the model stays what it was."""
+"""LLM-QAT (Findings of ACL 2024): a quantized model is trained to predict what the dense model predicts."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
@@ -18,9 +19,10 @@ from compress.engine.loading import assemble
 from compress.engine.logits import streamed_logits
 from compress.errors import BadInput, CompressError
 from compress.kernels.codes.minmax import CUT, fake_quantize, quantize_channels
-from compress.method import Method, MethodOptions, Paper, StepReport
-from compress.quantization.parts.distillation import Teacher, distil, last_hidden
-from compress.quantization.parts.layout import Bits, Layout, WeightOptions, packed_shape, plan_layout
+from compress.method import Method, Paper, StepReport
+from compress.quantization.parts.distillation import Teacher, distil, teacher_hidden_states
+from compress.quantization.parts.layout import Layout, packed_shape, plan_layout
+from compress.quantization.parts.options import BitsOptions, IgnoreOptions, TableOptions, WeightOptions
 from compress.quantization.parts.packer import Packer
 from compress.storage.tensors import DTYPES
 
@@ -30,105 +32,108 @@ if TYPE_CHECKING:
     from compress.engine.windows import Windows
     from compress.method import StepContext
 
-WeightBits = Literal[3, 4, 8]
-"""Of MinMax weights; for 2 and 1 the paper has other quantizers."""
+MinMaxBits = Literal[3, 4, 8]
+"""Bits of MinMax weights; for 2 and 1 bits the paper has other quantizers."""
 
 OFF = 16
-"""Bits that mean: not quantized."""
+"""This number of bits means: not quantized."""
 
 PARITY = 1e-3
-"""Largest KL divergence (nats a token) between the trained model and the one read back from packed codes.
-Differences in the last bit move single codes of activations, so logits need not be equal bit for bit."""
+"""Largest KL divergence (nats per token) between the trained model and the one read back from packed codes.
+Rounding errors can change single codes of activations, so logits need not be equal bit for bit."""
 
 
-class LLMQAT(Method):
-    """Quantization-aware training without data: weights, activations and the key-value cache in few bits.
+class LLMQAT(Method["LLMQAT.Options"]):
+    """Train the model, without data, with its weights, activations and key-value cache in few bits.
 
     The student is the model with a quantizer x̂ = s · round(x / s), s = (max|x| + 1e-6) / (2^(b−1) − 1), on
 
-    - every linear's weight, one s an output channel (``weight_bits``);
-    - every linear's input, one s a token, made anew at every call (``activation_bits``);
-    - keys and values, one s a token, or a token and head (``kv_bits``; see `quantize_key_values`).
+    - every linear's weight, with one s for each output channel (``bits``);
+    - every linear's input, with one s for each token, computed at every call (``activation_bits``);
+    - keys and values, with one s for each token, or for each head of a token (``kv_bits``; see
+      `quantize_key_values`).
 
-    Embeddings, the head, norms and attention probabilities are not quantized. The teacher is the model as it
-    was. Training minimises KL(softmax(teacher) ‖ softmax(student)), the mean over all real tokens, with AdamW
-    and a cosine schedule; gradients pass straight through round(), except where |x| >= 2 (``gradient_cut``).
-    Without steps the result is round-to-nearest: the baseline. With ``--calibration generate`` the text is
-    the model's own, as in the paper.
+    Embeddings, the head, norms and attention probabilities are not quantized in training. The teacher is the
+    dense model. Training minimises KL(softmax(teacher) ‖ softmax(student)), the mean over all real tokens,
+    with AdamW and a cosine schedule; gradients pass straight through round(), except where |x| >= 2
+    (``gradient_cut``). Without steps the result is round-to-nearest, the baseline. With ``--calibration
+    generate`` the text is the model's own, as in the paper.
 
-    What is written are packed codes, computed from the trained weights once more with the scales in the dtype
-    they are stored in, and checked against the trained model.
+    Packed codes are computed from the trained weights once more, with scales in the dtype they are stored in,
+    and compared with the trained model.
 
-    Unlike the other methods here this one holds the whole model in memory, in float32 and, with ``--train
+    Unlike the other methods here, this one holds the whole model in memory, in float32 and, with ``--train
     full``, four times (weights, gradients, two moments), because each step changes all layers. The teacher is
-    not held: its hidden states behind the last layer are computed once, layer by layer, and kept (float32
-    [N, S, D], on disk above a limit); its final norm and head make exact logits of them, a window at a time.
+    not in memory: its hidden states after the last layer are computed once, layer by layer, and kept (float32
+    [N, S, D], on disk above a limit). Its final norm and head make exact logits of them, one window after
+    another.
     """
 
     name = "llm-qat"
     family = "quantization"
     paper = Paper("LLM-QAT: Data-Free Quantization Aware Training for Large Language Models", "2305.17888")
 
-    class Options(MethodOptions):
-        weight_bits: WeightBits = Field(4, description="bits of a weight")
-        activation_bits: Literal[4, 6, 8, 16] = Field(8, description="bits of a linear's input; 16: as it is")
-        kv_bits: Literal[4, 8, 16] = Field(4, description="bits of keys and values; 16: as they are")
+    class Options(IgnoreOptions, TableOptions, BitsOptions[MinMaxBits]):
+        renamed: ClassVar[Mapping[str, str]] = {"weight_bits": "bits", "lora_rank": "rank"}
+
+        activation_bits: Literal[4, 6, 8, 16] = Field(
+            8, description="bits of the inputs of linears; 16: inputs are not quantized"
+        )
+        kv_bits: Literal[4, 8, 16] = Field(
+            4, description="bits of keys and values; 16: they are not quantized"
+        )
         kv_scale: Literal["token", "head"] = Field(
-            "token", description="what shares a scale: the keys of all heads of a token, or of one"
+            "token", description="share one scale among all heads of a token, or give each head its own"
         )
         kv_position: Literal["before-rope", "after-rope"] = Field(
-            "before-rope", description="whether keys are quantized before the rotary embedding or after it"
+            "before-rope", description="quantize keys before or after the rotary embedding"
         )
         train: Literal["full", "lora"] = Field(
-            "full", description="all weights, or low-rank updates of the linears' weights before rounding"
+            "full",
+            description="train all weights, or low-rank updates of the linears' weights before rounding",
         )
-        lora_rank: PositiveInt = Field(16, description="rank of the updates")
-        epochs: PositiveInt = Field(1, description="how often training sees each window")
+        rank: PositiveInt = Field(16, description="rank of the low-rank updates (--train lora)")
+        epochs: PositiveInt = Field(1, description="number of passes over the calibration windows")
         steps: NonNegativeInt | None = Field(
-            None, description="optimiser steps, in place of epochs; 0: round to nearest"
+            None, description="number of optimiser steps, in place of epochs; 0: only round to nearest"
         )
-        batch_size: PositiveInt = Field(8, description="windows in a step")
+        batch_size: PositiveInt = Field(8, description="number of windows in a step")
         learning_rate: PositiveFloat = Field(
             1e-4,
-            description="at the beginning; it falls along a cosine. Published: 2e-5, for 100 times the steps",
+            description="learning rate at the first step; it falls to 0 along a cosine. The paper takes "
+            "2e-5, for 100 times as many steps",
         )
         gradient_cut: bool = Field(
             True, description="no gradient through values of magnitude 2 and more, as published"
         )
-        max_gradient_norm: PositiveFloat = Field(1.0, description="gradients above this norm are scaled down")
+        max_gradient_norm: PositiveFloat = Field(
+            1.0, description="gradients above this norm are scaled down to it"
+        )
         gradient_checkpointing: bool = Field(
-            False, description="compute each layer again in the backward pass: less memory, a third more time"
+            False,
+            description="compute each layer again in the backward pass: takes less memory and a third more "
+            "time",
         )
-        ignore: list[str] = Field(
-            [], description="linears to keep: full names, globs, or regular expressions after 're:'"
-        )
-        set: dict[str, WeightBits] = Field(
-            {},
-            description="other bits for the weights that a pattern matches (as in ignore); the last match "
-            "counts",
-        )
-        lm_head_bits: Bits | None = Field(
-            None, description="round the head, a row a scale, after the training; kept if not given"
-        )
-        embedding_bits: Bits | None = Field(None, description="the same for the token embedding")
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
         if shape.anatomy.kind != "decoder" or shape.anatomy.head is None:
             raise BadInput(
-                "LLM-QAT distils next-token predictions, and this model makes none; use rtn or gptq for it."
+                "LLM-QAT distils next-token predictions, but this model makes none; use rtn or gptq instead."
             )
         planned = packed_shape(shape, layout_of(shape, options))
         return planned.derive(declare(planned.config, options))
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
         windows = context.calibration
+        assert windows is not None  # `needs_calibration`
         batches = math.ceil(len(windows) / options.batch_size)
         steps = options.epochs * batches if options.steps is None else options.steps
         packer = Packer(context.draft, options, {}, layout_of)
-        reference = last_hidden(model, context) if steps else None
-        student = Student(model, packer, options, context)
+        # The teacher comes first: the student then fills the memory.
+        reference = teacher_hidden_states(model, context) if steps else None
+        student = FakeQuantizedModel(model, packer, options, context)
         training: dict[str, Any] = {"steps": 0}
-        if steps:
+        if reference is not None:
             with model.head() as head:
                 teacher = Teacher(head, reference)
                 training = distil(student, teacher, windows, steps, options, context)
@@ -137,60 +142,71 @@ class LLMQAT(Method):
         student.take_tables(packer)
         context.draft.config = declare(context.draft.config, options)
         report.details |= {"training": training, "written_kl": check_written(student, context)}
-        bits = f"W{options.weight_bits}A{options.activation_bits}KV{options.kv_bits}"
+        bits = f"W{options.bits}A{options.activation_bits}KV{options.kv_bits}"
         how = "rounded to nearest without training"
         if steps:
             first, last = training["first_loss"], training["last_loss"]
-            how = f"{steps} steps, loss {first:.4f} to {last:.4f} nats a token"
+            how = f"{steps} steps, loss {first:.4f} to {last:.4f} nats per token"
         report.summary = f"{bits}, {how}: {report.summary}"
         return report
 
 
 def weight_options(options: LLMQAT.Options) -> WeightOptions:
-    """What LLM-QAT's weights are in the terms of the other methods."""
+    """The options of the other methods that describe LLM-QAT's weights."""
     return WeightOptions(
-        bits=options.weight_bits,
+        bits=options.bits,
         group_size="channel",
         symmetric=True,
         format="compressed-tensors",
         ignore=options.ignore,
-        set=options.set,
+        set=dict(options.set),
+        mix=False,
         lm_head_bits=options.lm_head_bits,
         embedding_bits=options.embedding_bits,
     )
 
 
 def layout_of(shape: ModelShape, options: LLMQAT.Options) -> Layout:
-    """What is packed, and how; raises BadInput as `plan_layout`."""
+    """The layout that the options ask for.
+
+    Raises:
+        BadInput: as in `plan_layout`.
+    """
     return plan_layout(shape, weight_options(options), activation_bits(options))
 
 
 def activation_bits(options: LLMQAT.Options) -> int | None:
+    """Bits of the inputs of linears; None if they are not quantized."""
     return None if options.activation_bits == OFF else options.activation_bits
 
 
 def declare(config: dict[str, Any], options: LLMQAT.Options) -> dict[str, Any]:
-    """config.json with how keys and values are quantized."""
-    return config if options.kv_bits == OFF else {**config, KEY: key_value_settings(options).section()}
+    """``config`` with the section of config.json that says how keys and values are quantized."""
+    settings = key_value_settings(options)
+    return config if settings is None else {**config, KEY: settings.section()}
 
 
-def key_value_settings(options: LLMQAT.Options) -> KeyValueSettings:
+def key_value_settings(options: LLMQAT.Options) -> KeyValueSettings | None:
+    """How keys and values are quantized; None if they are not."""
+    if options.kv_bits == 16:
+        return None
     return KeyValueSettings(options.kv_bits, options.kv_scale, options.kv_position)
 
 
 class LatentWeight(nn.Module):
-    """The weight a linear computes with, as a function of the weight that is trained.
+    """The weight that a linear computes with, as a function of the weight that is trained.
 
     Args:
         weight: the stored parameter, [in, out] if ``transposed`` (Conv1D), else [out, in].
+        transposed: see ``weight``.
         bits, scale_dtype, cut: of the quantizer.
-        rank: of a low-rank update B A that is trained in the weight's place; None trains the weight itself.
-        generator: of A, which is random; B begins at 0.
+        rank: of a low-rank update B A that is trained in place of the weight; None trains the weight itself.
+        generator: draws A at random; B begins at 0.
     """
 
     def __init__(
         self,
-        weight: nn.Parameter,
+        weight: torch.Tensor,
         transposed: bool,
         bits: int,
         scale_dtype: torch.dtype,
@@ -200,7 +216,8 @@ class LatentWeight(nn.Module):
     ) -> None:
         super().__init__()
         self.transposed, self.bits, self.scale_dtype, self.cut = transposed, bits, scale_dtype, cut
-        self.A = self.B = None
+        self.A: nn.Parameter | None = None
+        self.B: nn.Parameter | None = None
         if rank is not None:
             rows, columns = weight.shape
             start = torch.randn(rank, columns, generator=generator) / math.sqrt(columns)
@@ -209,7 +226,7 @@ class LatentWeight(nn.Module):
 
     def latent(self, stored: torch.Tensor) -> torch.Tensor:
         """The weight before rounding: [out, in]."""
-        latent = stored if self.A is None else stored + self.B @ self.A
+        latent = stored if self.A is None or self.B is None else stored + self.B @ self.A
         return latent.T if self.transposed else latent
 
     def forward(self, stored: torch.Tensor) -> torch.Tensor:
@@ -217,12 +234,14 @@ class LatentWeight(nn.Module):
         return rounded.T if self.transposed else rounded
 
 
-class Student:
-    """The whole model in memory, in float32, with its quantizers and straight-through gradients.
+class FakeQuantizedModel:
+    """The student: the whole model, in memory and in float32, with straight-through quantizers.
 
     Attributes:
-        model: the transformers model, in evaluation mode: no dropout, as in the published training.
+        names: finds the stored names of parameters.
+        model: the transformers model, in evaluation mode: without dropout, as in the published training.
         linears: stored name of a quantized linear's weight -> the module.
+        latents: the same name -> how the module's weight follows from the trained one.
     """
 
     def __init__(
@@ -235,34 +254,36 @@ class Student:
         self.model.requires_grad_(not lora)
         generator = context.generator()
         self.linears: dict[str, nn.Module] = {}
-        for full in sorted(self.names.packable):
+        self.latents: dict[str, LatentWeight] = {}
+        for full in sorted(filter(None, self.names.packable)):
             stored = self.names.find(f"{full}.weight")
-            if stored is None or not packer.wants(stored):  # the block is pruned away, or the linear kept
-                continue
+            if stored is None or stored.removesuffix(".weight") not in packer.layout.linears:
+                continue  # its block is pruned away, or the linear is kept
             linear = self.linears[stored] = self.model.get_submodule(full)
-            latent = LatentWeight(
-                linear.weight,
+            latent = self.latents[stored] = LatentWeight(
+                linear.get_parameter("weight"),
                 isinstance(linear, Conv1D),
                 packer.format_of(stored).bits,
                 packer.scale_dtype(stored),
                 cut,
-                options.lora_rank if lora else None,
+                options.rank if lora else None,
                 generator,
             )
             parametrize.register_parametrization(linear, "weight", latent, unsafe=True)
             if options.activation_bits != OFF:
                 linear.register_forward_pre_hook(partial(_quantize_input, options.activation_bits, cut))
-        if options.kv_bits != OFF:
-            quantize_key_values(self.model, key_value_settings(options), cut)
+        if (settings := key_value_settings(options)) is not None:
+            quantize_key_values(self.model, settings, cut)
         if options.gradient_checkpointing:
-            for layer in self.model.base_model.get_submodule(model.anatomy.layers):
+            for layer in self.model.base_model.get_submodule(model.anatomy.layers).children():
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
     def trained(self) -> list[nn.Parameter]:
+        """The parameters that change."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def logits(self, windows: Windows, rows: torch.Tensor) -> torch.Tensor:
-        """[B, S, V] in float32."""
+        """Logits of the windows with the indices ``rows``: float32 [B, S, V]."""
         device = self.model.device
         mask = windows.mask[rows].to(device)
         padding = {} if bool(mask.all()) else {"attention_mask": mask}
@@ -270,23 +291,23 @@ class Student:
 
     @torch.no_grad()
     def write(self, packer: Packer, context: StepContext) -> None:
-        """Put packed codes into the draft, and what else was trained in the dtype it is stored in."""
-        for stored, linear in self.linears.items():
-            parts = linear.parametrizations.weight
-            latent = parts[0].latent(parts.original).cpu()
-            codes = quantize_channels(latent, parts[0].bits, parts[0].scale_dtype, stored)
-            packer.write(stored, latent, codes)
+        """Write packed codes to the draft, and all else that was trained in its stored dtype."""
+        for stored, latent in self.latents.items():
+            trained = self.linears[stored].get_parameter("parametrizations.weight.original")
+            dense = latent.latent(trained).cpu()
+            packer.write(stored, dense, quantize_channels(dense, latent.bits, latent.scale_dtype, stored))
         for name, parameter in self.model.named_parameters():
             if ".parametrizations." in name or not parameter.requires_grad:
                 continue
-            stored = self.names.find(name)
-            value = parameter.to(DTYPES[context.draft.tensors[stored].dtype])
-            context.draft.write({stored: value})
+            own = self.names.find(name)
+            assert own is not None  # the model was read from there
+            value = parameter.to(DTYPES[context.draft.tensors[own].dtype])
+            context.draft.write({own: value})
             parameter.copy_(value)  # so that the student is what was written
 
     @torch.no_grad()
     def take_tables(self, packer: Packer) -> None:
-        """Take over a head and an embedding that were rounded in the end."""
+        """Take over the head and the embedding that were rounded after the training."""
         for name, form in packer.layout.around.items():
             rounded = form.read(name, packer.draft.read).dequantize()
             for own, parameter in self.model.named_parameters():
@@ -297,25 +318,27 @@ class Student:
 def _quantize_input(
     bits: int, cut: float | None, linear: nn.Module, inputs: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, ...]:
+    """A forward pre-hook that quantizes what a linear is given."""
     return (fake_quantize(inputs[0], bits, cut=cut), *inputs[1:])
 
 
 @torch.no_grad()
-def check_written(student: Student, context: StepContext) -> float:
-    """KL(trained ‖ written) of one window in nats a token, the written model read back from its codes.
+def check_written(student: FakeQuantizedModel, context: StepContext) -> float:
+    """KL(trained ‖ written) of the first window, nats per token. The written model is read from its codes.
 
     Raises:
-        CompressError: it is more than rounding explains.
+        CompressError: the divergence is larger than rounding explains.
     """
-    first = torch.arange(len(context.calibration)) == 0
-    window = context.calibration.select(first)
+    windows = context.calibration
+    assert windows is not None  # `needs_calibration`
+    window = windows.select(torch.arange(len(windows)) == 0)
     mask = window.mask[0]
     trained = student.logits(window, torch.tensor([0]))[0].cpu()[mask].log_softmax(-1)
     written = streamed_logits(context.draft, window, context.device)[0][mask].log_softmax(-1)
     found = float((trained.exp() * (trained - written)).sum(-1).mean())
     if not found <= PARITY:
         raise CompressError(
-            f"The packed codes do not compute what was trained (KL {found:.3g} nats a token); nothing was "
+            f"The packed codes do not compute what was trained (KL {found:.3g} nats per token); nothing was "
             "written."
         )
     return found

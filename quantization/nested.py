@@ -1,4 +1,4 @@
-"""Nested codes: every width from 2 to 8 bits in one file, each the beginning of the wider ones."""
+"""Nested codes: every width from 2 to 8 bits in one file; narrow codes are the leading bits of wide ones."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pydantic import Field, PositiveInt
 from compress.anatomy import linears_by_input, weight
 from compress.calibration.statistics.hessian import Hessian, inverse_root
 from compress.errors import BadInput
-from compress.kernels.codes.integer import CHANNEL
 from compress.kernels.codes.packing import pack_signs
 from compress.kernels.layers.stacked import spread
 from compress.method import Method, Paper, StepReport
 from compress.quantization.parts.block_order import find_order
-from compress.quantization.parts.stacker import Stacker, StackOptions, plan_stacked
+from compress.quantization.parts.options import DampingOptions, GroupOptions, StackOptions
+from compress.quantization.parts.stacker import Stacker, plan_stacked
 from compress.storage.formats.stacks import NestedFormat
 
 if TYPE_CHECKING:
@@ -24,63 +24,64 @@ if TYPE_CHECKING:
     from compress.engine.stream import StreamedModel
     from compress.method import StepContext
 
-COLUMNS = 32
-"""Columns between two updates of all columns behind them; only the speed depends on it."""
+COLUMNS_PER_UPDATE = 32
+"""Columns that are rounded between two updates of all columns after them. Only speed depends on it."""
 
 ELEMENTS = 2**26
-"""Of all widths of a weight worked on at a time: 256 MiB in float32. Rows do not depend on each other."""
+"""Weights, counted once for each width, that are worked on in one step: 256 MiB in float32. Rows are
+independent of each other, so results do not depend on it."""
 
 CACHED = 2**16
-"""Weights whose scales are chosen at a time; only speed depends on it."""
+"""Weights whose scales are chosen in one step, so that they stay in the cache. Only speed depends on it."""
 
 JOINT = 3
-"""Leading bits that are chosen with all widths in view; the others are chosen one after another."""
+"""Leading bits that are chosen for all widths together. Later bits are chosen one after another."""
 
 FRACTIONS = torch.linspace(0.3, 1.0, 15)
-"""Of the largest magnitude in a group, tried for the outermost value at 2 bits."""
+"""The outermost value at 2 bits is tried at these fractions of a group's largest magnitude."""
 
 
-class Nested(Method):
-    """One integer code for all widths: its b leading bits are the code of b bits.
+class Nested(Method["Nested.Options"]):
+    """Find one integer code for all widths: its b leading bits are the code of b bits.
 
     With signs S_0, S_1, ... = ±1 for the bits of the code of a weight W [out, in], the most significant one
     first, and scales s of groups that all widths share,
 
         Ŵ_b = s ⊙ sum_{j < b} 2^-j S_j,
 
-    so that a narrower code stands in the middle of all wider ones that begin with it. Any-Precision LLM grows
-    such codes bit by bit from a narrow one, MatGPTQ chooses them for several widths at once by GPTQ.
+    so that the value of a code lies in the middle of the values of all wider codes that begin with it.
+    Any-Precision LLM grows such codes bit by bit from a narrow one; MatGPTQ chooses them for several widths
+    at once by GPTQ.
 
     Here each width b runs its own GPTQ over the columns, with H = X^T X of the dense model's inputs: its
-    weights V_b make up for the errors of its own code so far. In every column the first three bits are chosen
-    for all widths together, to the least
+    weights V_b compensate the errors of its own code so far. In every column the first three bits are chosen
+    for all widths together, so that they minimise
 
         λ_2 (V_2 - Ŵ_2)^2 + λ_3 (V_3 - Ŵ_3)^2 + sum_{b > 3} λ_b max(0, |V_b - Ŵ_3| - s / 4)^2
 
-    where the last term is what bits to come cannot reach; these take the nearer half, each for its width.
-    λ_b = 2^(b-2) lies between the extremes, which both fail: cutting GPTQ's 8-bit code (wide codes only)
+    The last term is what later bits cannot reach. Each later bit takes the half that is nearer for its own
+    width. λ_b = 2^(b-2) lies between two extremes that both fail: cutting GPTQ's 8-bit code (wide codes only)
     gives plain rounding at 2 and 3 bits, and growing GPTQ's 2-bit code (the narrow one first) leaves errors
-    of the size of its steps that no later bit reaches.
+    as large as its steps, which no later bit reaches.
     """
 
     name = "nested"
     family = "quantization"
     paper = Paper("Any-Precision LLM: Low-Cost Deployment of Multiple, Different-Sized LLMs", "2402.10517")
 
-    class Options(StackOptions):
+    class Options(StackOptions, DampingOptions, GroupOptions):
         bits: Literal[2, 3, 4, 5, 6, 7, 8] = Field(8, description="bits of the widest code")
         group_size: PositiveInt | Literal["channel"] = Field(
             64,
-            description="inputs that share a scale, at most; channel: a whole row",
-        )
-        damping: float = Field(
-            0.01, gt=0, le=1, description="share of the mean of H's diagonal that is added to it"
+            description="number of consecutive inputs that share a scale (the last group may be smaller); "
+            "channel: one scale for each output channel",
         )
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
         return plan_stacked(shape, options, self._format(options))
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
+        assert context.calibration is not None  # `needs_calibration`
         stream = model.stream(context.calibration, context.folder / "stream")
         journal = context.journal("rounding")
         form = self._format(options)
@@ -92,54 +93,51 @@ class Nested(Method):
                 layer, {paths[0]: hessian.add for paths, hessian in zip(groups, hessians, strict=True)}
             )
             for paths, hessian in zip(groups, hessians, strict=True):
-                stored = {path: layer.stored(path) for path in paths}
-                wanted = [path for path in paths if stacker.wants(stored[path])]
-                if not wanted:
+                stored = list((wanted := stacker.wanted(layer, paths)).values())
+                if not stored:
                     continue
                 # Linears with the same input go through the columns together.
                 dense = [weight(layer.linears[path]) for path in wanted]
+                out, width = dense[0].shape
+                groups_per_row = form.infos(0, (out, width))["scales"].shape[1]
+                assert hessian.sum is not None  # it has seen the text
                 codes, scales = nested_codes(
-                    torch.cat(dense),
-                    hessian.sum,
-                    options.bits,
-                    form.infos(0, dense[0].shape)["scales"].shape[1],
-                    options.damping,
-                    stored[wanted[0]],
+                    torch.cat(dense), hessian.sum, options.bits, groups_per_row, options.damping, stored[0]
                 )
                 rows = [len(each) for each in dense]
-                parts = zip(wanted, dense, codes.split(rows), scales.split(rows), strict=True)
-                for path, whole, own, steps in parts:
-                    stacker.write(stored[path], whole, planes(own, steps, options.bits))
+                parts = zip(stored, dense, codes.split(rows), scales.split(rows), strict=True)
+                for name, whole, own, steps in parts:
+                    stacker.write(name, whole, planes(own, steps, options.bits))
         return stacker.finish(find_order(model, stacker, options, context))
 
     @staticmethod
     def _format(options: Options) -> NestedFormat:
-        return NestedFormat(options.bits, CHANNEL if options.group_size == "channel" else options.group_size)
+        return NestedFormat(options.bits, options.group_length)
 
 
 def nested_codes(
     dense: torch.Tensor, hessian: torch.Tensor, bits: int, groups: int, damping: float, name: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The code of a weight and its scales.
+    """Find the codes of a weight and their scales.
 
     Args:
         dense: W, float32 [out, in].
         hessian: X^T X, float64 [in, in].
         bits: of the widest code.
-        groups: of a row, that share a scale.
-        damping: share of the mean of H's diagonal that is added to it.
-        name: for errors.
+        groups: number of groups in a row; the weights of a group share a scale.
+        damping: share of the mean of H's diagonal that is added to the diagonal.
+        name: of the weight, for error messages.
 
     Returns:
-        Codes, uint8 [out, in] below 2^bits, and s, float16 [out, groups].
+        Codes below 2^bits, uint8 [out, in]; and s, float16 [out, groups].
 
     Raises:
         BadInput: H is not positive even with damping.
     """
     width = dense.shape[1]
-    missing = -(-width // groups) * groups - width  # in the last group
+    missing = -(-width // groups) * groups - width  # inputs of the last group that do not exist
     diagonal = hessian.diagonal().clone()
-    diagonal[diagonal == 0] = 1  # no input ever: nothing changes if these columns are rounded
+    diagonal[diagonal == 0] = 1  # these inputs are always 0, so the columns do not matter
     order = diagonal.argsort(descending=True, stable=True)
     importance = F.pad((diagonal / diagonal.mean()).float(), (0, missing)).view(groups, -1)
     upper = inverse_root(hessian, diagonal + damping * diagonal.mean(), order)
@@ -160,18 +158,18 @@ def nested_codes(
 
 
 def value(code: torch.Tensor, bits: int) -> torch.Tensor:
-    """sum_j 2^-j S_j of codes of some width: float32, from -2 to 2."""
+    """The value of a code of ``bits`` bits, sum_j 2^-j S_j: float32, between -2 and 2."""
     return (code.float() + 0.5) * 2.0 ** (2 - bits) - 2
 
 
 def choose_scales(grouped: torch.Tensor, importance: torch.Tensor, bits: int) -> torch.Tensor:
-    """s of each group with the least sum over widths of λ_b times the error of rounding to nearest.
+    """Choose s of each group to minimise the sum over widths of λ_b times the error of rounding to nearest.
 
-    Beyond 4 bits only what lies outside of all codes counts.
+    For widths beyond 4 bits only the part of a weight that lies outside of all codes counts as an error.
 
     Args:
-        grouped: float32 [out, groups, group_size].
-        importance: of the squared error of each input, float32 [groups, group_size].
+        grouped: weights, float32 [out, groups, group_size].
+        importance: weight of the squared error of each input, float32 [groups, group_size].
         bits: of the widest code.
 
     Returns:
@@ -185,13 +183,12 @@ def choose_scales(grouped: torch.Tensor, importance: torch.Tensor, bits: int) ->
         loss = torch.zeros_like(largest)
         for width in range(2, min(bits, 4) + 1):
             step = (scale * 2.0 ** (2 - width)).unsqueeze(-1)
-            # The nearest odd multiple of half a step, at most the outermost.
+            # The nearest odd multiple of half a step, up to the outermost one.
             nearest = ((size / step).floor().clamp_(max=2 ** (width - 1) - 1) + 0.5) * step
             loss += 2 ** (width - 2) * ((size - nearest).square_() * importance).sum(-1)
         beyond = (size - 2 * scale.unsqueeze(-1)).clamp_(min=0)
-        loss += sum(2 ** (width - 2) for width in range(5, bits + 1)) * (beyond.square_() * importance).sum(
-            -1
-        )
+        factor = sum(2 ** (width - 2) for width in range(5, bits + 1))
+        loss += factor * (beyond.square_() * importance).sum(-1)
         better = loss < least
         best, least = torch.where(better, scale, best), torch.where(better, loss, least)
     return best
@@ -201,9 +198,9 @@ def _sweep(weights: torch.Tensor, unit: torch.Tensor, upper: torch.Tensor, bits:
     """GPTQ's pass over the columns for all widths at once.
 
     Args:
-        weights: float32 [out, in], columns in the order of the pass.
+        weights: float32 [out, in], with columns in the order of the pass.
         unit: the scale of each weight, float32 [out, in].
-        upper: Cholesky factor of the inverse of H, float64 [in, in].
+        upper: the Cholesky factor U of the inverse of H, float64 [in, in].
         bits: of the widest code.
 
     Returns:
@@ -216,8 +213,8 @@ def _sweep(weights: torch.Tensor, unit: torch.Tensor, upper: torch.Tensor, bits:
     joint = min(JOINT, bits)
     first = torch.arange(2**joint, device=weights.device)
     stands = torch.stack([value(first >> max(0, joint - b), min(b, joint)) for b in range(2, bits + 1)])
-    for start in range(0, width, COLUMNS):
-        stop = min(start + COLUMNS, width)
+    for start in range(0, width, COLUMNS_PER_UPDATE):
+        stop = min(start + COLUMNS_PER_UPDATE, width)
         errors = left.new_zeros(stop - start, bits - 1, out)
         for column in range(start, stop):
             scale = unit[column]
@@ -230,15 +227,15 @@ def _sweep(weights: torch.Tensor, unit: torch.Tensor, upper: torch.Tensor, bits:
 
 
 def _choose(wanted: torch.Tensor, stands: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The codes for what each width wants.
+    """Choose the codes of one column.
 
     Args:
-        wanted: V_b / s, float32 [widths, out].
-        stands: the values of the leading bits, as far as each width has them, of all codes of the first bits,
-            float32 [widths, 2^min(bits, JOINT)].
+        wanted: what each width wants, V_b / s, float32 [widths, out].
+        stands: for each width and each code of the first bits, the value of the bits that the width has of
+            it, float32 [widths, 2^min(bits, JOINT)].
 
     Returns:
-        Codes, int64 [out], and the values of their first 2, 3, ... bits, float32 [widths, out].
+        Codes, int64 [out]; and the values of their first 2, 3, ... bits, float32 [widths, out].
     """
     widths = len(wanted)
     joint = stands.shape[1].bit_length() - 1
@@ -257,7 +254,7 @@ def _choose(wanted: torch.Tensor, stands: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def planes(codes: torch.Tensor, scales: torch.Tensor, bits: int) -> list[dict[str, torch.Tensor]]:
-    """The blocks of a code, uint8 [out, in]: its two leading bits with the scales, then each other bit."""
+    """The blocks of codes, uint8 [out, in]: the two leading bits with the scales, then one block per bit."""
     signs = [(codes >> (bits - 1 - plane)) & 1 > 0 for plane in range(bits)]
     first = {"signs": pack_signs(torch.stack(signs[:2])), "scales": scales}
     return [first, *({"signs": pack_signs(plane)} for plane in signs[2:])]

@@ -1,4 +1,4 @@
-"""NF4 of QLoRA (2023), made by the bitsandbytes library and stored as transformers does."""
+"""NF4 of QLoRA (2023), computed by the bitsandbytes library and stored as transformers stores it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 from pydantic import Field
 
 from compress.kernels.codes.nf4 import BLOCK_SIZE, NF4Weight, unpack_high_first
-from compress.method import Method, MethodOptions, Paper, StepReport
+from compress.method import Method, Paper, StepReport
 from compress.quantization.parts.layout import Layout, layout_of_one, packed_shape
+from compress.quantization.parts.options import IgnoreOptions
 from compress.quantization.parts.packer import Packer
 from compress.storage.formats.nf4 import NF4Format
 from compress.storage.tensors import DTYPES
@@ -20,21 +21,13 @@ if TYPE_CHECKING:
     from compress.method import StepContext
 
 
-class NF4Options(MethodOptions):
-    """How scales are stored, and which linears are left alone."""
+class NF4(Method["NF4.Options"]):
+    """Round every weight of the layers to NormalFloat4, with one scale for 64 weights; no calibration.
 
-    double_quant: bool = Field(False, description="scales in 8 bits: 4.13 bits a weight instead of 4.5")
-    ignore: list[str] = Field(
-        [], description="linears to keep: full names, globs, or regular expressions after 're:'"
-    )
-
-
-class NF4(Method):
-    """Round every weight of the layers to NormalFloat4 under a scale for 64 weights; no calibration.
-
-    The 16 levels are quantiles of the normal distribution, scaled to [-1, 1], with 0 among them; a block of
-    64 consecutive weights, row after row, has the scale max|w|. With ``double_quant`` the scales, less their
-    mean, are rounded to 8 bits under scales for 256 of them. The library rounds, and the format is its own.
+    The 16 levels are quantiles of the normal distribution, scaled to [-1, 1], and include 0. A block of 64
+    consecutive weights, row after row, has the scale max|w|. With ``double_quant`` the mean of the scales is
+    subtracted, and the rest is rounded to 8 bits with one scale for 256 of them. bitsandbytes does the
+    rounding, and the format is its own.
     """
 
     name = "nf4"
@@ -43,33 +36,36 @@ class NF4(Method):
     needs_calibration = False
     needs_package = "bitsandbytes"
 
-    Options = NF4Options
+    class Options(IgnoreOptions):
+        double_quant: bool = Field(
+            False, description="store scales in 8 bits: 4.13 bits per weight instead of 4.5"
+        )
 
-    def plan(self, shape: ModelShape, options: NF4Options) -> ModelShape:
+    def plan(self, shape: ModelShape, options: Options) -> ModelShape:
         return packed_shape(shape, layout_of(shape, options))
 
-    def apply(self, model: StreamedModel, options: NF4Options, context: StepContext) -> StepReport:
+    def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
         journal = context.journal("rounding")
         packer = Packer(context.draft, options, journal.state, layout_of)
         for layer in model.walk(journal, label="rounding to NF4"):
-            for stored, dense in packer.linears(model, layer):
+            for stored, dense in packer.linears(layer):
                 dtype = DTYPES[model.checkpoint.tensors[stored].dtype]
                 packer.write(stored, dense, quantize_nf4(dense, dtype, options.double_quant))
         return packer.finish()
 
 
-def layout_of(shape: ModelShape, options: NF4Options) -> Layout:
-    """What the options ask for.
+def layout_of(shape: ModelShape, options: NF4.Options) -> Layout:
+    """The layout that the options ask for.
 
     Raises:
-        BadInput: as `layout_of_one`.
+        BadInput: as in `layout_of_one`.
     """
     form = NF4Format(options.double_quant, shape.config.get("dtype") or "float32")
     return layout_of_one(shape, form, options.ignore)
 
 
 def quantize_nf4(dense: torch.Tensor, dtype: torch.dtype, double_quant: bool) -> NF4Weight:
-    """Round a weight [out, in] with bitsandbytes."""
+    """Round a weight [out, in] with bitsandbytes, from the values that it has in ``dtype``."""
     from bitsandbytes.functional import quantize_4bit
 
     packed, state = quantize_4bit(
@@ -78,4 +74,5 @@ def quantize_nf4(dense: torch.Tensor, dtype: torch.dtype, double_quant: bool) ->
     nested = None
     if double_quant:
         nested = (state.state2.absmax, state.state2.code, state.offset.reshape(1).float())
-    return NF4Weight(unpack_high_first(packed, tuple(dense.shape)), state.absmax, state.code, dtype, nested)
+    out, width = dense.shape
+    return NF4Weight(unpack_high_first(packed, (out, width)), state.absmax, state.code, dtype, nested)

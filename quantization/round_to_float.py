@@ -1,4 +1,4 @@
-"""Rounding to FP8, MXFP4 and NVFP4: what hardware multiplies, without calibration."""
+"""Rounding to FP8, MXFP4 and NVFP4, which hardware multiplies; no calibration."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pydantic import Field
 
 from compress.anatomy import linears_by_input, weight
 from compress.kernels.codes.floating import FloatType, ScaleRounding, quantize_float
-from compress.method import Method, MethodOptions, Paper, StepReport
+from compress.method import Method, Paper, StepReport
 from compress.quantization.parts.layout import Layout, layout_of_one, packed_shape
+from compress.quantization.parts.options import IgnoreOptions
 from compress.quantization.parts.packer import Packer
 from compress.storage.formats.floating import FloatFormat
 
@@ -19,29 +20,12 @@ if TYPE_CHECKING:
     from compress.method import StepContext
 
 
-class FloatOptions(MethodOptions):
-    """Which numbers, and which linears are left alone."""
-
-    type: FloatType = Field(
-        "fp8",
-        description="fp8: E4M3, a scale a row, and activations in FP8, too, a scale a token; mxfp4: E2M1 in "
-        "blocks of 32 under powers of two; nvfp4: E2M1 in blocks of 16 under E4M3 scales",
-    )
-    scale_rounding: ScaleRounding = Field(
-        "ceil",
-        description="of mxfp4, to a power of two: ceil cuts no weight off; floor is the standard's rule",
-    )
-    ignore: list[str] = Field(
-        [], description="linears to keep: full names, globs, or regular expressions after 're:'"
-    )
-
-
-class RoundToFloat(Method):
+class RoundToFloat(Method["RoundToFloat.Options"]):
     """Round every weight of the layers to the nearest low-bit floating-point number; no calibration.
 
     See `quantize_float` for the scales. Linears that runtimes fuse (query, key and value; gate and up) share
-    the global scale of NVFP4. What is written is what llm-compressor's FP8_DYNAMIC, MXFP4A16 and NVFP4A16
-    write; it is read back and compared at once.
+    the global scale of NVFP4. The files are the same as those of llm-compressor's schemes FP8_DYNAMIC,
+    MXFP4A16 and NVFP4A16; they are read back and compared at once.
     """
 
     name = "float"
@@ -49,40 +33,45 @@ class RoundToFloat(Method):
     paper = Paper("Microscaling Data Formats for Deep Learning", "2310.10537")
     needs_calibration = False
 
-    Options = FloatOptions
+    class Options(IgnoreOptions):
+        type: FloatType = Field(
+            "fp8",
+            description="fp8: E4M3 with one scale per row, and activations in FP8 with one scale per token; "
+            "mxfp4: E2M1 in groups of 32 with power-of-two scales; nvfp4: E2M1 in groups of 16 with E4M3 "
+            "scales",
+        )
+        scale_rounding: ScaleRounding = Field(
+            "ceil",
+            description="how to round the scales of mxfp4 to powers of two; ceil: no weight is cut off; "
+            "floor: the rule of the standard",
+        )
 
-    def plan(self, shape: ModelShape, options: FloatOptions) -> ModelShape:
+    def plan(self, shape: ModelShape, options: Options) -> ModelShape:
         return packed_shape(shape, layout_of(shape, options))
 
-    def apply(self, model: StreamedModel, options: FloatOptions, context: StepContext) -> StepReport:
+    def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
         journal = context.journal("rounding")
         packer = Packer(context.draft, options, journal.state, layout_of)
         for layer in model.walk(journal, label=f"rounding to {options.type}"):
             for paths in linears_by_input(model.anatomy, layer.linears):
-                stored = {path: layer.stored(path) for path in paths}
                 dense = {
-                    name: weight(layer.linears[path]) for path, name in stored.items() if packer.wants(name)
+                    name: weight(layer.linears[path]) for path, name in packer.wanted(layer, paths).items()
                 }
                 largest = max((matrix.abs().max() for matrix in dense.values()), default=None)
                 for name, matrix in dense.items():
-                    scale_dtype = packer.scale_dtype(name)
-                    packer.write(
-                        name,
-                        matrix,
-                        quantize_float(
-                            matrix, options.type, scale_dtype, options.scale_rounding, largest, name
-                        ),
+                    rounded = quantize_float(
+                        matrix, options.type, packer.scale_dtype(name), options.scale_rounding, largest, name
                     )
+                    packer.write(name, matrix, rounded)
         report = packer.finish()
         report.summary = f"{options.type}: {report.summary}"
         return report
 
 
-def layout_of(shape: ModelShape, options: FloatOptions) -> Layout:
-    """What the options ask for.
+def layout_of(shape: ModelShape, options: RoundToFloat.Options) -> Layout:
+    """The layout that the options ask for.
 
     Raises:
-        BadInput: as `layout_of_one`.
+        BadInput: as in `layout_of_one`.
     """
-    form = FloatFormat(options.type)
-    return layout_of_one(shape, form, options.ignore)
+    return layout_of_one(shape, FloatFormat(options.type), options.ignore)

@@ -1,4 +1,4 @@
-"""The diagonal Fisher information of the weights in the layers: how much the loss depends on each of them."""
+"""The diagonal Fisher information of the weights in the layers: how much the loss depends on each weight."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import nn
 
 from compress.engine.backward import Loss, Tape
 from compress.engine.logits import first_output
@@ -22,23 +21,26 @@ from compress.storage.writer import write_tensors
 class Fisher:
     """F_ij, the mean over windows of the squared gradient of the window's loss with respect to W_ij.
 
-    One backward pass takes two forwards and a backward of the whole model, with one layer in memory; the
-    results lie in ``folder``, a file a layer. They are not measured again if they are all there.
+    Measuring it takes two forward passes and one backward pass of the whole model, with one layer in memory.
+    The results go into ``folder``, in one file per layer. If all of them are there, nothing is measured.
 
     Args:
         model: to differentiate.
         windows: of text.
         loss: of the output for one window; `text_loss` or `sampled_loss`.
-        folder: of this model, these windows and this loss.
+        folder: for this model, these windows and this loss only.
+
+    Raises:
+        CompressError: a layer or a gradient has NaN or infinite values.
     """
 
     def __init__(self, model: StreamedModel, windows: Windows, loss: Loss, folder: Path) -> None:
         self.folder = folder
-        if not self._file(0).exists():  # the last one written
+        if not self._file(0).exists():  # it is written last
             self._measure(model, windows, loss)
 
     def read(self, layer: Layer) -> dict[str, torch.Tensor]:
-        """Path of a linear -> F, float32 [out, in]."""
+        """F of the linears in a layer: path -> float32 [out, in]."""
         return load_file(self._file(layer.index))
 
     def _file(self, index: int) -> Path:
@@ -52,7 +54,7 @@ class Fisher:
 
         @contextmanager
         def leaves(layer: Layer, _: int) -> Iterator[Mapping[str, torch.Tensor]]:
-            weights: dict[str, nn.Parameter] = {path: linear.weight for path, linear in layer.linears.items()}
+            weights = {path: linear.get_parameter("weight") for path, linear in layer.linears.items()}
             for parameter in weights.values():
                 parameter.requires_grad_(True)
             try:
@@ -76,7 +78,7 @@ class Fisher:
 
 
 def text_loss(windows: Windows) -> Loss:
-    """The mean negative log-likelihood of a window's own text (nats a token), as in SqueezeLLM."""
+    """The mean negative log-likelihood (nats per token) of the text of a window, as in SqueezeLLM."""
 
     def loss(output: Any, start: int) -> torch.Tensor:
         real = windows.mask[start, 1:] & windows.mask[start, :-1]
@@ -87,17 +89,22 @@ def text_loss(windows: Windows) -> Loss:
 
 
 def sampled_loss(model: StreamedModel, windows: Windows, seed: int) -> Loss:
-    """The negative log-likelihood of labels that the model itself draws, one a token, summed over the tokens.
+    """The negative log-likelihood of labels drawn from the model itself, one per token, summed over tokens.
 
-    The mean square of its gradient is the Fisher information as defined, since what is expected of products
-    of different tokens' gradients is 0. Outputs that are no distributions over a vocabulary (encoders) take
-    Gaussian labels around them.
+    The mean square of its gradient is the Fisher information by definition, because products of the gradients
+    of different tokens have the expectation 0. For outputs that are not distributions over a vocabulary
+    (those of encoders) the labels are Gaussian around the output.
+
+    Args:
+        model: which draws the labels.
+        windows: say which tokens are real.
+        seed: of the labels.
     """
     causal = model.anatomy.kind == "decoder" and model.anatomy.head is not None
 
     def loss(output: Any, start: int) -> torch.Tensor:
         values = first_output(output)
-        generator = torch.Generator().manual_seed(seed + start)  # of the window, whatever the batch
+        generator = torch.Generator().manual_seed(seed + start)  # each window has its own random numbers
         mask = windows.mask[start : start + 1].to(values.device)
         if causal:
             drawn = torch.multinomial(values[0].detach().float().softmax(-1).cpu(), 1, generator=generator)
@@ -110,15 +117,15 @@ def sampled_loss(model: StreamedModel, windows: Windows, seed: int) -> Loss:
 
 
 def expected_loss(information: torch.Tensor, residual: torch.Tensor, windows: Windows) -> float:
-    """How much loss the residual R = W - Ŵ of one linear causes alone, to second order: nats for each token.
+    """The loss that a changed weight Ŵ of one linear causes alone, to second order, in nats per token.
 
-    The divergence from the dense model is about 1/2 vec(R)^T F vec(R) for each token, with the Fisher
-    information F of W, because the gradient itself vanishes at the dense model. Of F the diagonal is taken.
-    What is left out, products of different entries, is as often positive as negative.
+    Each token's divergence from the dense model is about 1/2 vec(R)^T F vec(R), with R = W - Ŵ and the Fisher
+    information F of W, because the gradient itself vanishes at the dense model. Only the diagonal of F is
+    used; the products of different entries that this leaves out are as often positive as negative.
 
     Args:
-        information: `Fisher` of a `sampled_loss` over the windows, [out, in].
-        residual: [out, in].
+        information: the diagonal of F by `Fisher`, of a `sampled_loss` over the windows, [out, in].
+        residual: R, [out, in].
         windows: say how many tokens there are.
     """
     total = (information.to(residual) * residual.square()).sum(dtype=torch.float64)

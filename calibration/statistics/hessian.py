@@ -1,4 +1,4 @@
-"""The Hessian of a linear's squared error, and its inverse root."""
+"""The Hessian of the squared error of a linear's output, and the inverse root that GPTQ rounds with."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from compress.engine.activations import Activations
 from compress.engine.stream import Seen
 
 ROWS = 128
-"""Rows of H that are multiplied, or inverted, in one step."""
+"""Rows of H that are computed, or inverted, in one step."""
 
 
 class Hessian:
-    """H = X^T X of a linear's inputs without padding and, if asked for, D = (X~ - X)^T X: float64 [in, in].
+    """H = X^T X of the inputs X of a linear, without padding, and optionally D = (X~ - X)^T X.
 
     Args:
         dense: X~ [N, S, in], the inputs of the same linear in the dense model; without them there is no D.
 
     Attributes:
-        sum: H.
-        difference: D.
-        tokens: how many rows X has.
+        sum: H, float64 [in, in]; None before the first batch.
+        difference: D, float64 [in, in]; None before the first batch and without ``dense``.
+        tokens: rows of X.
     """
 
     def __init__(self, dense: Activations | None = None) -> None:
@@ -30,35 +30,39 @@ class Hessian:
         self.tokens = 0
 
     def add(self, seen: Seen) -> None:
-        """Products in float32, summed up in float64, some rows at a time: the whole takes much memory."""
+        """Add a batch. Products are float32 and are summed in float64, a few rows of H in each step, because
+        a whole product would take as much memory as H."""
         inputs, mask, start = seen.inputs, seen.mask, seen.start
         rows = inputs[mask].float()
         self.tokens += len(rows)
         if self.sum is None:
             self.sum = torch.zeros(2 * rows.shape[1:], dtype=torch.float64, device=rows.device)
             self.difference = None if self.dense is None else torch.zeros_like(self.sum)
-        off = None
+        total, difference, off = self.sum, self.difference, None
         if self.dense is not None:
             off = self.dense.read(start, start + len(inputs)).to(rows.device)[mask] - rows
         for at in range(0, rows.shape[1], ROWS):
             block = slice(at, at + ROWS)
             product = rows[:, block].T @ rows[:, at:]  # X^T X is symmetric
-            self.sum[block, at:] += product
-            self.sum[at + ROWS :, block] += product[:, ROWS:].T
-            if off is not None:
-                self.difference[block] += off[:, block].T @ rows
+            total[block, at:] += product
+            total[at + ROWS :, block] += product[:, ROWS:].T
+            if off is not None and difference is not None:
+                difference[block] += off[:, block].T @ rows
 
 
 def inverse_root(hessian: torch.Tensor, diagonal: torch.Tensor, order: torch.Tensor) -> torch.Tensor | None:
-    """U, upper triangular, with H^-1 = U^T U for columns in an order; None if H is not positive.
+    """The upper triangular U with H^-1 = U^T U, for columns in a given order.
 
     H = R R^T with R upper triangular, so U = R^-1. With rows and columns back to front R is lower triangular,
-    as Cholesky's factor is. H is as large as everything else here, so it is copied as seldom as can be.
+    so it is the Cholesky factor. H is large, so it is copied as seldom as possible.
 
     Args:
         hessian: H, float64 [in, in].
-        diagonal: takes the place of H's own, [in].
-        order: [in].
+        diagonal: replaces the diagonal of H, [in].
+        order: of the columns, [in].
+
+    Returns:
+        U, or None if H with this diagonal is not positive definite.
     """
     backwards = order.flip(0)
     reversed_hessian = hessian[backwards[:, None], backwards]
@@ -69,8 +73,10 @@ def inverse_root(hessian: torch.Tensor, diagonal: torch.Tensor, order: torch.Ten
 
 
 def invert_(lower: torch.Tensor) -> torch.Tensor:
-    """The inverse of a lower triangular matrix, in its place. By halves: [[A, 0], [B, C]] becomes
-    [[A^-1, 0], [-C^-1 B A^-1, C^-1]]."""
+    """Invert a lower triangular matrix in place, and return it.
+
+    It is done by halves: [[A, 0], [B, C]] becomes [[A^-1, 0], [-C^-1 B A^-1, C^-1]].
+    """
     half = len(lower) // 2
     if half < ROWS:
         identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)

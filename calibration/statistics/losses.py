@@ -1,4 +1,12 @@
-"""Next-token losses."""
+"""Next-token losses: the negative log-likelihood of each token given the tokens before it, in nats.
+
+Two functions compute it, and differ in the last bits on purpose:
+
+- `streamed_losses` takes the log-softmax in float32, like transformers does. Its mean over a text is what
+  perplexity is made of, where the rounding errors of single tokens average out.
+- `precise_losses` subtracts in float64. It is for comparing models that differ by one block, where these
+  errors would be larger than the difference that is looked for.
+"""
 
 from __future__ import annotations
 
@@ -13,31 +21,49 @@ from compress.engine.windows import Windows
 
 
 @torch.no_grad()
-def next_token_loss(model: StreamedModel, windows: Windows) -> torch.Tensor:
-    """Negative log-likelihood (nats, float64) of every real token given those before it: [tokens]."""
+def streamed_losses(model: StreamedModel, windows: Windows) -> torch.Tensor:
+    """The losses of a text, computed with one layer in memory.
+
+    Args:
+        model: a causal language model.
+        windows: the text.
+
+    Returns:
+        float64 [tokens]: the losses at the `scored_positions`, window after window.
+
+    Raises:
+        BadInput: the text does not fit the model (see `StreamedModel.stream`).
+        CompressError: a layer puts out NaN or infinite values.
+    """
     stream = model.stream(windows)
     for layer in model.walk(None, stream):
         stream.advance(layer)
     losses = []
     with model.head() as head:
-        for index, (tokens, mask) in enumerate(zip(windows.tokens, windows.mask, strict=True)):
+        for index, (tokens, counts) in enumerate(zip(windows.tokens, scored_positions(windows), strict=True)):
             logits = head(stream.hidden.read(index, index + 1)).logits[0, :-1].float().cpu()
             loss = nn.functional.cross_entropy(logits, tokens[1:], reduction="none").double()
-            losses.append(loss[mask[1:] & mask[:-1]])
+            losses.append(loss[counts])
     return torch.cat(losses)
 
 
-def next_token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """ln sum_v e^{z_v} - z_target for float32 logits [T, V] and targets [T]: float64 [T].
+def precise_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The losses ln sum_v e^{z_v} - z_target, with the subtraction in float64.
 
-    Not log_softmax, whose float32 sum over a large vocabulary is wrong by more than two blocks may differ.
+    Args:
+        logits: z, float32 [T, V].
+        targets: the tokens that follow, int64 [T].
+
+    Returns:
+        float64 [T].
     """
     return logits.logsumexp(1).double() - logits.gather(1, targets[:, None])[:, 0].double()
 
 
-def predicted(windows: Windows) -> torch.Tensor:
-    """Whether the token at a position and the next one are real, so that its loss counts: bool [N, S - 1]."""
+def scored_positions(windows: Windows) -> torch.Tensor:
+    """The positions whose loss counts, since they and the next one hold real tokens: bool [N, S - 1]."""
     return windows.mask[:, :-1] & windows.mask[:, 1:]
 
 
 LN_LARGEST = math.log(sys.float_info.max)
+"""The largest mean loss whose exponential, the perplexity, is a finite float64."""

@@ -1,7 +1,7 @@
-"""Statistics of activations over tokens, taken batch by batch in float64.
+"""Statistics of activations over tokens, collected batch by batch in float64.
 
-Merging a batch into what was seen before is exact for any batches (Chan, Golub and LeVeque 1983), so results
-depend on batch size and order by float64 rounding only.
+Batches are merged by an exact formula (Chan, Golub and LeVeque 1983). So the size and order of the batches
+change the results only by float64 rounding.
 """
 
 from __future__ import annotations
@@ -12,8 +12,12 @@ import torch
 class Moments:
     """Mean and variance of every channel.
 
+    Args:
+        channels: C.
+        device: where the sums are.
+
     Attributes:
-        count: tokens seen.
+        count: tokens so far.
         mean: float64 [C].
         deviations: sum over tokens of (x - mean)^2, float64 [C].
     """
@@ -24,7 +28,7 @@ class Moments:
         self.deviations = torch.zeros_like(self.mean)
 
     def add(self, x: torch.Tensor) -> None:
-        """See the tokens x [T, C]."""
+        """Add the tokens x [T, C]."""
         if not len(x):
             return
         x = x.double()
@@ -38,7 +42,7 @@ class Moments:
 
     @property
     def variance(self) -> torch.Tensor:
-        """Of the tokens seen (not an estimate for others): float64 [C]."""
+        """Variance of the tokens so far (divided by their number, not by one less): float64 [C]."""
         return self.deviations / self.count
 
     @property
@@ -48,14 +52,20 @@ class Moments:
 
 
 class Products:
-    """Sums over tokens of products of channels, for least squares with some of them as inputs.
+    """Sums over tokens of products of channels, for least squares with some of the channels as inputs.
+
+    Args:
+        channels: C.
+        chosen: indices of the K input channels, int64 [K].
+        centred: whether the mean is subtracted from every channel.
+        device: where the sums are.
 
     Attributes:
-        count: tokens seen.
+        count: tokens so far.
         mean: of every channel, float64 [C].
-        among: sum of (x_k - mean_k)(x_k - mean_k)^T for the chosen channels k, float64 [K, K]; if not
-            centred, of x_k x_k^T.
-        across: the same with the other channels p for the second factor, float64 [K, C - K].
+        among: sum of (x_k - mean_k)(x_k - mean_k)^T over the chosen channels k, float64 [K, K]; of x_k x_k^T
+            if not centred.
+        across: the same with the channels that are not chosen as second factor, float64 [K, C - K].
     """
 
     def __init__(
@@ -71,7 +81,7 @@ class Products:
         self.across = torch.zeros(inputs, channels - inputs, dtype=torch.float64, device=device)
 
     def add(self, x: torch.Tensor) -> None:
-        """See the tokens x [T, C]."""
+        """Add the tokens x [T, C]."""
         if not len(x):
             return
         x = x.double()

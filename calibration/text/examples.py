@@ -1,15 +1,15 @@
-"""Labelled examples for the task of a model's head: a .jsonl file, one example a line.
+"""Labelled examples for the task of a model's head, from a .jsonl file with one example per line.
 
 Sequence classification
-    ``{"text": ..., "label": ...}``, with ``text_pair`` where the model reads two texts.
+    ``{"text": ..., "label": ...}``, with ``text_pair`` if the model reads two texts.
 Token classification
-    ``{"words": [...], "labels": [...]}``, one label a word.
+    ``{"words": [...], "labels": [...]}``, with one label per word.
 Question answering
-    ``{"question": ..., "context": ..., "answers": [...]}``: the texts that count as right. An empty list says
-    that the context holds no answer (as in SQuAD 2).
+    ``{"question": ..., "context": ..., "answers": [...]}``, where ``answers`` are the texts that count as
+    right. An empty list says that the context holds no answer (as in SQuAD 2).
 
-A label is an id or one of the names in the model's ``id2label``. For calibration labels and answers may be
-left out. Other keys are not looked at.
+A label is an id or one of the names in the model's ``id2label``. For calibration, labels and answers may be
+left out. Other keys are ignored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.anatomy import Task, anatomy_of, task_of
+from compress.anatomy import Task, anatomy_of, model_class, task_of
 from compress.calibration.text.sources import Documents
 from compress.errors import BadInput, unknown
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TextExample:
-    """A text, or two, with one label."""
+    """A text, or a pair of texts, with one label."""
 
     text: str
     pair: str | None = None
@@ -40,6 +40,7 @@ class TextExample:
 
     @property
     def words(self) -> str:
+        """The text by which overlap with other text is found; in all three kinds of examples."""
         return self.text
 
 
@@ -76,8 +77,10 @@ class TaskFile:
     """The examples of a file, in its order.
 
     Attributes:
-        path: the file, as it was asked for.
-        sha256: of the file's bytes.
+        task: of the model's head.
+        examples: all of the kind that belongs to the task.
+        path: the file, as the user named it.
+        sha256: of the bytes of the file.
     """
 
     task: Task
@@ -101,10 +104,14 @@ class TaskFile:
 
 
 def task_of_encoder(config: PretrainedConfig, name: str) -> Task:
-    """The task of an encoder's head; ``name`` is the model's, for the message.
+    """The task of an encoder's head.
+
+    Args:
+        config: of the model.
+        name: of the model, for messages.
 
     Raises:
-        BadInput: a decoder, no task head, or a head that gives no single label.
+        BadInput: the model is a decoder, has no task head, or does not choose a single label.
     """
     anatomy, task = anatomy_of(config), task_of(config)
     if anatomy.kind != "encoder":
@@ -114,12 +121,12 @@ def task_of_encoder(config: PretrainedConfig, name: str) -> Task:
         )
     if task is None:
         raise BadInput(
-            f"'{name}' has no task head (its class is {config.architectures[0]}); give a model for sequence "
-            "classification, token classification or question answering."
+            f"'{name}' has no task head (its class is {model_class(config).__name__}); give a model for "
+            "sequence classification, token classification or question answering."
         )
     problem = getattr(config, "problem_type", None) or "single_label_classification"
     if task == "sequence classification" and (
-        config.num_labels < 2 or problem != "single_label_classification"
+        (config.num_labels or 0) < 2 or problem != "single_label_classification"
     ):
         raise BadInput(
             f"'{name}' does not choose one label per text (num_labels {config.num_labels}, problem_type "
@@ -129,14 +136,17 @@ def task_of_encoder(config: PretrainedConfig, name: str) -> Task:
 
 
 def read_task_file(path: str | Path, config: PretrainedConfig, task: Task, labelled: bool = True) -> TaskFile:
-    """Read examples of ``task`` with the labels of ``config``.
+    """Read the examples of a file.
 
     Args:
+        path: the file.
+        config: of the model, for the names of its labels.
+        task: of the model's head.
         labelled: whether every example must have its label or answers.
 
     Raises:
-        BadInput: no such file, not JSON lines, no examples, a key is missing or not what it should be, or a
-            label the model does not know.
+        BadInput: there is no such file, it is not JSON lines or holds no examples; a key is missing or has a
+            wrong value; the model does not know a label.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -151,7 +161,7 @@ def read_task_file(path: str | Path, config: PretrainedConfig, task: Task, label
         "question answering": _question,
     }[task]
     names: dict[Any, int] = {}
-    for index, name in config.id2label.items():
+    for index, name in (config.id2label or {}).items():
         names |= {str(name): int(index), int(index): int(index)}
     examples = tuple(
         parse(_Row(row, where, task, labelled, names)) for row, where in _rows(content, str(path))
@@ -177,22 +187,22 @@ def _rows(content: bytes, path: str) -> Iterator[tuple[dict[str, Any], str]]:
 
 @dataclass(frozen=True)
 class _Row:
-    """One line, and what to say of it."""
+    """One line of the file, and what is needed to check it and to say where a mistake is."""
 
     values: Mapping[str, Any]
     where: str
     task: Task
     labelled: bool
-    names: Mapping[Any, int]  # names of labels, and their ids, to ids
+    names: Mapping[Any, int]  # name or id of a label -> id
 
     def has(self, key: str) -> bool:
-        """Whether a label or the like is there; it may be missing only where none is needed."""
+        """Whether a label or answers must be read: always if examples must be labelled, else if they are."""
         return self.labelled or key in self.values
 
     def get(self, key: str) -> Any:
         if key not in self.values:
             there = ", ".join(f"'{name}'" for name in self.values) or "nothing"
-            raise BadInput(f"{self.where} lacks '{key}', which {self.task} needs; there is {there}.")
+            raise BadInput(f"{self.where} lacks '{key}', which {self.task} needs; it has {there}.")
         return self.values[key]
 
     def text(self, key: str) -> str:
@@ -208,7 +218,7 @@ class _Row:
         return tuple(value)
 
     def label(self, value: Any) -> int:
-        is_label = isinstance(value, str | int) and not isinstance(value, bool)  # which equals 0 or 1
+        is_label = isinstance(value, str | int) and not isinstance(value, bool)  # True equals the label 1
         if is_label and value in self.names:
             return self.names[value]
         shown = value if isinstance(value, str) else json.dumps(value)
@@ -232,7 +242,7 @@ def _tagged_words(row: _Row) -> WordsExample:
     if not isinstance(labels, list) or len(labels) != len(words):
         count = len(labels) if isinstance(labels, list) else "no list of"
         raise BadInput(
-            f"{row.where}: there must be one label a word; {len(words)} words have {count} labels."
+            f"{row.where}: there must be one label per word; {len(words)} words have {count} labels."
         )
     return WordsExample(words, tuple(row.label(label) for label in labels))
 

@@ -1,17 +1,17 @@
-"""Calibration text that the model writes itself, as in LLM-QAT (arXiv:2305.17888): ``generate`` as a source.
+"""The calibration source ``generate``: text that the model writes itself, as in LLM-QAT (arXiv:2305.17888).
 
-For every token v of the vocabulary and every L in {3, 4, 5} there is one sequence: it starts with v, goes on
+For every token v of the vocabulary and every L in {3, 4, 5} there is one sequence. It starts with v, goes on
 greedily to L tokens, and is then sampled (temperature 1, from the whole vocabulary) to the end of text or to
-the length of a window. So that a budget of windows sees all of the vocabulary, the sequences are taken in an
-order that the seed shuffles, until there are enough. Special and unused tokens start no sequence; a model
-whose tokenizer begins texts with BOS is given one before v, which does not count for L.
+the length of a window. The seed shuffles the order in which sequences are used until there are enough
+windows, so that a few windows already cover all parts of the vocabulary. No sequence starts with a special or
+unused token. If the tokenizer begins texts with BOS, one is put before v and does not count for L.
 
-Each sequence draws from random numbers of its own, which follow from seed, v and L. So a sequence depends
-neither on the batch it is generated in nor on those before it, up to the last bits of the logits.
+Each sequence has random numbers of its own, which follow from seed, v and L. So a sequence depends neither on
+the other sequences of its batch nor on those before it, except for the last bits of the logits.
 
-Sequences are kept as token ids in the cache folder, in files of `FILE` sequences that appear whole or not at
-all, so an interrupted generation goes on behind the last file, and so do more windows of the same length.
-The whole model is in memory, because every token needs all layers.
+Sequences are kept as token ids in the cache folder, `FILE` of them per file. A file appears whole or not at
+all, so an interrupted generation continues after the last file, and so does one for more windows of the same
+length. The whole model is in memory, because every token needs all layers.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,18 +42,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SOURCE = "generate"
+GENERATE = "generate"
+"""The source that asks for text of the model's own."""
 GREEDY_LENGTHS = (3, 4, 5)
 TEMPERATURE = 1.0
 
 FILE = 64
-"""Sequences in a file of the cache, and generated at once by default."""
+"""Sequences in one file of the cache, and in a batch by default."""
 
 UNUSED = re.compile(r"[<\[]\|?[^<>\[\]]*(unused|reserved)[^<>\[\]]*\|?[>\]]", re.IGNORECASE)
-"""What tokens are called that only make room in a vocabulary: ``<unused7>``, ``<|reserved_token_1|>``."""
+"""Names of tokens that only reserve room in a vocabulary: ``<unused7>``, ``<|reserved_token_1|>``."""
 
 Start = tuple[int, int]
-"""The first token v, and the number of tokens L from which on the rest is sampled."""
+"""The first token v, and the number L of tokens before the rest is sampled."""
 
 
 def generated_windows(
@@ -66,20 +68,22 @@ def generated_windows(
 ) -> Windows:
     """``nsamples`` windows of ``seqlen`` tokens that the model of ``checkpoint`` generates.
 
-    A sequence that is as long as a window is one. Shorter ones end with the end-of-text token; they are
-    written one after the other, and cut into whole windows.
+    A sequence as long as a window becomes a window. Shorter ones, which end with the end-of-text token, are
+    written one after the other and cut into whole windows. If even all sequences are not enough, there are
+    fewer windows, and a warning says so.
 
     Args:
-        checkpoint: of a causal language model, with a tokenizer in its folder.
-        nsamples, seqlen: how much; where even all sequences are not enough, there are fewer windows and a
-            warning says so.
+        checkpoint: a causal language model with a tokenizer in its folder.
+        nsamples: number of windows.
+        seqlen: tokens in each window.
         seed: of the order of the sequences and of all sampling.
         device: where to generate, in float32.
-        progress: told a text and the share done.
-        batch_size: sequences at a time.
+        progress: called with a text and the share done (0 to 1).
+        batch_size: sequences that are generated together.
 
     Raises:
-        BadInput: the model cannot generate text, or seqlen leaves nothing to sample.
+        BadInput: the model cannot generate text, seqlen leaves nothing to sample, or all sequences together
+            do not fill one window.
         CompressError: the cache folder cannot be written.
     """
     if seqlen <= max(GREEDY_LENGTHS) + 1:
@@ -115,16 +119,16 @@ def generated_windows(
             break
     if not rows:
         raise BadInput(
-            f"What this model generates does not fill one window of {seqlen} tokens; use a smaller seqlen."
+            f"The text this model generates does not fill a window of {seqlen} tokens; use a smaller seqlen."
         )
     if len(rows) < nsamples:
         log.warning(
-            "All %d sequences fill only %d of the %d windows asked for; calibrating on those.",
+            "All %d sequences fill only %d of the %d windows asked for; calibration uses these.",
             *(sequences, len(rows), nsamples),
         )
     tokens = torch.stack(rows).long()
     about = {"nsamples": nsamples, **settings, "sequences": sequences}
-    return Windows(tokens, torch.ones_like(tokens, dtype=torch.bool), SOURCE, settings=about)
+    return Windows(tokens, torch.ones_like(tokens, dtype=torch.bool), GENERATE, settings=about)
 
 
 def _starts(tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Start]:
@@ -142,8 +146,8 @@ def _starts(tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Start]:
 
 
 def _sequences(folder: Path, starts: list[Start], writer: _Writer) -> Iterator[torch.Tensor]:
-    """The sequences of ``starts`` in order: from the files of ``folder`` where there are any, else new ones,
-    which become files."""
+    """Yield the sequences of ``starts`` in order, read from the files of ``folder`` or else generated and
+    written there."""
     for number, begin in enumerate(range(0, len(starts), FILE)):
         file = folder / f"{number:06d}.safetensors"
         if file.exists():
@@ -158,14 +162,14 @@ def _sequences(folder: Path, starts: list[Start], writer: _Writer) -> Iterator[t
                 write_tensors(held, file)
             except OSError as error:
                 raise CompressError(
-                    f"Generated text could not be kept in {folder} ({error.strerror or error}); make room, "
-                    f"or set {CACHE_VARIABLE} to another folder."
+                    f"Generated text could not be saved in {folder} ({error.strerror or error}); free some "
+                    f"space, or set {CACHE_VARIABLE} to another folder."
                 ) from error
         yield from held["tokens"].split(held["lengths"].tolist())
 
 
 class _Writer:
-    """The model as it generates; it is loaded when the first sequence is asked for."""
+    """Generates sequences. The model is loaded when the first one is needed."""
 
     def __init__(
         self,
@@ -180,17 +184,20 @@ class _Writer:
         self.checkpoint, self.first, self.room = checkpoint, first, room
         self.seed, self.device, self.batch_size = seed, device, batch_size
         self.ends = _end_tokens(checkpoint, tokenizer)
-        self.model: PreTrainedModel | None = None
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The whole model in float32."""
+        model = assemble(self.checkpoint, self.device, torch.float32)
+        if not model.can_generate():
+            raise BadInput(
+                f"'{self.checkpoint.folder}' is not a causal language model, so it cannot generate its "
+                "calibration text; choose another source."
+            )
+        return model
 
     def write(self, starts: list[Start]) -> list[list[int]]:
         """One sequence for each start: at most ``room`` tokens, fewer only if the last one ends the text."""
-        if self.model is None:
-            self.model = assemble(self.checkpoint, self.device, torch.float32)
-            if not self.model.can_generate():
-                raise BadInput(
-                    f"'{self.checkpoint.folder}' is not a causal language model, so it cannot generate its "
-                    "calibration text; name another source."
-                )
         size = self.batch_size
         return [one for i in range(0, len(starts), size) for one in self._batch(starts[i : i + size])]
 
@@ -203,7 +210,7 @@ class _Writer:
         uniform = torch.stack([self._random(*start) for start in starts])
         ends = torch.tensor(self.ends)
         length = torch.full((rows,), self.room)
-        alive = torch.arange(rows)  # the rows in the batch, some of which may have ended
+        alive = torch.arange(rows)  # the rows still in the batch; some of them may have ended
         inputs = torch.cat([torch.tensor(self.first).expand(rows, -1).long(), tokens[:, :1]], dim=1)
         cache: Any = None
         for position in range(1, self.room):
@@ -233,14 +240,15 @@ class _Writer:
 
 
 def sample(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """A token of each row of ``logits`` (float64 [B, V]) by inverting its distribution at ``uniform`` [B]."""
+    """Sample one token for each row of ``logits`` (float64 [B, V]), by inverting its cumulative distribution
+    at ``uniform`` (float64 [B], from 0 to 1)."""
     cumulative = (logits / TEMPERATURE).softmax(-1).cumsum(-1)
     chosen = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
     return chosen[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
 def _end_tokens(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a text: the tokenizer's, and those that generation stops at."""
+    """The tokens that end a text: the tokenizer's end-of-text token, and all at which generation stops."""
     found = [tokenizer.eos_token_id]
     file = checkpoint.folder / "generation_config.json"
     values = json.loads(file.read_text(encoding="utf-8")) if file.exists() else checkpoint.config

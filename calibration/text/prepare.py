@@ -1,10 +1,10 @@
-"""The calibration windows that a recipe asks for."""
+"""Prepare the calibration text that a recipe asks for: windows, inputs of an encoder, or generated text."""
 
 from __future__ import annotations
 
 from compress.anatomy import anatomy_of
 from compress.calibration.text.encoder_inputs import calibration_inputs
-from compress.calibration.text.generate import SOURCE, generated_windows
+from compress.calibration.text.generate import GENERATE, generated_windows
 from compress.calibration.text.settings import Calibration
 from compress.calibration.text.windows import calibration_windows
 from compress.engine.config import config_of
@@ -21,11 +21,11 @@ def prepare_calibration(
     """The windows that ``wanted`` describes, for the model of ``checkpoint``.
 
     Args:
-        wanted: where the text comes from, and how much of it is taken.
-        seed: of the order of the documents, where ``wanted`` gives none.
-        checkpoint: the model, whose tokenizer cuts the text and which may generate it.
+        wanted: where the text comes from, and how much of it is used.
+        seed: used if ``wanted`` has no seed of its own.
+        checkpoint: the model, whose tokenizer is used and which may generate the text.
         device: where the model generates text.
-        progress: told a text and the share done.
+        progress: called with a text and the share done (0 to 1) while text is generated.
 
     Raises:
         BadInput: the source does not fit the model, or cannot be read.
@@ -33,13 +33,13 @@ def prepare_calibration(
     """
     seed = seed if wanted.seed is None else wanted.seed
     encoder = anatomy_of(config_of(checkpoint)).kind == "encoder"
-    if encoder and wanted.source == SOURCE:
-        raise BadInput("An encoder cannot generate calibration text; name a text or a file.")
+    if encoder and wanted.source == GENERATE:
+        raise BadInput("An encoder cannot generate calibration text; choose another source or give a file.")
     if encoder:
         return calibration_inputs(checkpoint, wanted, seed)
-    if wanted.source == SOURCE:
+    if wanted.source == GENERATE:
         if wanted.chat_template:
-            raise BadInput("Generated calibration text has no conversations; leave the chat template out.")
+            raise BadInput("Generated calibration text has no conversations; do not ask for a chat template.")
         return generated_windows(checkpoint, wanted.nsamples, wanted.seqlen, seed, device, progress)
     return calibration_windows(
         load_tokenizer(checkpoint.folder),

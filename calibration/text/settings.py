@@ -1,4 +1,4 @@
-"""What a recipe says about calibration text."""
+"""The settings of calibration text: a section of a recipe, and options of the commands that run one step."""
 
 from __future__ import annotations
 
@@ -6,18 +6,27 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 
 class Section(BaseModel):
+    """A section of a recipe: it refuses unknown keys and infinite or NaN numbers, and cannot be changed."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Calibration(Section):
-    """The text that methods look at while they compress."""
+    """Where calibration text comes from, and how much of it methods look at.
+
+    A field's description is its help on the command line.
+    """
 
     source: str = Field(
         "bundled",
-        description="bundled, wikipedia, brown, a file, hub:DATASET[:CONFIG[:SPLIT[:FIELD]]], or generate: "
-        "written by the model itself",
+        description="text to calibrate on: bundled, wikipedia, brown, a .txt, .jsonl or .parquet file, "
+        "hub:DATASET[:CONFIG[:SPLIT[:FIELD]]], or generate (the model writes the text itself)",
     )
-    nsamples: PositiveInt = Field(128, description="number of windows")
-    seqlen: PositiveInt = Field(2048, description="tokens in a window")
-    seed: int | None = Field(None, description="order of the documents; the recipe's seed if not given")
-    chat_template: bool = Field(False, description="render conversations with the tokenizer's chat template")
+    nsamples: PositiveInt = Field(128, description="number of windows of text (inputs of an encoder)")
+    seqlen: PositiveInt = Field(2048, description="tokens in each window (of an encoder's input: at most)")
+    seed: int | None = Field(
+        None, description="seed for drawing or generating the text; by default the seed of the recipe"
+    )
+    chat_template: bool = Field(
+        False, description="make each window one conversation, rendered with the tokenizer's chat template"
+    )

@@ -1,15 +1,15 @@
-"""Where text comes from: one source string gives documents.
+"""Read the documents of a source, which the user names by one string.
 
 A source is one of
 
 - a named text of the module ``corpora`` (``bundled``, ``bundled:evaluation``, ``wikipedia``, ...);
-- a ``.txt`` file: the whole file is one document (blank lines are part of it, they do not split it);
-- a ``.jsonl`` file: each line an object with ``text`` (a document) or ``messages`` (a conversation: a list of
-  ``{"role": ..., "content": ...}``);
+- a ``.txt`` file, which is one document (blank lines do not split it);
+- a ``.jsonl`` file, where each line is an object with ``text`` (a document) or ``messages`` (a conversation:
+  a list of ``{"role": ..., "content": ...}``);
 - a ``.parquet`` file with a column ``text`` or ``messages`` of the same kind;
-- ``hub:DATASET[:CONFIG[:SPLIT[:FIELD]]]``: a data set of the Hugging Face hub, streamed. An empty part takes
-  its default: the data set's own config, the split ``train``, the field ``text``, else ``messages``, else
-  the only column of strings.
+- ``hub:DATASET[:CONFIG[:SPLIT[:FIELD]]]``, a data set of the Hugging Face hub, which is streamed. A part that
+  is empty or missing takes its default: the data set's own config, the split ``train``, and the field
+  ``text``, else ``messages``, else the only column of strings.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 from compress.calibration.text.corpora import CORPORA
 from compress.errors import BadInput, CompressError, unknown
 
-Conversation = tuple[Mapping[str, str], ...]
+Conversation = tuple[dict[str, str], ...]
 """Messages in order, each with ``role`` and ``content``."""
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -37,9 +37,9 @@ class Documents:
     """Documents in the order of their source.
 
     Attributes:
-        entries: each a text or a conversation; none is blank.
-        source: the string they were asked for with.
-        licence: what is known of it; None for the user's own files and the hub.
+        entries: texts and conversations; no text is blank, and no conversation is empty.
+        source: the string that names the source.
+        licence: of a named text; None for the user's own files and the hub.
     """
 
     entries: tuple[str | Conversation, ...]
@@ -48,22 +48,27 @@ class Documents:
 
     @cached_property
     def hashes(self) -> tuple[str, ...]:
-        """sha256 of each entry's words (any white space counts as one space), by which overlap is found."""
+        """sha256 of the words of each entry, with any white space as one space; overlap is found by these."""
         words = (" ".join(_words(entry).split()) for entry in self.entries)
         return tuple(hashlib.sha256(text.encode()).hexdigest() for text in words)
 
     @property
     def sha256(self) -> str:
-        """sha256 over the entries' hashes, in order."""
+        """sha256 over the hashes of the entries, in order."""
         return hashlib.sha256("".join(self.hashes).encode()).hexdigest()
 
 
 def read_documents(source: str, characters: int | None = None) -> Documents:
-    """All documents of ``source``; of a hub data set, which may be endless, the first ``characters`` or so.
+    """The documents of a source.
+
+    Args:
+        source: one of those above.
+        characters: about how many are read of a hub data set, which may be endless; None reads all of it.
+            Other sources are always read whole.
 
     Raises:
         BadInput: there is no such source, or its content is not what it should be.
-        CompressError: it cannot be fetched (offline), or a package to read it is missing.
+        CompressError: the source cannot be fetched (offline), or a package to read it is missing.
     """
     if source in CORPORA:
         corpus = CORPORA[source]
@@ -78,13 +83,15 @@ def _file(source: str) -> Iterator[str | Conversation]:
     path = Path(source).expanduser()
     suffix = path.suffix.lower()
     if suffix in UNSAFE_SUFFIXES:
-        raise BadInput(f"{source} may be a pickle, which can run code when it is read; give {_or(SUFFIXES)}.")
+        raise BadInput(
+            f"{source} may be a pickle, which can run code when it is read; give a {_or(SUFFIXES)} file."
+        )
     if not path.exists():
         if suffix in SUFFIXES or len(path.parts) > 1:
             raise BadInput(f"There is no file {source}.")
         raise unknown("text", source, CORPORA)
     if not path.is_file() or suffix not in SUFFIXES:
-        what = "is not a file" if not path.is_file() else "is no text this reads"
+        what = "is not a file" if not path.is_file() else "is not a text file of a known type"
         raise BadInput(f"{source} {what}; give {_or(SUFFIXES)}, or one of {', '.join(CORPORA)}.")
     try:
         yield from {".txt": _txt, ".jsonl": _jsonl, ".parquet": _parquet}[suffix](path)
@@ -163,11 +170,11 @@ def _hub_rows(name: str, config: str | None, split: str) -> Iterator[dict[str, A
         import datasets
     except ImportError as error:
         raise CompressError(
-            "The hub is read with datasets; run `pip install 'compress-model[data]'`."
+            "Reading from the hub needs datasets; run `pip install 'compress-model[data]'`."
         ) from error
     try:
         yield from datasets.load_dataset(name, config, split=split, streaming=True)
-    except Exception as error:  # datasets, huggingface_hub, fsspec, httpx: each has its own
+    except Exception as error:  # datasets, huggingface_hub, fsspec and httpx raise types of their own
         raise CompressError(
             f"The data set {name} cannot be read from the hub; check its name, config and split, and whether "
             f"this machine reaches the hub ({_first_line(error)})."
@@ -185,7 +192,7 @@ def _field(columns: Iterable[str], where: str) -> str:
 
 
 def _entry(row: Mapping[str, Any], field: str, where: str) -> Iterator[str | Conversation]:
-    """The document or conversation of one row; nothing where it is blank."""
+    """Yield the document or conversation of one row, unless it is blank."""
     value = row[field]
     if isinstance(value, str):
         if value.strip():

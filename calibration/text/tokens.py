@@ -1,4 +1,4 @@
-"""Text to token ids: in bounded pieces, and without a special token too many."""
+"""Text to token ids: in pieces that bound memory, and with exactly the special tokens that are wanted."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from compress.errors import BadInput
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PIECE = 1 << 20  # characters given to a tokenizer at once: its bookkeeping takes many times the memory
+PIECE = 1 << 20  # characters given to a tokenizer in one call, which needs many times their memory
 
 
 def chunks(tokenizer: PreTrainedTokenizerBase, text: str, size: int) -> Iterator[list[int]]:
-    """The tokens of ``text`` in order, ``size`` at a time; the last chunk may be shorter."""
+    """Yield the tokens of ``text`` in chunks of ``size``, without special tokens; the last may be shorter."""
     waiting: list[int] = []
     for piece in _pieces(text):
         waiting += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
@@ -41,7 +41,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The BOS (or CLS) token, where this tokenizer begins texts with one."""
+    """The BOS (or CLS) token as a list, which is empty if this tokenizer does not begin texts with one."""
     begins = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
     return [token for token in tokenizer("a").input_ids[:1] if token in begins]
 
@@ -50,18 +50,18 @@ def separator(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that ends a text.
 
     Raises:
-        BadInput: the tokenizer has none.
+        BadInput: the tokenizer has no such token.
     """
     for token in (tokenizer.eos_token_id, tokenizer.sep_token_id):
         if token is not None:
             return token
     raise BadInput(
         "The tokenizer has no end-of-text token to put between short documents; "
-        "give documents of at least seqlen tokens, or a smaller seqlen."
+        "give documents of at least seqlen tokens, or use a smaller seqlen."
     )
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of the vocabulary: the same for one tokenizer wherever its files lie."""
+    """sha256 of the vocabulary. It does not depend on where the files of the tokenizer are."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
     return hashlib.sha256(vocabulary.encode()).hexdigest()

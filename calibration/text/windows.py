@@ -1,19 +1,19 @@
-"""Windows of tokens: what calibration statistics are taken on and what perplexity is measured on.
+"""Cut documents into windows of tokens for decoders, for calibration and for measuring perplexity.
 
-How documents become windows of ``seqlen`` tokens for calibration:
+For calibration, documents become windows of ``seqlen`` tokens like this:
 
-- a document at least one window long is cut from its beginning into whole windows; what is left at its end is
-  not used, so such a window never holds anything of another document;
-- shorter documents are packed: written one after the other, each followed by the tokenizer's end-of-text
-  token, and this stream is cut into whole windows (as models are pretrained). A packed window may begin
-  inside a document; attention is not cut at the end-of-text tokens;
-- a tokenizer that begins texts with a BOS token gets exactly one, at the beginning of each window; no other
-  special tokens are added.
+- A document of at least one window is cut from its beginning into whole windows. The rest at its end is not
+  used, so such a window holds tokens of one document only.
+- Shorter documents are packed: they are written one after the other, each followed by the tokenizer's
+  end-of-text token, and this stream is cut into whole windows, as in pretraining. A packed window may begin
+  inside a document, and attention crosses the end-of-text tokens.
+- If the tokenizer begins texts with a BOS token, each window begins with exactly one. No other special tokens
+  are added.
 
-This is for decoders; encoders read one example an input (see the module ``encoder_inputs``).
+For evaluation, every document is cut into windows that do not overlap, and its last, shorter one is padded,
+so that every token counts once. The first token of a window is not predicted.
 
-For evaluation every document is cut on its own into windows that do not overlap, and the last, shorter one of
-each is padded, so that every token counts once. The first token of a window has no prediction.
+Encoders get one example per input instead (see the module ``encoder_inputs``).
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-POOL = 8  # windows are taken out of this many times as many, so that a few long documents do not fill them
+POOL = 8  # windows are chosen from this many times as many, so that a few long documents do not fill all
 
 
 def overlap(calibration: Windows, evaluation: Windows) -> frozenset[str]:
-    """The hashes of the documents both have tokens of; not empty means the evaluation is not to be trusted.
+    """The hashes of the documents that both have tokens of; if there are any, do not trust the evaluation.
 
-    Documents are compared whole, white space apart: the same text cut up differently is not noticed.
+    Whole documents are compared, without regard to white space. So the same text is not noticed if it is
+    divided into other documents.
     """
     return calibration.document_hashes & evaluation.document_hashes
 
@@ -56,18 +57,24 @@ def calibration_windows(
     seed: int,
     chat_template: bool = False,
 ) -> Windows:
-    """``nsamples`` windows of ``seqlen`` tokens, drawn at random from the documents of ``source``.
+    """Windows drawn at random from the documents of ``source``.
 
-    Documents are shuffled by ``seed`` and cut or packed (see above) until there are eight times the windows
-    asked for; ``nsamples`` of those are drawn. With ``chat_template`` each row is instead one conversation,
-    rendered by the tokenizer's template, cut at ``seqlen`` and padded on the right; a plain document becomes
-    a conversation of one user message.
+    Documents are shuffled and cut or packed (see above) until there are eight times as many windows as asked
+    for, of which ``nsamples`` are drawn. If the text is not enough, there are fewer windows, and a warning
+    says how many.
 
-    Where the text is not enough, there are fewer windows and a warning says how many.
+    Args:
+        tokenizer: of the model.
+        source: the string that names it, or its documents.
+        nsamples: number of windows.
+        seqlen: tokens in each window.
+        seed: of the order of the documents and of the draw.
+        chat_template: make each window one conversation instead, rendered with the tokenizer's template, cut
+            at ``seqlen`` and padded on the right. A plain document becomes one user message.
 
     Raises:
-        BadInput: the source is no good, holds less than one window, or has conversations but no chat template
-            was asked for; the tokenizer lacks a chat template.
+        BadInput: the source cannot be used or holds less than one window; it has conversations but no chat
+            template was asked for; the tokenizer lacks a chat template.
         CompressError: the source cannot be fetched.
     """
     _check(1, nsamples=nsamples)
@@ -87,7 +94,7 @@ def calibration_windows(
         )
     if len(rows) < nsamples:
         log.warning(
-            "%s holds only %d of the %d windows of %d tokens asked for; calibrating on those.",
+            "%s holds only %d of the %d windows of %d tokens asked for; calibration uses these.",
             documents.source,
             len(rows),
             nsamples,
@@ -100,14 +107,20 @@ def calibration_windows(
 def evaluation_windows(
     tokenizer: PreTrainedTokenizerBase, source: str | Documents, context: int, limit: int | None = None
 ) -> Windows:
-    """Windows of ``context`` tokens of ``source``, document by document: all, or ``limit`` of them.
+    """Windows for evaluation, document by document.
 
-    Windows do not overlap (the stride is the context) and each begins a fresh context, so its first token is
-    not predicted. Nothing here is random: a limit takes windows at even distances out of the first eight
-    times as many, so that they do not all come from one long document.
+    Windows do not overlap (the stride is the context), and each begins a fresh context, so its first token is
+    not predicted. Nothing here is random.
+
+    Args:
+        tokenizer: of the model.
+        source: the string that names it, or its documents.
+        context: tokens in each window.
+        limit: the largest number of windows. They are taken at even distances from the first eight times as
+            many, so that they do not all come from one long document. None takes all windows.
 
     Raises:
-        BadInput: the source is no good or holds conversations.
+        BadInput: the source cannot be used or holds conversations.
         CompressError: the source cannot be fetched.
     """
     _check(1, limit=1 if limit is None else limit)
@@ -117,12 +130,14 @@ def evaluation_windows(
     if limit is not None and len(rows) > limit:
         rows = [rows[i * len(rows) // limit] for i in range(limit)]
     if not rows:
-        raise BadInput(f"{documents.source} holds no text to predict; give documents of two tokens and more.")
+        raise BadInput(f"{documents.source} holds no text to predict; give documents of two or more tokens.")
     return _windows(tokenizer, documents, rows, context, {"limit": limit, "stride": context})
 
 
 @dataclass(frozen=True)
 class _Row:
+    """The tokens of a window, without padding, and the indices of the documents they come from."""
+
     tokens: list[int]
     documents: frozenset[int]
 
@@ -159,14 +174,14 @@ def _conversations(
 ) -> Iterator[_Row]:
     if not tokenizer.chat_template:
         raise BadInput(
-            "The tokenizer has no chat template; calibrate without it or add one to the model folder."
+            "The tokenizer has no chat template; calibrate without one, or add one to the model folder."
         )
     for index in order:
         entry = documents.entries[index]
         messages = [{"role": "user", "content": entry}] if isinstance(entry, str) else list(entry)
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False)
-        except Exception as error:  # the template is a program of the model's, it may fail in any way
+        except Exception as error:  # a template is a program, and may raise anything
             raise BadInput(
                 f"The model's chat template refuses conversation {index + 1} of {documents.source} ({error})."
             ) from error
@@ -179,13 +194,13 @@ def _text(documents: Documents, index: int) -> str:
     entry = documents.entries[index]
     if not isinstance(entry, str):
         raise BadInput(
-            f"{documents.source} holds conversations; they are calibration text with a chat template only."
+            f"{documents.source} holds conversations; use them for calibration, and with a chat template."
         )
     return entry
 
 
 def _documents(source: str | Documents, tokens: int | None) -> Documents:
-    """The documents of ``source``; of an endless one about ``tokens``, at a generous 8 characters each."""
+    """The documents of ``source``; of one that may be endless, enough for ``tokens`` of 8 characters each."""
     if isinstance(source, Documents):
         return source
     return read_documents(source, None if tokens is None else 8 * tokens)

@@ -1,7 +1,7 @@
 """Architectures as data: where the parts of a transformer are. Methods ask for roles, never for a model type.
 
-To support another model type, add a row to ``rows.py`` (and its config to ``tests/unit/anatomy/``, which
-checks every role of every row on a tiny model).
+To support another model type, add a row to ``rows.py``, and its config to ``tests/unit/anatomy/``, which
+checks every role of every row on a tiny model.
 """
 
 from compress.anatomy.linears import set_weight, weight
@@ -9,6 +9,7 @@ from compress.anatomy.lookup import (
     LayerShape,
     Sizes,
     anatomy_of,
+    base_class,
     layer_shapes,
     model_class,
     projection_rows,
@@ -26,6 +27,7 @@ __all__ = [
     "Sizes",
     "Task",
     "anatomy_of",
+    "base_class",
     "layer_shapes",
     "linears_by_input",
     "model_class",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -45,14 +45,14 @@ def anatomy_of(config: PretrainedConfig) -> Anatomy:
     """
     row = _row(config)
     cls = model_class(config)
-    # A class with a vocabulary head says in this table what the head is tied to when it is tied. Its name may
+    # In this table a class with a vocabulary head says to what the head may be tied. The name of the head may
     # depend on the release of transformers (GPT-NeoX).
-    names = (row.head, *row.head_aliases)
+    names = tuple(name for name in (row.head, *row.head_aliases) if name is not None)
     head = next((name for name in names if f"{name}.weight" in (cls._tied_weights_keys or {})), None)
     return replace(
         row,
         **VARIANTS.get(row.model_type, lambda _: {})(config),
-        prefix="" if cls is transformers.MODEL_MAPPING[type(config)] else cls.base_model_prefix,
+        prefix="" if cls is base_class(config) else cls.base_model_prefix,
         head=head,
         head_aliases=tuple(name for name in names if name != head) if head else row.head_aliases,
         tied=head is not None and config.tie_word_embeddings,
@@ -60,9 +60,9 @@ def anatomy_of(config: PretrainedConfig) -> Anatomy:
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class of transformers itself (never remote code) that ``config.architectures`` names.
+    """The class that ``config.architectures`` names, if it is one of transformers itself (never remote code).
 
-    For a decoder that names none of them it is the causal language model of its type.
+    For a decoder that names no such class it is the causal language model of its type.
 
     Raises:
         BadInput: an encoder, whose head could be anything, names no class of transformers.
@@ -70,19 +70,28 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     name = (config.architectures or [""])[0]
     cls = getattr(transformers, name, None)
     is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
-    if is_model and isinstance(config, cls.config_class or ()):
+    if cls is not None and is_model and isinstance(config, cls.config_class or ()):
         return cls
     if _row(config).kind == "decoder":
-        return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        return _mapped(transformers.MODEL_FOR_CAUSAL_LM_MAPPING, config)
     problem = f"is '{name}', which transformers does not have" if name else "is missing"
     raise BadInput(
         f'The architecture in the config of this {config.model_type} model {problem}; set "architectures" to '
-        f'the class to build, for instance ["{transformers.MODEL_MAPPING[type(config)].__name__}"].'
+        f'the class to build, for instance ["{base_class(config).__name__}"].'
     )
 
 
+def base_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class of the bare model of a type, without a head."""
+    return _mapped(transformers.MODEL_MAPPING, config)
+
+
+def _mapped(mapping: Mapping[Any, Any], config: PretrainedConfig) -> type[PreTrainedModel]:
+    return mapping[type(config)]  # transformers declares that it may be a tuple, which these mappings lack
+
+
 def task_of(config: PretrainedConfig) -> Task | None:
-    """What the head of the model is for; None for a vocabulary head, another head, or none at all.
+    """The task of the model's head; None for a vocabulary head, any other head, or no head.
 
     Raises:
         BadInput: as :func:`model_class`.
@@ -130,7 +139,7 @@ def sizes_of(config: PretrainedConfig) -> Sizes:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """The widths of one layer; without attention heads, or neurons, it has no such block."""
+    """The widths of one layer. A layer without heads has no attention block, one without neurons no MLP."""
 
     num_attention_heads: int
     num_key_value_heads: int
@@ -138,7 +147,7 @@ class LayerShape:
 
 
 def layer_shapes(config: PretrainedConfig) -> list[LayerShape]:
-    """The widths of every layer: equal ones, unless the config has a section ``pruned``."""
+    """The widths of every layer; they are equal unless the config has a section ``pruned``."""
     sizes = sizes_of(config)
     names = [field.name for field in fields(LayerShape)]
     pruned = getattr(config, "pruned", None)
@@ -174,10 +183,11 @@ def projection_rows(config: PretrainedConfig, index: int = 0) -> dict[str, Tenso
 
 
 def without_layers(config: PretrainedConfig, removed: Collection[int]) -> PretrainedConfig:
-    """A copy of ``config`` for the model that is left when the layers with the ``removed`` indices are gone.
+    """A copy of ``config`` for the model without the layers whose indices are ``removed``.
 
     Raises:
-        BadInput: an index is out of range, no layer would be left, or what a layer does depends on its index.
+        BadInput: an index is out of range, no layer would be left, or the computation of a layer depends on
+            its index.
     """
     row, count = _row(config), config.num_hidden_layers
     removed = set(removed)

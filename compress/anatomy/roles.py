@@ -1,18 +1,14 @@
-"""What an anatomy says of an architecture: the role of every module in a layer and around the layers."""
+"""The anatomy of an architecture: the roles of the modules in a layer and around the layers."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from torch import nn
 
 from compress.errors import BadInput
-
-if TYPE_CHECKING:
-    pass
-
 
 PROJECTIONS = ("query", "key", "value", "attention_output", "gate", "up", "down")
 NORMS = ("attention_norm", "query_norm", "key_norm", "post_attention_norm", "mlp_norm", "post_mlp_norm")
@@ -39,9 +35,8 @@ class Anatomy:
 
     # Relative to one layer. Paths that are equal are one fused linear.
     attention: str
-    attention_core: str | None = (
-        None  # what takes hidden states to heads, where a residual sum is in ``attention``
-    )
+    # The module from hidden states to heads, where ``attention`` also holds the residual sum.
+    attention_core: str | None = None
     query: str
     key: str
     value: str
@@ -67,14 +62,14 @@ class Anatomy:
     norm_offset: float = 0.0  # norms multiply by this plus their weight
     parallel_residual: bool = False  # attention and MLP both read the layer's input
 
-    # Names in the config. Without ``head_dim`` in it, heads can only be as wide as hidden_size / heads. The
-    # keys of biases give one to every projection of a block, and are None where the class leaves no choice.
+    # Names in the config. Without ``head_dim`` in it, a head can only have the width hidden_size / heads. A
+    # bias key gives every projection of a block a bias; it is None where the class leaves no choice.
     intermediate_size_key: str = "intermediate_size"
     has_head_dim: bool = False
     attention_bias_key: str | None = None
     mlp_bias_key: str | None = None
-    attention_reads_config: bool = False  # the number of heads, at every call
-    shared_position_bias: bool = False  # layers are given the bias of every head, computed once for all
+    attention_reads_config: bool = False  # reads the number of heads from the config at every call
+    shared_position_bias: bool = False  # all layers are given one position bias, with a part for every head
     per_layer_lists: tuple[str, ...] = ("layer_types", "mlp_layer_types")
     layer_thresholds: tuple[str, ...] = ("max_window_layers",)  # layer indices where something changes
 
@@ -105,13 +100,13 @@ class Anatomy:
         if inside is None:
             raise BadInput(f"The checkpoint has no '{first}', so it is not a whole {self.model_type} model.")
         prefix = f".{inside}".partition(f".{first}.")[0].removeprefix(".")
-        modules = {name.rpartition(".")[0] for name in names}  # not of weights only: these may be packed
+        modules = {name.rpartition(".")[0] for name in names}  # not only of ``.weight``: it may be packed
         aliases = (alias for alias in self.head_aliases if alias in modules)
         return replace(self, prefix=prefix, head=self.head and next(aliases, self.head))
 
     @property
     def linear_paths(self) -> tuple[str, ...]:
-        """Every linear of a layer once, in data-flow order; a fused one stands where its first part would."""
+        """Every linear of a layer once, in data-flow order; a fused one has the place of its first part."""
         return self._paths(PROJECTIONS)
 
     @property
@@ -130,7 +125,7 @@ class Anatomy:
 
     @property
     def merge_obstacle(self) -> str | None:
-        """Why a linear map of the MLP's contribution cannot be folded into ``down``: a sentence, or None."""
+        """Why a linear map of the MLP's output cannot be folded into ``down``: a sentence; None if it can."""
         if self.post_mlp_norm is not None:
             return (
                 f"In {self.model_type} models '{self.post_mlp_norm}' normalises the output of '{self.down}' "
@@ -146,7 +141,7 @@ class Anatomy:
     @property
     def refit_obstacle(self) -> str | None:
         """Why the output projections of the blocks cannot be refitted to the residual stream by linear least
-        squares: a sentence, or None."""
+        squares: a sentence; None if they can."""
         for norm, path in (
             (self.post_attention_norm, self.attention_output),
             (self.post_mlp_norm, self.down),
@@ -165,7 +160,7 @@ class Anatomy:
 
 
 def linears_by_input(anatomy: Anatomy, linears: Collection[str]) -> list[list[str]]:
-    """The paths ``linears`` of one layer in data-flow order, those with the same input together."""
+    """The paths ``linears`` of one layer in data-flow order, grouped by the input that they share."""
     roles = (("query", "key", "value"), ("attention_output",), ("gate", "up"), ("down",))
     groups = (dict.fromkeys(getattr(anatomy, role) for role in same) for same in roles)
     found = [[path for path in paths if path in linears] for paths in groups]

@@ -21,7 +21,7 @@ _LLAMA = Anatomy(
 _QWEN3 = replace(
     _LLAMA, model_type="qwen3", query_norm="self_attn.q_norm", key_norm="self_attn.k_norm", mlp_bias_key=None
 )
-_PLAIN = {"attention_bias_key": None, "mlp_bias_key": None}
+_PLAIN: dict[str, Any] = {"attention_bias_key": None, "mlp_bias_key": None}
 _GEMMA2 = replace(
     _LLAMA, model_type="gemma2", mlp_bias_key=None, norm_offset=1.0,
     mlp_norm="pre_feedforward_layernorm",
@@ -107,7 +107,7 @@ def _opt_variant(config: Any) -> dict[str, Any]:
     return variant
 
 
-# What of a row depends on the config.
+# The entries of a row that depend on the config.
 VARIANTS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "opt": _opt_variant,
     "gpt_neox": lambda config: {"parallel_residual": config.use_parallel_residual},

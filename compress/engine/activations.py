@@ -1,4 +1,4 @@
-"""Hidden states of many windows, in memory up to a limit and above it in files."""
+"""Hidden states of many windows: in memory up to a limit, in files above it."""
 
 from __future__ import annotations
 
@@ -10,30 +10,33 @@ from compress.errors import CompressError
 from compress.system.files import fsync
 
 MEMORY_LIMIT = 1 << 30
-"""Bytes that one tensor of hidden states may take in memory."""
+"""Bytes of hidden states that are held in memory; others ask `memory_limit`."""
+
+
+def memory_limit(shared_by: int = 1) -> int:
+    """Bytes that each of ``shared_by`` tensors may take in memory, so that all together keep the limit."""
+    return MEMORY_LIMIT // max(1, shared_by)
 
 
 class Activations:
-    """float32 tensor [N, S, D] written and read in slices of windows.
+    """A float32 tensor [N, S, D] that is written and read in slices of windows.
 
-    Up to ``memory_limit`` bytes it is held in memory, above that in a file. Two files change roles: one is
-    read, and is the last state made durable; the other is written. So between two saves every window may be
-    written once. What is written before anything was saved or restored goes into a third file, because a
+    A tensor within the memory limit is held in memory, a larger one in a file. Two files take turns: one is
+    read, and holds the last state made durable; the other is written. So between two saves every window may
+    be written once. What is written before anything was saved or restored goes into a third file, because a
     resumed run writes it again while one of the two holds the state to go back to.
 
     Args:
         shape: [N, S, D].
-        file: where the files go, without it everything stays in memory and cannot be saved.
-        memory_limit: bytes, MEMORY_LIMIT if not given.
+        file: where the files go; their names begin with its name. Without it everything stays in memory and
+            cannot be saved.
+        shared_by: how many tensors of this size are held at once and share the memory limit.
     """
 
-    def __init__(
-        self, shape: tuple[int, int, int], file: Path | None, memory_limit: int | None = None
-    ) -> None:
+    def __init__(self, shape: tuple[int, int, int], file: Path | None, shared_by: int = 1) -> None:
         self.shape = shape
-        limit = MEMORY_LIMIT if memory_limit is None else memory_limit
-        self.spilled = file is not None and 4 * shape[0] * shape[1] * shape[2] > limit
-        self._memory = None if self.spilled else torch.zeros(shape, dtype=torch.float32)
+        self.spilled = file is not None and 4 * shape[0] * shape[1] * shape[2] > memory_limit(shared_by)
+        self._memory = torch.zeros(0 if self.spilled else shape, dtype=torch.float32)
         self._changed = True
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +44,11 @@ class Activations:
             self._begin = self._source = self._target = file.with_name(f"{file.name}.begin")
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """A copy of the windows ``start`` to ``stop``: [stop - start, S, D]."""
+        """A copy of the windows ``start`` to ``stop``: [stop - start, S, D].
+
+        Raises:
+            CompressError: the file is cut short or gone.
+        """
         if not self.spilled:
             return self._memory[start:stop].clone()
         values = torch.empty((stop - start, *self.shape[1:]), dtype=torch.float32)
@@ -49,7 +56,7 @@ class Activations:
         return values
 
     def write(self, start: int, values: torch.Tensor) -> None:
-        """Set the windows from ``start`` on; if they are in a file, `read` sees them after `flip`."""
+        """Set the windows from ``start`` on; where they go into a file, `read` sees them after `flip`."""
         self._changed = True
         if not self.spilled:
             self._memory[start : start + len(values)] = values
@@ -60,12 +67,12 @@ class Activations:
             file.write(_bytes(values.detach().float().cpu().contiguous()))
 
     def flip(self) -> None:
-        """What was written is what is read from now on."""
+        """Let `read` see what was written."""
         if self.spilled:
             self._turn(self._target)
 
     def save(self) -> str:
-        """Make the values durable; the name of the file that holds them, for `restore`."""
+        """Make the values durable, and return the name of the file that holds them, for `restore`."""
         if self._changed:
             if not self.spilled:
                 self._target.write_bytes(_bytes(self._memory))
@@ -78,7 +85,7 @@ class Activations:
         return self._source.name
 
     def restore(self, name: str) -> None:
-        """Go back to what `save` made durable.
+        """Go back to the values that `save` made durable in the file ``name``.
 
         Raises:
             CompressError: the file is cut short or gone.
@@ -107,4 +114,4 @@ def _read_into(values: torch.Tensor, path: Path, offset: int) -> None:
 
 
 def _bytes(values: torch.Tensor) -> memoryview:
-    return memoryview(values.numpy()).cast("B")
+    return values.numpy().data.cast("B")

@@ -1,12 +1,12 @@
-"""The way back through a streamed model: gradients with one layer in memory at a time.
+"""Gradients of a streamed model, with one layer in memory.
 
     tape = Tape(model, stream, folder)
     tape.forward()                              # keeps the hidden states before every layer
     tape.differentiate(loss)                    # gradient of the loss with respect to the last ones
-    tape.backward(leaves, take)                 # the layers from the last to the first
+    tape.backward(leaves, take)                 # from the last layer to the first
 
-In the walk back each layer is run once more, from its stored input and with gradients, so a pass costs two
-forwards and one backward, and the memory of one layer.
+On the way back each layer is run once more, from its stored input and with gradients. So a pass costs two
+forward passes and one backward pass, and the memory of one layer.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ from pathlib import Path
 
 import torch
 
-from compress.engine import activations
 from compress.engine.activations import Activations
 from compress.engine.checks import check_finite
 from compress.engine.stream import Layer, Observer, Stream, StreamedModel
 
 Loss = Callable[..., torch.Tensor]
-"""Called with the model's output for some windows, the number of the first and, where there is a reference,
-the output for its hidden states: the sum of the windows' losses."""
+"""Called with the model's output for some windows, the number of the first window and, where there is a
+reference, the output for its hidden states. Returns the sum of the windows' losses."""
 
 Leaves = Callable[[Layer, int], AbstractContextManager[Mapping[str, torch.Tensor]]]
-"""Called with a layer and a number of windows: inside the ``with`` block the layer computes with the tensors
-it gives, by a name of the caller's, and they require gradients."""
+"""Called with a layer and a number of windows. Inside the ``with`` block the layer computes with the tensors
+that the block gives (name -> tensor, names as the caller likes), and they require gradients."""
 
 Take = Callable[[Layer, int, Mapping[str, torch.Tensor]], None]
-"""Called with a layer, the number of the first window and the gradients of the leaves, for each batch."""
+"""Called for each batch with a layer, the number of the first window and the gradients of the leaves."""
 
 
 class Tape:
-    """The hidden states before every layer from where a stream stands, and a gradient on its way back.
+    """The hidden states before every layer that follows a stream, and a gradient on its way back.
 
     Args:
-        model: the layers that are walked.
-        stream: the text, which stays where it is.
-        folder: what is above the memory limit, taken all together, goes into files there.
-        held: the layer the stream stands before, if the caller has it in memory and may have changed it;
-            otherwise the stream stands at the beginning.
+        model: the model whose layers are walked.
+        stream: the text; it is not changed.
+        folder: the states and the gradient go into files there if together they exceed the memory limit.
+        held: the layer that comes next for the stream, if the caller has it in memory and may have changed
+            it. Without it the stream must be at the beginning.
 
     Attributes:
-        states: index of a layer -> hidden states before it; one more, behind the last layer.
-        gradient: of the sum of the losses with respect to the states `backward` or `differentiate` came to.
+        states: index of a layer -> hidden states before it; the last entry is those after the last layer.
+        gradient: the gradient of the sum of the losses with respect to the hidden states at which
+            `differentiate` or `backward` ended.
     """
 
     def __init__(
@@ -58,16 +58,18 @@ class Tape:
         self.begin = held.index if held is not None else 0
         self._stream = copy.copy(stream)
         indices = range(self.begin + 1, model.num_layers + 1)
-        limit = activations.MEMORY_LIMIT // (len(indices) + 1)
 
         def room(name: str) -> Activations:
-            return Activations(stream.hidden.shape, folder and folder / name, limit)
+            return Activations(stream.hidden.shape, folder and folder / name, shared_by=len(indices) + 1)
 
         self.states = {self.begin: stream.hidden} | {index: room(f"hidden-{index}") for index in indices}
         self.gradient = room("gradient")
 
     def forward(self, observe: Callable[[Layer], Mapping[str, Observer]] | None = None) -> None:
-        """Send the text through all layers, showing what ``observe`` says of each (see `Stream.advance`).
+        """Send the text through all layers, and keep the hidden states.
+
+        Args:
+            observe: called with each layer; returns what is observed there, as in `Stream.advance`.
 
         Raises:
             CompressError: a layer puts out NaN or infinite values.
@@ -77,14 +79,17 @@ class Tape:
             self._stream.advance(layer, observe and observe(layer), into=self.states[layer.index + 1])
 
     def differentiate(self, loss: Loss, reference: Activations | None = None) -> float:
-        """The sum of the losses of all windows; its gradient is where `backward` begins.
+        """Compute the loss, and its gradient at the last hidden states, where `backward` begins.
 
-        Logits over a vocabulary are made for one window at a time.
+        Logits over a vocabulary are made window by window, because they are large.
 
         Args:
             loss: of the model's outputs.
-            reference: hidden states behind the last layer of another model with the same head (a teacher),
-                whose outputs the loss is given, too.
+            reference: hidden states after the last layer of another model with the same head (a teacher). The
+                loss is then given the outputs for them as well.
+
+        Returns:
+            The sum of the losses of all windows.
         """
         last = self.states[self.model.num_layers]
         count = len(self._stream.windows)
@@ -104,12 +109,12 @@ class Tape:
         return total
 
     def backward(self, leaves: Leaves, take: Take) -> None:
-        """Pull the gradient through the layers, the last one first, down to where the stream stands.
+        """Pull the gradient back through the layers, from the last one to where the stream is.
 
         Args:
             leaves: puts tensors into a layer.
-            take: is shown their gradients. What belongs to one window only (one mask for each, say) has the
-                gradient of that window's loss; what is shared (a weight) has the sum over the batch.
+            take: is given their gradients. A leaf that belongs to one window (a mask for each, say) has the
+                gradient of that window's loss; one that is shared (a weight) has the sum over the batch.
 
         Raises:
             CompressError: a gradient is NaN or infinite.

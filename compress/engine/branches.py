@@ -1,4 +1,4 @@
-"""The hidden states of several variants of one model, side by side."""
+"""The hidden states of several variants of one model that is streamed once."""
 
 from __future__ import annotations
 
@@ -11,16 +11,25 @@ from compress.engine.stream import Layer, Stream
 
 
 class Branches:
-    """The hidden states of some windows in models without a block each, before the layer that comes next."""
+    """Variants of a model that each lack one block: their hidden states before the layer that comes next.
+
+    Up to the layer of its missing block a branch is the same as the model itself, the prefix; from there on
+    it has hidden states of its own.
+
+    Args:
+        count: number of branches.
+        prefix: the stream through the model itself.
+        file: hidden states above the memory limit go into files there.
+    """
 
     def __init__(self, count: int, prefix: Stream, file: Path) -> None:
         self._prefix = prefix
-        windows, *window = prefix.hidden.shape
-        self._hidden = Activations((count * windows, *window), file)
+        windows, length, width = prefix.hidden.shape
+        self._hidden = Activations((count * windows, length, width), file)
         self._windows = windows
 
     def begin(self, number: int, layer: Layer) -> None:
-        """Let a branch leave the prefix with ``layer``, which lacks a block now."""
+        """Let a branch leave the prefix at ``layer``, whose block is switched off by the caller."""
         for start, hidden, _ in self._prefix.batches():
             self._write(number, start, self._prefix.call(layer, start, hidden))
 
@@ -35,7 +44,7 @@ class Branches:
         self._hidden.write(number * self._windows + start, hidden)
 
     def flip(self) -> None:
-        """What was written is what is read from now on."""
+        """Let `read` and `advance` see what was written; to be called after each layer."""
         self._hidden.flip()
 
     def read(self, number: int, window: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The transformers config of a checkpoint."""
+"""From config.json to a transformers config, for plain and for pruned models."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import CONFIG_MAPPING, MODEL_MAPPING, PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from compress.anatomy import ROWS, anatomy_of
+from compress.anatomy import ROWS, anatomy_of, base_class
 from compress.errors import BadInput, unknown
 from compress.storage import adapter
 from compress.storage.tensors import TensorInfo
 
 NOT_THE_ARCHITECTURE = ("quantization_config", "auto_map", adapter.KEY)
-"""Sections of config.json about how weights are stored."""
+"""Sections of config.json that say how weights are stored, not what the model computes."""
 
 PRUNED_TYPE = "pruned_"
 PRUNED_CLASS = "Pruned"
-"""What stands before the model type and the class names of a model whose layers differ, so that no program
-takes it for the plain architecture."""
+"""Prefixes of the model type and of the class names of a model whose layers differ, so that no program takes
+it for the plain architecture."""
 
 
 class Described(Protocol):
@@ -34,7 +34,7 @@ class Described(Protocol):
 
 
 def config_of(checkpoint: Described) -> PretrainedConfig:
-    """The transformers config of a checkpoint, without its quantization section.
+    """The transformers config of a checkpoint, of the plain architecture and without a quantization section.
 
     Raises:
         BadInput: the model type is missing, unknown to transformers, or its values do not validate.
@@ -46,7 +46,7 @@ def config_of(checkpoint: Described) -> PretrainedConfig:
         names = values.get("architectures") or []
         values["architectures"] = [name.removeprefix(PRUNED_CLASS) for name in names]
     if not isinstance(model_type, str):
-        raise BadInput(f"{checkpoint.folder / 'config.json'} names no model_type.")
+        raise BadInput(f"{checkpoint.folder / 'config.json'} does not name a model_type.")
     if model_type not in CONFIG_MAPPING:
         raise unknown("model type", model_type, CONFIG_MAPPING.keys())
     try:
@@ -57,14 +57,14 @@ def config_of(checkpoint: Described) -> PretrainedConfig:
             f"{checkpoint.folder / 'config.json'} is not a valid {model_type} config: {reason}"
         ) from None
     if _lacks_vocabulary_head(config, checkpoint):
-        config.architectures = [MODEL_MAPPING[type(config)].__name__]
+        config.architectures = [base_class(config).__name__]
     return config
 
 
 def _lacks_vocabulary_head(config: PretrainedConfig, checkpoint: Described) -> bool:
-    """Whether an encoder's config names a vocabulary head that its files do not hold.
+    """Whether an encoder's config names a class with a vocabulary head, but the files do not hold the head.
 
-    Published sentence encoders keep the class they were pretrained as in their config.
+    Published sentence encoders are like this: their config still names the class of their pretraining.
     """
     if config.model_type not in ROWS or ROWS[config.model_type].kind != "encoder":
         return False

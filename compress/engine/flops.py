@@ -1,4 +1,4 @@
-"""Floating-point operations of a model for one sequence, from its config and anatomy alone.
+"""Count the floating-point operations of a model for one sequence, from its config and anatomy alone.
 
 A multiplication with its addition counts as two, as in ``torch.utils.flop_counter``, which the tests compare
 with. Only matrix products are counted: norms, activations, softmax and look-ups are not. For a sequence of s
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations of one sequence, by what they are spent on."""
+    """Floating-point operations of one sequence, by the part of the model that needs them."""
 
     projections: int  # of the attention blocks: query, key, value and output
-    attention: int  # products of queries with keys, and of the weights with values
+    attention: int  # products of queries with keys, and of attention weights with values
     mlp: int
     head: int  # everything outside the layers
 
     @property
     def layers(self) -> int:
-        """Without the head: what pruning layers, heads or neurons can save."""
+        """All but the head: the operations that pruning of layers, heads or neurons can save."""
         return self.projections + self.attention + self.mlp
 
     @property
@@ -42,9 +42,9 @@ class Flops:
 
 
 def flops(config: PretrainedConfig, tokens: int) -> Flops:
-    """What one sequence of ``tokens`` costs in the model that ``config`` describes, pruned or not.
+    """The operations of one sequence of ``tokens`` in the model that ``config`` describes, pruned or not.
 
-    A bare base model has no head; the pooler some of them carry is not counted.
+    A bare base model has no head; the pooler that some of them have is not counted.
 
     Raises:
         BadInput: as :func:`anatomy_of`.
@@ -63,8 +63,20 @@ def flops(config: PretrainedConfig, tokens: int) -> Flops:
 
 
 def unit_flops(config: PretrainedConfig, index: int, tokens: int) -> tuple[int, int]:
-    """What one key-value head with its query heads, and one neuron, of layer ``index`` cost in a sequence of
-    ``tokens``: the two numbers, 0 where the layer has none."""
+    """The operations of the smallest units of a layer that can be pruned.
+
+    Args:
+        config: of the model.
+        index: of the layer.
+        tokens: length of the sequence.
+
+    Returns:
+        Two numbers: for one key-value head with its query heads, and for one neuron. A number is 0 if the
+        layer has no such block.
+
+    Raises:
+        BadInput: as :func:`anatomy_of`.
+    """
     anatomy, sizes, layer = anatomy_of(config), sizes_of(config), layer_shapes(config)[index]
     matrices = 2 if anatomy.gate is None else 3
     query_heads = layer.num_attention_heads // max(layer.num_key_value_heads, 1)
@@ -77,11 +89,12 @@ def unit_flops(config: PretrainedConfig, index: int, tokens: int) -> tuple[int, 
 def _head(config: PretrainedConfig, tokens: int) -> int:
     """Multiplications outside the layers.
 
-    An encoder's vocabulary head has a square transform before the projection; so has its sequence
-    classifier, which sees the first token only. A decoder's classifier is applied to every token.
+    In an encoder, the vocabulary head and the sequence classifier have a square linear before the projection;
+    the classifier reads the first token only. A decoder's classifier is applied to every token.
     """
     anatomy, sizes, task = anatomy_of(config), sizes_of(config), task_of(config)
     width = embedding = sizes.hidden_size
+    labels = config.num_labels or 0
     outside = 0
     if anatomy.final_projection is not None:
         embedding = config.word_embed_proj_dim
@@ -91,9 +104,9 @@ def _head(config: PretrainedConfig, tokens: int) -> int:
         return outside + tokens * (transform + embedding * sizes.vocab_size)
     if task == "sequence classification":
         positions = 1 if anatomy.kind == "encoder" else tokens
-        return outside + positions * (transform + embedding * config.num_labels)
+        return outside + positions * (transform + embedding * labels)
     if task == "token classification":
-        return outside + tokens * width * config.num_labels
+        return outside + tokens * width * labels
     if task == "question answering":
         return outside + tokens * embedding * 2  # begin and end of the answer
     return outside

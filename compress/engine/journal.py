@@ -1,4 +1,4 @@
-"""What a walk over layers has finished, so that a killed run goes on from there."""
+"""A record of the layers that a walk has finished, so that a killed run continues from there."""
 
 from __future__ import annotations
 
@@ -15,11 +15,18 @@ from compress.system.files import write_atomically
 
 
 class Journal:
-    """What a walk has finished, in a folder: enough to go on after a kill.
+    """Makes a walk over layers resumable: after each layer it saves all that the walk has produced so far.
 
-    ``state`` is a dict of tensors that the loop body keeps its results in; it is saved and restored with
-    the streams and the draft, so a body that reads and writes nothing else is resumable. A walk whose journal
-    is finished does nothing but bring all of these to where they were at its end.
+    The loop body keeps its results in ``state``, which is saved and restored together with the streams and
+    the draft. So a body that reads and writes nothing else is resumable. A walk whose journal is finished
+    runs no layer; it only restores all of these as they were at its end.
+
+    Args:
+        folder: where everything is saved.
+        draft: the model that is being written, if the walk writes one.
+
+    Attributes:
+        state: name -> tensor.
     """
 
     def __init__(self, folder: Path, draft: Draft | None = None) -> None:
@@ -28,11 +35,18 @@ class Journal:
         self.state: dict[str, torch.Tensor] = {}
 
     def activations(self, name: str, shape: tuple[int, int, int]) -> Activations:
-        """Room for activations [N, S, D] that spills into the journal's folder."""
+        """New activations [N, S, D], whose files are in the journal's folder."""
         return Activations(shape, self.folder / name)
 
     def restore(self, held: list[Activations]) -> int:
-        """Bring ``state`` and the activations back; the number of layers finished (0 at the beginning)."""
+        """Bring ``state``, the draft and the activations back to the last commit.
+
+        Returns:
+            How many layers are finished; 0 if nothing was committed, in which case nothing changes.
+
+        Raises:
+            CompressError: a file of activations is cut short or gone.
+        """
         path = self.folder / "progress.json"
         if not path.exists():
             return 0
@@ -42,14 +56,14 @@ class Journal:
         self.state.clear()
         self.state.update(load_file(self.folder / progress["state"]))
         if self.draft is not None:
-            # Not what the draft was flushed with last: the kill may have come between that and progress.json.
+            # Not the draft's last flush: the process may have been killed between that and progress.json.
             self.draft.restore(self.folder / progress["draft"])
         return progress["finished"]
 
     def commit(self, finished: int, held: list[Activations]) -> None:
         """Make everything up to layer ``finished`` (exclusive) durable."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Two of each file in turn: those that progress.json names are never the ones being written.
+        # Files take turns in pairs, so that those named by progress.json are never the ones being written.
         turn = finished % 2
         state, draft = f"state-{turn}.safetensors", f"draft-{turn}.json"
         if self.draft is not None:

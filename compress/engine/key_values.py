@@ -1,17 +1,18 @@
-"""Keys and values in few bits: quantized in every forward pass, and stored as codes where they are cached.
+"""Keys and values in few bits: quantized in every forward pass, and cached as codes.
 
-`quantize_key_values` puts hooks on the attention blocks of a transformers model, after which
+`quantize_key_values` puts hooks on the attention blocks of a transformers model. After that
 
 - a pass without a cache (training, evaluation, the streaming engine) computes with quantized keys and values;
-- a cache, whether ``generate`` made it, the model, or the user (an empty ``DynamicCache``), holds packed
-  integer codes and scales, and nothing of full precision.
+- a cache holds packed integer codes and scales, and nothing in full precision, whether ``generate``, the
+  model or the user (as an empty ``DynamicCache``) made it.
 
-The quantizer is that of `compress.kernels.codes.minmax`: a token has one scale for its whole key vector and
-one for its whole value vector (``token``), or one for each head of them (``head``).
+The quantizer is that of `compress.kernels.codes.minmax`. A token has one scale for its whole key vector and
+one for its whole value vector (``token``), or one for each of their heads (``head``).
 
-Keys are quantized after the rotary embedding, or before it, as published. Codes from before it are rotated
-when they are read: with the model's own function, and with the cosines and sines it used, of which the cache
-keeps one copy for all layers. So what a cache gives back is what a pass without it computes with.
+Keys are quantized before the rotary embedding, as published, or after it. Codes from before it are rotated
+when they are read, by the model's own function and with the cosines and sines that the model used, of which
+the cache keeps one copy for all layers. So a pass with a cache computes with the same keys and values as a
+pass without one.
 """
 
 from __future__ import annotations
@@ -34,15 +35,22 @@ from compress.kernels.codes.minmax import fake_quantize, quantize
 from compress.kernels.codes.packing import pack, unpack
 
 KEY = "quantized_kv_cache"
-"""Of config.json: how keys and values are quantized. Other programs ignore it and cache in full precision."""
+"""The section of config.json that says how keys and values are quantized. Other programs ignore it, and cache
+them in full precision."""
 
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
-"""What transformers calls the cache, by release and class."""
+"""Names of the cache among the arguments of transformers models; they differ by release and class."""
 
 
 @dataclass(frozen=True)
 class KeyValueSettings:
-    """How keys and values are quantized: the section `KEY` of config.json."""
+    """How keys and values are quantized: the section `KEY` of config.json.
+
+    Attributes:
+        bits: of a code.
+        scale: whether a token has one scale for its whole vector, or one for each head of it.
+        position: whether keys are quantized before or after the rotary embedding.
+    """
 
     bits: Literal[2, 3, 4, 8]
     scale: Literal["token", "head"] = "token"
@@ -50,10 +58,10 @@ class KeyValueSettings:
 
     @classmethod
     def of(cls, config: Any) -> KeyValueSettings | None:
-        """What a transformers config asks for; None if nothing.
+        """The settings in a transformers config; None if it has no such section.
 
         Raises:
-            BadInput: the section is not one.
+            BadInput: the section is not valid.
         """
         section = getattr(config, KEY, None)
         if section is None:
@@ -66,28 +74,30 @@ class KeyValueSettings:
         return cls(**{name: section[name] for name in allowed})
 
     def section(self) -> dict[str, Any]:
-        """The section of config.json."""
+        """The section of config.json as JSON values."""
         return asdict(self)
 
 
 def quantize_key_values(model: PreTrainedModel, settings: KeyValueSettings, cut: float | None = None) -> None:
-    """Let a decoder compute with quantized keys and values, and cache them so, from now on.
+    """Make a decoder compute with quantized keys and values, and cache them as codes, from now on.
 
     Args:
-        model: on any device, also without memory for its weights.
+        model: on any device, the meta device included.
         settings: bits, scales and position.
-        cut: of the straight-through gradient (see `fake_quantize`).
+        cut: limit of the straight-through gradient (see `fake_quantize`).
     """
     anatomy, config = anatomy_of(model.config), model.config
+    layers = model.base_model.get_submodule(anatomy.layers)
+    assert isinstance(layers, nn.ModuleList)
     blocks = []
-    for index, layer in enumerate(model.base_model.get_submodule(anatomy.layers)):
+    for index, layer in enumerate(layers):
         linears = anatomy.linears(layer)
         if anatomy.key not in linears:  # attention was pruned away
             continue
         block = AttentionBlock(
             settings,
             layer.get_submodule(anatomy.attention),
-            anatomy.key_norm and layer.get_submodule(anatomy.key_norm),
+            None if anatomy.key_norm is None else layer.get_submodule(anatomy.key_norm),
             sizes_of(config).head_dim,
             cut,
         )
@@ -97,24 +107,25 @@ def quantize_key_values(model: PreTrainedModel, settings: KeyValueSettings, cut:
                 linear = linears[getattr(anatomy, role)]
                 linear.register_forward_hook(partial(block.quantize_output, role, rows[role]))
         blocks.append(block)
-    # The module that runs the layers, which is not always what the class calls its base model (OPT).
+    # The module that runs the layers; it is not always the base model (OPT).
     runner = model.base_model.get_submodule(anatomy.layers.rpartition(".")[0])
     runner.register_forward_pre_hook(partial(_give_cache, blocks), with_kwargs=True)
 
 
 class AttentionBlock:
-    """What quantizes the keys and values of one attention block.
+    """Quantizes the keys and values of one attention block.
 
     Args:
         settings: bits, scales and position.
         attention: the transformers module.
-        key_norm: its norm between the projection and the rotary embedding, where it has one.
+        key_norm: its norm between the key projection and the rotary embedding, if it has one.
         head_dim: width of a head.
-        cut: of the straight-through gradient.
+        cut: limit of the straight-through gradient.
 
     Attributes:
         cached: whether the pass that is running has a cache.
-        codes: role -> codes and scales of the tokens in it, where keys are quantized before they are rotated.
+        codes: role -> codes and scales of the tokens in this pass, if keys are quantized before the rotary
+            embedding.
         rotation: cosines and sines of these tokens, [B or 1, T, width] each.
     """
 
@@ -129,7 +140,7 @@ class AttentionBlock:
         self.settings, self.attention, self.key_norm = settings, attention, key_norm
         self.head_dim, self.cut = head_dim, cut
         self.cache_name = _name_in(inspect.signature(attention.forward).parameters)
-        # Every architecture with rotary embeddings calls its own function of this name.
+        # Every architecture with rotary embeddings has a function of this name in its own module.
         self.rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
         self.cached = False
         self.codes: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -140,20 +151,28 @@ class AttentionBlock:
     def before_rope(self) -> bool:
         return self.settings.position == "before-rope"
 
+    @property
+    def place(self) -> int:
+        """The place in a cache. It is not the number of the layer where other blocks were pruned away."""
+        place = self.attention.layer_idx
+        assert isinstance(place, int)
+        return place
+
     def grouped(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Vectors of tokens [B, T, heads, head_dim] -> [B, T, scales of a token, values of a scale]."""
+        """Vectors of tokens [B, T, heads, head_dim] -> [B, T, scales per token, values per scale]."""
         return vectors.flatten(-2).unsqueeze(-2) if self.settings.scale == "token" else vectors
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """In the place of a cache, where nothing is to be remembered: [B, heads, T, head_dim], quantized."""
+        """Quantize [B, heads, T, head_dim] as a cache that remembers nothing: attention takes this object for
+        one in a pass without a cache."""
         return self._fake(keys), self._fake(values)
 
     def quantize_output(
         self, role: str, rows: torch.Tensor, linear: nn.Module, inputs: Any, output: torch.Tensor
     ) -> torch.Tensor:
-        """Behind a projection, fused or not: its ``rows`` [heads, head_dim] of the output, quantized."""
+        """A hook behind a projection, fused or not: quantize the ``rows`` [heads, head_dim] of its output."""
         rows = rows.to(output.device)
         vectors = self.grouped(output[..., rows])
         if self.cached:
@@ -164,7 +183,7 @@ class AttentionBlock:
         return output.index_copy(-1, rows.flatten(), quantized.flatten(-2))
 
     def take(self, keys: torch.Tensor, values: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Codes and scales of the keys and values a cache is given: [B, heads, T, head_dim]."""
+        """Codes and scales, by role, of the keys and values [B, heads, T, head_dim] that a cache is given."""
         if self.before_rope:
             codes, self.codes = self.codes, {}
             return codes
@@ -175,11 +194,11 @@ class AttentionBlock:
         }
 
     def finish(self, keys: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-        """Keys read from codes [B, T, heads, head_dim] -> as attention takes them [B, heads, T, head_dim]."""
+        """Normalize and rotate keys read from codes: [B, T, heads, head_dim] -> [B, heads, T, head_dim]."""
         if self.before_rope and self.key_norm is not None:
             keys = self.key_norm(keys)
         keys = keys.transpose(1, 2)
-        return keys if rotation is None else self.rotate(keys, keys, *rotation)[1]
+        return keys if rotation is None or self.rotate is None else self.rotate(keys, keys, *rotation)[1]
 
     def _fake(self, states: torch.Tensor) -> torch.Tensor:
         vectors = states.transpose(1, 2)
@@ -192,7 +211,7 @@ class AttentionBlock:
             self.rotation = kwargs.get("position_embeddings")
             if self.cached and self.rotate is not None and self.rotation is None:
                 raise CompressError(
-                    f"{type(self.attention).__name__} is not given its position embeddings, so cached keys "
+                    f"{type(self.attention).__name__} does not get its position embeddings, so cached keys "
                     "cannot be rotated; update transformers, or quantize keys after-rope."
                 )
         elif not self.cached:
@@ -201,24 +220,29 @@ class AttentionBlock:
 
 
 class Rotations:
-    """Cosines and sines [B or 1, T, width] of the cached tokens, for all layers that rotate alike."""
+    """Cosines and sines [B or 1, T, width] of the cached tokens, for all layers that rotate alike.
+
+    Attributes:
+        last: the cosines of the last forward pass, by which layers find the rotations they share.
+        parts: cosines and sines of all cached tokens.
+    """
 
     def __init__(self) -> None:
         self.last: torch.Tensor | None = None
         self.parts: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def extended(self, rotation: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """With those of this forward pass, which the first layer that has them brings."""
-        if self.last is not rotation[0]:
-            self.last = rotation[0]
-            if self.parts is None:
-                self.parts = rotation
-            else:
-                batch = max(len(self.parts[0]), len(rotation[0]))
-                both = zip(self.parts, rotation, strict=True)
-                self.parts = tuple(
-                    torch.cat([part.expand(batch, -1, -1) for part in pair], dim=1) for pair in both
-                )
+        """Append the rotation of this forward pass, unless another layer has done it; return all of them."""
+        if self.parts is None:
+            self.parts = rotation
+        elif self.last is not rotation[0]:
+            batch = max(len(self.parts[0]), len(rotation[0]))
+            cosines, sines = (
+                torch.cat([part.expand(batch, -1, -1) for part in pair], dim=1)
+                for pair in zip(self.parts, rotation, strict=True)
+            )
+            self.parts = cosines, sines
+        self.last = rotation[0]
         return self.parts
 
     @property
@@ -229,12 +253,12 @@ class Rotations:
 class QuantizedLayer(DynamicLayer):
     """The cache of one attention block: packed codes and scales.
 
-    Windows of sliding attention are kept whole, and the mask cuts them; so a cache can be longer than its own
-    of transformers, but what attention sees is the same.
+    With sliding attention all tokens are kept, and the mask hides those outside the window. So this cache can
+    be longer than that of transformers, but attention sees the same tokens.
 
     Args:
-        block: quantizes what comes in.
-        rotations: of the whole cache; this layer finds its own there.
+        block: quantizes the keys and values that are cached.
+        rotations: those of the whole cache; this layer finds its own among them.
     """
 
     is_croppable = False
@@ -255,7 +279,7 @@ class QuantizedLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append the codes of new tokens [B, heads, T, head_dim]; all keys and values so far."""
+        """Append new tokens [B, heads, T, head_dim], and return the keys and values of all cached tokens."""
         block, bits = self.block, self.block.settings.bits
         heads, head_dim, dtype = key_states.shape[1], block.head_dim, key_states.dtype
         found = {}
@@ -286,7 +310,7 @@ class QuantizedLayer(DynamicLayer):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and scales; the rotations, shared by the layers, are counted once for a cache."""
+        """Bytes of codes and scales, without the rotations, which the layers of a cache share."""
         return sum(tensor.nbytes for held in (self.packed, self.scales) for tensor in held.values())
 
     def get_seq_length(self) -> int:
@@ -296,7 +320,8 @@ class QuantizedLayer(DynamicLayer):
         self._forget()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """For beam search. Beams of one prompt have the same positions, so rotations stay as they are."""
+        """Reorder the batch for beam search. All beams of a prompt have the same positions, so the rotations
+        stay as they are."""
         for held in (self.packed, self.scales):
             for role, tensor in held.items():
                 held[role] = tensor.index_select(0, beam_idx.to(tensor.device))
@@ -308,7 +333,7 @@ class QuantizedLayer(DynamicLayer):
 
 
 def cache_bytes(cache: DynamicCache) -> int:
-    """Bytes a cache of quantized keys and values takes, rotations included."""
+    """Bytes that a cache of quantized keys and values takes, rotations included."""
     layers = [layer for layer in cache.layers if isinstance(layer, QuantizedLayer)]
     rotations = layers[0].rotations if layers else []
     return sum(layer.nbytes for layer in layers) + sum(held.nbytes for held in rotations)
@@ -317,7 +342,8 @@ def cache_bytes(cache: DynamicCache) -> int:
 def _give_cache(
     blocks: list[AttentionBlock], model: nn.Module, args: Any, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """Before the base model runs: whatever cache it is given, or would make, holds codes."""
+    """A hook before the base model: make the cache it is given, or would make, hold codes."""
+    assert isinstance(model, PreTrainedModel)
     name = next((name for name in CACHE_NAMES if kwargs.get(name) is not None), None)
     use_cache = kwargs.get("use_cache")
     if name is None and (model.config.use_cache if use_cache is None else use_cache):
@@ -337,8 +363,7 @@ def _hold_codes(cache: Any, blocks: list[AttentionBlock]) -> None:
             "This model stores keys and values as low-bit codes; give it an empty DynamicCache, or none."
         )
     rotations: list[Rotations] = []
-    # The place an attention block has in a cache is not its layer's number where others were pruned away.
-    places = {block.attention.layer_idx: block for block in blocks}
+    places = {block.place: block for block in blocks}
     cache.layers = [
         QuantizedLayer(places[place], rotations) if place in places else DynamicLayer()
         for place in range(1 + max(places, default=-1))

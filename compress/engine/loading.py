@@ -26,22 +26,22 @@ def load(
 ) -> PreTrainedModel:
     """Load a model folder, quantized or not, ready for ``generate``.
 
-    Packed linears stay packed and run through the kernels of this package; no dequantized copy is kept.
+    Packed linears stay packed and run through the kernels of this package, without a dequantized copy.
 
     Args:
         path: a folder written by compress-model, or any Hugging Face folder of a supported architecture.
         device: such as "cpu" or "cuda:0".
         dtype: of activations and of the weights that are not packed; None takes the one in config.json.
-        memory: such as "90MB" or a number of bytes. Of a model that is stored in blocks (bitstack, nested),
-            read no more of them than fit, everything else of the model counted. None takes all.
+        memory: the largest size of the whole model, such as "90MB" or a number of bytes, for a model that is
+            stored in blocks (bitstack, nested): as many blocks are read as fit. None reads all blocks.
 
     Returns:
-        The transformers model in evaluation mode; ``config`` has no quantization section. One stored in
-        blocks has a function ``resize`` (see `Resize`).
+        The transformers model in evaluation mode. Its ``config`` has no quantization section. A model stored
+        in blocks has a function ``resize`` (see `Resize`).
 
     Raises:
-        BadInput: not a model folder, damaged files, an architecture the anatomy table does not know, or a
-            model that has no size which fits.
+        BadInput: the folder is not a model, its files are damaged, the anatomy table does not know its
+            architecture, or no size of the model fits into ``memory``.
     """
     whole = checkpoint = Checkpoint.open(path)
     dtype = _dtype(dtype or config_of(whole).dtype or torch.float32)
@@ -53,14 +53,14 @@ def load(
         model.generation_config = GenerationConfig.from_pretrained(path)
     linears = [module for module in model.modules() if isinstance(module, StackedLinear)]
     if linears:
-        model.resize = Resize(whole, linears, dtype)
+        object.__setattr__(model, "resize", Resize(whole, linears, dtype))
     return model
 
 
 def assemble(
     checkpoint: Checkpoint, device: str = "cpu", dtype: str | torch.dtype | None = None
 ) -> PreTrainedModel:
-    """The whole model of an open checkpoint in memory; arguments, result and errors as `load`."""
+    """The whole model of an open checkpoint in memory. Arguments, result and errors are those of `load`."""
     config = config_of(checkpoint)
     dtype = _dtype(dtype or config.dtype or torch.float32)  # before the skeleton, which sets its own
     model = skeleton(config, device)
@@ -73,18 +73,26 @@ def assemble(
 class Resize:
     """``model.resize("120MB")``: give a running model more of its blocks, or take some away.
 
-    Blocks that are dropped leave memory at once; those that are added are read from the files it was loaded
-    from. The others are not touched.
+    Blocks that are dropped leave memory at once. Blocks that are added are read from the files the model was
+    loaded from. All others stay as they are.
+
+    Args:
+        checkpoint: with all blocks.
+        linears: the linears of the model that have blocks.
+        dtype: of the weights that are not packed, which count too.
     """
 
     def __init__(self, checkpoint: Checkpoint, linears: list[StackedLinear], dtype: torch.dtype) -> None:
         self._checkpoint, self._linears, self._dtype = checkpoint, linears, dtype
 
     def __call__(self, memory: str | int | None) -> int:
-        """Let the model take at most ``memory``, everything counted as in `load`; None gives it all blocks.
+        """Give the model as many blocks as fit.
+
+        Args:
+            memory: the largest size of the whole model, as in `load`; None gives it all blocks.
 
         Returns:
-            The bytes it takes.
+            The bytes that the model takes now.
 
         Raises:
             BadInput: not even its smallest size fits; the model stays as it was.
@@ -93,13 +101,13 @@ class Resize:
         steps = steps_within(self._checkpoint, wanted, self._dtype)
         counts = counts_after(self._checkpoint, steps)
         form = stack_of(self._checkpoint)
-        # First what makes room, so that the model never takes more than the larger of both sizes.
+        # Blocks are dropped first, so that the model never takes more than the larger of both sizes.
         for linear in self._linears:
             del linear.blocks[counts[linear.stored] :]
         for linear in self._linears:
             there, count = len(linear.blocks), counts[linear.stored]
             if there < count:
-                device = linear.blocks[0].signs.device
+                device = next(linear.blocks[0].buffers()).device
                 added = form.read(linear.stored, self._checkpoint, there, count)
                 linear.blocks.extend(block.to(device) for block in added)
         return sizes(self._checkpoint, self._dtype)[steps]

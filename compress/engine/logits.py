@@ -1,4 +1,4 @@
-"""The logits of a model that is streamed layer by layer."""
+"""The logits of a model: streamed layer by layer, or taken out of what it returned."""
 
 from __future__ import annotations
 
@@ -13,7 +13,20 @@ from compress.storage.checkpoint import Checkpoint
 
 @torch.no_grad()
 def streamed_logits(checkpoint: Checkpoint, windows: Windows, device: str = "cpu") -> torch.Tensor:
-    """Logits [N, S, V] (float32) of a causal model, or the first output of another, layer by layer."""
+    """The logits of a model on some windows, computed with one layer in memory.
+
+    Args:
+        checkpoint: the model.
+        windows: token ids [N, S].
+        device: where it computes.
+
+    Returns:
+        float32 on the CPU: [N, S, V] of a causal model, and the `first_output` of any other.
+
+    Raises:
+        BadInput: as `StreamedModel` and `StreamedModel.stream`.
+        CompressError: a layer puts out NaN or infinite values.
+    """
     model = StreamedModel(checkpoint, device)
     stream = model.stream(windows)
     for layer in model.walk(None, stream):
@@ -23,7 +36,8 @@ def streamed_logits(checkpoint: Checkpoint, windows: Windows, device: str = "cpu
 
 
 def first_output(output: Any) -> torch.Tensor:
-    """The logits of a model output, or its first tensor if it has none."""
+    """The logits in what a transformers model returned, or the first tensor if it has no logits (the hidden
+    states of a bare encoder, the start logits of a question answerer)."""
     return output["logits"] if "logits" in output else output[0]
 
 

@@ -1,9 +1,11 @@
 """Transformers models whose layers differ: pruned heads and neurons, or no attention or MLP at all.
 
-`reshape` gives the layers of a stock model the shapes that the section ``pruned`` of its config.json tells.
-It needs torch and transformers only, because this file is also copied into the folders of such models, with
-the two classes of their architecture at its end (see `modeling_source` in compress/modeling.py). There
-transformers finds it by ``auto_map``, and loads, runs and saves these models without compress-model.
+`reshape` gives the layers of a stock model the shapes that the section ``pruned`` of its config.json lists.
+
+This file is self-contained: it imports only torch and transformers. compress-model uses it itself, and also
+copies it into the folder of every such model, with two classes of the model's architecture at its end. There
+transformers finds it by ``auto_map`` in config.json and can load, run and save the model on a machine that
+does not have compress-model.
 """
 
 import copy
@@ -28,14 +30,14 @@ class Nothing(nn.Module):
 
 
 class HeadsOfPositionBias:
-    """Before an attention block with fewer heads: gives it their part of the position bias [B, heads, S, S]
-    that all layers share, its third argument."""
+    """Cuts the position bias [B, heads, S, S], which all layers share, down to the heads that an attention
+    block has left. The bias is the third argument of the block."""
 
     def __init__(self, heads):
         self.heads = heads
 
     def attach(self, attention):
-        """Take the place of one that is attached already."""
+        """Attach this to a block, in place of one that is attached already."""
         hooks = attention._forward_pre_hooks
         for key in [key for key, hook in hooks.items() if isinstance(hook, HeadsOfPositionBias)]:
             del hooks[key]
@@ -47,14 +49,14 @@ class HeadsOfPositionBias:
 
 
 def reshape(model, pruned):
-    """Give every layer of a stock ``model`` its shape, in place; weights of what is resized are made anew.
+    """Give every layer of a stock ``model`` its shape, in place. Linears that are resized get new weights.
 
     Args:
         model: a transformers model as its class builds it.
-        pruned: ``parts`` says where the parts of a layer are, ``layers`` has a shape for each layer:
+        pruned: ``parts`` says where the parts of a layer are, and ``layers`` has the shape of each layer:
             ``num_attention_heads``, ``num_key_value_heads``, ``intermediate_size`` (0: the block is gone),
-            ``biases`` (linears that have one though the stock layer's have not) and, where the layers share a
-            position bias, ``heads`` (indices of the query heads that are left).
+            ``biases`` (linears that have a bias although those of the stock layer have none) and, where the
+            layers share a position bias, ``heads`` (indices of the query heads that are left).
     """
     parts = pruned["parts"]
     layers = model.base_model.get_submodule(parts["layers"])
@@ -108,7 +110,7 @@ def resize_mlp(layer, parts, width, biases):
 
 
 def resize(layer, path, rows, columns, biases):
-    """Replace a linear by one with other ``rows`` (outputs) or ``columns`` (inputs), or with a bias."""
+    """Replace a linear by one with other ``rows`` (outputs) or ``columns`` (inputs), or with a new bias."""
     old = layer.get_submodule(path)
     is_conv1d = isinstance(old, Conv1D)
     old_columns, old_rows = old.weight.shape if is_conv1d else old.weight.shape[::-1]
@@ -123,7 +125,7 @@ def resize(layer, path, rows, columns, biases):
 
 
 def without(layer, parts, block):
-    """What makes the "attention" or the "mlp" of a layer add nothing: path -> module to put there."""
+    """The modules that switch the "attention" or the "mlp" of a layer off: path -> module to put there."""
     if block == "attention":
         places = {parts["attention"]: NoAttention()}
         if not parts["attention_output"].startswith(f"{parts['attention']}."):
@@ -136,7 +138,7 @@ def without(layer, parts, block):
 
 
 def put(layer, places):
-    """Put modules into a layer: path -> module. Returns what was there before."""
+    """Put modules into a layer (path -> module), and return those that were there before."""
     before = {path: layer.get_submodule(path) for path in places}
     for path, module in places.items():
         parent, _, name = path.rpartition(".")
@@ -145,10 +147,10 @@ def put(layer, places):
 
 
 def number_caches(layers, attention, layer_types):
-    """Give the attention blocks that are left the first places in the key-value cache.
+    """Number the places in the key-value cache among the attention blocks that are left.
 
-    The cache asks its first place how long the text is, and decides by ``layer_types`` how a place stores
-    keys and values; so the n-th block of a type takes the n-th place of that type.
+    The cache reads the length of the text from its first place, and ``layer_types`` decides how a place
+    stores keys and values. So the n-th block of a type takes the n-th place of that type.
     """
     types = layer_types or ["any"] * len(layers)
     places = {kind: [i for i, other in enumerate(types) if other == kind] for kind in types}

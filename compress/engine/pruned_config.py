@@ -1,4 +1,10 @@
-"""How a model whose layers differ says so: its config.json and its modelling file."""
+"""The config.json and the modelling file of a pruned model whose layers differ in shape.
+
+Stock classes build all layers alike. So the config of such a model has a section ``pruned`` with the shape of
+each layer, and names two classes of a modelling file in its folder, which transformers runs with
+``trust_remote_code=True``. The file is a copy of the module ``compress.engine.pruned`` with these classes,
+made for the model's architecture, at its end.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +20,8 @@ from compress.engine import pruned as pruned_module
 from compress.engine.config import PRUNED_CLASS, PRUNED_TYPE
 
 PRUNED_FILE = "modeling_pruned.py"
+"""Name of the modelling file."""
+
 CLASSES = """
 
 from transformers import {config}, {model}
@@ -35,7 +43,13 @@ class Pruned{model}({model}):
 def mark_pruned(
     values: Mapping[str, Any], config: PretrainedConfig, pruned: dict[str, Any]
 ) -> dict[str, Any]:
-    """config.json of a model whose layers differ, from that of the plain one (``values``, ``config``)."""
+    """config.json of a model whose layers differ in shape.
+
+    Args:
+        values: config.json of the plain model.
+        config: the same as a transformers config.
+        pruned: the section that says what shape each layer has (see `compress.engine.pruned.reshape`).
+    """
     model = model_class(config)
     classes = vars(modeling_auto).items()  # to list all of transformers takes half a second
     autos = sorted(
@@ -53,13 +67,13 @@ def mark_pruned(
 
 
 def _builds(auto: Any, config: PretrainedConfig, model: type[PreTrainedModel]) -> bool:
-    """Whether an AutoModel class makes a ``model`` of this config."""
+    """Whether an AutoModel class builds a ``model`` from this config."""
     mapping = getattr(auto, "_model_mapping", None)  # its truth value would import every model there is
     return mapping is not None and type(config) in mapping and mapping[type(config)] is model
 
 
 def modeling_source(config: PretrainedConfig) -> str:
-    """The file by which transformers alone loads a model whose layers differ."""
+    """The text of the modelling file, by which transformers alone loads a model whose layers differ."""
     names = {"config": type(config).__name__, "model": model_class(config).__name__}
     text = Path(pruned_module.__file__).read_text(encoding="utf-8")
     return text + CLASSES.format(model_type=config.model_type, **names)

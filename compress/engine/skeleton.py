@@ -13,8 +13,14 @@ from compress.engine.pruned import reshape
 
 
 def skeleton(config: PretrainedConfig, device: str | torch.device = "cpu") -> PreTrainedModel:
-    """The model of a config, in evaluation mode, with every parameter on the meta device (no memory) and
-    every non-persistent buffer (rotary frequencies, embedding scales) computed on ``device``."""
+    """The model that a config describes, pruned or with quantized keys and values if the config says so.
+
+    It is in evaluation mode. Its parameters are on the meta device and take no memory; its buffers that no
+    checkpoint holds (rotary frequencies, embedding scales) are computed on ``device``.
+
+    Raises:
+        BadInput: the config does not name a class, or its section on keys and values is not valid.
+    """
     with torch.device("meta"):
         model = model_class(config)._from_config(config, dtype=torch.float32)
     with torch.no_grad():
@@ -33,7 +39,10 @@ def skeleton(config: PretrainedConfig, device: str | torch.device = "cpu") -> Pr
 
 
 def longest_input(model: PreTrainedModel) -> int:
-    """Tokens the model has positions for; RoBERTa and its like lose two of theirs to padding."""
+    """The largest number of tokens that the model has positions for, or ``sys.maxsize`` if it has no limit.
+
+    In RoBERTa and models like it the first positions, up to that of the padding, are never used.
+    """
     longest = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:

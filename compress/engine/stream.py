@@ -1,12 +1,12 @@
-"""The streaming engine: a model walked layer by layer over text, with one layer in memory at a time.
+"""The streaming engine: text goes through a model layer by layer, with one layer in memory.
 
     model = StreamedModel(checkpoint)
     dense = model.stream(calibration)                 # hidden states before layer 0
     for layer in model.walk(journal, dense):          # layer.module is in memory during the loop body only
         dense.advance(layer, observe={"mlp.down_proj": look})
 
-Hidden states are float32 and live in memory up to a limit, above it in files. After every layer the
-journal makes them durable, so that a killed walk goes on where it was.
+Hidden states are float32. Up to a limit they are held in memory, above it in files. After every layer the
+journal makes them durable, so that a walk that was killed goes on where it was.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
-from compress.anatomy import Anatomy, weight
-from compress.engine import activations
+from compress.anatomy import Anatomy
 from compress.engine.activations import Activations
-from compress.engine.checks import check_finite, first
+from compress.engine.checks import check_finite
 from compress.engine.config import config_of
+from compress.engine.head import Head
 from compress.engine.journal import Journal
 from compress.engine.skeleton import longest_input, skeleton
+from compress.engine.stand_ins import StandIn, returns_tuple
 from compress.engine.weights import Weights
 from compress.engine.windows import Windows
 from compress.errors import BadInput
@@ -56,6 +56,7 @@ Observer = Callable[[Seen], None]
 """Called once for every batch that goes through an observed submodule."""
 
 BATCH_TOKENS = 4096
+"""Tokens in a batch of windows, unless one window alone has more."""
 
 
 @dataclass
@@ -82,7 +83,18 @@ class Layer:
 
 
 class Stream:
-    """Text on its way through a model: the hidden states before the layer that comes next."""
+    """Text on its way through a model: the hidden states before the layer that comes next.
+
+    `StreamedModel.stream` makes them.
+
+    Attributes:
+        windows: the text.
+        hidden: the hidden states [N, S, D].
+        device: where layers compute.
+        batch_size: windows in a batch.
+        starts: the number of the first window of each batch.
+        calls: first window of a batch -> for every layer what the model gives it besides hidden states.
+    """
 
     def __init__(self, windows: Windows, hidden: Activations, batch_size: int, device: str) -> None:
         self.windows = windows
@@ -95,15 +107,15 @@ class Stream:
     def batches(
         self, starts: Iterable[int] | None = None
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """(first window, hidden states [B, S, D], mask [B, S]) of each batch, in the order of ``starts``."""
+        """Yield (first window, hidden states [B, S, D], mask [B, S]) for ``starts``, in order."""
         for start in self.starts if starts is None else starts:
             stop = min(start + self.batch_size, len(self.windows.tokens))
             yield start, self.hidden.read(start, stop), self.windows.mask[start:stop]
 
     def call(self, layer: Layer, start: int, hidden: torch.Tensor) -> torch.Tensor:
-        """``layer(hidden)`` with the attention mask and positions the model gives to it, on its device."""
+        """``layer(hidden)`` on the stream's device, with the attention mask and positions of the model."""
         args, kwargs = self.calls[start][layer.index]
-        return first(layer.module(hidden.to(self.device), *args, **kwargs))
+        return hidden_of(layer.module(hidden.to(self.device), *args, **kwargs))
 
     @torch.no_grad()
     def advance(
@@ -112,12 +124,12 @@ class Stream:
         observe: Mapping[str, Observer] | None = None,
         into: Activations | None = None,
     ) -> None:
-        """hidden := layer(hidden), showing the observed submodules' inputs and outputs on the way.
+        """Set ``hidden`` to ``layer(hidden)``, and show what the observed submodules compute on the way.
 
         Args:
             layer: the layer in memory, changed or not.
             observe: path inside the layer ("" is the layer itself) -> observer.
-            into: where the output goes; without it, it takes the place of ``hidden``.
+            into: where the output goes instead; ``hidden`` then stays as it is.
 
         Raises:
             CompressError: the layer puts out NaN or infinite values.
@@ -132,9 +144,9 @@ class Stream:
 
     @torch.no_grad()
     def look(self, layer: Layer, observe: Mapping[str, Observer]) -> None:
-        """Show what `advance` would, and leave ``hidden`` as it is.
+        """Show what `advance` would show, and leave ``hidden`` as it is.
 
-        What the layer does behind the last of the observed submodules is not computed.
+        The layer is left as soon as all observed submodules have run.
         """
         for start, hidden, mask in self.batches():
             waiting = set(observe)
@@ -151,7 +163,7 @@ class Stream:
 
 
 class _SeenAll(Exception):
-    """Leaves a layer's forward pass."""
+    """Leaves a layer's forward pass, because nothing behind it is needed."""
 
 
 @contextmanager
@@ -169,7 +181,9 @@ def _hook(module: nn.Module, observer: Observer, mask: torch.Tensor, start: int)
         return values.view(*mask.shape, -1) if values.ndim == 2 else values
 
     handle = module.register_forward_hook(
-        lambda _, inputs, output: observer(Seen(windowed(inputs[0]), windowed(first(output)), mask, start))
+        lambda _, inputs, output: observer(
+            Seen(windowed(inputs[0]), windowed(hidden_of(output)), mask, start)
+        )
     )
     try:
         yield
@@ -177,8 +191,13 @@ def _hook(module: nn.Module, observer: Observer, mask: torch.Tensor, start: int)
         handle.remove()
 
 
+def hidden_of(output: Any) -> torch.Tensor:
+    """The hidden states in what a module returns: some architectures wrap them in a tuple with others."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 class StreamedModel:
-    """A model whose weights stay on disk; at most one layer, or the parts around the layers, is in memory.
+    """A model whose weights stay on disk: memory holds one layer, or the parts around the layers.
 
     Args:
         checkpoint: where the weights are.
@@ -186,7 +205,7 @@ class StreamedModel:
         progress: called with a text and the share done (0 to 1) after each layer of a walk.
 
     Raises:
-        BadInput: the architecture is not in the anatomy table.
+        BadInput: the architecture is not in the anatomy table, or config.json is not valid.
     """
 
     def __init__(
@@ -231,10 +250,19 @@ class StreamedModel:
         stop: int | None = None,
         label: str = "",
     ) -> Iterator[Layer]:
-        """Layers 0 to ``stop`` (all), each in memory during the loop body.
+        """Yield layers 0 to ``stop`` (without it all of them), each in memory during the loop body.
 
         After the body, ``journal`` makes ``streams``, ``journal.state`` and what was written to the draft
-        durable; if it already knows finished layers, the walk starts behind them.
+        durable. If it already knows finished layers, the walk starts behind them.
+
+        Args:
+            journal: makes the walk resumable; None if it need not be.
+            streams: what the loop body changes from layer to layer.
+            stop: the first layer that is not walked.
+            label: the text that ``progress`` is told.
+
+        Raises:
+            CompressError: what the journal kept is cut short or gone.
         """
         stop = self.num_layers if stop is None else stop
         held = [item.hidden if isinstance(item, Stream) else item for item in streams]
@@ -253,29 +281,30 @@ class StreamedModel:
     def stream(
         self, windows: Windows, folder: Path | None = None, batch_tokens: int = BATCH_TOKENS
     ) -> Stream:
-        """Start text on its way: embed it, and learn what the model gives every layer besides hidden states.
+        """Start text on its way: embed it, and record what the model gives every layer besides hidden states.
 
         Args:
             windows: token ids [N, S] and mask.
             folder: hidden states above the memory limit go into files there.
-            batch_tokens: tokens in a batch; results do not depend on it beyond rounding.
+            batch_tokens: tokens in a batch; results depend on it only by rounding.
 
         Raises:
-            BadInput: token ids beyond the vocabulary, or windows longer than the model's table of positions.
+            BadInput: there are token ids beyond the vocabulary, or the windows are longer than the model's
+                table of positions.
         """
         if int(windows.tokens.max()) >= self.config.vocab_size:
             raise BadInput(
-                "The text has token ids outside the model's vocabulary; the tokenizer is another model's."
+                "The text has token ids outside the model's vocabulary; use the tokenizer of this model."
             )
         count, length = windows.tokens.shape
-        # Tables beside that of the tokens hold positions. Rotary ones are computed, and know no end.
+        # Embedding tables after that of the tokens hold positions. Rotary positions have no limit.
         if len(self.anatomy.embeddings) > 1 and length > (longest := longest_input(self.model)):
             raise BadInput(
                 f"The model has positions for {longest} tokens, and the windows are {length} long; use a "
                 "smaller seqlen (calibration) or context (evaluation)."
             )
         batch_size = max(1, batch_tokens // length)
-        stream = None
+        stream: Stream | None = None
         padded = not bool(windows.mask.all())
         with self._outside(skip_head=True):
             calls_of: dict[int, list[Any]] = {}
@@ -288,9 +317,10 @@ class StreamedModel:
                 if stream is None:
                     store = Activations((count, length, hidden.shape[-1]), folder and folder / "hidden")
                     stream = Stream(windows, store, batch_size, self.device)
-                # Without padding every batch of the same size is given the same mask and positions.
+                # Without padding the model gives every batch of the same size the same mask and positions.
                 stream.calls[start] = calls if padded else calls_of.setdefault(len(tokens), calls)
                 stream.hidden.write(start, hidden)
+        assert stream is not None  # there is at least one window
         stream.hidden.flip()
         return stream
 
@@ -306,25 +336,25 @@ class StreamedModel:
             return given
 
         with self._stand_ins(self._layers, record):
-            given = self._no_cache if types is None else {"token_type_ids": types}  # of encoders only
+            given = self._no_cache if types is None else {"token_type_ids": types}  # only encoders have types
             self.model.base_model(tokens, attention_mask=mask, **given)
         return hidden[0], calls
 
     @contextmanager
     def head(self) -> Iterator[Head]:
-        """``with model.head() as head``: everything behind the layers in memory."""
+        """Everything behind the layers, in memory for the length of a ``with`` block."""
         with self._outside(skip_embedding=True):
-            yield Head(self)
+            yield Head(self.model, self.anatomy.head, self._behind)
 
     def _behind(self, model: nn.Module, hidden: torch.Tensor) -> Any:
-        """The output of ``model``, this one or its base model, with ``hidden`` behind the last layer."""
+        """The output of ``model`` (the whole one or its base model) for ``hidden`` after the last layer."""
 
         def replay(*_: Any, **__: Any) -> torch.Tensor:
             return hidden.to(self.device)
 
-        width = self.model.get_input_embeddings().embedding_dim
-        dummy = torch.zeros((*hidden.shape[:2], width), device=self.device)
-        # One stand-in for all layers puts the real hidden states in the place of the dummy.
+        embedding: Any = self.model.get_input_embeddings()
+        dummy = torch.zeros((*hidden.shape[:2], embedding.embedding_dim), device=self.device)
+        # One stand-in for all layers replaces the dummy by the real hidden states.
         with self._stand_ins(self._layers[:1], replay):
             return model(inputs_embeds=dummy, **self._no_cache)
 
@@ -337,7 +367,7 @@ class StreamedModel:
         """Everything but the layers in memory."""
         embedding = self.model.base_model.get_submodule(self.anatomy.embeddings[0])
         head = self.model.get_submodule(self.anatomy.head) if self.anatomy.head else None
-        skip = ()
+        skip: tuple[nn.Module, ...] = ()
         if skip_head and head is not None:
             skip = (head,)
         elif skip_embedding and head is not None and embedding is not head:
@@ -350,105 +380,17 @@ class StreamedModel:
 
     @contextmanager
     def _stand_ins(self, layers: list[nn.Module], act: Callable[..., torch.Tensor]) -> Iterator[None]:
-        """Functions in the place of the layers, so that the model's own code does what is around them."""
+        """Put stand-ins that call ``act`` in the place of the layers, for the length of a ``with`` block."""
 
         def forward(layer: nn.Module, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if self._returns_tuple is None:
-                self._returns_tuple = _returns_tuple(layer, hidden, args, kwargs)
+                self._returns_tuple = returns_tuple(layer, hidden, args, kwargs)
             output = act(hidden, *args, **kwargs)
             return (output,) if self._returns_tuple else output
 
-        stand_ins = nn.ModuleList(_StandIn(layer, forward) for layer in layers)
+        stand_ins = nn.ModuleList(StandIn(layer, forward) for layer in layers)
         setattr(self._parent, self._leaf, stand_ins)
         try:
             yield
         finally:
             setattr(self._parent, self._leaf, nn.ModuleList())
-
-
-class Head:
-    """Everything behind the layers of a model, in memory as long as `StreamedModel.head` is open."""
-
-    def __init__(self, model: StreamedModel) -> None:
-        self._model = model
-
-    def __call__(self, hidden: torch.Tensor) -> Any:
-        """Hidden states [B, S, D] after the last layer -> the model's output (``.logits`` [B, S, V] for a
-        causal model), which can be differentiated with respect to hidden states that ask for gradients."""
-        return self._model._behind(self._model.model, hidden)
-
-    @torch.no_grad()
-    def features(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [B, S, D] after the last layer -> what the projection to the vocabulary is given."""
-        return first(self._model._behind(self._model.model.base_model, hidden).to_tuple())
-
-    @property
-    def projection(self) -> nn.Module:
-        """The projection to the vocabulary; what models do with its output differs."""
-        return self._model.model.get_submodule(self._model.anatomy.head)
-
-
-class _StandIn(nn.Module):
-    """Takes a layer's place, and looks like the layer to code that asks for its attributes."""
-
-    def __init__(self, layer: nn.Module, forward: Callable[..., Any]) -> None:
-        super().__init__()
-        object.__setattr__(self, "_layer", layer)
-        object.__setattr__(self, "_forward", forward)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "_layer"), name)
-
-    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self._forward(self._layer, hidden, *args, **kwargs)
-
-
-def _returns_tuple(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: Any) -> bool:
-    """Whether the layer wraps its output, found out by running it on the meta device, without memory."""
-
-    def to_meta(value: Any) -> Any:
-        return value.to("meta") if isinstance(value, torch.Tensor) else value
-
-    args, kwargs = tree_map(to_meta, ((hidden, *args), kwargs))
-    return isinstance(layer(*args, **kwargs), tuple)
-
-
-def advance_keeping(
-    stream: Stream,
-    layer: Layer,
-    paths: list[str],
-    folder: Path,
-    observe: Mapping[str, Observer] | None = None,
-) -> dict[str, Activations]:
-    """Take a stream through a layer, and keep what some of its linears are given on the way.
-
-    Args:
-        stream: before the layer.
-        layer: in memory.
-        paths: the linears.
-        folder: for inputs above the limit of memory, which they share.
-        observe: as in `Stream.advance`.
-
-    Returns:
-        Path of a linear -> its inputs [N, S, in].
-    """
-    observe, windows = observe or {}, stream.windows.tokens.shape
-    limit = activations.MEMORY_LIMIT // max(1, len(paths))
-    kept = {
-        path: Activations((*windows, weight(layer.linears[path]).shape[1]), folder / path, limit)
-        for path in paths
-    }
-
-    def observer(path: str) -> Observer:
-        def show(seen: Seen) -> None:
-            if path in kept:
-                kept[path].write(seen.start, seen.inputs)
-            if path in observe:
-                observe[path](seen)
-
-        return show
-
-    stream.advance(layer, {path: observer(path) for path in {**kept, **observe}})
-    for inputs in kept.values():
-        inputs.flip()
-    return kept

@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder."""
+"""Load the tokenizer of a model folder, and say in one sentence why it cannot be loaded."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(folder: Path, **settings: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, with ``settings`` of its own kind.
+    """The tokenizer of a model folder. Code in the folder is never run.
+
+    Args:
+        folder: of the model.
+        settings: passed on to the tokenizer's class, such as ``add_prefix_space``.
 
     Raises:
-        BadInput: there is none, or it cannot be read.
+        BadInput: the folder has no tokenizer, or it cannot be read.
     """
     from transformers import AutoTokenizer
 

@@ -1,4 +1,5 @@
-"""Transformers models whose weights come and go: built without memory, filled and emptied part by part."""
+"""Load the weights of a model, or of parts of it, from a checkpoint into modules without memory, and free
+them again."""
 
 from __future__ import annotations
 
@@ -36,16 +37,26 @@ LINEARS: dict[type[LowBitWeight], Callable[..., LowBitLinear]] = {
 }
 """The layers over weights that are not on an integer grid of groups."""
 
-# BERT's first checkpoints call the parameters of a LayerNorm so.
+# Names of LayerNorm parameters -> what the first checkpoints of BERT call them.
 OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 
 
 class Weights:
     """Puts the tensors of a checkpoint into the modules of a skeleton, and takes them out again.
 
-    Linears that the checkpoint stores packed become `PackedLinear` modules, those it stores in blocks
-    `StackedLinear` ones, and a packed token embedding a `PackedEmbedding`, so a quantized model runs through
-    its kernels and never through a dequantized copy.
+    A linear that the checkpoint stores in few bits becomes a `PackedLinear` (or the layer of its number
+    format), one stored in blocks a `StackedLinear`, and a packed token embedding a `PackedEmbedding`. So a
+    quantized model runs through its kernels and never through a dequantized copy.
+
+    Args:
+        checkpoint: where the tensors are.
+        model: a skeleton, as `skeleton` builds it.
+        device: where weights go.
+        dtype: of the weights that are not packed.
+
+    Raises:
+        BadInput: the architecture is not in the anatomy table, the quantization section is not one that this
+            package reads, or the checkpoint has an adapter of something else than packed linears.
     """
 
     def __init__(
@@ -65,15 +76,15 @@ class Weights:
         self.base_prefix = f"{model.base_model_prefix}."
         quantization = checkpoint.config.get("quantization_config")
         self.stacks = StackFormat.find(quantization)
-        packed = quantization if self.stacks is None else quantization.get("outside")
+        packed = quantization if self.stacks is None or quantization is None else quantization.get("outside")
         self.formats: Formats | None = Formats(packed) if packed else None
         self._check_adapter()
 
     def find(self, name: str) -> str | None:
-        """The checkpoint's spelling of a parameter name, or None if it is not there.
+        """The name that a parameter has in the checkpoint, or None if it is not there.
 
-        Published files differ from their class in the base model's prefix, in the name of the head and in old
-        names of norms, and keep one of two tied parameters.
+        Published files differ from their class in the prefix of the base model, the name of the head and old
+        names of norms. Of two tied parameters they hold one.
         """
         names = [name, self.tied.get(name, name)]
         head = f"{self.anatomy.head}."
@@ -87,7 +98,12 @@ class Weights:
         return None
 
     def fill(self, module: nn.Module, name: str, skip: tuple[nn.Module, ...] = ()) -> None:
-        """Load all parameters below ``module``, whose full name is ``name`` ("" for the whole model).
+        """Load all parameters of ``module`` and the modules inside it.
+
+        Args:
+            module: the model or a part of it.
+            name: full name of the module; "" for the whole model.
+            skip: modules whose own parameters are not loaded.
 
         Raises:
             BadInput: a tensor is missing, has another shape than config.json says, or holds NaN or infinity.
@@ -108,7 +124,7 @@ class Weights:
                 continue
             for leaf, parameter in child.named_parameters(recurse=False):
                 if parameter.device.type == "meta":
-                    # A tied parameter is one object under several names, and stays one.
+                    # A tied parameter is one object under several names. It must stay one.
                     if id(parameter) not in made:
                         value = self._read(f"{full}.{leaf}" if full else leaf, tuple(parameter.shape))
                         made[id(parameter)] = nn.Parameter(value, requires_grad=False)
@@ -118,9 +134,9 @@ class Weights:
                     child._buffers[leaf] = self.checkpoint.read(stored).to(self.device)
 
     def empty(self, module: nn.Module) -> None:
-        """Give the memory of all parameters below ``module`` back."""
+        """Free the memory of all parameters of ``module`` and the modules inside it."""
         meta: dict[int, nn.Parameter] = {}
-        # With duplicates: a tied head is also the table of the embedding, and has to go under its own name.
+        # With duplicates: a tied head is also the table of the embedding, and is needed under its own name.
         modules = dict(module.named_modules(remove_duplicate=False))
         for path, child in modules.items():
             if isinstance(modules.get(path.rpartition(".")[0]), PackedEmbedding):
@@ -150,7 +166,7 @@ class Weights:
         return tensor.to(self.device)
 
     def _packed(self, full: str) -> str | None:
-        """The stored spelling of a packed module's name, or of the one it is tied to; None if neither is
+        """The name in the checkpoint of a packed module, or of the one it is tied to; None if neither is
         stored packed."""
         if self.formats is None:
             return None
@@ -161,7 +177,8 @@ class Weights:
         return None
 
     def _read_packed(self, stored: str, full: str, module: nn.Module) -> LowBitLinear:
-        """The packed weight ``stored`` of a linear or an embedding, without a bias."""
+        """A linear without bias over the packed weight ``stored`` of a linear or an embedding."""
+        assert self.formats is not None
         form = self.formats.of(stored, "Embedding" if isinstance(module, nn.Embedding) else "Linear")
         packed = form.read(stored, self.checkpoint.read)
         if (wanted := tuple(weight(module).shape)) != packed.shape:
@@ -177,7 +194,7 @@ class Weights:
         return linear
 
     def _adapted(self, packed: QuantizedWeight, full: str) -> AdaptedLinear:
-        """A packed linear with its adapter."""
+        """A linear over a packed weight, with the adapter that the checkpoint has for it."""
         settings, (rows, columns) = self.checkpoint.config[adapter.KEY], packed.shape
         adapted = AdaptedLinear.from_quantized(packed)
         adapted.adapt(
@@ -188,36 +205,48 @@ class Weights:
         return adapted
 
     def _check_adapter(self) -> None:
-        """Raises BadInput for an adapter of anything but packed linears of the layers."""
+        """Refuse (BadInput) an adapter of anything but packed linears of the layers."""
         inside = self.packable - {self.embedding, self.anatomy.head}
         for name in filter(adapter.is_adapter, self.checkpoint.tensors):
             linear = adapter.linear_of(name)
             if linear not in inside or self._packed(linear) is None:
                 raise BadInput(
-                    f"The adapter has weights for '{linear}', which is no packed linear of the layers."
+                    f"The adapter has weights for '{linear}', which is not a packed linear of the layers."
                 )
 
     def _packed_module(self, packed: LowBitLinear, full: str, module: nn.Module) -> nn.Module:
-        """What takes the place of ``module``, which has that weight."""
+        """The module that takes the place of ``module``: ``packed`` with a bias, or an embedding over it."""
         new: LowBitLinear | PackedEmbedding = packed
         if isinstance(module, nn.Embedding):
+            if not isinstance(packed, PackedLinear):
+                raise BadInput(
+                    f"The embedding '{full}' is stored in a number format that only linears can have."
+                )
             new = PackedEmbedding(packed, self.dtype, getattr(module, "embed_scale", None))
-        elif module.bias is not None:
-            packed.bias = self._read(f"{full}.bias", tuple(module.bias.shape))
+        elif (bias := self._read_bias(full, module)) is not None:
+            packed.bias = bias
         new._forward_hooks.update(module._forward_hooks)  # such as those that quantize keys and values
         object.__setattr__(new, "stands_for", module)
         return new
 
     def _stacked(self, full: str) -> str | None:
-        """The stored spelling of the name of a linear in blocks, or None if it is not stored so."""
-        stored = self.stacks and self.find(f"{full}.{self.stacks.marker}")
+        """The name in the checkpoint of a linear that is stored in blocks, or None if it is not."""
+        if self.stacks is None:
+            return None
+        stored = self.find(f"{full}.{self.stacks.marker}")
         return stored and stored.removesuffix(f".{self.stacks.marker}")
 
     def _stacked_linear(self, stored: str, full: str, linear: nn.Module) -> StackedLinear:
-        bias = None if linear.bias is None else self._read(f"{full}.bias", tuple(linear.bias.shape))
-        new = self.stacks.module(stored, tuple(weight(linear).shape), self.checkpoint, bias).to(self.device)
+        assert self.stacks is not None
+        out, width = weight(linear).shape
+        new = self.stacks.module(stored, (out, width), self.checkpoint, self._read_bias(full, linear))
         object.__setattr__(new, "stands_for", linear)
-        return new
+        return new.to(self.device)
+
+    def _read_bias(self, full: str, linear: nn.Module) -> torch.Tensor | None:
+        if not isinstance(linear.bias, torch.Tensor):
+            return None
+        return self._read(f"{full}.bias", tuple(linear.bias.shape))
 
     @staticmethod
     def _replace(module: nn.Module, path: str, child: nn.Module) -> None:

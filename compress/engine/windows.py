@@ -1,4 +1,4 @@
-"""Windows of tokens: what walks through a model."""
+"""Windows of tokens: the text that goes through a model, with its provenance."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ import torch
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Rows of tokens of one length.
+    """N windows of S tokens each.
 
     Attributes:
         tokens: int64 [N, S], token ids.
-        mask: bool [N, S], True for real tokens, False for padding, which is always on the right.
-        source: where the text came from, as it was asked for.
-        document_hashes: sha256 of each document that has tokens here; see ``overlap``.
+        mask: bool [N, S], True for real tokens and False for padding, which is always on the right.
+        source: where the text came from, as the user named it.
+        document_hashes: sha256 of each document that has tokens here, by which an overlap of calibration and
+            evaluation text is found.
         settings: how the windows were made, for provenance: JSON values only.
-        token_types: int64 [N, S], which of two texts a token is of, for models that are told (BERT); None
-            leaves all of them in the first.
+        token_types: int64 [N, S], 0 or 1 for tokens of the first or second text of a pair, for models that
+            read it (BERT); None if all tokens belong to the first text.
     """
 
     tokens: torch.Tensor
@@ -52,7 +53,7 @@ class Windows:
 
     @cached_property
     def sha256(self) -> str:
-        """sha256 over shape, tokens (as little-endian int64), mask, and token types if there are any."""
+        """sha256 over the shape, tokens (as little-endian int64), mask and, if there are any, token types."""
         digest = hashlib.sha256(repr(tuple(self.tokens.shape)).encode())
         digest.update(self.tokens.contiguous().numpy().astype("<i8").tobytes())
         digest.update(self.mask.contiguous().numpy().tobytes())
@@ -61,7 +62,7 @@ class Windows:
         return digest.hexdigest()
 
     def select(self, chosen: torch.Tensor) -> Windows:
-        """The windows where ``chosen`` (bool [N]) is True; document hashes stay those of all."""
+        """The windows where ``chosen`` (bool [N]) is True, with the document hashes of all windows."""
         types = None if self.token_types is None else self.token_types[chosen]
         return replace(self, tokens=self.tokens[chosen], mask=self.mask[chosen], token_types=types)
 

@@ -33,8 +33,8 @@ def settled(method: Method, options: MethodOptions, model: Checkpoint, context: 
     Raises:
         BadInput: see `mix`.
     """
-    from compress.quantization.parts.layout import WeightOptions
     from compress.quantization.parts.mixing import mix
+    from compress.quantization.parts.options import WeightOptions
 
     if not isinstance(options, WeightOptions) or not options.mix:
         return options
@@ -73,8 +73,8 @@ def choose_bits(
     Raises:
         BadInput: the recipe is another one, a width is none, or as `mix`.
     """
-    from compress.quantization.parts.layout import WeightOptions
     from compress.quantization.parts.mixing import mix
+    from compress.quantization.parts.options import WeightOptions
 
     if len(recipe.steps) != 1 or not isinstance(recipe.steps[0][1], WeightOptions):
         raise BadInput(

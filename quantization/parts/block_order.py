@@ -1,4 +1,7 @@
-"""Which linear of a model in stacks gets its next block first: one universal order (see `stacks`)."""
+"""The order of the blocks of a model in stacks: which linear gets its next block first.
+
+There is one order for all sizes (see `compress.storage.formats.stacks`).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import torch
 
 from compress.anatomy import weight
 from compress.calibration.statistics.fisher import Fisher, expected_loss, sampled_loss
-from compress.calibration.statistics.losses import next_token_losses, predicted
+from compress.calibration.statistics.losses import precise_losses, scored_positions
 from compress.engine.branches import Branches
 from compress.engine.journal import Journal
 from compress.engine.stream import StreamedModel
@@ -22,23 +25,28 @@ from compress.storage.formats.stacks import StackFormat, with_blocks
 
 if TYPE_CHECKING:
     from compress.method import StepContext
-    from compress.quantization.parts.stacker import Stacker, StackOptions
+    from compress.quantization.parts.options import StackOptions
+    from compress.quantization.parts.stacker import Stacker
 
 LENGTH = 128
-"""Tokens of a window that the order is found on: many short windows tell more than a few long ones."""
+"""Tokens in a window that the order is found with: many short windows tell more than a few long ones."""
 
 
 def find_order(
     model: StreamedModel, stacker: Stacker, options: StackOptions, context: StepContext
 ) -> list[int]:
-    """The index of a linear for every step.
+    """Find the order by the measure that the options name.
 
     Args:
-        model: the dense one.
-        stacker: with all blocks in its draft, on disk.
-        options: say how.
-        context: gives the text, the seed and the folder.
+        model: the dense model.
+        stacker: its draft holds all blocks, on disk.
+        options: of the method.
+        context: of the step.
+
+    Returns:
+        For every block but the first ones, the index of its linear in ``stacker.modules``.
     """
+    assert context.calibration is not None  # all methods with stacks need calibration
     windows = context.calibration.part(options.order_windows, LENGTH)
     if options.importance == "perplexity":
         found = perplexities(stacker, windows, context)
@@ -53,27 +61,28 @@ def find_order(
 
 
 def by_gain(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[float]]) -> list[int]:
-    """The order in which blocks lower the total loss most for their bytes.
+    """Sort blocks so that the total loss falls as fast as it can with the bytes.
 
     The loss of a linear as a function of its bytes is replaced by its lower convex hull, because a block that
-    gains little may have to come before one that gains much. On a hull the gain for each byte falls from
-    block to block, so all blocks can be sorted by it.
+    gains little may have to come before a block that gains much. On a hull the gain per byte falls from block
+    to block, so all blocks can be sorted by it.
 
     Args:
-        losses: for every linear, that with 1, 2, ... blocks.
+        losses: for every linear, the loss with 1, 2, ... blocks.
         costs: for every linear, the bytes of each block.
 
     Returns:
-        The index of a linear for every block but the first ones.
+        For every block but the first ones, the index of its linear.
     """
     ranked: list[tuple[float, int]] = []
     for linear, (loss, cost) in enumerate(zip(losses, costs, strict=True)):
         hull: list[tuple[float, float, int]] = []  # gain, bytes, blocks
         for index in range(1, len(loss)):
-            segment = (loss[index - 1] - loss[index], cost[index], 1)
-            while hull and segment[0] * hull[-1][1] > hull[-1][0] * segment[1]:
-                segment = tuple(a + b for a, b in zip(hull.pop(), segment, strict=True))
-            hull.append(segment)
+            gain, size, blocks = loss[index - 1] - loss[index], cost[index], 1
+            while hull and gain * hull[-1][1] > hull[-1][0] * size:
+                before = hull.pop()
+                gain, size, blocks = before[0] + gain, before[1] + size, before[2] + blocks
+            hull.append((gain, size, blocks))
         ranked += [(gain / size, linear) for gain, size, blocks in hull for _ in range(blocks)]
     return [linear for _, linear in sorted(ranked, key=lambda entry: -entry[0])]
 
@@ -81,21 +90,19 @@ def by_gain(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[float]])
 def expected_losses(
     model: StreamedModel, stacker: Stacker, windows: Windows, context: StepContext
 ) -> dict[str, torch.Tensor]:
-    """How much loss every linear causes alone with 1, 2, ... of its blocks, to second order (see
-    `expected_loss`).
+    """The loss that every linear alone causes with 1, 2, ... of its blocks, to second order.
+
+    See `expected_loss` for how it is estimated from the Fisher information and the residual.
 
     Returns:
-        Full name of a linear -> float64 [blocks], nats for each token.
+        Full name of a linear -> float64 [blocks], nats per token.
     """
-    form, found = stacker.form, {}
+    form, found = stacker.form, dict[str, torch.Tensor]()
     fisher = Fisher(model, windows, sampled_loss(model, windows, context.seed), context.folder / "order")
     for layer in model.walk(None, label="finding the order"):
         information = fisher.read(layer)
-        for path, linear in layer.linears.items():
-            stored = layer.stored(path)
-            if not stacker.wants(stored):
-                continue
-            name, left = stored.removesuffix(".weight"), weight(linear).clone()
+        for path, stored in stacker.wanted(layer).items():
+            name, left = stored.removesuffix(".weight"), weight(layer.linears[path]).clone()
             stack = form.linear(left.shape[1], left.shape[0], form.read(name, stacker.draft)).to(left.device)
             losses = []
             for index in range(form.blocks):
@@ -106,9 +113,10 @@ def expected_losses(
 
 
 def perplexities(stacker: Stacker, windows: Windows, context: StepContext) -> torch.Tensor:
-    """As published: with all linears at b blocks, the perplexity when each one alone gets its next block.
+    """The published measure: with all linears at b blocks, the perplexity when one gets its next block.
 
-    All linears of a level go through the model together, each from its own layer on. NaN counts as infinite.
+    For one b all linears are tried in one walk through the model, each from its own layer on. NaN counts as
+    infinite.
 
     Returns:
         float64 [blocks - 1, linears].
@@ -131,7 +139,7 @@ def perplexities(stacker: Stacker, windows: Windows, context: StepContext) -> to
 
 @torch.no_grad()
 def _raised(model: StreamedModel, stacker: Stacker, windows: Windows, folder: Path) -> torch.Tensor:
-    """Perplexities with one more block of each linear in turn: float64 [linears]."""
+    """The perplexity with one more block in one linear, for every linear: float64 [linears]."""
     numbers = {name: number for number, name in enumerate(stacker.modules)}
     stream = model.stream(windows, folder / "prefix")
     branches = Branches(len(numbers), stream, folder / "branches")
@@ -147,18 +155,19 @@ def _raised(model: StreamedModel, stacker: Stacker, windows: Windows, folder: Pa
         stream.advance(layer)
         branches.flip()
     losses = torch.zeros(len(numbers), dtype=torch.float64)
-    scored = predicted(windows)
+    scored = scored_positions(windows)
     with model.head() as head:
         for number in range(len(numbers)):
             for window, tokens in enumerate(windows.tokens):
                 at = scored[window].nonzero()[:, 0]
                 logits = head(branches.read(number, window)[None]).logits[0, at].float()
-                losses[number] += next_token_losses(logits, tokens[at + 1].to(logits.device)).sum().cpu()
+                losses[number] += precise_losses(logits, tokens[at + 1].to(logits.device)).sum().cpu()
     return (losses / scored.sum()).exp()
 
 
 @contextmanager
 def _one_more(linear: StackedLinear, form: StackFormat, checkpoint: Checkpoint) -> Iterator[None]:
+    """Give a linear its next block for the length of a ``with`` block."""
     count = len(linear.blocks)
     linear.blocks.extend(form.read(linear.stored, checkpoint, count, count + 1))
     yield

@@ -1,16 +1,23 @@
-"""A linear whose low-bit grid is clipped by learned bounds, with a low-rank adapter beside it."""
+"""A linear with a low-bit grid that is clipped by learned bounds, and a low-rank adapter (ApiQ)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 
 from compress.kernels.codes.integer import QuantizedWeight, grid_between, nearest_codes, number_of_groups
 
 OPEN = 4.0
-"""Logits of the clipping at the beginning: sigma(4) = 0.982 of the range."""
+"""Logits of the clipping at the beginning: sigma(4) = 0.982 of the range is left."""
+
+GRADIENT_NORM = 1.0
+"""Gradients are scaled down to this norm. They are gradients of a loss relative to that of plain rounding."""
+
+ADAPTER_DECAY = 0.1
+"""Weight decay of A and B, as published. The clipping has none, since decay would pull it to one half."""
 
 
 class ClippedLinear:
@@ -19,19 +26,19 @@ class ClippedLinear:
     With h = sigma(u) max(W_g, 0) and m = sigma(l) min(W_g, 0):
 
     - asymmetric: s = (h − m) / (2^b − 1), z = round(−m / s);
-    - symmetric: s = −v / 2^(b−1) with v that of h and m which is larger in magnitude, z = 2^(b−1);
+    - symmetric: s = −v / 2^(b−1), where v is h or m, whichever is larger in magnitude, and z = 2^(b−1);
 
-    and q = clamp(round(W / s) + z, 0, 2^b − 1), where s is rounded to the dtype it is stored with. So
-    u = l = ∞ is `quantize_weight`. Rounding is straight through: W / s and s have the gradients that they
-    would have without it, and z has none at all.
+    and q = clamp(round(W / s) + z, 0, 2^b − 1), where s is rounded to the dtype it is stored in. With u = l =
+    ∞ this is `quantize_weight`. Gradients pass straight through rounding: W / s and s get the gradients that
+    they would get without it, and z gets none.
 
     Args:
         weight: W [out, in], float32.
         rank, alpha: of the adapter.
         bits, group_size, symmetric, scale_dtype: of the grid, see `quantize_weight`.
-        adapter_dtype: which A and B are stored with.
-        generator: for A, drawn uniformly from ±1 / sqrt(in) (Kaiming's, as peft does); B is 0.
-        name: what to call the weight in errors.
+        adapter_dtype: the dtype that A and B are stored in.
+        generator: draws A uniformly from ±1 / sqrt(in) (Kaiming's initialisation, as in peft); B begins at 0.
+        name: of the weight, for error messages.
 
     Attributes:
         u, l: logits of the clipping, float32 [out, groups].
@@ -71,18 +78,18 @@ class ClippedLinear:
         self.B = weight.new_zeros(out, rank).requires_grad_()
 
     def quantized(self) -> torch.Tensor:
-        """Ŵ [out, in], which can be differentiated with respect to u and l."""
+        """Ŵ [out, in]; it can be differentiated with respect to u and l."""
         exact, stored, zeros = self._grid()
         return _StraightThrough.apply(self.grouped, exact, stored.float(), zeros, self.bits).view_as(
             self.weight
         )
 
     def adapted(self, quantized: torch.Tensor) -> torch.Tensor:
-        """``quantized`` + (alpha / r) B A [out, in], which can be differentiated with respect to A and B."""
+        """``quantized`` + (alpha / r) B A [out, in]; it can be differentiated with respect to A and B."""
         return torch.addmm(quantized, self.B, self.A, alpha=self.scaling)
 
     def _grid(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The scales before and after they are rounded to their dtype, and the zero points: [out, groups]."""
+        """Scales before and after they are rounded to their dtype, and zero points: [out, groups] each."""
         high, low = torch.sigmoid(self.u) * self.high, torch.sigmoid(self.l) * self.low
         if self.symmetric:
             exact = torch.where(high > -low, -high, -low) / 2 ** (self.bits - 1)
@@ -115,40 +122,41 @@ class ClippedLinear:
 
     @torch.no_grad()
     def stored(self) -> torch.Tensor:
-        """What the stored linear multiplies with, float32 [out, in]."""
+        """The weight that the stored linear multiplies with: float32 [out, in]."""
         first, second = self.adapter()
         low_rank = second.float() @ first.float()
         return self.rounded().dequantize().to(low_rank).add_(low_rank, alpha=self.scaling)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """A copy of all that is learned."""
+        """A copy of everything that is learned."""
         return {name: getattr(self, name).detach().clone() for name in ("u", "l", "A", "B")}
 
     def plain(self) -> dict[str, torch.Tensor]:
-        """The `state` of plain rounding: nothing clipped, and no adapter."""
+        """The `state` of plain rounding: nothing is clipped, and B is 0."""
         state = self.state()
-        state["u"].fill_(torch.inf), state["l"].fill_(torch.inf), state["B"].zero_()
+        state["u"].fill_(torch.inf)
+        state["l"].fill_(torch.inf)
+        state["B"].zero_()
         return state
 
     @torch.no_grad()
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Go to a `state`."""
+        """Set everything that is learned to a `state`."""
         for name, value in state.items():
             getattr(self, name).copy_(value)
 
 
 class _StraightThrough(torch.autograd.Function):
-    """s (clamp(round(W / s) + z, 0, 2^b − 1) − z).
+    """s (clamp(round(W / s) + z, 0, 2^b − 1) − z), with the derivative of rounding taken to be 1.
 
-    Where nothing is clamped its derivative by s is (q − z) − W / s, with the derivative of rounding taken to
-    be 1; elsewhere it is q − z. W gets no gradient.
+    The derivative by s is (q − z) − W / s where nothing is clamped, and q − z elsewhere. W gets no gradient.
     """
 
     @staticmethod
     def forward(
         ctx: Any, grouped: torch.Tensor, _: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int
     ) -> torch.Tensor:
-        """The scales come twice: the gradient is given to the first, the value is that of the second."""
+        """Scales come twice: the first, unrounded ones get the gradient, the second ones make the value."""
         scales, zeros = scales.unsqueeze(-1), zeros.unsqueeze(-1)
         # In place, because each of these is as large as the weight.
         ratio = grouped / scales
@@ -163,3 +171,37 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (slope,) = ctx.saved_tensors
         return None, (gradient * slope).sum(-1), None, None, None
+
+
+def descent(
+    linears: Sequence[ClippedLinear], steps: int, clip_learning_rate: float, learning_rate: float
+) -> Callable[[], None]:
+    """AdamW over some linears, with learning rates that fall linearly to 0.
+
+    Args:
+        linears: what is trained.
+        steps: number of steps until the learning rates are 0.
+        clip_learning_rate: of u and l.
+        learning_rate: of A and B.
+
+    Returns:
+        A function that makes one step with the gradients there are, and clears them.
+    """
+    clipping = [values for linear in linears for values in (linear.u, linear.l)]
+    adapters = [values for linear in linears for values in (linear.A, linear.B)]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": clipping, "lr": clip_learning_rate, "weight_decay": 0.0},
+            {"params": adapters, "lr": learning_rate, "weight_decay": ADAPTER_DECAY},
+        ]
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+
+    def step() -> None:
+        # After a step that went too far gradients may overflow; then this step is left out.
+        if clip_grad_norm_([*clipping, *adapters], GRADIENT_NORM).isfinite():
+            optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+    return step

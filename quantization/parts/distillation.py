@@ -1,4 +1,4 @@
-"""Training a model to say what another one says: logit distillation, as LLM-QAT does it."""
+"""Logit distillation as LLM-QAT does it: a student is trained to predict what its teacher predicts."""
 
 from __future__ import annotations
 
@@ -19,53 +19,63 @@ from compress.storage.writer import write_tensors
 
 if TYPE_CHECKING:
     from compress.engine.activations import Activations
-    from compress.engine.stream import Head, StreamedModel
+    from compress.engine.head import Head
+    from compress.engine.stream import StreamedModel
     from compress.engine.windows import Windows
     from compress.method import StepContext
 
 log = logging.getLogger(__name__)
 
 PASS_TOKENS = 2048
-"""Tokens of a step that go through the model at once. Logits of more would take gigabytes, and what is done
-to the weights in every pass costs little beside so many tokens."""
+"""Tokens that go through the model in one pass. The logits of more would take gigabytes, and beside so many
+tokens the work on the weights in every pass costs little."""
 
 SAVE_SECONDS = 300.0
-"""Between two states of the training that a killed run goes on from."""
+"""Seconds between two saved states of the training, from which a killed run goes on."""
 
 
 class Student(Protocol):
-    """What is trained."""
+    """The model that is trained."""
 
     def trained(self) -> list[nn.Parameter]:
         """The parameters that change."""
 
     def logits(self, windows: Windows, rows: torch.Tensor) -> torch.Tensor:
-        """Logits of the windows ``rows``: float32 [B, S, V]."""
+        """Logits of the windows with the indices ``rows``: float32 [B, S, V]."""
 
 
 class TrainingOptions(Protocol):
-    """What a method's options say about training."""
+    """The options of a method that training needs."""
 
-    batch_size: int
-    learning_rate: float
-    max_gradient_norm: float
+    @property
+    def batch_size(self) -> int:
+        """Number of windows in a step."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate at the first step."""
+
+    @property
+    def max_gradient_norm(self) -> float:
+        """Gradients above this norm are scaled down to it."""
 
 
 @dataclass
 class Teacher:
-    """What the model said before: exact logits from its last hidden states and its own norm and head."""
+    """The dense model: its hidden states after the last layer, and the head that makes logits of them."""
 
     head: Head
     hidden: Activations
 
     @torch.no_grad()
     def log_probabilities(self, window: int) -> torch.Tensor:
-        """[S, V] in float32."""
+        """Log-probabilities of every next token in a window: float32 [S, V]."""
         return self.head(self.hidden.read(window, window + 1)).logits[0].float().log_softmax(-1)
 
 
-def last_hidden(model: StreamedModel, context: StepContext) -> Activations:
-    """The teacher's hidden states behind the last layer, float32 [N, S, D]; one layer is in memory."""
+def teacher_hidden_states(model: StreamedModel, context: StepContext) -> Activations:
+    """Compute the teacher's hidden states after the last layer, float32 [N, S, D], layer by layer."""
+    assert context.calibration is not None  # methods that distil need calibration
     stream = model.stream(context.calibration, context.folder / "teacher")
     for layer in model.walk(context.journal("teacher"), stream, label="asking the teacher"):
         stream.advance(layer)
@@ -73,9 +83,10 @@ def last_hidden(model: StreamedModel, context: StepContext) -> Activations:
 
 
 def divergence(student: Student, teacher: Teacher, windows: Windows, rows: torch.Tensor) -> torch.Tensor:
-    """KL(teacher ‖ student) in nats: the mean over the real tokens of the windows ``rows``.
+    """KL(teacher ‖ student) in nats per token: the mean over the real tokens of the windows ``rows``.
 
-    Published code divides the sum by the number of windows, which makes the gradient as long as the windows.
+    The published code divides the sum by the number of windows instead, so its gradient grows with their
+    length.
     """
     total = torch.zeros(())
     for window, logits in zip(rows.tolist(), student.logits(windows, rows), strict=True):
@@ -94,14 +105,14 @@ def distil(
     options: TrainingOptions,
     context: StepContext,
 ) -> dict[str, Any]:
-    """Minimise the divergence with AdamW (no weight decay) along a cosine from ``learning_rate`` to 0.
+    """Minimise the divergence with AdamW (no weight decay).
 
-    Windows are drawn in a random order that the run's seed decides. A killed run goes on from the state saved
-    last.
+    The learning rate falls from ``learning_rate`` to 0 along a cosine. The run's seed decides the random
+    order of the windows. A killed run goes on from the state that was saved last.
 
     Returns:
-        What is to be known of it: ``losses`` of every step, the means of the first and the last tenth, tokens
-        seen, seconds.
+        Metadata of the training: ``losses`` of every step, the means of the first and the last tenth of them,
+        tokens seen, seconds.
 
     Raises:
         CompressError: the loss became NaN or infinite.
@@ -137,7 +148,7 @@ def distil(
         tokens += int(windows.mask[rows].sum())
         context.progress("training", (step + 1) / steps)
         if (step + 1) % tenth == 0:
-            log.info("step %d of %d: loss %.4f nats a token", step + 1, steps, _mean(losses[-tenth:]))
+            log.info("step %d of %d: loss %.4f nats per token", step + 1, steps, _mean(losses[-tenth:]))
         if time.perf_counter() - saved > SAVE_SECONDS and step + 1 < steps:
             _save(file, parameters, optimizer, losses)
             saved = time.perf_counter()
@@ -148,13 +159,13 @@ def distil(
         "first_loss": _mean(losses[:tenth]),
         "last_loss": _mean(losses[-tenth:]),
         "losses": [round(value, 6) for value in losses],
-        "tokens": tokens,  # these two are of the run that finished it
+        "tokens": tokens,  # this and the seconds count from where a resumed run went on
         "seconds": round(seconds, 1),
     }
 
 
 def _accumulate(student: Student, teacher: Teacher, windows: Windows, rows: torch.Tensor) -> float:
-    """The divergence of the windows ``rows``, whose gradient is added up in the parameters."""
+    """The divergence of the windows ``rows``; its gradient is added to those of the parameters."""
     size = max(1, PASS_TOKENS // windows.tokens.shape[1])
     total = 0.0
     for part in rows.split(size):
@@ -166,7 +177,7 @@ def _accumulate(student: Student, teacher: Teacher, windows: Windows, rows: torc
 
 
 def batches(count: int, size: int, steps: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Indices of the windows of each step: all windows in a random order, then in another one."""
+    """Yield the indices of the windows of each step: all windows in a random order, then in another one."""
     done = 0
     while True:
         for rows in torch.randperm(count, generator=generator).split(size):
@@ -190,7 +201,7 @@ def _save(
 
 @torch.no_grad()
 def _restore(file: Path, parameters: list[nn.Parameter], optimizer: torch.optim.AdamW) -> list[float]:
-    """The losses so far; parameters and moments as they were then. Nothing happens without a file."""
+    """Restore parameters and moments from ``file``, if it exists. Returns the losses so far."""
     if not file.exists():
         return []
     held = load_file(file)

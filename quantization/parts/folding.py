@@ -1,7 +1,8 @@
-"""Scales of input channels that are folded exactly into what computes those channels.
+"""Folding scales of input channels into the module that computes those channels, which is exact.
 
-For linears W_i that read the same x, W_i x = (W_i diag(s)) (diag(s)^-1 x): if x comes from a norm, or
-linearly from rows of another projection, 1/s goes into its parameters, and the model computes what it did.
+For linears W_i that read the same x, W_i x = (W_i diag(s)) (diag(s)^-1 x). If x comes from a norm, or
+linearly from rows of another projection, 1/s goes into the parameters of that module, and the model computes
+the same as before.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from compress.storage.tensors import DTYPES
 
 @dataclass(frozen=True)
 class Fold:
-    """What computes the input channels of some linears.
+    """The module that computes the input channels of some linears.
 
     Attributes:
-        producer: path inside the layer, of a norm or a linear.
-        rows: int64 [units], the outputs of the producer that become input channels.
-        units: int64 [in], which of ``rows`` input channel j comes from. With grouped-query attention all
-            query heads of a group share the rows of their value head, and so must share scales.
+        producer: path of the module inside the layer; it is a norm or a linear.
+        rows: the outputs of the producer that become input channels, int64 [units].
+        units: for each input channel, the index in ``rows`` of the output it comes from, int64 [in]. With
+            grouped-query attention all query heads of a group share the rows of their value head, so they
+            must share scales.
     """
 
     producer: str
@@ -36,11 +38,11 @@ class Fold:
 
 
 def fold_of(model: StreamedModel, index: int, paths: list[str]) -> Fold | None:
-    """How scales of the input channels of ``paths``, which share their input, can be folded in a layer.
+    """Where scales of the input channels of ``paths`` can go; these linears of a layer share their input.
 
     Returns:
-        None where they cannot be: behind a norm that the residual stream reads, too (post-norm models),
-        behind a norm without weights, and behind the activation function of an MLP without gate.
+        None if the scales can go nowhere: after a norm whose output the residual stream also reads (post-norm
+        models), after a norm without weights, and after the activation function of an MLP without gate.
     """
     anatomy, config = model.anatomy, model.config
     if anatomy.attention_output in paths:
@@ -67,31 +69,31 @@ def fold_of(model: StreamedModel, index: int, paths: list[str]) -> Fold | None:
 def fold(
     model: StreamedModel, layer: Layer, where: Fold, paths: list[str], scales: torch.Tensor
 ) -> torch.Tensor:
-    """Multiply the input channels of ``paths`` by ``scales`` (positive, [units]), and divide the producer.
+    """Multiply the input channels of ``paths`` by ``scales`` [units] > 0, and divide the producer by them.
 
-    Where the producer is a norm, the scales are first moved to those that make its new weight exact in the
-    dtype it is stored in, and to 1 where its weight is 0.
+    If the producer is a norm, the scales are first moved so that its new weight is exact in the dtype it is
+    stored in, and set to 1 where its weight is 0.
 
     Returns:
-        The scales of the input channels [in] as they are now, float32.
+        The scales of the input channels that were applied, float32 [in].
     """
     producer = layer.module.get_submodule(where.producer)
     bias = getattr(producer, "bias", None)
     if where.producer in layer.linears:
-        scales = scales.to(producer.weight)
         matrix = weight(producer).clone()
+        scales = scales.to(matrix)
         matrix[where.rows] /= scales[:, None]
         if bias is not None:
             bias = bias.clone()
             bias[where.rows] /= scales
         set_weight(producer, matrix, bias)
     else:
-        offset, stored = model.anatomy.norm_offset, _stored_dtype(model, layer, f"{where.producer}.weight")
-        old = producer.weight + offset
-        new = (old / scales.to(old) - offset).to(stored).to(old)
+        offset, own = model.anatomy.norm_offset, producer.get_parameter("weight")
+        old = own + offset
+        new = (old / scales.to(old) - offset).to(_stored_dtype(model, layer, where.producer)).to(old)
         usable = (old != 0) & (new + offset != 0)
         scales = torch.where(usable, old / (new + offset), 1)
-        producer.weight = nn.Parameter(torch.where(usable, new, producer.weight), requires_grad=False)
+        producer.weight = nn.Parameter(torch.where(usable, new, own), requires_grad=False)
         if bias is not None:
             producer.bias = nn.Parameter(bias / scales, requires_grad=False)
     channels = scales[where.units]
@@ -103,23 +105,25 @@ def fold(
 def write_changed(draft: Draft, model: StreamedModel, layer: Layer, modules: set[str]) -> None:
     """Write the parameters of some modules of the layer into the draft, in the dtypes they are stored in.
 
-    What the draft has no more, since it is packed, is left out.
+    Weights that the draft no longer has, because they are packed, are left out.
 
     Raises:
-        CompressError: a value is too large for that dtype.
+        CompressError: a value is too large for its dtype.
     """
     for path in sorted(modules):
         for leaf, parameter in layer.module.get_submodule(path).named_parameters(recurse=False):
             stored = layer.stored(path, leaf)
-            if stored not in draft:
+            if stored is None or stored not in draft:
                 continue
-            value = parameter.detach().to(_stored_dtype(model, layer, f"{path}.{leaf}"))
+            value = parameter.detach().to(_stored_dtype(model, layer, path, leaf))
             if not all_finite(value):
                 raise CompressError(
-                    f"'{stored}' is too large for {value.dtype} when scales are folded into it."
+                    f"After scales were folded into '{stored}', it holds values too large for {value.dtype}."
                 )
             draft.write({stored: value})
 
 
-def _stored_dtype(model: StreamedModel, layer: Layer, name: str) -> torch.dtype:
-    return DTYPES[model.checkpoint.tensors[model.weights.find(f"{layer.name}.{name}")].dtype]
+def _stored_dtype(model: StreamedModel, layer: Layer, path: str, leaf: str = "weight") -> torch.dtype:
+    stored = layer.stored(path, leaf)
+    assert stored is not None  # the layer was read from there
+    return DTYPES[model.checkpoint.tensors[stored].dtype]

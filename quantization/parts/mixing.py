@@ -1,4 +1,4 @@
-"""Bits for every linear by measured sensitivity, so that a model fits into so many bytes."""
+"""Choosing the bits of every linear by its measured sensitivity, so that a model fits into given memory."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ from compress.engine.windows import Windows
 from compress.errors import BadInput
 from compress.kernels.codes.integer import quantize_weight
 from compress.quantization.parts.block_order import LENGTH, by_gain
-from compress.quantization.parts.layout import WeightOptions, plan_layout, plan_packed
+from compress.quantization.parts.layout import plan_layout, plan_packed, stored_linears
+from compress.quantization.parts.options import WeightOptions
 from compress.storage.formats.base import Format
 from compress.storage.tensors import DTYPES
 
 WINDOWS = 32
-"""Of `LENGTH` tokens, that sensitivities are measured on."""
+"""Number of windows of `LENGTH` tokens that sensitivities are measured on."""
 
 ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-"""Powers of the channels' importance that they are scaled by, for methods that look at text."""
+"""For methods that look at text, channels are scaled by these powers of their importance."""
 
 
 @dataclass(frozen=True)
 class Mix:
-    """Bits for the linears of one model.
+    """The chosen bits of the linears of one model.
 
     Attributes:
         options: of the method, with the most frequent width as ``bits`` and all others in ``set``.
         bits: full name of a linear -> its width.
-        nbytes: of all tensors of the model.
-        loss: what these widths are expected to cost, nats for each token.
+        nbytes: bytes of all tensors of the model.
+        loss: the loss that these widths are expected to cause, nats per token.
     """
 
     options: WeightOptions
@@ -60,30 +61,31 @@ def mix(
 ) -> Mix:
     """Give every linear one of some widths, so that the loss is least and all tensors fit into ``memory``.
 
-    How much loss each linear causes at each width is taken from its residual after rounding and one backward
-    pass (`expected_loss`). Bits then go where they lower the total most for their bytes, until no more fit.
+    The loss that a linear causes at a width is estimated from its residual after rounding and one backward
+    pass (`expected_loss`). Bits go where they lower the total most per byte, until no more fit.
 
-    A method that looks at text spares the input channels that matter most, and what plain rounding does to
-    them would say little about it. There the residual is the one with the least loss of several, each rounded
-    with the channels scaled by a power of their importance, as AWQ does it (`channel_scales`). AWQ of the
-    demo model came nearer to the dense one with these bits at all four sizes that were tried.
+    A method that looks at text spares the input channels that matter most, so the residual of plain rounding
+    says little about it. For such a method the residual is the best of several: each is rounded with the
+    channels scaled by a power of their importance, as AWQ does it (`channel_scales`).
 
     Args:
-        model: the dense one.
-        options: of the quantization, which say what is packed and how; of what has ``bits`` the width is
-            chosen.
+        model: the dense model.
+        options: of the method. They say what is packed and how; the width is chosen for what has ``bits``.
         widths: to choose from, in bits.
         memory: bytes that all tensors may take; None allows what ``options.bits`` everywhere takes.
         windows: of text; their beginnings are used.
-        seed: of the labels that are drawn from the model.
-        folder: an empty one, with room for the Fisher information: 4 bytes a weight.
+        seed: for drawing labels from the model.
+        folder: an empty folder with room for the Fisher information: 4 bytes per weight.
         calibrated: whether the method looks at text.
 
     Raises:
-        BadInput: the options do not fit the model, or it does not fit into ``memory`` at the least width.
+        BadInput: the options do not fit the model, or the model does not fit into ``memory`` at the least
+            width.
     """
     if options.set:
-        raise BadInput("Bits by pattern ('set') are what mix chooses; leave the option out.")
+        raise BadInput(
+            "Mixing chooses the bits of every linear itself, so 'set' does not apply; leave the option out."
+        )
     widths = sorted(set(widths))
     shape = ModelShape.of(model.checkpoint)
     options = options.model_copy(update={"mix": False})
@@ -97,7 +99,7 @@ def mix(
     if nbytes > memory:
         raise BadInput(
             f"At {widths[0]} bits everywhere the model takes {nbytes / 1e6:,.1f} MB, more than the "
-            f"{memory / 1e6:,.1f} MB asked for; allow more, or quantize the embeddings, too."
+            f"{memory / 1e6:,.1f} MB allowed; allow more, or quantize the embeddings as well."
         )
     names = list(forms[widths[0]])
     linears = shape.linears()
@@ -116,7 +118,7 @@ def mix(
     for linear in by_gain([losses[name] for name in names], costs):
         cost = costs[linear][at[linear] + 1]
         if linear in full or nbytes + cost > memory:
-            full.add(linear)  # its further bits would not be those that the gain was reckoned for
+            full.add(linear)  # the gain of its further bits was computed on top of these
         else:
             at[linear] += 1
             nbytes += cost
@@ -134,13 +136,13 @@ def _losses(
     windows: Windows,
     alphas: Sequence[float],
 ) -> dict[str, list[float]]:
-    """Full name of a linear -> its expected loss at each width."""
+    """Full name of a linear -> its expected loss at each width, nats per token."""
     found: dict[str, list[float]] = {}
+    every = {name for each in forms.values() for name in each}
     for layer in model.walk(None, label="measuring sensitivities"):
         information = fisher.read(layer)
-        for path, linear in layer.linears.items():
-            stored = layer.stored(path)
-            name, dense = stored.removesuffix(".weight"), weight(linear)
+        for path, stored in stored_linears(layer, every).items():
+            name, dense = stored.removesuffix(".weight"), weight(layer.linears[path])
             dtype = DTYPES[model.checkpoint.tensors[stored].dtype]
             scales = [channel_scales(information[path], alpha) for alpha in alphas]
             for form in (each[name] for each in forms.values() if name in each):
@@ -152,9 +154,13 @@ def _losses(
 
 
 def channel_scales(information: torch.Tensor, alpha: float) -> torch.Tensor:
-    """c^alpha with c_j, the importance of input channel j, from the Fisher information: float32 [in].
+    """c^alpha, where c_j is the importance of input channel j, divided by sqrt(max * min): float32 [in].
 
-    A channel's share of the Fisher information grows with the squares of its inputs, so c is its root.
+    A channel's share of the Fisher information grows with the squares of its inputs, so c is the root of it.
+
+    Args:
+        information: diagonal Fisher information of a weight, float32 [out, in].
+        alpha: between 0 (all 1) and 1.
     """
     importance = information.mean(0).sqrt()
     importance = (importance / importance.mean().clamp(min=torch.finfo(torch.float32).tiny)).clamp(min=1e-4)
@@ -163,7 +169,7 @@ def channel_scales(information: torch.Tensor, alpha: float) -> torch.Tensor:
 
 
 def _patterns(shape: ModelShape, bits: dict[str, int], default: int) -> dict[str, int]:
-    """The widths other than the default as patterns: one for each projection and width."""
+    """The widths other than the default as patterns for ``set``, one per projection and width."""
     anatomy = shape.anatomy
     indices: dict[tuple[str, int], list[str]] = defaultdict(list)
     for index in range(shape.num_layers):

@@ -1,102 +1,78 @@
-"""Making stacks of blocks (see `compress.storage.formats.stacks`): what every such method shares."""
+"""Making stacks of blocks (see `compress.storage.formats.stacks`): what all such methods share."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from pydantic import Field, PositiveInt
 
 from compress.engine.shape import ModelShape
 from compress.errors import BadInput
 from compress.kernels.codes.integer import CHANNEL
 from compress.kernels.layers.stacked import StackBlock
-from compress.method import MethodOptions, StepReport
-from compress.quantization.parts.layout import Bits, around_bits, linears_outside, matches
+from compress.method import StepReport
+from compress.quantization.parts.layout import around_bits, linears_to_pack, stored_linears, stored_weights
+from compress.quantization.parts.options import StackOptions, TableOptions
 from compress.quantization.parts.packer import round_by_rows
 from compress.storage.draft import Draft
 from compress.storage.formats.compressed_tensors import CompressedTensorsFormat
 from compress.storage.formats.stacks import StackFormat, sizes
+from compress.storage.tensors import TensorInfo
 
-
-class StackOptions(MethodOptions):
-    """How the order is found, and which linears are left alone."""
-
-    importance: Literal["gradient", "perplexity"] = Field(
-        "gradient",
-        description="what decides which linear gets its next block first; gradient: the loss that its "
-        "residual causes, by squared gradients of one backward pass, for each byte; perplexity: as "
-        "published, level by level, by trying every linear, which takes hundreds of passes for each level",
-    )
-    order_windows: PositiveInt = Field(
-        16, description="calibration windows that the order is found on, of 128 tokens at most"
-    )
-    ignore: list[str] = Field(
-        [], description="linears to keep: full names, globs, or regular expressions after 're:'"
-    )
-    lm_head_bits: Bits | None = Field(
-        None, description="round the head to the nearest with so many bits; kept if not given"
-    )
-    embedding_bits: Bits | None = Field(
-        None, description="the same for the token embedding, which is one table with a tied head"
-    )
+if TYPE_CHECKING:
+    from compress.engine.stream import Layer
 
 
 def plan_stacked(shape: ModelShape, options: StackOptions, form: StackFormat) -> ModelShape:
     """The shape of the model with all blocks of its linears.
 
     Raises:
-        BadInput: the model is quantized already, nothing is left to quantize, or a linear does not fit.
+        BadInput: the model is already quantized, no linear is left to quantize, a linear does not fit the
+            format, or an option does not fit the model.
     """
-    if "quantization_config" in shape.config:
-        method = shape.config["quantization_config"].get("quant_method")
-        raise BadInput(f"This model is already quantized ({method}); start from the model it was made of.")
+    modules, skipped, _ = linears_to_pack(shape, options.ignore)
     if options.importance == "perplexity" and (shape.anatomy.kind != "decoder" or shape.anatomy.head is None):
         raise BadInput("Only causal language models have a perplexity; use --importance gradient.")
-    linears = shape.linears()
-    names = [*linears, *linears_outside(shape)]
-    skipped = {name for found in matches(names, options.ignore, "ignore") for name in found}
-    modules = [name for name in linears if name not in skipped]
-    if not modules:
-        raise BadInput("The option 'ignore' leaves no linear to quantize.")
     around, copies = _around(shape, options)
-    added = {}
-    for name in [*modules, *around]:
-        if f"{name}.weight" not in shape.tensors:
-            raise BadInput(f"The model lacks the tensor '{name}.weight'.")
-    for name in modules:
-        added |= form.tensor_infos(name, linears[name])
-    for name, packed in around.items():
-        info = shape.tensors[f"{name}.weight"]
-        added |= packed.tensor_infos(name, info.shape, info.dtype)
+    added: dict[str, TensorInfo] = {}
+    for name, (size, dtype) in stored_weights(shape, [*modules, *around]).items():
+        added |= (
+            around[name].tensor_infos(name, size, dtype) if name in around else form.tensor_infos(name, size)
+        )
     config = dict(shape.config)
     outside = CompressedTensorsFormat.describe(around, around) if around else None
-    config["quantization_config"] = form.quantization_config(
-        modules, [name for name in linears if name in skipped], outside
-    )
+    kept = [name for name in shape.linears() if name in skipped]
+    config["quantization_config"] = form.quantization_config(modules, kept, outside)
     return shape.derive(config, remove=[f"{name}.weight" for name in [*modules, *around, *copies]], add=added)
 
 
-def _around(shape: ModelShape, options: StackOptions) -> tuple[dict[str, CompressedTensorsFormat], list[str]]:
-    """The format of the head and the token embedding if they are to be packed, with a scale for each row; and
-    copies of a shared table, which go away."""
-    bits, copies = around_bits(shape, options.lm_head_bits, options.embedding_bits)
+def _around(shape: ModelShape, options: TableOptions) -> tuple[dict[str, CompressedTensorsFormat], list[str]]:
+    """The formats of the head and the token embedding, and copies of a shared table (see `around_bits`)."""
+    bits, copies = around_bits(shape, options)
     return {
         name: CompressedTensorsFormat(width, CHANNEL, symmetric=True) for name, width in bits.items()
     }, copies
 
 
 class Stacker:
-    """Puts stacks into a draft as they were planned, and remembers what each block leaves over.
+    """Writes stacks into a draft as the plan says, and records what each block leaves over.
+
+    Linears are named by their stored tensors ``NAME.weight``.
 
     Args:
         draft: equal to its parent, or restored by a journal.
         options: of the method.
         form: how blocks are stored.
-        errors: name -> squared norms of the weight and of what is left after each block (float64
-            [blocks + 1]); a journal's state, so that a resumed run reports all linears.
+        errors: where the residuals are recorded. In the state of a journal they survive a kill, so that a
+            resumed run reports all linears.
+
+    Attributes:
+        errors: full name of a linear -> squared norms of its weight and of what is left of it after each
+            block, float64 [blocks + 1].
+        planned: the shape of the model with all blocks.
+        modules: full names of the linears in stacks.
     """
 
     def __init__(
@@ -108,15 +84,15 @@ class Stacker:
         self.around, self.copies = _around(before, options)
         self.modules: list[str] = self.planned.config["quantization_config"]["modules"]
 
-    def wants(self, stored: str) -> bool:
-        """Whether the linear of a stored tensor ``NAME.weight`` is to be stacked."""
-        return stored.removesuffix(".weight") in self.modules
+    def wanted(self, layer: Layer, paths: Iterable[str] | None = None) -> dict[str, str]:
+        """Path -> stored tensor of the linears that are to be stacked: of a whole layer, or at ``paths``."""
+        return stored_linears(layer, self.modules, paths)
 
     def write(self, stored: str, dense: torch.Tensor, blocks: Sequence[Mapping[str, torch.Tensor]]) -> None:
-        """Write the blocks of a linear instead of its weight ``dense`` [out, in].
+        """Write the blocks of a linear in place of its weight ``dense`` [out, in].
 
         Raises:
-            BadInput: a part is not finite in the dtype it is stored with.
+            BadInput: a part of a block is not finite in the dtype it is stored in.
         """
         name = stored.removesuffix(".weight")
         for block in blocks:
@@ -130,11 +106,15 @@ class Stacker:
         self.errors[name] = residual_norms(self.form, dense, blocks)
 
     def finish(self, order: Sequence[int]) -> StepReport:
-        """Round the head and the embedding if they are asked for, set the draft's config.json, lay its
-        tensors out in the order, and sum up.
+        """Round the head and the embedding where the options ask for it, set config.json, and report.
+
+        The draft's tensors are put into the order, so that its files hold them in this order.
+
+        Args:
+            order: for every block but the first ones, the index of its linear in ``modules``.
 
         Raises:
-            BadInput: head or embedding hold NaN or infinite weights.
+            BadInput: the head or the embedding holds NaN or infinite weights.
         """
         for name, packed in self.around.items():
             rounded = round_by_rows(self.draft.read(f"{name}.weight"), packed, name)
@@ -144,15 +124,15 @@ class Stacker:
             self.draft.drop(f"{name}.weight")
         config = {**self.planned.config["quantization_config"], "order": list(order)}
         self.draft.config["quantization_config"] = config
-        blocks = [*((name, 0) for name in self.modules)]
+        blocks = [(name, 0) for name in self.modules]
         counts = Counter(dict.fromkeys(range(len(self.modules)), 1))
         for index in order:
             blocks.append((self.modules[index], counts[index]))
             counts[index] += 1
         laid_out = [key for name, index in blocks for key in self.form.names(name, index)]
         tensors = self.draft.tensors
-        names = [*(tensors.keys() - set(laid_out))]
-        self.draft.tensors = {name: tensors[name] for name in [*sorted(names), *laid_out]}
+        others = sorted(tensors.keys() - set(laid_out))
+        self.draft.tensors = {name: tensors[name] for name in [*others, *laid_out]}
         steps = sizes(self.draft)
         relative = [
             (error[1:] / error[0]).sqrt() if error[0] else error[1:] for error in self.errors.values()
@@ -177,7 +157,7 @@ class Stacker:
 def residual_norms(
     form: StackFormat, dense: torch.Tensor, blocks: Sequence[Mapping[str, torch.Tensor]]
 ) -> torch.Tensor:
-    """Squared norms of ``dense`` [out, in] and of what each block leaves of it: float64 [blocks + 1]."""
+    """Squared norms of ``dense`` [out, in] and of its residual after each block: float64 [blocks + 1]."""
     out, width = dense.shape
     stack = form.linear(width, out, [StackBlock(parts) for parts in blocks])
     left = dense.float().clone()

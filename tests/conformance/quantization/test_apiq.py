@@ -21,8 +21,10 @@ from compress.engine.windows import Windows
 from compress.kernels.codes.integer import quantize_weight
 from compress.method import StepContext
 from compress.quantization import apiq
-from compress.quantization.apiq import LORA_DECAY, ApiQ, Learning, LinearLoss, Saliency, cross_products
-from compress.quantization.parts.clipped import ClippedLinear
+from compress.quantization.apiq import ApiQ, Learning
+from compress.quantization.parts import clipped
+from compress.quantization.parts.clipped import ADAPTER_DECAY, ClippedLinear, descent
+from compress.quantization.parts.linear_losses import LinearLoss, Saliency, cross_products
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.draft import Draft
 from compress.storage.formats.table import Formats
@@ -212,24 +214,28 @@ def test_two_gram_matrices_hold_the_loss_and_its_gradient() -> None:
 def learning(made: ClippedLinear, **options) -> Learning:
     options = ApiQ.Options(bits=2, group_size=SIZE, rank=RANK, alpha=ALPHA, **options)
     fisher = {"w": torch.rand(OUT, WIDTH, generator=torch.Generator().manual_seed(7))}
-    saliency = Saliency(options, fisher if options.saliency != "none" else {})
-    return Learning(None, None, {"w": made}, None, None, saliency, options, None)
+    term = Saliency(options.saliency, options.saliency_weight, fisher if options.saliency != "none" else {})
+    return Learning(None, None, {"w": made}, None, None, term, options, None)
 
 
 @pytest.mark.parametrize("saliency", ["none", "before_lora", "after_lora"])
 def test_one_step(saliency: str, monkeypatch) -> None:
     """The first step of layer-wise learning: gradients by hand, cut to their norm, and AdamW without decay of
     u and l."""
-    monkeypatch.setattr(apiq, "GRADIENT_NORM", 0.05)
-    options = {"clip_lr": 0.01, "lora_lr": 0.02, "saliency": saliency, "saliency_weight": 0.05}
+    monkeypatch.setattr(clipped, "GRADIENT_NORM", 0.05)
+    options = {
+        "clip_learning_rate": 0.01,
+        "learning_rate": 0.02,
+        "saliency": saliency,
+        "saliency_weight": 0.05,
+    }
     made, reference = linear(8), linear(8)
     loss, rows, quantized = linear_loss(made)
     work = learning(made, steps=2, **options)
     steps: list[dict[str, Tensor]] = []
-    descent = work._descent
 
-    def watched(linears, count):
-        step = descent(linears, count)
+    def watched(linears, count, *rates):
+        step = descent(linears, count, *rates)
 
         def both() -> None:
             step()
@@ -237,7 +243,7 @@ def test_one_step(saliency: str, monkeypatch) -> None:
 
         return both
 
-    work._descent = watched
+    monkeypatch.setattr(apiq, "descent", watched)
     before, _ = work._learn("w", loss)
 
     plain = reference.plain()
@@ -269,7 +275,7 @@ def test_one_step(saliency: str, monkeypatch) -> None:
     cut = min(1.0, 0.05 / norm)
     assert cut < 1  # so that the test sees it
     for name, gradient in gradients.items():
-        rate, decay = (0.01, 0.0) if name in "ul" else (0.02, LORA_DECAY)
+        rate, decay = (0.01, 0.0) if name in "ul" else (0.02, ADAPTER_DECAY)
         value, gradient = begin[name].double(), cut * gradient
         moved = value * (1 - rate * decay) - rate * gradient / (gradient.abs() + 1e-8)
         assert torch.allclose(steps[0][name].double(), moved, atol=2e-5), name
@@ -277,8 +283,7 @@ def test_one_step(saliency: str, monkeypatch) -> None:
 
 def test_rates_fall_linearly_to_0() -> None:
     made = linear(9)
-    work = learning(made, clip_lr=0.01, lora_lr=0.02, steps=4)
-    step, values = work._descent([made], 4), [made.u.detach().clone()]
+    step, values = descent([made], 4, 0.01, 0.02), [made.u.detach().clone()]
     for _ in range(4):
         made.u.grad = torch.full_like(made.u, 0.001)  # all alike, so that Adam moves by the rate
         step()
@@ -342,7 +347,14 @@ def test_the_loss_of_blocks(model, aug_loss: bool, tmp_path) -> None:
     checkpoint = Checkpoint.open(folder)
     run = StepContext(Draft(checkpoint, tmp_path), windows, 0, tmp_path, "cpu", lambda text, share: None)
     options = ApiQ.Options(
-        bits=2, group_size=SIZE, rank=4, mode="block", epochs=3, batch=2, aug_loss=aug_loss, lora_lr=5e-3
+        bits=2,
+        group_size=SIZE,
+        rank=4,
+        mode="block",
+        epochs=3,
+        batch_size=2,
+        aug_loss=aug_loss,
+        learning_rate=5e-3,
     )
     with torch.enable_grad():
         report = ApiQ().apply(StreamedModel(checkpoint), options, run)
@@ -392,7 +404,9 @@ def test_rates_that_are_too_high_do_no_harm(model, mode: str, tmp_path) -> None:
     _, folder, windows = model
     checkpoint = Checkpoint.open(folder)
     run = StepContext(Draft(checkpoint, tmp_path), windows, 0, tmp_path, "cpu", lambda text, share: None)
-    options = ApiQ.Options(bits=2, group_size=SIZE, rank=4, mode=mode, steps=5, clip_lr=1e3, lora_lr=1e3)
+    options = ApiQ.Options(
+        bits=2, group_size=SIZE, rank=4, mode=mode, steps=5, clip_learning_rate=1e3, learning_rate=1e3
+    )
     losses = ApiQ().apply(StreamedModel(checkpoint), options, run).details["loss"]
     for before, after in zip(losses["plain_rounding"], losses["learned"], strict=True):
         assert 0 < after <= before

@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from compress.calibration.statistics.losses import next_token_loss
+from compress.calibration.statistics.losses import streamed_losses
 from compress.engine.stream import Seen, StreamedModel
 from compress.engine.windows import Windows
 from compress.kernels.layers.stacked import FactorStack, StackBlock
@@ -154,16 +154,16 @@ def prepared(
 
 def test_the_inputs_that_scale_a_weight_are_its_own(folder: Path) -> None:
     """The whole method on a model, against hooks on transformers' own one."""
-    _, stacking, run, _ = prepared(folder)
+    _, stacker, run, _ = prepared(folder)
     model = hf.LlamaForCausalLM.from_pretrained(folder).double()
     inputs: dict[str, Tensor] = {}
-    for name in stacking.modules:
+    for name in stacker.modules:
         model.get_submodule(name).register_forward_hook(
             lambda module, given, output, name=name: inputs.update({name: given[0]})
         )
     with torch.no_grad():
         model(run.calibration.tokens, attention_mask=run.calibration.mask)
-    for name in stacking.modules:
+    for name in stacker.modules:
         weight = model.get_submodule(name).weight.detach()
         scale = torch.stack(
             [x[m].norm(dim=0) for x, m in zip(inputs[name], run.calibration.mask, strict=True)]
@@ -176,11 +176,11 @@ def test_the_inputs_that_scale_a_weight_are_its_own(folder: Path) -> None:
 
 
 def test_expected_losses_are_the_diagonal_of_the_fisher_information(folder: Path) -> None:
-    model, stacking, run, _ = prepared(folder)
-    found = expected_losses(model, stacking, run.calibration, run)
+    model, stacker, run, _ = prepared(folder)
+    found = expected_losses(model, stacker, run.calibration, run)
 
     dense = hf.LlamaForCausalLM.from_pretrained(folder).double()
-    squares = {name: torch.zeros_like(dense.get_submodule(name).weight) for name in stacking.modules}
+    squares = {name: torch.zeros_like(dense.get_submodule(name).weight) for name in stacker.modules}
     for index, (tokens, mask) in enumerate(zip(run.calibration.tokens, run.calibration.mask, strict=True)):
         dense.zero_grad()
         logits = dense(tokens[None], attention_mask=mask[None]).logits[0]
@@ -190,9 +190,9 @@ def test_expected_losses_are_the_diagonal_of_the_fisher_information(folder: Path
         torch.nn.functional.cross_entropy(logits[mask], drawn[mask], reduction="sum").backward()
         for name, square in squares.items():
             square += dense.get_submodule(name).weight.grad.square()
-    for name in stacking.modules:
+    for name in stacker.modules:
         weight = dense.get_submodule(name).weight.detach()
-        stack = stacking.form.module(name, tuple(weight.shape), run.draft, None)
+        stack = stacker.form.module(name, tuple(weight.shape), run.draft, None)
         for count in (1, 2, 3):
             left = weight - stack.dense(slice(0, count)).double()
             expected = (squares[name] * left.square()).sum() / (2 * run.calibration.mask.sum())
@@ -200,22 +200,22 @@ def test_expected_losses_are_the_diagonal_of_the_fisher_information(folder: Path
 
 
 def test_perplexities_are_those_of_models_with_one_more_block(folder: Path) -> None:
-    _, stacking, run, _ = prepared(folder, blocks=2)
-    found = perplexities(stacking, run.calibration, run)
-    assert found.shape == (1, len(stacking.modules))
+    _, stacker, run, _ = prepared(folder, blocks=2)
+    found = perplexities(stacker, run.calibration, run)
+    assert found.shape == (1, len(stacker.modules))
     for number in (0, 6, 9, 13):
-        counts = dict.fromkeys(stacking.modules, 1) | {stacking.modules[number]: 2}
+        counts = dict.fromkeys(stacker.modules, 1) | {stacker.modules[number]: 2}
         raised = StreamedModel(with_blocks(run.draft, run.draft.config, counts))
-        expected = float(next_token_loss(raised, run.calibration).mean().exp())
+        expected = float(streamed_losses(raised, run.calibration).mean().exp())
         assert float(found[0, number]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_interrupted_sweep_goes_on_after_the_last_level(folder: Path, monkeypatch) -> None:
     from compress.quantization.parts import block_order as order
 
-    _, stacking, run, _ = prepared(folder)
-    expected = perplexities(stacking, run.calibration, run)
+    _, stacker, run, _ = prepared(folder)
+    expected = perplexities(stacker, run.calibration, run)
     calls = []
     monkeypatch.setattr(order, "_raised", lambda *_: calls.append(1))
-    assert torch.equal(perplexities(stacking, run.calibration, run), expected)
+    assert torch.equal(perplexities(stacker, run.calibration, run), expected)
     assert not calls

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.kernels.codes.integer import QuantizedWeight, quantize_weight
-from compress.quantization.gptq import GPTQ, compensation, quantize
+from compress.quantization.gptq import GPTQ, compensation, round_by_columns
 from compress.storage.formats.compressed_tensors import CompressedTensorsFormat
 
 WIDTH, OUT, TOKENS = 160, 12, 400
@@ -63,7 +63,7 @@ def test_codes(act_order: bool, bits: int, symmetric: bool, size: int) -> None:
     weight, hessian = problem(seed=bits)
     options = GPTQ.Options(bits=bits, symmetric=symmetric, group_size=size, act_order=act_order)
     form = CompressedTensorsFormat(bits, size, symmetric)
-    found = quantize(weight, hessian, options, form, torch.float32, "w")
+    found = round_by_columns(weight, hessian, options, form, torch.float32, "w")
 
     assert torch.equal(found.codes.long(), restated(weight, hessian, options, size))
 
@@ -72,7 +72,9 @@ def test_codes(act_order: bool, bits: int, symmetric: bool, size: int) -> None:
 def test_uncorrelated_inputs_are_rounded_to_nearest(act_order: bool) -> None:
     weight, _ = problem(seed=0)
     options = GPTQ.Options(group_size=32, act_order=act_order)
-    found = quantize(weight, torch.diag(torch.rand(WIDTH).double() + 1), options, FORM, torch.float32, "w")
+    found = round_by_columns(
+        weight, torch.diag(torch.rand(WIDTH).double() + 1), options, FORM, torch.float32, "w"
+    )
 
     assert found.same_as(quantize_weight(weight, 4, 32, True, torch.float32))
 
@@ -81,7 +83,7 @@ def test_inputs_that_never_come_do_no_harm() -> None:
     weight, hessian = problem(seed=1)
     hessian[:, 5] = hessian[5] = 0
     options = GPTQ.Options(group_size=32)
-    found = quantize(weight, hessian, options, FORM, torch.float32, "w").dequantize()
+    found = round_by_columns(weight, hessian, options, FORM, torch.float32, "w").dequantize()
 
     assert found.isfinite().all()
     off = (found - weight).double()
@@ -144,10 +146,10 @@ def test_asymmetric_calibration_is_least_squares_at_every_step(act_order, bits, 
     )
     form = CompressedTensorsFormat(bits, size, False)
     gram, difference = inputs.T @ inputs, (dense - inputs).T @ inputs
-    found = quantize(weight, gram, options, form, torch.float32, "w", difference=difference)
+    found = round_by_columns(weight, gram, options, form, torch.float32, "w", difference=difference)
 
     assert torch.equal(found.codes.long(), solved_step_by_step(weight, inputs, dense, options))
-    plain = quantize(weight, gram, options, form, torch.float32, "w")
+    plain = round_by_columns(weight, gram, options, form, torch.float32, "w")
     errors = [
         float((dense @ weight.double().T - inputs @ each.dequantize().double().T).square().sum())
         for each in (found, plain)
@@ -161,7 +163,7 @@ def test_without_a_difference_nothing_is_made_up_for() -> None:
 
     def rounded(share: float, difference: torch.Tensor | None) -> QuantizedWeight:
         options = GPTQ.Options(group_size=12, asymmetric_calibration=share)
-        return quantize(weight, gram, options, form, torch.float32, "w", difference=difference)
+        return round_by_columns(weight, gram, options, form, torch.float32, "w", difference=difference)
 
     plain = rounded(0, None)
     assert rounded(1, 0 * gram).same_as(plain)

@@ -21,8 +21,8 @@ from compress.kernels.codes.minmax import fake_quantize, quantize, quantize_chan
 from compress.method import StepContext
 from compress.pipeline.recipe import parse_recipe
 from compress.pipeline.run import execute
-from compress.quantization.llm_qat import LLMQAT, Student, weight_options
-from compress.quantization.parts.distillation import Teacher, distil, divergence, last_hidden
+from compress.quantization.llm_qat import LLMQAT, FakeQuantizedModel, weight_options
+from compress.quantization.parts.distillation import Teacher, distil, divergence, teacher_hidden_states
 from compress.quantization.parts.packer import Packer
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.draft import Draft
@@ -103,7 +103,7 @@ def restated_logits(folder: Path, options: LLMQAT.Options, tokens: Tensor) -> Te
     def linear(x: Tensor, name: str) -> Tensor:
         if options.activation_bits < 16:
             x = restated(x, options.activation_bits)
-        return x @ restated(weights[f"{name}.weight"], options.weight_bits).T
+        return x @ restated(weights[f"{name}.weight"], options.bits).T
 
     def rope(x: Tensor) -> Tensor:
         frequency = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
@@ -147,13 +147,13 @@ TOKENS = torch.randint(1, 257, (2, 12), generator=torch.Generator().manual_seed(
 
 def start(
     folder: Path, options: LLMQAT.Options, windows: Windows, scratch: Path
-) -> tuple[Student, StepContext]:
+) -> tuple[FakeQuantizedModel, StepContext]:
     checkpoint = Checkpoint.open(folder)
     run = StepContext(
         Draft(checkpoint, scratch / "draft"), windows, 0, scratch / "run", "cpu", lambda *_: None
     )
-    packing = Packer(run.draft, weight_options(options), {})
-    return Student(StreamedModel(checkpoint), packing, options, run), run
+    packer = Packer(run.draft, weight_options(options), {})
+    return FakeQuantizedModel(StreamedModel(checkpoint), packer, options, run), run
 
 
 def windows_of(tokens: Tensor, real: list[int] | None = None) -> Windows:
@@ -169,8 +169,8 @@ def windows_of(tokens: Tensor, real: list[int] | None = None) -> Windows:
         {},
         {"kv_scale": "head", "kv_position": "after-rope", "kv_bits": 8},
         {"kv_position": "after-rope"},
-        {"kv_scale": "head", "weight_bits": 8},
-        {"activation_bits": 16, "kv_bits": 16, "weight_bits": 3},
+        {"kv_scale": "head", "bits": 8},
+        {"activation_bits": 16, "kv_bits": 16, "bits": 3},
     ],
 )
 def test_forward_pass_and_what_is_loaded(
@@ -196,7 +196,7 @@ def test_forward_pass_and_what_is_loaded(
 
 
 @torch.no_grad()
-def restated_loss(student: Student, dense: Path, windows: Windows) -> float:
+def restated_loss(student: FakeQuantizedModel, dense: Path, windows: Windows) -> float:
     """The mean over real tokens of KL(teacher ‖ student), from the logits of both in float64."""
     model = compress.load(dense)
     terms = []
@@ -213,7 +213,7 @@ def test_loss_is_a_mean_over_real_tokens(tiny_decoder: Callable[..., Path], tmp_
     windows = windows_of(TOKENS, [12, 5])
     model = StreamedModel(Checkpoint.open(dense))
     student, run = start(dense, LLMQAT.Options(), windows, tmp_path)
-    hidden = last_hidden(model, run)
+    hidden = teacher_hidden_states(model, run)
     with model.head() as head:
         teacher = Teacher(head, hidden)
         loss = divergence(student, teacher, windows, torch.tensor([0, 1]))
@@ -234,7 +234,7 @@ def test_a_step_is_adamw_on_the_clipped_gradient(tiny_decoder: Callable[..., Pat
     weights = {name: value.detach().double().clone() for name, value in other.model.named_parameters()}
     first = {name: torch.zeros_like(value) for name, value in weights.items()}
     second = {name: torch.zeros_like(value) for name, value in weights.items()}
-    hidden = last_hidden(model, run)
+    hidden = teacher_hidden_states(model, run)
     with model.head() as head:
         teacher = Teacher(head, hidden)
         for step in (0, 1):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compress.kernels.codes.integer import quantize_weight
 from compress.kernels.layers.stacked import PlaneStack, StackBlock
-from compress.quantization.gptq import GPTQ, quantize
+from compress.quantization.gptq import GPTQ, round_by_columns
 from compress.quantization.nested import FRACTIONS, choose_scales, nested_codes, planes, value
 from compress.storage.formats.compressed_tensors import CompressedTensorsFormat
 
@@ -143,12 +143,14 @@ def test_every_width_is_better_than_cutting_a_wide_code_and_narrow_ones_are_near
     codes, scales = nested_codes(weight, hessian, 8, 2, 0.01, "w")
     unit = scales.float().repeat_interleave(32, 1)
     found = {b: error(value(codes >> (8 - b), b) * unit) for b in range(2, 9)}
-    wide = quantize(weight, hessian, GPTQ.Options(), CompressedTensorsFormat(8, 32, True), torch.float16, "w")
+    wide = round_by_columns(
+        weight, hessian, GPTQ.Options(), CompressedTensorsFormat(8, 32, True), torch.float16, "w"
+    )
     step, middle = wide.scales.float().repeat_interleave(32, 1), 128
     for bits in (2, 3, 4):
         dropped = 8 - bits
         kept = (wide.codes.int() >> dropped << dropped).float() + (2**dropped - 1) / 2 - middle
-        narrow = quantize(
+        narrow = round_by_columns(
             weight, hessian, GPTQ.Options(), CompressedTensorsFormat(bits, 32, True), torch.float16, "w"
         )
         nearest = quantize_weight(weight, bits, 32, True, torch.float16)

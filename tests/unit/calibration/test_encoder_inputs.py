@@ -123,7 +123,7 @@ def test_words_and_questions_calibrate_without_labels(tiny_encoder: Encoder, tmp
     ("rows", "settings", "message"),
     [
         ([{"messages": [{"role": "user", "content": "hi"}]}], {}, "lacks 'text'"),
-        ([{"text": "the cat"}], {"chat_template": True}, "no conversations"),
+        ([{"text": "the cat"}], {"chat_template": True}, "does not read conversations"),
         ([{"text": "the cat", "label": "purple"}], {}, "purple"),
     ],
 )

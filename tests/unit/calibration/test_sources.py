@@ -68,8 +68,8 @@ BAD = [
     ("number.jsonl", b'{"text": 7}\n', "line 1: 'text' is neither a text nor a list of messages"),
     ("roles.jsonl", b'{"messages": [{"content": "a"}]}\n', "line 1: 'messages' is neither"),
     ("broken.parquet", b"PAR1 but no more", "not a whole parquet file"),
-    ("a.csv", b"text\na\n", r"is no text this reads; give .txt, .jsonl or .parquet"),
-    ("a.zip", b"PK", "is no text this reads"),
+    ("a.csv", b"text\na\n", r"is not a text file of a known type; give .txt, .jsonl or .parquet"),
+    ("a.zip", b"PK", "is not a text file of a known type"),
     ("a.pkl", b"\x80\x04", "may be a pickle"),
     ("a.pt", b"PK", "may be a pickle"),
 ]

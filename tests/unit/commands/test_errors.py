@@ -73,7 +73,7 @@ def another(model_type: str) -> Callable[[Path], None]:
     ("breakage", "sentence"),
     [
         (not_json, "config.json is not JSON"),
-        (lambda folder: rewrite(folder, dict.clear), "names no model_type"),
+        (lambda folder: rewrite(folder, dict.clear), "does not name a model_type"),
         (another("lama"), "no model type 'lama'; did you mean 'llama'"),
         (another("t5"), "The model type 't5' is not supported"),
         (another("mamba"), "The model type 'mamba' is not supported"),
@@ -193,7 +193,7 @@ def test_a_model_without_tokenizer_can_be_rounded_but_not_calibrated(command: Co
         (["prune", "QUANTIZED", "--method", "magnitude", "--ratio", "0.1", "-o", "out"], "packed layers"),
         (["run", "int4", "-m", "TINY", "--set", "steps.0.bts=3", "-o", "out"], "did you mean 'bits'"),
         (["plan", "TINY", "int4", "--set", "steps.0.bits"], "is not a setting"),
-        (["inspect", "TINY", "--revision", "v1"], "is no hub model, so it has no revision 'v1'"),
+        (["inspect", "TINY", "--revision", "v1"], "is not a hub model, so it has no revision 'v1'"),
         (["evaluate"], "Missing argument 'MODEL'"),
         (["evaluate", "--json", "TINY"], "write 'compress-model evaluate TINY --json'"),
         (["evaluate", "TINY", "--json", "in use"], "'in use' is a folder; name a file to write to"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from compress.engine import activations
 from compress.engine.activations import Activations
 from compress.engine.journal import Journal
 from compress.engine.stream import StreamedModel
@@ -17,14 +18,17 @@ from compress.storage.checkpoint import Checkpoint
 
 @pytest.mark.parametrize("memory_limit", [0, 1 << 20], ids=["spilled", "in memory"])
 @pytest.mark.parametrize("layers", [1, 2, 3])
-def test_a_new_process_writes_nothing_over_what_is_durable(layers: int, memory_limit: int, tmp_path: Path):
+def test_a_new_process_does_not_overwrite_what_is_durable(
+    layers: int, memory_limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """It begins with the embeddings, as the first one did, and only then goes back to what was saved."""
+    monkeypatch.setattr(activations, "MEMORY_LIMIT", memory_limit)
 
     def begun() -> Activations:
-        activations = Activations((2, 3, 4), tmp_path / "hidden", memory_limit)
-        activations.write(0, torch.zeros(2, 3, 4))
-        activations.flip()
-        return activations
+        held = Activations((2, 3, 4), tmp_path / "hidden")
+        held.write(0, torch.zeros(2, 3, 4))
+        held.flip()
+        return held
 
     first = begun()
     for layer in range(1, layers + 1):

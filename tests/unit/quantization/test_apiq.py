@@ -41,7 +41,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2LMHeadModel", {"hidden_size": 32}),
     "gpt_neox": ("GPTNeoXForCausalLM", SMALL),
 }
-FAST = {"bits": 2, "group_size": 16, "rank": 4, "steps": 25, "epochs": 4, "batch": 2, "lora_lr": 5e-3}
+FAST = {
+    "bits": 2,
+    "group_size": 16,
+    "rank": 4,
+    "steps": 25,
+    "epochs": 4,
+    "batch_size": 2,
+    "learning_rate": 5e-3,
+}
 
 
 Dense = Callable[..., Path]
@@ -292,7 +300,7 @@ def test_an_adapter_that_does_not_fit_is_refused(default: Path, tmp_path: Path) 
     with pytest.raises(BadInput, match="neither lora_A nor lora_B"):
         compress.load(folder)
     save_file({**tensors, "base_model.model.lm_head.lora_A.weight": torch.zeros(2, 2)}, weights)
-    with pytest.raises(BadInput, match="no packed linear"):
+    with pytest.raises(BadInput, match="is not a packed linear"):
         compress.load(folder)
     name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
     save_file({key: value for key, value in tensors.items() if key != name}, weights)

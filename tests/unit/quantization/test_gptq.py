@@ -109,8 +109,8 @@ def test_both_streams_are_what_transformers_computes(
         calls.append((hessian, difference, rounded))
         return rounded
 
-    original = gptq.quantize
-    monkeypatch.setattr(gptq, "quantize", spy)
+    original = gptq.round_by_columns
+    monkeypatch.setattr(gptq, "round_by_columns", spy)
     checkpoint = Checkpoint.open(folder)
     options = GPTQ.Options(**OPTIONS, true_sequential=true_sequential)
     GPTQ().apply(StreamedModel(checkpoint), options, started(checkpoint, windows, tmp_path / "work"))

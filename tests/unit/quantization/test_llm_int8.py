@@ -256,7 +256,8 @@ def test_commands(tiny_decoder: Callable[..., Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "sentence"), [(float("nan"), "NaN or infinite"), (7e4, "beyond float16.*use the method rtn")]
+    ("value", "sentence"),
+    [(float("nan"), "NaN or infinite"), (7e4, "too large for float16.*use the method rtn")],
 )
 def test_weights_that_cannot_be_rounded(
     value: float, sentence: str, tiny_decoder: Callable[..., Path], tmp_path: Path

@@ -47,12 +47,12 @@ def tokens_of(dense: Path) -> torch.Tensor:
 
 
 @pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[llm_qat.Student]:
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[llm_qat.FakeQuantizedModel]:
     """The students of the runs of a test."""
-    kept: list[llm_qat.Student] = []
+    kept: list[llm_qat.FakeQuantizedModel] = []
     check = llm_qat.check_written
 
-    def keep(student: llm_qat.Student, run: Any) -> float:
+    def keep(student: llm_qat.FakeQuantizedModel, run: Any) -> float:
         kept.append(student)
         return check(student, run)
 
@@ -97,7 +97,7 @@ def test_training_brings_the_model_back(shared_decoder: Callable[..., Path], tmp
 
     nearest = divergence(tmp_path / "rtn")
     assert rounded == {"steps": 0}
-    for name, options in (("full", {}), ("lora", {"train": "lora", "lora_rank": 4, "learning_rate": 5e-3})):
+    for name, options in (("full", {}), ("lora", {"train": "lora", "rank": 4, "learning_rate": 5e-3})):
         training = quantized(dense, tmp_path / name, steps=24, **options).steps[0].details["training"]
         assert training["steps"] == len(training["losses"]) == 24
         assert training["last_loss"] < 0.7 * training["losses"][0]
@@ -164,7 +164,7 @@ def test_stock_transformers(shared_decoder: Callable[..., Path], tmp_path: Path,
     dense, tokens = shared_decoder(), torch.arange(1, 25)[None]
     for bits in (16, 8):
         folder = tmp_path / f"A{bits}"
-        lineage = quantized(dense, folder, steps=2, weight_bits=weight_bits, activation_bits=bits, kv_bits=16)
+        lineage = quantized(dense, folder, steps=2, bits=weight_bits, activation_bits=bits, kv_bits=16)
         assert lineage.result.loads_with == "transformers with compressed-tensors"
     with torch.no_grad():
         stock = {bits: load_stock(tmp_path / f"A{bits}")(tokens).logits for bits in (16, 8)}
@@ -229,7 +229,7 @@ def test_bits_by_pattern_and_packed_tables(
         dense = shared_decoder(tie_word_embeddings=tied)
         options = {"set": {"re:.*down_proj": 8}, "embedding_bits": 8} | ({} if tied else {"lm_head_bits": 8})
         out = tmp_path / f"out-{tied}"
-        lineage = quantized(dense, out, steps=3, weight_bits=4, **options)
+        lineage = quantized(dense, out, steps=3, bits=4, **options)
         tokens = tokens_of(dense)
         with torch.no_grad():
             model = compress.load(out)
@@ -282,8 +282,8 @@ def test_what_is_refused(
         quantized(tmp_path / "out", tmp_path / "twice")
     with pytest.raises(BadInput, match="matches no linear"):
         quantized(dense, tmp_path / "none", ignore=["nothing"])
-    with pytest.raises(BadInput, match="weight_bits"):
-        quantized(dense, tmp_path / "none", weight_bits=5)
+    with pytest.raises(BadInput, match="bits: Input should be 3, 4 or 8"):
+        quantized(dense, tmp_path / "none", bits=5)
     with pytest.raises(BadInput, match="distils next-token predictions"):
         quantized(tiny_encoder("BertForSequenceClassification"), tmp_path / "none")
     with pytest.raises(CompressError, match="lower the learning_rate"):

@@ -181,8 +181,12 @@ def test_an_encoder_has_an_embedding_and_maybe_no_head(tiny_encoder, tmp_path: P
         ("llama", {"set": {"re:(": 8}}, "'re:\\(' in 'set' is not a regular expression"),
         ("llama", {"format": "gptq", "set": MIXED}, "several bit widths; use the format compressed-tensors"),
         ("llama", {"format": "gptq", "bits": 8, "lm_head_bits": 8}, "use the format compressed-tensors"),
-        ("llama", {"lm_head_bits": 8, "ignore": ["lm_head"]}, "'ignore' keeps 'lm_head', and another"),
-        ("llama-tied", {"embedding_bits": 8, "ignore": ["lm_head"]}, "'ignore' keeps 'lm_head', and another"),
+        ("llama", {"lm_head_bits": 8, "ignore": ["lm_head"]}, "'ignore' keeps 'lm_head', but lm_head_bits"),
+        (
+            "llama-tied",
+            {"embedding_bits": 8, "ignore": ["lm_head"]},
+            "'ignore' keeps 'lm_head', but lm_head_bits",
+        ),
         ("llama-tied", {"lm_head_bits": 8, "embedding_bits": 4}, "one table; give only one of"),
     ],
 )

@@ -402,7 +402,7 @@ def test_weights_that_do_not_fit_are_refused_where_they_are_used(tiny: Path, pro
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": None}, "names no model_type"),
+        ({"model_type": None}, "does not name a model_type"),
         ({"model_type": "lama"}, "did you mean 'llama'"),
         ({"model_type": "mamba"}, "'mamba' is not supported"),
         ({"num_attention_heads": 3}, "is not a valid llama config"),

@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from compress.calibration.statistics.losses import next_token_loss, next_token_losses
+from compress.calibration.statistics.losses import precise_losses, streamed_losses
 from compress.engine import activations
 from compress.engine.shape import ModelShape
 from compress.engine.stream import StreamedModel
@@ -52,7 +52,7 @@ def test_the_removals_are_those_of_the_plain_loop(
     assert_same(order(report), greedy(plain, 3))
     assert report.details["removed"][0]["before"] == pytest.approx(plain.perplexity([]), rel=2e-6)
     # What was written has the perplexity that the search found.
-    written = next_token_loss(StreamedModel(run.draft), windows_of([16] * 3))
+    written = streamed_losses(StreamedModel(run.draft), windows_of([16] * 3))
     expected = Plain(case, folders[case], windows_of([16] * 3)).losses([block for block, _ in order(report)])
     assert float(written.mean()) == pytest.approx(float(expected.mean()), rel=1e-5)
 
@@ -193,7 +193,7 @@ def test_losses_over_a_large_vocabulary_are_right_to_a_millionth():
     logits = 5 * torch.randn(4, 200_000, generator=torch.Generator().manual_seed(0)) + 20
     targets = torch.arange(4)
     exact = nn.functional.cross_entropy(logits.double(), targets, reduction="none")
-    torch.testing.assert_close(next_token_losses(logits, targets), exact, atol=5e-6, rtol=0)
+    torch.testing.assert_close(precise_losses(logits, targets), exact, atol=5e-6, rtol=0)
 
 
 # Targets.

@@ -77,7 +77,7 @@ class Subject:
             self.layers[0].register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0].clone()))
         ]
         handles += [
-            layer.register_forward_hook(lambda _, __, output: hidden.append(module.first(output).clone()))
+            layer.register_forward_hook(lambda _, __, output: hidden.append(module.hidden_of(output).clone()))
             for layer in self.layers
         ]
         options = {"use_cache": False} if self.anatomy.kind == "decoder" else {}

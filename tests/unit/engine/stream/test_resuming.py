@@ -33,10 +33,19 @@ def limit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
     return request.param
 
 
-def test_limit_is_in_bytes(tmp_path: Path):
-    assert not Activations((2, 3, 4), tmp_path / "x", memory_limit=96).spilled
-    assert Activations((2, 3, 4), tmp_path / "x", memory_limit=95).spilled
-    assert not Activations((2, 3, 4), None, memory_limit=0).spilled
+def test_limit_is_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(activations, "MEMORY_LIMIT", 96)
+    assert not Activations((2, 3, 4), tmp_path / "x").spilled
+    assert Activations((2, 3, 5), tmp_path / "x").spilled
+    assert not Activations((2, 3, 5), None).spilled
+
+
+def test_tensors_that_are_held_at_once_share_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(activations, "MEMORY_LIMIT", 3 * 96)
+    assert activations.memory_limit(shared_by=3) == 96
+    assert activations.memory_limit(shared_by=0) == 3 * 96
+    assert not Activations((2, 3, 4), tmp_path / "x", shared_by=3).spilled
+    assert Activations((2, 3, 4), tmp_path / "x", shared_by=4).spilled
 
 
 def test_activations_hold_what_was_written(limit: int, tmp_path: Path):

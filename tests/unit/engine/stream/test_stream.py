@@ -14,7 +14,7 @@ from torch import Tensor
 
 import compress
 from compress.anatomy import ROWS
-from compress.calibration.statistics.losses import next_token_loss
+from compress.calibration.statistics.losses import streamed_losses
 from compress.engine import stream as module
 from compress.engine.skeleton import longest_input
 from compress.engine.stream import StreamedModel
@@ -85,12 +85,12 @@ def test_padding_does_not_reach_the_real_tokens(llama: Subject):
     model, windows = StreamedModel(Checkpoint.open(llama.folder)), make_windows(padded=True)
     other = Windows(torch.where(windows.mask, windows.tokens, 17), windows.mask, "made up")
     assert not torch.equal(windows.tokens, other.tokens)
-    assert torch.equal(next_token_loss(model, windows), next_token_loss(model, other))
+    assert torch.equal(streamed_losses(model, windows), streamed_losses(model, other))
 
 
-def test_next_token_loss_is_that_of_transformers(llama: Subject):
+def test_losses_are_those_of_transformers(llama: Subject):
     windows = make_windows()
-    found = next_token_loss(StreamedModel(Checkpoint.open(llama.folder)), windows)
+    found = streamed_losses(StreamedModel(Checkpoint.open(llama.folder)), windows)
     assert found.shape == (5 * 8,)
     with torch.no_grad():
         wanted = llama.model(windows.tokens, labels=windows.tokens).loss

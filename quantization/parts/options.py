@@ -1,0 +1,107 @@
+"""Options that several methods have in common, as classes from which a method's options are put together.
+
+Fields appear in the help in the order of the bases from last to first, then those of the class itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import Field, PositiveInt
+
+from compress.kernels.codes.integer import CHANNEL
+from compress.method import MethodOptions
+
+Bits = Literal[2, 3, 4, 8]
+Width = TypeVar("Width")
+
+DEFAULT_BITS: Any = 4
+"""A number that every literal type of widths has."""
+
+
+class BitsOptions(MethodOptions, Generic[Width]):
+    """The bits of every weight. ``Width`` is a literal type of the numbers that the method offers."""
+
+    bits: Width = Field(DEFAULT_BITS, description="bits of a weight")
+    set: dict[str, Width] = Field(
+        {},
+        description="other bits for the linears that a pattern matches (patterns as in 'ignore'); where "
+        "several match, the last one counts",
+    )
+
+
+class GroupOptions(MethodOptions):
+    """The weights that share a scale."""
+
+    group_size: PositiveInt | Literal["channel"] = Field(
+        64,
+        description="number of consecutive inputs that share a scale; it must divide the input dimensions; "
+        "channel: one scale for each output channel",
+    )
+
+    @property
+    def group_length(self) -> int:
+        """The group size as formats take it: `CHANNEL` stands for a whole row."""
+        return CHANNEL if self.group_size == "channel" else self.group_size
+
+
+class IgnoreOptions(MethodOptions):
+    """The linears that are left alone."""
+
+    ignore: list[str] = Field(
+        [],
+        description="linears to leave as they are: full names, globs, or regular expressions after 're:'",
+    )
+
+
+class TableOptions(MethodOptions):
+    """The head and the token embedding, which every method rounds to the nearest code or leaves alone."""
+
+    lm_head_bits: Bits | None = Field(
+        None, description="round the head to the nearest code of this many bits; without it the head is kept"
+    )
+    embedding_bits: Bits | None = Field(
+        None,
+        description="the same for the token embedding; a model with a tied head has one table for both",
+    )
+
+
+class DampingOptions(MethodOptions):
+    """What makes a Hessian invertible."""
+
+    damping: float = Field(
+        0.01, gt=0, le=1, description="add this share of the mean of the Hessian's diagonal to the diagonal"
+    )
+
+
+class WeightOptions(IgnoreOptions, TableOptions, GroupOptions, BitsOptions[Bits]):
+    """Options of the methods that round weights to an integer grid of groups."""
+
+    symmetric: bool = Field(
+        True,
+        description="fix the zero points in the middle of the codes; otherwise each group stores its own",
+    )
+    format: Literal["auto", "compressed-tensors", "gptq"] = Field(
+        "auto",
+        description="how to store the codes; auto: gptq for 2 or 3 bits everywhere, if head and embedding "
+        "are kept; otherwise compressed-tensors",
+    )
+    mix: bool = Field(
+        False,
+        description="give each linear its own bits by measured sensitivity, in no more bytes than 'bits' "
+        "everywhere would take",
+    )
+
+
+class StackOptions(IgnoreOptions, TableOptions):
+    """Options of the methods whose models can be loaded at any size."""
+
+    importance: Literal["gradient", "perplexity"] = Field(
+        "gradient",
+        description="how to decide which linear gets its next block first; gradient: by the loss that its "
+        "residual causes per byte, estimated with one backward pass; perplexity: as published, by trying "
+        "every linear at every level, which takes hundreds of passes per level",
+    )
+    order_windows: PositiveInt = Field(
+        16, description="number of calibration windows, of up to 128 tokens, to find the order with"
+    )

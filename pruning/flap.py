@@ -83,7 +83,7 @@ class Flap(Method["Flap.Options"]):
     and include all tokens except padding; grouped-query attention stays whole; costs are exact; every layer
     keeps at least one unit of each kind. With few key-value heads UL-UM removes less than ``ratio``; the
     default for uniform shapes is UL-MM, where neurons fill the rest of the budget. The paper compensates with
-    biases; the default here is least squares, because it comes closer to the dense model.
+    biases; the default here is least squares, because it came closer to the dense model in our measurements.
     """
 
     name = "flap"
@@ -96,8 +96,8 @@ class Flap(Method["Flap.Options"]):
         metric: Metric = Field("WIFV", description="how to score a channel")
         structure: Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM"] | None = Field(
             None,
-            description="whether layers (L) and modules (M) share the removal uniformly (U) or adaptively "
-            "(A), or modules by hand (MM); by default AL-AM, and UL-MM for shape uniform",
+            description="spread the removal uniformly (U) or adaptively (A) over layers (L) and modules (M), "
+            "or over modules by a given number of heads (MM); by default AL-AM, and UL-MM for shape uniform",
         )
         shape: Literal["heterogeneous", "uniform"] = Field(
             "heterogeneous",

@@ -48,15 +48,14 @@ class KPrune(Method["KPrune.Options"]):
        units adds nothing.
 
     Units are scored one by one, so a layer can lose all its heads although each of them alone was expendable.
-    At high ratios this can break a model; ``min_heads`` prevents it.
+    At high ratios this can break a model, unless ``min_heads`` keeps some heads in every layer.
 
     Differences from the published code: gradients are squared for each sample separately, so the batch size
     does not matter; padding is masked everywhere; every sublayer behind the first pruned one is tuned,
-    whether
-    or not it is pruned itself. The tuning is damped: for each half of the calibration windows, W_out is
-    fitted to one half and checked on the other, which decides how strongly it keeps its old value, from not
-    at all (as published) to entirely. Otherwise, on fewer tokens than channels, least squares would reproduce
-    the teacher on these tokens and fail on all other text. While nothing is pruned yet, S is T and the
+    even if it is not pruned itself. The tuning is damped: W_out is fitted to each half of the calibration
+    windows and checked on the other half, which decides how strongly it keeps its old value, from not at all
+    (as published) to entirely. Otherwise, on fewer tokens than channels, least squares would reproduce the
+    teacher on these tokens and fail on all other text. While nothing is pruned yet, S is T and the
     gradient of the KL is zero, so the published K_pred of the first sublayer is zero; here the second-order
     term of the KL, which (1/2) (dKL/dm)^2 approximates, is computed from the Fisher information instead (see
     `Divergence.scores`). Decoders are pruned by the KL of their next-token predictions. Models with a norm on
@@ -225,9 +224,8 @@ class Pruning:
 
     def units(self, sublayer: Sublayer) -> Tensor:
         """Indices of the units of a sublayer that stay; all of them until it is pruned."""
-        return self.state.get(_key(sublayer), torch.ones(len(sublayer.channels), dtype=torch.bool)).nonzero()[
-            :, 0
-        ]
+        mask = self.state.get(_key(sublayer))
+        return torch.arange(len(sublayer.channels)) if mask is None else mask.nonzero()[:, 0]
 
     def kept(self, index: int) -> Kept:
         """The units of layer ``index`` that stay."""
@@ -299,8 +297,7 @@ class Pruning:
 
 
 def affordable(scores: Sequence[Tensor], flops: Sequence[int], budget: int) -> list[Tensor]:
-    """Knowledge-preserving mask search: drop the units with the lowest scores until the others fit the
-    budget.
+    """Knowledge-preserving mask search: drop the units with the lowest scores until the rest fits the budget.
 
     Args:
         scores: for every sublayer the scores of its units [units].

@@ -50,8 +50,8 @@ def through_all_layers(model: StreamedModel, windows: Windows, label: str = "") 
         windows: token ids [N, S].
         label: text of the progress bar.
 
-    Returns: A stream whose hidden states, float32 [N, S, D], are those behind the last layer, before the
-        final norm.
+    Returns:
+        A stream whose hidden states, float32 [N, S, D], are behind the last layer and before the final norm.
 
     Raises:
         BadInput: as `StreamedModel.stream`.

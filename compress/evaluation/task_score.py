@@ -1,11 +1,10 @@
 """Score how well a model does its task, and test whether it differs from the dense model by more than chance.
 
-Intervals have 95 %: Wilson's for shares of independent examples, Student's t over examples for means, and
-Student's t clustered by example if one example has several words (Cochran, Sampling Techniques, section 6.3),
-because the words of a sentence are not independent. The paired test against the dense model is McNemar's
-exact
-test on examples: if b of them are right for the dense model only and c for the compressed one only, p is
-two-sided binomial, min(b, c) of b + c at 1/2.
+All intervals are 95 % intervals: Wilson's for shares of independent examples, Student's t over examples for
+means, and Student's t clustered by example if one example has several words (Cochran, Sampling Techniques,
+section 6.3), because the words of a sentence are not independent. The paired test against the dense model is
+McNemar's exact test on examples: if b of them are right for the dense model only and c for the compressed one
+only, p is two-sided binomial, min(b, c) of b + c at 1/2.
 """
 
 from __future__ import annotations

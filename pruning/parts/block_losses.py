@@ -153,8 +153,8 @@ class BlockLosses:
     ) -> bool:
         """Compute the losses of the present model, and bounds for the branches.
 
-        Returns: False if there are no bounds, because the model transforms its logits, for example by capping
-            them.
+        Returns:
+            False if there are no bounds because the model transforms its logits, for example by a soft cap.
         """
         _, length, width = prefix.hidden.shape
         group = max(1, CHUNK_ELEMENTS // (length * width))

@@ -201,7 +201,7 @@ def measure_knowledge(
     for number, sublayer in enumerate(sublayers):
         here.setdefault(sublayer.index, {})[sublayer.path] = number
 
-    def observe(layer: Layer) -> Mapping[str, Observer]:
+    def observers_of(layer: Layer) -> Mapping[str, Observer]:
         def look(number: int, path: str) -> Observer:
             matrix = weight(layer.linears[path]).double().square().mean(0).cpu()
 
@@ -227,7 +227,7 @@ def measure_knowledge(
         for path, gradient in found.items():
             gradients[here[layer.index][path]] += 0.5 * gradient.double().square().sum((0, 1)).cpu()
 
-    tape.forward(observe)
+    tape.forward(observers_of)
     tape.differentiate(divergence.scores if teacher is None else divergence.divergences, teacher)
     tape.backward(masks, take)
     return [

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from compress.engine.loading import load
     from compress.evaluation.evaluate import evaluate
     from compress.evaluation.run import run
-    from compress.report.compare import compare
+    from compress.report.table import compare
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "compare", "evaluate", "load", "run"]
 
 _MODULES = {
-    "compare": "compress.report.compare",
+    "compare": "compress.report.table",
     "evaluate": "compress.evaluation.evaluate",
     "load": "compress.engine.loading",
     "run": "compress.evaluation.run",

@@ -98,39 +98,6 @@ class Comparison:
     caption: list[str]
     columns: tuple[Column, ...] = COLUMNS
 
-    def __str__(self) -> str:
-        from compress.report.render import render
-
-        return render(self, "table")
-
-
-def compare(*models: str | Path | Scorecard | Iterable[Scorecard]) -> Comparison:
-    """Put evaluated models into one table, the dense model first, the others in the order given.
-
-    Each model is represented by its newest evaluation that was made in the same way as the others'.
-
-    Args:
-        models: folders with evaluations in their compression.json, files that
-            ``compress-model evaluate --json`` wrote, or scorecards, one by one or several together.
-
-    Returns:
-        The comparison. ``str()`` turns it into a table of text; `compress.report.render.render` has more
-        formats.
-
-    Raises:
-        BadInput: there is nothing to compare, a path has no evaluation, or two models were not evaluated in
-            the same way.
-    """
-    found: list[tuple[Scorecard, str]] = []
-    for model in models:
-        if isinstance(model, str | Path):
-            found += [(card, str(model)) for card in read_scorecards(model)]
-        else:
-            cards = [model] if isinstance(model, Scorecard) else model
-            found += [(card, card.model.name) for card in cards]
-    chosen = _newest_of_each_model(found)
-    return side_by_side([card for card, _ in chosen], [file for _, file in chosen])
-
 
 def side_by_side(scorecards: Sequence[Scorecard], files: Sequence[str] | None = None) -> Comparison:
     """Lay scorecards out as one table, the dense model first, the others in the order given.
@@ -230,7 +197,7 @@ def protocol_fields(card: Scorecard) -> dict[str, object]:
     return {**fields, "baseline.sha256": card.baseline.sha256}
 
 
-def _newest_of_each_model(found: list[tuple[Scorecard, str]]) -> list[tuple[Scorecard, str]]:
+def newest_of_each_model(found: list[tuple[Scorecard, str]]) -> list[tuple[Scorecard, str]]:
     """One scorecard per model: the newest with the newest protocol that all models have in common.
 
     If there is no common protocol, the newest of each model, which :func:`side_by_side` refuses with the

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from compress.commands.compare import compare as command
 from compress.errors import BadInput
-from compress.report.compare import compare, newest_side_by_side, read_scorecards, side_by_side
+from compress.report.compare import newest_side_by_side, read_scorecards, side_by_side
 from compress.report.plot import quality_against_size
 from compress.report.render import FORMATS, render
 from compress.report.scorecard import (
@@ -28,6 +28,7 @@ from compress.report.scorecard import (
     Protocol,
     Scorecard,
 )
+from compress.report.table import compare
 
 WHEN = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
 HOSTILE = "a|<script>alert('x')</script> $x_1$ [bold] & \"b\""
@@ -367,7 +368,7 @@ def test_the_command(tmp_path: Path):
 def test_comparing_imports_no_torch(tmp_path: Path):
     file = write(tmp_path / "cards.json", dumped(card("dense")))
     code = (
-        "import sys; from compress.report.compare import compare\n"
+        "import sys; from compress.report.table import compare\n"
         "from compress.report.render import render\n"
         f"render(compare({str(file)!r}), 'table')\n"
         "assert not {'torch', 'transformers', 'scipy', 'matplotlib'} & set(sys.modules)"

@@ -1,0 +1,55 @@
+"""Evaluated models in one table, as users ask for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from compress.report.compare import Comparison, newest_of_each_model, read_scorecards, side_by_side
+from compress.report.render import render
+from compress.report.scorecard import Scorecard
+
+
+@dataclass(frozen=True)
+class Table(Comparison):
+    """A comparison that can be printed."""
+
+    def __str__(self) -> str:
+        return render(self, "table")
+
+    def render(self, format: str) -> str:
+        """The table as text: "table", "markdown", "csv", "json" or "html".
+
+        Raises:
+            BadInput: there is no such format.
+        """
+        return render(self, format)
+
+
+def compare(*models: str | Path | Scorecard | Iterable[Scorecard]) -> Table:
+    """Put evaluated models into one table, the dense model first, the others in the order given.
+
+    Each model is represented by its newest evaluation that was made in the same way as the others'.
+
+    Args:
+        models: folders with evaluations in their compression.json, files that
+            ``compress-model evaluate --json`` wrote, or scorecards, one by one or several together.
+
+    Returns:
+        The table: ``print`` shows it, and its ``render`` knows more formats.
+
+    Raises:
+        BadInput: there is nothing to compare, a path has no evaluation, or two models were not evaluated in
+            the same way.
+    """
+    found: list[tuple[Scorecard, str]] = []
+    for model in models:
+        if isinstance(model, str | Path):
+            found += [(card, str(model)) for card in read_scorecards(model)]
+        else:
+            cards = [model] if isinstance(model, Scorecard) else model
+            found += [(card, card.model.name) for card in cards]
+    chosen = newest_of_each_model(found)
+    table = side_by_side([card for card, _ in chosen], [file for _, file in chosen])
+    return Table(table.rows, table.caption, table.columns)

@@ -93,7 +93,8 @@ class Figure(Document):
         high = value if self.high is None else self.high * factor
         width = max(high - value, value - low)
         size = max(abs(value), width)
-        exponent = 0 if size == 0 or 1e-4 <= size < 1e6 else math.floor(math.log10(size))
+        # Not below -300, because 10^309 is beyond a float.
+        exponent = 0 if size == 0 or 1e-4 <= size < 1e6 else max(-300, math.floor(math.log10(size)))
         value, low, high, width = (number * 10.0**-exponent for number in (value, low, high, width))
         if width <= 1e-9 * abs(value):
             exact = _fixed(value, _decimals(value, digits=4))

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from compress.method import StepContext
 
 FIRST_WINDOWS = 4  # a race begins on this many windows, and doubles them
-ROUNDING = 1e-9  # of a share of parameters: 1 - 0.2 is less than 0.8
 
 
 class Removal(NamedTuple):
@@ -143,7 +142,7 @@ class BlockPruner(Method["BlockPruner.Options"]):
                 which = "blocks" if options.mode == "mix" else f"{options.mode} blocks"
                 raise BadInput(
                     f"BlockPruner can remove at most {len(removed)} {which} from this model, which leaves "
-                    f"{_kept(removed, sizes, total):.1%} of its layers' parameters."
+                    f"{1 - _gone(removed, sizes, total):.1%} of its layers' parameters."
                 )
             removed.append(min(left, key=lambda block: sizes[block]))
         return plan_without_blocks(shape, removed)
@@ -185,7 +184,7 @@ class BlockPruner(Method["BlockPruner.Options"]):
                 "removed; give a larger max_perplexity."
             )
         remove_blocks(context.draft, removed)
-        kept = [_kept(removed[: count + 1], sizes, total) for count in range(len(removed))]
+        kept = [1 - _gone(removed[: count + 1], sizes, total) for count in range(len(removed))]
         details = {
             "model_sha256": model.checkpoint.sha256,
             "calibration_sha256": calibration.sha256,
@@ -255,12 +254,12 @@ def _reached(
 ) -> bool:
     if options.blocks is not None:
         return len(removed) >= options.blocks
-    return options.ratio is not None and _kept(removed, sizes, total) <= 1 - options.ratio + ROUNDING
+    return options.ratio is not None and _gone(removed, sizes, total) >= options.ratio
 
 
-def _kept(removed: Sequence[Block], sizes: Mapping[Block, int], total: int) -> float:
-    """The share of all layers' parameters that is left."""
-    return 1 - sum(sizes[block] for block in removed) / total
+def _gone(removed: Sequence[Block], sizes: Mapping[Block, int], total: int) -> float:
+    """The share of all layers' parameters that is removed."""
+    return sum(sizes[block] for block in removed) / total
 
 
 def _earlier(options: BlockPruner.Options, model: StreamedModel, windows: Windows) -> list[Removal]:

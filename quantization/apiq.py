@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class ApiQ(Method["ApiQ.Options"]):
-    """Learn how to clip groups of weights before rounding, and a low-rank adapter that compensates for the rest.
+    """Learn how to clip groups of weights before rounding, and a low-rank adapter for the remaining error.
 
     A linear W [out, in] becomes Q = Ŵ + (alpha / r) B A, with A [r, in] and B [out, r]. In every group g, Ŵ
     lies on a low-bit grid between sigma(l) min(W_g) and sigma(u) max(W_g) (`ClippedLinear`). A, B, u and l

@@ -151,7 +151,7 @@ QUICKSTART_PAGE = [
         Column(key="model", heading="model"),
         Column(key="parameters", heading="parameters (M)", decimals=1),
         Column(key="peak_memory", heading="peak memory (MB)", decimals=1),
-        Column(key="added_memory", heading="of it, model (MB)", decimals=1),
+        Column(key="added_memory", heading="memory added by the model (MB)", decimals=1),
         Column(key="kernel", heading="kernel"),
         Column(key="loads_with", heading="loads with"),
     ],

@@ -187,7 +187,7 @@ def quickstart_table(columns: list[Column]) -> str:
 
 def quickstart_page() -> str:
     tables = "\n".join(quickstart_table(columns) for columns in QUICKSTART_PAGE)
-    captions = [line for line in quickstart()["caption"] if not line.startswith("Speed at")]
+    captions = [line for line in quickstart()["caption"] if not line.startswith("Speed ")]
     summary = (
         "`scripts/quickstart` compresses SmolLM2-135M in several ways and compares every result with the "
         "dense model on text that it was not calibrated on. Bits per parameter count everything: scales, "

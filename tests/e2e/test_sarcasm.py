@@ -72,7 +72,9 @@ def test_inspected_planned_and_quantized(sarcasm: Path, tmp_path: Path):
         "quantize", sarcasm, "--method", "rtn", "--bits", "8", "--group-size", "32", "-o", quantized, "--json"
     )
     assert made["result"]["bytes"] == planned
-    scored = ("--baseline", sarcasm, "--task-file", sarcasm / TEST)
+    some = tmp_path / "some.jsonl"
+    some.write_text("".join((sarcasm / TEST).read_text().splitlines(keepends=True)[:200]))
+    scored = ("--baseline", sarcasm, "--task-file", some)
     dense, card = command("evaluate", quantized, *scored, "--json", "-")
     assert card["task"]["agreement"]["value"] > 0.97
     assert card["cost"]["weight_bytes"] < dense["cost"]["weight_bytes"]

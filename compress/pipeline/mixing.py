@@ -25,8 +25,10 @@ WIDTHS = (2, 3, 4, 8)
 """Bits that a step may give to a linear."""
 
 
-def settled(method: Method, options: MethodOptions, model: Checkpoint, context: StepContext) -> MethodOptions:
-    """The options of a step; those of one that mixes bits name the bits of every linear.
+def mix_bits(
+    method: Method, options: MethodOptions, model: Checkpoint, context: StepContext
+) -> MethodOptions:
+    """The options of a step, with the bits of every linear chosen if the step asks for that (``mix``).
 
     What was chosen is kept in the step's folder, so that a run that was interrupted goes on with it.
 

@@ -22,7 +22,7 @@ from compress.engine.windows import Windows
 from compress.errors import BadInput
 from compress.method import Method, MethodOptions, StepContext
 from compress.pipeline.artefact import check_output, write_model
-from compress.pipeline.mixing import settled
+from compress.pipeline.mixing import mix_bits
 from compress.pipeline.plan import Plan, make_plan, open_model
 from compress.pipeline.recipe import Recipe
 from compress.pipeline.reload import reload_check
@@ -174,7 +174,7 @@ def _step(method: Method, options: MethodOptions, current: Checkpoint, context: 
     log.info("%s: %s", method.name, options.model_dump_json())
     reset_peak_memory()
     started = time.perf_counter()
-    options = settled(method, options, current, context)
+    options = mix_bits(method, options, current, context)
     report = method.apply(StreamedModel(current, context.device, context.progress), options, context)
     context.draft.flush("step")
     record = Step(

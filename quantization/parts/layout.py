@@ -77,7 +77,7 @@ def plan_layout(shape: ModelShape, options: WeightOptions, activation_bits: int 
         )
     name = options.format
     if name == "auto":
-        low = not around and set(bits.values()) in ({2}, {3})
+        low = not options.mix and not around and set(bits.values()) in ({2}, {3})
         name = "gptq" if low else "compressed-tensors"
     size, symmetric = options.group_length, options.symmetric
     formats: dict[Bits, Format] = {width: FORMATS[name](width, size, symmetric) for width in get_args(Bits)}

@@ -5,9 +5,9 @@ Fields appear in the help in the order of the bases from last to first, then tho
 
 from __future__ import annotations
 
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, Self, TypeVar
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from compress.kernels.codes.integer import CHANNEL
 from compress.method import MethodOptions
@@ -91,6 +91,14 @@ class WeightOptions(IgnoreOptions, TableOptions, GroupOptions, BitsOptions[Bits]
         description="give each linear its own bits by measured sensitivity, in no more bytes than 'bits' "
         "everywhere would take",
     )
+
+    @model_validator(mode="after")
+    def _mixable(self) -> Self:
+        if self.mix and self.set:
+            raise ValueError("mix chooses the bits of every linear; leave out set")
+        if self.mix and self.format == "gptq":
+            raise ValueError("the format gptq has one width for all linears; leave out mix or the format")
+        return self
 
 
 class StackOptions(IgnoreOptions, TableOptions):

@@ -17,6 +17,7 @@ from compress.cli import cli
 from compress.engine.shape import ModelShape
 from compress.errors import BadInput
 from compress.pipeline.mixing import choose_bits
+from compress.pipeline.plan import make_plan
 from compress.pipeline.recipe import load_recipe, parse_recipe
 from compress.pipeline.run import execute
 from compress.quantization.parts import mixing
@@ -171,3 +172,27 @@ def test_a_mixed_step_goes_on_with_the_bits_it_chose(
             execute(wanted, tmp_path / "out")
     monkeypatch.setattr(mixing, "mix", Mock(side_effect=AssertionError("measured twice")))
     assert execute(wanted, tmp_path / "out").result.files == whole.result.files
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"set": {"*": 3}}, "mix chooses the bits of every linear; leave out set"),
+        ({"format": "gptq"}, "the format gptq has one width for all linears"),
+    ],
+)
+def test_what_cannot_be_mixed_is_refused_before_the_work(options: dict, sentence: str) -> None:
+    with pytest.raises(BadInput, match=sentence):
+        parse_recipe({"model": "m", "steps": [{"method": "rtn", "mix": True, **options}]})
+
+
+def test_low_bits_are_planned_in_the_format_that_mixed_ones_have(
+    shared_decoder: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = shared_decoder("GPTNeoXForCausalLM")
+    step = {"method": "hqq", "bits": 3, "group_size": 32, "mix": True}
+    wanted = parse_recipe({"model": str(model), "calibration": CALIBRATION, "steps": [step]})
+    planned = make_plan(Checkpoint.open(model), wanted.steps).after
+    result = execute(wanted, tmp_path / "out").result
+    assert result.loads_with == str(planned.loads_with) == "transformers with compressed-tensors"
+    assert result.bytes <= planned.nbytes

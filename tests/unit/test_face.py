@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,3 +50,18 @@ def test_only_what_is_there(tmp_path: Path):
         compress.nothing  # noqa: B018
     with pytest.raises(BadInput, match="no recipe"):
         compress.run("nothing", tmp_path / "out")
+
+
+def test_the_readmes_example(
+    shared_decoder: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```python\n(import compress\n.*?)^```", readme, flags=re.S | re.M)
+    tiny = str(shared_decoder(intermediate_size=128))
+    assert example.count('"demo"') == 2
+    monkeypatch.chdir(tmp_path)
+    exec(example.replace('"demo"', repr(tiny)), {})
+    assert "rounded" in capsys.readouterr().out

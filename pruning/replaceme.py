@@ -151,7 +151,7 @@ class ReplaceMe(Method["ReplaceMe.Options"]):
         journal = context.journal("distances")
         shape = (count, length, stream.hidden.shape[-1])
         # L_{i-n} to L_i, which take turns in n + 1 places.
-        recent = [journal.activations(f"recent-{slot}", shape) for slot in range(n + 1)]
+        recent = [journal.activations(f"recent-{slot}", shape, model.device) for slot in range(n + 1)]
         journal.state["distances"] = torch.zeros(model.num_layers - n, dtype=torch.float64)
         for layer in model.walk(journal, stream, *recent, label="measuring distances"):
             stream.advance(layer)
@@ -178,7 +178,9 @@ class ReplaceMe(Method["ReplaceMe.Options"]):
         solve = least_squares if options.transform == "least-squares" else cosine
         stream = model.stream(windows, context.folder / "estimate")
         journal = context.journal("estimate")
-        mlp, rest = (journal.activations(name, stream.hidden.shape) for name in ("mlp", "rest"))
+        mlp, rest = (
+            journal.activations(name, stream.hidden.shape, model.device) for name in ("mlp", "rest")
+        )
         begins = {cut.layer for cut in cuts}
         ends = {cut.removed[-1]: cut.layer for cut in cuts}
         for layer in model.walk(

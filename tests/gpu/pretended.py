@@ -27,7 +27,6 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
@@ -194,13 +193,28 @@ class PretendedCuda(TorchDispatchMode):
 
 
 def is_device(device: Any) -> bool:
-    """Whether tensors there are on the pretended device."""
-    return device is not None and torch.device(device).type in (CUDA.type, INSIDE_TORCH)
+    """Whether tensors there are on the pretended device.
+
+    Raises:
+        RuntimeError: it is a second CUDA device.
+    """
+    device = None if device is None else torch.device(device)
+    if device is None or device.type not in (CUDA.type, INSIDE_TORCH):
+        return False
+    if device.index:
+        raise RuntimeError("CUDA error: invalid device ordinal")
+    return True
 
 
 def carry_out(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Do an operator as the device would: refuse what it refuses, count what it waits for."""
-    given = [item for item in tree_flatten((args, kwargs))[0] if isinstance(item, torch.Tensor)]
+    given: list[torch.Tensor] = []
+
+    def taken_out(tensor: torch.Tensor) -> torch.Tensor:
+        given.append(tensor)
+        return tensor.held if isinstance(tensor, DeviceTensor) else tensor
+
+    inside, named = _changed_by(taken_out, (args, kwargs))
     there = any(isinstance(tensor, DeviceTensor) for tensor in given)
     device = kwargs.get("device")
     if not there and not is_device(device):
@@ -212,14 +226,13 @@ def carry_out(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         check_devices(func, args, given)
     goes_there = there if device is None else is_device(device)
     count(func, args, kwargs, there, goes_there)
-    inside, named = tree_map(_taken_out, (args, kwargs))
     if device is not None and goes_there:
         named["device"] = "cpu"
     with torch._C._DisableTorchDispatch():
         result = func(*inside, **named)
-    if changed := _changed(func, args, kwargs):
+    if changed := _written(func, args, kwargs):
         return changed[0] if len(changed) == 1 else tuple(changed)
-    return tree_map(_put_in, result) if goes_there else result
+    return _changed_by(_put_in, result) if goes_there else result
 
 
 def check_devices(func: Any, args: Any, given: list[torch.Tensor]) -> None:
@@ -258,7 +271,8 @@ def count(func: Any, args: Any, kwargs: Mapping[str, Any], there: bool, goes_the
     elif func in INDEXING | PUTTING:
         masks = [index for index in args[1] if index is not None]
         to_device = sum(not isinstance(index, DeviceTensor) for index in masks)
-        counts.waits += any(index.dtype in (torch.bool, torch.uint8) for index in masks)
+        number = func in PUTTING and args[2].numel() == 1  # then torch fills the places of a mask
+        counts.waits += not number and any(index.dtype == torch.bool for index in masks)
     counts.to_host += to_host
     counts.to_device += to_device
     counts.waits += to_host + (func in WAITING)
@@ -268,16 +282,22 @@ def count(func: Any, args: Any, kwargs: Mapping[str, Any], there: bool, goes_the
             raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
 
 
-def _taken_out(item: Any) -> Any:
-    return item.held if isinstance(item, DeviceTensor) else item
+def _changed_by(change: Callable[[torch.Tensor], Any], item: Any) -> Any:
+    """What operators are given or return, with every tensor in it changed."""
+    if isinstance(item, torch.Tensor):
+        return change(item)
+    if isinstance(item, (tuple, list)):
+        return type(item)([_changed_by(change, part) for part in item])
+    if isinstance(item, dict):
+        return {name: _changed_by(change, part) for name, part in item.items()}
+    return item
 
 
-def _put_in(item: Any) -> Any:
-    plain = isinstance(item, torch.Tensor) and not isinstance(item, DeviceTensor)
-    return DeviceTensor(item) if plain and item.device.type == "cpu" else item
+def _put_in(tensor: torch.Tensor) -> torch.Tensor:
+    return DeviceTensor(tensor) if type(tensor) is torch.Tensor and tensor.device.type == "cpu" else tensor
 
 
-def _changed(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
+def _written(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
     """The arguments that the operator wrote into, which are also what it returns."""
     if not func._schema.is_mutable or not func._schema.returns:
         return []
@@ -333,6 +353,7 @@ def pretended_cuda() -> Iterator[SimpleNamespace]:
             "is_available": lambda: True,
             "device_count": lambda: 1,
             "current_device": lambda: 0,
+            "is_initialized": lambda: True,
             "get_device_name": lambda *_: "pretended CUDA device",
             "get_device_capability": lambda *_: (9, 0),
             "synchronize": lambda *_: None,
@@ -343,6 +364,8 @@ def pretended_cuda() -> Iterator[SimpleNamespace]:
             "reset_peak_memory_stats": memory.reset_peak,
         }.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
+        # Tensors made inside inference_mode cannot be wrapped; what it saves besides no_grad is time.
+        stack.enter_context(mock.patch.object(torch, "inference_mode", torch.no_grad))
         stack.enter_context(mock.patch.object(DeviceTensor, "counts", counts))
         stack.enter_context(mock.patch.object(DeviceTensor, "memory", memory))
         stack.enter_context(PretendedCuda())

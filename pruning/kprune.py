@@ -179,8 +179,10 @@ class Pruning:
             model.stream(windows, context.folder / name) for name in ("dense", "student")
         )
         shape, room = self.dense.hidden.shape, context.folder / "targets"
-        self.targets = {name: Activations(shape, room / name) for name in ("attention", "mlp")}
-        self.scratch = Activations(shape, room / "scratch")
+        names = ("attention", "mlp", "scratch")
+        held = {name: Activations(shape, room / name, device=model.device) for name in names}
+        self.scratch = held.pop("scratch")
+        self.targets = held
         self.halves = halves_of(windows)
         if options.ratio and options.tune and options.damping is None and len(windows) < 2:
             raise BadInput("With one calibration window none can be held out; use more, or set damping.")

@@ -166,7 +166,7 @@ class ReplaceMe(Method["ReplaceMe.Options"]):
         journal = context.journal("distances")
         shape = (count, length, stream.hidden.shape[-1])
         # L_{i-n} to L_i, which take turns in n + 1 places.
-        recent = [journal.activations(f"recent-{slot}", shape) for slot in range(n + 1)]
+        recent = [journal.activations(f"recent-{slot}", shape, model.device) for slot in range(n + 1)]
         journal.state["distances"] = torch.zeros(model.num_layers - n, dtype=torch.float64)
         for layer in model.walk(journal, stream, *recent, label="measuring distances"):
             stream.advance(layer)
@@ -198,7 +198,9 @@ class ReplaceMe(Method["ReplaceMe.Options"]):
         """Estimate T for every cut, in all the ways that ``kinds`` names."""
         stream = model.stream(windows, context.folder / "estimate")
         journal = context.journal("estimate")
-        mlp, rest = (journal.activations(name, stream.hidden.shape) for name in ("mlp", "rest"))
+        mlp, rest = (
+            journal.activations(name, stream.hidden.shape, model.device) for name in ("mlp", "rest")
+        )
         begins = {cut.layer for cut in cuts}
         ends = {cut.removed[-1]: cut.layer for cut in cuts}
         for layer in model.walk(

@@ -73,5 +73,5 @@ class ShortGPT(Method["ShortGPT.Options"]):
 
 
 def _add_similarity(total: torch.Tensor, seen: Seen) -> None:
-    before, after = (values[seen.mask].double() for values in (seen.inputs, seen.output))
+    before, after = (seen.real(values).double() for values in (seen.inputs, seen.output))
     total += torch.cosine_similarity(before, after, dim=-1).sum().cpu()

@@ -231,7 +231,7 @@ class Learning:
 
             def observe(seen: Seen) -> None:
                 product = seen.output if bias is None else seen.output - bias
-                energies[path] += float(product[seen.mask].square().sum(dtype=torch.float64))
+                energies[path] += float(seen.real(product).square().sum(dtype=torch.float64))
 
             return observe
 
@@ -300,7 +300,7 @@ class Learning:
         layer, stream, linears = self.layer, self.quantized, self.linears
         targets = [self.dense.hidden]
         if self.options.aug_loss:
-            targets.append(Activations(stream.hidden.shape, self.folder / "outputs"))
+            targets.append(Activations(stream.hidden.shape, self.folder / "outputs", device=stream.device))
             stream.advance(layer, into=targets[1])
         self.dense.advance(layer)
         begin = {path: linear.state() for path, linear in linears.items()}
@@ -348,7 +348,7 @@ class Learning:
             nonlocal total
             for target in targets:
                 off = seen.output - target.read(seen.start, seen.start + len(seen.output)).to(seen.output)
-                total += float(off[seen.mask].square().sum(dtype=torch.float64))
+                total += float(seen.real(off).square().sum(dtype=torch.float64))
 
         self.quantized.look(self.layer, {"": compare})
         loss = total / (int(self.quantized.windows.mask.sum()) * self.quantized.hidden.shape[-1])

@@ -147,7 +147,7 @@ class Inputs:
     def add(self, seen: Seen) -> None:
         """Add the inputs of a batch."""
         self._hessian.add(seen)
-        magnitude = seen.inputs[seen.mask].abs().sum(0, dtype=torch.float64)
+        magnitude = seen.real(seen.inputs).abs().sum(0, dtype=torch.float64)
         self._magnitude = magnitude if self._magnitude is None else self._magnitude + magnitude
 
     def divide(self, scales: torch.Tensor) -> None:
@@ -170,36 +170,41 @@ def choose_scales(
     """
     magnitude = torch.zeros(len(where.rows), dtype=torch.float64, device=seen.magnitude.device)
     # Sums do for means: all units have equally many channels, and all channels equally many tokens.
-    magnitude.index_add_(0, where.units.to(magnitude.device), seen.magnitude)
+    units = where.units.to(magnitude.device)
+    magnitude.index_add_(0, units, seen.magnitude)
     magnitude = (magnitude / magnitude.mean().clamp(min=torch.finfo(torch.float64).tiny)).clamp(min=1e-4)
     # G is symmetric: with L below its diagonal and half of that, tr(E G E^T) = 2 tr(E L E^T).
     lower = seen.gram.float().tril_()
     lower.diagonal().div_(2)
-    best, lowest = torch.ones_like(magnitude), float("inf")
+    best, lowest = torch.ones_like(magnitude), magnitude.new_full((), torch.inf)
     for alpha in ALPHAS:
         scales = magnitude**alpha
         scales /= (scales.max() * scales.min()).sqrt()
-        channels = scales[where.units].float()
-        error = 0.0
+        channels = scales[units].float()
+        error = torch.zeros_like(lowest)
         for path, matrix in dense.items():
-            off = rounded(matrix * channels, grids[path]).dequantize().div_(channels).sub_(matrix)
-            error += half_form(off, lower)
-        if error < lowest:
-            best, lowest = scales, error
+            off = rounded(matrix * channels, grids[path], check=False).dequantize()
+            error += half_form(off.div_(channels).sub_(matrix), lower)
+        better = error < lowest  # compared where it is, so that no alpha waits for the device
+        best, lowest = torch.where(better, scales, best), torch.where(better, error, lowest)
     return best
 
 
-def half_form(off: torch.Tensor, lower: torch.Tensor) -> float:
-    """tr(E L E^T) of E [out, in] and a lower triangular L [in, in], with half the work of a full L."""
+def half_form(off: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
+    """tr(E L E^T) of E [out, in] and a lower triangular L [in, in], with half the work of a full L: float64."""
     starts = range(0, off.shape[1], GRAM_COLUMNS)
     parts = zip(off.split(GRAM_COLUMNS, 1), lower.split(GRAM_COLUMNS, 1), starts, strict=True)
-    return sum(float((off[:, at:] @ columns[at:]).mul_(part).sum()) for part, columns, at in parts)
+    total = off.new_zeros((), dtype=torch.float64)
+    for part, columns, at in parts:
+        total += (off[:, at:] @ columns[at:]).mul_(part).sum()
+    return total
 
 
-def rounded(matrix: torch.Tensor, grid: Grid) -> QuantizedWeight:
-    """Q(matrix): a weight [out, in] rounded to the nearest codes."""
+def rounded(matrix: torch.Tensor, grid: Grid, check: bool = True) -> QuantizedWeight:
+    """Q(matrix): a weight [out, in] rounded to the nearest codes, and checked as in `quantize_weight`."""
+    form, name = grid.form, grid.name
     return quantize_weight(
-        matrix, grid.form.bits, grid.form.group_size, grid.form.symmetric, grid.scale_dtype, grid.name
+        matrix, form.bits, form.group_size, form.symmetric, grid.scale_dtype, name, check=check
     )
 
 
@@ -213,16 +218,17 @@ def clipped(dense: torch.Tensor, gram: torch.Tensor, grid: Grid) -> QuantizedWei
     largest = grouped.abs().amax(-1, keepdim=True)
     lowest = torch.full(grouped.shape[:2], float("inf"), device=dense.device)
     best = rounded(dense, grid)
+    kept_codes = best.codes.view(out, -1, size).transpose(0, 1)
     for share in SHARES:
         # One side of a symmetric grid has one level more. Clamping could change which side that is.
         cut = grouped * share if grid.form.symmetric else grouped.clamp(-share * largest, share * largest)
-        scales, zeros = choose_grid(cut, grid.form.bits, grid.form.symmetric, grid.scale_dtype, grid.name)
+        scales, zeros = choose_grid(cut, grid.form.bits, grid.form.symmetric, grid.scale_dtype, None)
         codes = nearest_codes(grouped, scales.unsqueeze(-1), zeros.unsqueeze(-1), grid.form.bits)
         off = (codes - zeros.unsqueeze(-1)).mul_(scales.float().unsqueeze(-1)).sub_(grouped)
         error = (torch.bmm(off, blocks) * off).sum(-1)
-        better = (error < lowest).T
-        lowest = torch.where(better.T, error, lowest)
-        best.codes.view(out, -1, size)[better] = codes.to(torch.uint8).transpose(0, 1)[better]
-        best.scales[better] = scales.T[better]
-        best.zeros[better] = zeros.T[better].to(torch.uint8)
+        better = error < lowest
+        lowest = torch.where(better, error, lowest)
+        for kept, new in ((kept_codes, codes), (best.scales.T, scales), (best.zeros.T, zeros)):
+            chosen = better.view(*better.shape, *[1] * (new.ndim - 2))
+            kept.copy_(torch.where(chosen, new.to(kept.dtype), kept))
     return best

@@ -92,7 +92,8 @@ class ColumnNorms:
 
     def add(self, seen: Seen) -> None:
         """Add the windows of a batch."""
-        squares = seen.inputs.double().square().mul_(seen.mask.unsqueeze(-1)).sum(1)
+        real = seen.mask.unsqueeze(-1).to(seen.inputs.device)
+        squares = seen.inputs.double().square().mul_(real).sum(1)
         norms = squares.sqrt().sum(0)
         self.sum = norms if self.sum is None else self.sum + norms
         self.windows += len(seen.inputs)

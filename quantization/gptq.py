@@ -12,7 +12,7 @@ from compress.calibration.statistics.hessian import Hessian, inverse_root
 from compress.engine.activations import Activations
 from compress.engine.inputs import advance_keeping
 from compress.errors import BadInput
-from compress.kernels.codes.integer import CHANNEL, QuantizedWeight, choose_grid, nearest_codes
+from compress.kernels.codes.integer import CHANNEL, QuantizedWeight, choose_grid, nearest_codes, storable
 from compress.method import Method, Paper, StepReport
 from compress.quantization.parts.layout import plan_packed
 from compress.quantization.parts.options import DampingOptions, WeightOptions
@@ -163,9 +163,9 @@ def round_by_columns(
     diagonal = hessian.diagonal().clone()
     unused = diagonal == 0  # these inputs are always 0, so the columns do not matter
     diagonal[unused] = 1
-    order = torch.arange(width)
-    grid = (form.bits, form.symmetric, scale_dtype, name)
-    scales, zeros = choose_grid(dense.float().view(len(dense), -1, size), *grid)
+    order = torch.arange(width, device=dense.device)
+    grid = (form.bits, form.symmetric, scale_dtype)
+    scales, zeros = choose_grid(dense.float().view(len(dense), -1, size), *grid, name)
     if options.act_order:
         order = diagonal.argsort(descending=True, stable=True)
     upper = inverse_root(hessian, diagonal + options.damping * diagonal.mean(), order)
@@ -179,27 +179,29 @@ def round_by_columns(
         columns += share * compensation(difference[order][:, order], upper).T @ columns
 
     steps, points = scales.double().T.contiguous(), zeros.double().T.contiguous()
-    codes = torch.empty(columns.shape, dtype=torch.uint8)
+    codes = torch.empty(columns.shape, dtype=torch.uint8, device=dense.device)
+    places = order.tolist()  # nothing in the loop waits for the device
     for start in range(0, width, COLUMNS_PER_UPDATE):
         stop = min(start + COLUMNS_PER_UPDATE, width)
         errors = torch.zeros_like(columns[start:stop])
         for column in range(start, stop):
-            group = int(order[column]) // size
+            group = places[column] // size
             if not options.act_order and column % size == 0:
                 # All columns of the group as they are now, including those that are not yet updated.
                 behind = columns[column : column + size].clone()
                 if column + size > stop:
                     done = column - start
                     behind[stop - column :] -= upper[start:column, stop : column + size].T @ errors[:done]
-                scale, zero = choose_grid(behind.T.float().unsqueeze(1), *grid)
+                scale, zero = choose_grid(behind.T.float().unsqueeze(1), *grid, None)
                 scales[:, group], zeros[:, group] = scale[:, 0], zero[:, 0]
                 steps[group], points[group] = scale[:, 0], zero[:, 0]
             code = nearest_codes(columns[column], steps[group], points[group], form.bits)
-            codes[order[column]] = code
+            codes[places[column]] = code
             rounded = (code - points[group]).mul_(steps[group])
             errors[column - start] = error = (columns[column] - rounded).div_(upper[column, column])
             columns[column + 1 : stop].addr_(upper[column, column + 1 : stop], error, alpha=-1)
         columns[stop:] -= upper[start:stop, stop:].T @ errors
+    storable(scales.float(), scale_dtype, name)
     return QuantizedWeight(
         codes.T.contiguous(), scales, zeros.to(torch.uint8), form.bits, form.group_size, form.symmetric
     )

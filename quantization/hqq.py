@@ -13,6 +13,7 @@ from compress.kernels.codes.integer import (
     number_of_groups,
     storable,
 )
+from compress.kernels.reference.ops import row_slices
 from compress.method import Method, Paper, StepReport
 from compress.quantization.parts.layout import plan_packed
 from compress.quantization.parts.options import WeightOptions
@@ -28,9 +29,6 @@ P = 0.7
 
 BETA, KAPPA, ITERATIONS = 5.0, 1.01, 20
 """The first beta, its growth in every iteration, and the number of iterations."""
-
-CACHED = 2**18
-"""Weights that are worked on in one step, so that they stay in the cache. Only speed depends on it."""
 
 
 class HQQ(Method[WeightOptions]):
@@ -92,7 +90,7 @@ def half_quadratic(
     """
     out, width = dense.shape
     grouped = dense.float().reshape(out, number_of_groups(width, group_size, name), -1)
-    parts = grouped.split(max(1, CACHED // width))
+    parts = (grouped[rows] for rows in row_slices(out, width, dense.device))
     grids = [fitted_grid(part, bits, symmetric, scale_dtype, name) for part in parts]
     scales, zeros = map(torch.cat, zip(*grids, strict=True))
     codes = nearest_codes(grouped, scales.unsqueeze(-1), zeros.unsqueeze(-1), bits)
@@ -122,6 +120,7 @@ def fitted_grid(
         error = (size - threshold).clamp_(min=0).mul_(x.sign_())
         share = (steps.sub_(error) * levels).sum(-1) / levels.square().sum(-1)
         # A group whose codes all equal the zero point has nothing to fit; its share is NaN.
-        scale = storable(step * torch.where(share > 0, share, 1), scale_dtype, name)
+        # A scale that cannot be stored is infinite, and so is the norm of its errors: it is never the best one.
+        scale = storable(step * torch.where(share > 0, share, 1), scale_dtype, None)
         beta *= KAPPA
     return best, zeros

@@ -284,8 +284,8 @@ class FakeQuantizedModel:
     def logits(self, windows: Windows, rows: torch.Tensor) -> torch.Tensor:
         """Logits of the windows with the indices ``rows``: float32 [B, S, V]."""
         device = self.model.device
-        mask = windows.mask[rows].to(device)
-        padding = {} if bool(mask.all()) else {"attention_mask": mask}
+        mask = windows.mask[rows]
+        padding = {} if bool(mask.all()) else {"attention_mask": mask.to(device)}
         return self.model(windows.tokens[rows].to(device), use_cache=False, **padding).logits.float()
 
     @torch.no_grad()

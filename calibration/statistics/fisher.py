@@ -35,13 +35,13 @@ class Fisher:
     """
 
     def __init__(self, model: StreamedModel, windows: Windows, loss: Loss, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.device = folder, model.device
         if not self._file(0).exists():  # it is written last
             self._measure(model, windows, loss)
 
     def read(self, layer: Layer) -> dict[str, torch.Tensor]:
-        """F of the linears in a layer: path -> float32 [out, in]."""
-        return load_file(self._file(layer.index))
+        """F of the linears in a layer: path -> float32 [out, in], on the device of the model."""
+        return {path: f.to(self.device) for path, f in load_file(self._file(layer.index)).items()}
 
     def _file(self, index: int) -> Path:
         return self.folder / f"fisher-{index:05d}.safetensors"

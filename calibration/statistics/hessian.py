@@ -32,15 +32,14 @@ class Hessian:
     def add(self, seen: Seen) -> None:
         """Add a batch. Products are float32 and are summed in float64, a few rows of H in each step, because
         a whole product would take as much memory as H."""
-        inputs, mask, start = seen.inputs, seen.mask, seen.start
-        rows = inputs[mask].float()
+        rows = seen.real(seen.inputs).float()
         self.tokens += len(rows)
         if self.sum is None:
             self.sum = torch.zeros(2 * rows.shape[1:], dtype=torch.float64, device=rows.device)
             self.difference = None if self.dense is None else torch.zeros_like(self.sum)
         total, difference, off = self.sum, self.difference, None
         if self.dense is not None:
-            off = self.dense.read(start, start + len(inputs)).to(rows.device)[mask] - rows
+            off = seen.real(self.dense.read(seen.start, seen.start + len(seen.inputs))) - rows
         for at in range(0, rows.shape[1], ROWS):
             block = slice(at, at + ROWS)
             product = rows[:, block].T @ rows[:, at:]  # X^T X is symmetric

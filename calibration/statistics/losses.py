@@ -41,10 +41,10 @@ def streamed_losses(model: StreamedModel, windows: Windows) -> torch.Tensor:
     losses = []
     with model.head() as head:
         for index, (tokens, counts) in enumerate(zip(windows.tokens, scored_positions(windows), strict=True)):
-            logits = head(stream.hidden.read(index, index + 1)).logits[0, :-1].float().cpu()
-            loss = nn.functional.cross_entropy(logits, tokens[1:], reduction="none").double()
-            losses.append(loss[counts])
-    return torch.cat(losses)
+            logits = head(stream.hidden.read(index, index + 1)).logits[0, :-1].float()
+            targets = tokens[1:].to(logits.device)
+            losses.append(nn.functional.cross_entropy(logits, targets, reduction="none").double()[counts])
+    return torch.cat(losses).cpu()
 
 
 def precise_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

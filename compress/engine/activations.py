@@ -1,4 +1,4 @@
-"""Hidden states of many windows: in memory up to a limit, in files above it."""
+"""Hidden states of many windows: on the device or in memory up to a limit, in files above it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from pathlib import Path
 import torch
 
 from compress.errors import CompressError
+from compress.system.device import total_memory
 from compress.system.files import fsync
 
 MEMORY_LIMIT = 1 << 30
 """Bytes of hidden states that are held in memory; others ask `memory_limit`."""
+
+DEVICE_SHARE = 1 / 16
+"""The share of a device's memory that hidden states may take there; others ask `device_limit`. A method holds
+up to half a dozen of them at once, beside a layer."""
 
 
 def memory_limit(shared_by: int = 1) -> int:
@@ -18,10 +23,16 @@ def memory_limit(shared_by: int = 1) -> int:
     return MEMORY_LIMIT // max(1, shared_by)
 
 
+def device_limit(device: str, shared_by: int = 1) -> int:
+    """The same for the memory of a device; 0 for the CPU, which has none of its own."""
+    return int(total_memory(device) * DEVICE_SHARE) // max(1, shared_by)
+
+
 class Activations:
     """A float32 tensor [N, S, D] that is written and read in slices of windows.
 
-    A tensor within the memory limit is held in memory, a larger one in a file. Two files take turns: one is
+    A tensor within the memory limit is held in memory, that of the device where it is large enough. A larger
+    one is held in a file. Two files take turns: one is
     read, and holds the last state made durable; the other is written. So between two saves every window may
     be written once. What is written before anything was saved or restored goes into a third file, because a
     resumed run writes it again while one of the two holds the state to go back to.
@@ -31,12 +42,17 @@ class Activations:
         file: where the files go; their names begin with its name. Without it everything stays in memory and
             cannot be saved.
         shared_by: how many tensors of this size are held at once and share the memory limit.
+        device: where they are computed with.
     """
 
-    def __init__(self, shape: tuple[int, int, int], file: Path | None, shared_by: int = 1) -> None:
-        self.shape = shape
-        self.spilled = file is not None and 4 * shape[0] * shape[1] * shape[2] > memory_limit(shared_by)
-        self._memory = torch.zeros(0 if self.spilled else shape, dtype=torch.float32)
+    def __init__(
+        self, shape: tuple[int, int, int], file: Path | None, shared_by: int = 1, device: str = "cpu"
+    ) -> None:
+        self.shape, self.device = shape, device
+        size = 4 * shape[0] * shape[1] * shape[2]
+        place = device if size <= device_limit(device, shared_by) else "cpu"
+        self.spilled = place == "cpu" and file is not None and size > memory_limit(shared_by)
+        self._memory = torch.zeros(0 if self.spilled else shape, dtype=torch.float32, device=place)
         self._changed = True
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -44,16 +60,16 @@ class Activations:
             self._begin = self._source = self._target = file.with_name(f"{file.name}.begin")
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """A copy of the windows ``start`` to ``stop``: [stop - start, S, D].
+        """A copy of the windows ``start`` to ``stop`` on the device: [stop - start, S, D].
 
         Raises:
             CompressError: the file is cut short or gone.
         """
         if not self.spilled:
-            return self._memory[start:stop].clone()
+            return self._memory[start:stop].to(self.device, copy=True)
         values = torch.empty((stop - start, *self.shape[1:]), dtype=torch.float32)
         _read_into(values, self._source, start * values[0].nbytes)
-        return values
+        return values.to(self.device)
 
     def write(self, start: int, values: torch.Tensor) -> None:
         """Set the windows from ``start`` on; where they go into a file, `read` sees them after `flip`."""
@@ -75,7 +91,7 @@ class Activations:
         """Make the values durable, and return the name of the file that holds them, for `restore`."""
         if self._changed:
             if not self.spilled:
-                self._target.write_bytes(_bytes(self._memory))
+                self._target.write_bytes(_bytes(self._memory.cpu()))
                 self._turn(self._target)
             if self._source.exists():
                 fsync(self._source)
@@ -94,7 +110,9 @@ class Activations:
         if self._source != self._begin:
             self._begin.unlink(missing_ok=True)
         if not self.spilled:
-            _read_into(self._memory, self._source, 0)
+            values = torch.empty(self.shape, dtype=torch.float32)
+            _read_into(values, self._source, 0)
+            self._memory.copy_(values)
             self._changed = False
 
     def _turn(self, source: Path) -> None:

@@ -60,7 +60,8 @@ class Tape:
         indices = range(self.begin + 1, model.num_layers + 1)
 
         def room(name: str) -> Activations:
-            return Activations(stream.hidden.shape, folder and folder / name, shared_by=len(indices) + 1)
+            file, together = folder and folder / name, len(indices) + 1
+            return Activations(stream.hidden.shape, file, together, stream.device)
 
         self.states = {self.begin: stream.hidden} | {index: room(f"hidden-{index}") for index in indices}
         self.gradient = room("gradient")
@@ -94,7 +95,7 @@ class Tape:
         last = self.states[self.model.num_layers]
         count = len(self._stream.windows)
         size = 1 if self.model.anatomy.head is not None else self._stream.batch_size
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64)
         with self.model.head() as head:
             for start in range(0, count, size):
                 stop = min(start + size, count)
@@ -104,9 +105,9 @@ class Tape:
                     value = loss(head(hidden), start, *others)
                 (gradient,) = torch.autograd.grad(value, hidden)
                 self.gradient.write(start, gradient)
-                total += value.item()
+                total = total + value.detach().double()
         self.gradient.flip()
-        return total
+        return float(total)
 
     def backward(self, leaves: Leaves, take: Take) -> None:
         """Pull the gradient back through the layers, from the last one to where the stream is.

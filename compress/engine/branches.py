@@ -25,7 +25,7 @@ class Branches:
     def __init__(self, count: int, prefix: Stream, file: Path) -> None:
         self._prefix = prefix
         windows, length, width = prefix.hidden.shape
-        self._hidden = Activations((count * windows, length, width), file)
+        self._hidden = Activations((count * windows, length, width), file, device=prefix.device)
         self._windows = windows
 
     def begin(self, number: int, layer: Layer) -> None:

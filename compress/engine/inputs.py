@@ -34,7 +34,9 @@ def advance_keeping(
     """
     observe, (count, length) = observe or {}, stream.windows.tokens.shape
     kept = {
-        path: Activations((count, length, weight(layer.linears[path]).shape[1]), folder / path, len(paths))
+        path: Activations(
+            (count, length, weight(layer.linears[path]).shape[1]), folder / path, len(paths), stream.device
+        )
         for path in paths
     }
 

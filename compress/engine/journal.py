@@ -34,9 +34,9 @@ class Journal:
         self.draft = draft
         self.state: dict[str, torch.Tensor] = {}
 
-    def activations(self, name: str, shape: tuple[int, int, int]) -> Activations:
-        """New activations [N, S, D], whose files are in the journal's folder."""
-        return Activations(shape, self.folder / name)
+    def activations(self, name: str, shape: tuple[int, int, int], device: str = "cpu") -> Activations:
+        """New activations [N, S, D] for a device, whose files are in the journal's folder."""
+        return Activations(shape, self.folder / name, device=device)
 
     def restore(self, held: list[Activations]) -> int:
         """Bring ``state``, the draft and the activations back to the last commit.

@@ -107,9 +107,7 @@ class Resize:
         for linear in self._linears:
             there, count = len(linear.blocks), counts[linear.stored]
             if there < count:
-                device = next(linear.blocks[0].buffers()).device
-                added = form.read(linear.stored, self._checkpoint, there, count)
-                linear.blocks.extend(block.to(device) for block in added)
+                linear.add(form.read(linear.stored, self._checkpoint, there, count))
         return sizes(self._checkpoint, self._dtype)[steps]
 
 

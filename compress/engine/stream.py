@@ -42,7 +42,7 @@ class Seen(NamedTuple):
     Attributes:
         inputs: [B, S, in].
         output: [B, S, out].
-        mask: bool [B, S], True for real tokens.
+        mask: bool [B, S] on the CPU, True for real tokens.
         start: number of the first window.
     """
 
@@ -50,6 +50,18 @@ class Seen(NamedTuple):
     output: torch.Tensor
     mask: torch.Tensor
     start: int
+
+    def windows(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """The real tokens of each window of ``values`` [B, S, C]: [tokens, C] each.
+
+        Padding is on the right, so this is known without waiting for the device.
+        """
+        counts = self.mask.sum(1).tolist()
+        return [window[:count] for window, count in zip(values, counts, strict=True)]
+
+    def real(self, values: torch.Tensor) -> torch.Tensor:
+        """The real tokens of ``values`` [B, S, C], window after window: [tokens, C]."""
+        return values.flatten(0, 1) if bool(self.mask.all()) else torch.cat(self.windows(values))
 
 
 Observer = Callable[[Seen], None]
@@ -107,7 +119,7 @@ class Stream:
     def batches(
         self, starts: Iterable[int] | None = None
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """Yield (first window, hidden states [B, S, D], mask [B, S]) for ``starts``, in order."""
+        """Yield (first window, hidden states [B, S, D], mask [B, S] on the CPU) for ``starts``, in order."""
         for start in self.starts if starts is None else starts:
             stop = min(start + self.batch_size, len(self.windows.tokens))
             yield start, self.hidden.read(start, stop), self.windows.mask[start:stop]
@@ -136,7 +148,7 @@ class Stream:
         """
         target = self.hidden if into is None else into
         for start, hidden, mask in self.batches():
-            with _hooks(layer, observe or {}, mask.to(self.device), start):
+            with _hooks(layer, observe or {}, mask, start):
                 output = self.call(layer, start, hidden)
             check_finite(output, f"Layer {layer.name}")
             target.write(start, output)
@@ -158,7 +170,7 @@ class Stream:
                     raise _SeenAll
 
             observers = {path: partial(show, path, waiting) for path in observe}
-            with suppress(_SeenAll), _hooks(layer, observers, mask.to(self.device), start):
+            with suppress(_SeenAll), _hooks(layer, observers, mask, start):
                 self.call(layer, start, hidden)
 
 
@@ -319,7 +331,8 @@ class StreamedModel:
                 types = None if types is None else types[start : start + batch_size].to(self.device)
                 hidden, calls = self._embed(tokens, mask, types)
                 if stream is None:
-                    store = Activations((count, length, hidden.shape[-1]), folder and folder / "hidden")
+                    shape = (count, length, hidden.shape[-1])
+                    store = Activations(shape, folder and folder / "hidden", device=self.device)
                     stream = Stream(windows, store, batch_size, self.device)
                 # Without padding the model gives every batch of the same size the same mask and positions.
                 stream.calls[start] = calls if padded else calls_of.setdefault(len(tokens), calls)

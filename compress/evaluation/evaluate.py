@@ -281,7 +281,7 @@ def logits_of(
     head: Callable[[torch.Tensor], Any], hidden: torch.Tensor
 ) -> Callable[[int, int], torch.Tensor]:
     """A function that computes the logits of some positions, because those of a window can be gigabytes."""
-    return lambda start, stop: head(hidden[None, start:stop]).logits[0].cpu()
+    return lambda start, stop: head(hidden[None, start:stop]).logits[0]
 
 
 def last_hidden(model: StreamedModel, windows: Windows, label: str) -> torch.Tensor:

@@ -109,10 +109,9 @@ class FidelityAccumulator:
                 if len(here):
                     p = self._rows(dense, start, stop, here, len(tokens), "dense")
                     q = self._rows(model, start, stop, here, len(tokens), "compressed")
-                    for kept, values in zip(
-                        found, compare_tokens(p, q, targets[here].to(p.device)), strict=True
-                    ):
-                        kept[done : done + len(here)] = values.cpu().numpy()
+                    compared = compare_tokens(p, q, targets[here].to(p.device))
+                    values = torch.stack([each.double() for each in compared]).cpu()
+                    found[:, done : done + len(here)] = values.numpy()
                     done += len(here)
         ln_p, ln_q, kl, agree = found
         if not np.isfinite(kl).all():

@@ -20,3 +20,8 @@ def check_device(name: str) -> None:
         raise BadInput(
             f"The device '{name}' cannot be used here ({reason}); 'compress-model doctor' lists the devices."
         ) from None
+
+
+def total_memory(device: str) -> int:
+    """The bytes of memory that a device has of its own; 0 for the CPU, which computes in that of the host."""
+    return torch.cuda.mem_get_info(device)[1] if torch.device(device).type == "cuda" else 0

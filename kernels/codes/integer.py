@@ -78,6 +78,7 @@ def quantize_weight(
     symmetric: bool,
     scale_dtype: torch.dtype,
     name: str = "weight",
+    check: bool = True,
 ) -> QuantizedWeight:
     """Round a weight to the nearest points of a grid, which is chosen for each group from its extremes.
 
@@ -99,9 +100,10 @@ def quantize_weight(
         symmetric: see above.
         scale_dtype: float16, bfloat16 or float32.
         name: what error messages call the weight.
+        check: whether the weight and its scales are checked, which waits for the device.
 
     Raises:
-        BadInput: the group size does not divide ``in``, or the weight holds NaN, infinity or values so large
+        BadInput: the group size does not divide ``in``, or, with ``check``, the weight holds NaN, infinity or values so large
             that ``scale_dtype`` cannot represent a scale.
         ValueError: another number of bits.
     """
@@ -110,7 +112,7 @@ def quantize_weight(
     out, width = weight.shape
     groups = number_of_groups(width, group_size, name)
     grouped = weight.float().reshape(out, groups, -1)
-    scales, zeros = choose_grid(grouped, bits, symmetric, scale_dtype, name)
+    scales, zeros = choose_grid(grouped, bits, symmetric, scale_dtype, name if check else None)
     codes = nearest_codes(grouped, scales.unsqueeze(-1), zeros.unsqueeze(-1), bits)
     return QuantizedWeight(
         codes=codes.view(out, width).to(torch.uint8),
@@ -128,12 +130,15 @@ def nearest_codes(values: torch.Tensor, scales: torch.Tensor, zeros: torch.Tenso
 
 
 def choose_grid(
-    grouped: torch.Tensor, bits: int, symmetric: bool, scale_dtype: torch.dtype, name: str
+    grouped: torch.Tensor, bits: int, symmetric: bool, scale_dtype: torch.dtype, name: str | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and zero points for groups of weights, as `quantize_weight` explains.
 
     Args:
         grouped: float32 [out, groups, group_size].
+        bits, symmetric, scale_dtype: as in `quantize_weight`.
+        name: as in `quantize_weight`. None checks nothing, for one grid of many that are tried: a check waits
+            for the device.
 
     Returns:
         Scales [out, groups] in ``scale_dtype``, and zero points, whole numbers in float32 [out, groups].
@@ -142,13 +147,18 @@ def choose_grid(
         BadInput: as `quantize_weight`.
     """
     low, high = grouped.amin(-1), grouped.amax(-1)  # NaN where any value is
-    if not bool((low.isfinite() & high.isfinite()).all()):
+    if name is not None and not bool((low.isfinite() & high.isfinite()).all()):
         raise BadInput(f"The weight of '{name}' holds NaN or infinity; this model cannot be quantized.")
     return grid_between(low, high, bits, symmetric, scale_dtype, name)
 
 
 def grid_between(
-    low: torch.Tensor, high: torch.Tensor, bits: int, symmetric: bool, scale_dtype: torch.dtype, name: str
+    low: torch.Tensor,
+    high: torch.Tensor,
+    bits: int,
+    symmetric: bool,
+    scale_dtype: torch.dtype,
+    name: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and zero points for groups whose extremes ``low`` and ``high`` are given, float32 [out, groups].
 
@@ -192,14 +202,14 @@ def _divisors_near(width: int, wanted: int) -> str:
     return ", ".join(map(str, near))
 
 
-def storable(scales: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+def storable(scales: torch.Tensor, dtype: torch.dtype, name: str | None) -> torch.Tensor:
     """Round scales to ``dtype``, away from 0.
 
     Raises:
-        BadInput: a scale is too large for ``dtype``.
+        BadInput: a scale is too large for ``dtype``, unless ``name`` is None.
     """
     stored = scales.to(dtype)
-    if not bool(torch.isfinite(stored).all()):
+    if name is not None and not bool(torch.isfinite(stored).all()):
         raise BadInput(
             f"The weight of '{name}' needs a scale of {float(scales.abs().max()):.2g}, too large for "
             f"{str(dtype).removeprefix('torch.')}; use the format compressed-tensors on a bfloat16 model."
@@ -209,6 +219,5 @@ def storable(scales: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tenso
     # smallest normal number.
     smallest = 2.0**-24 if dtype == torch.float16 else torch.finfo(torch.float32).tiny
     small = scales.abs() < torch.finfo(dtype).smallest_normal
-    steps = (scales[small].abs() / smallest).ceil()
-    stored[small] = torch.copysign(steps * smallest, scales[small]).to(dtype)
-    return stored
+    steps = (scales.abs() / smallest).ceil()
+    return torch.where(small, torch.copysign(steps * smallest, scales).to(dtype), stored)

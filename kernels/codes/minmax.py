@@ -75,7 +75,7 @@ def quantize_channels(
     return QuantizedWeight(
         codes=(codes + zero).to(torch.uint8),
         scales=scales,
-        zeros=torch.full(scales.shape, zero, dtype=torch.uint8),
+        zeros=torch.full_like(scales, zero, dtype=torch.uint8),
         bits=bits,
         group_size=CHANNEL,
         symmetric=True,

@@ -6,7 +6,7 @@ Each block has memory of its own, so that a running model can be given more bloc
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Self, cast
 
@@ -79,6 +79,11 @@ class StackedLinear(LowBitLinear):
         """The sum of some consecutive blocks (of all by default): float32 [out, in]."""
         slices = self.row_slices(self.stack()[0].part("signs").device)
         return torch.cat([self.dequantize_rows(rows, blocks) for rows in slices])
+
+    def add(self, blocks: Iterable[StackBlock]) -> None:
+        """Put blocks on top, on the device of the others."""
+        device = self.stack()[0].part("signs").device
+        self.blocks.extend(block.to(device) for block in blocks)
 
     def stack(self) -> list[StackBlock]:
         """The blocks from the bottom up."""

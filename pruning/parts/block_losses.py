@@ -29,7 +29,7 @@ import torch
 
 from compress.anatomy import weight
 from compress.calibration.statistics.losses import precise_losses, scored_positions
-from compress.engine.activations import memory_limit
+from compress.engine.activations import device_limit, memory_limit
 from compress.engine.branches import Branches
 from compress.engine.head import Head
 from compress.engine.stream import Stream, StreamedModel
@@ -123,7 +123,8 @@ class BlockLosses:
     def _chunks(self, rows: torch.Tensor, branches: int) -> tuple[torch.Tensor, ...]:
         """Split windows so that the hidden states of all branches fit into memory."""
         floats = branches * self.windows.tokens.shape[1] * self.model.config.hidden_size
-        return rows.split(max(1, memory_limit() // (4 * floats)))
+        limit = max(memory_limit(), device_limit(self.model.device))
+        return rows.split(max(1, limit // (4 * floats)))
 
     @contextmanager
     def _through(

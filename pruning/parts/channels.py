@@ -84,7 +84,7 @@ def watch(statistics: Moments | Products) -> Observer:
     """An observer that adds the inputs of a module, without padding, to statistics."""
 
     def observer(seen: Seen) -> None:
-        for window, real in zip(seen.inputs, seen.mask, strict=True):
-            statistics.add(window[real])
+        for window in seen.windows(seen.inputs):
+            statistics.add(window)
 
     return observer

@@ -169,7 +169,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Knowledge:
-    """The knowledge in the units of a sublayer: float64 [units] each.
+    """The knowledge in the units of a sublayer: float64 [units] each, on the CPU.
 
     Attributes:
         representational: K_rep, mean over real tokens of a^2, times mean over the outputs of W_out^2.
@@ -195,7 +195,10 @@ def measure_knowledge(
         teacher: the teacher's hidden states behind its last layer; None if the student is the teacher.
     """
     windows = divergence.windows
-    squares = [torch.zeros(sublayer.channels.numel(), dtype=torch.float64) for sublayer in sublayers]
+    squares = [
+        torch.zeros(sublayer.channels.numel(), dtype=torch.float64, device=tape.model.device)
+        for sublayer in sublayers
+    ]
     gradients = [torch.zeros_like(values) for values in squares]
     here: dict[int, dict[str, int]] = {}  # layer -> path of an output projection -> number of the sublayer
     for number, sublayer in enumerate(sublayers):
@@ -203,10 +206,10 @@ def measure_knowledge(
 
     def observers_of(layer: Layer) -> Mapping[str, Observer]:
         def look(number: int, path: str) -> Observer:
-            matrix = weight(layer.linears[path]).double().square().mean(0).cpu()
+            matrix = weight(layer.linears[path]).double().square().mean(0)
 
             def add(seen: Seen) -> None:
-                squares[number] += seen.inputs[seen.mask].double().square().sum(0).cpu() * matrix
+                squares[number] += seen.real(seen.inputs).double().square().sum(0) * matrix
 
             return add
 
@@ -225,15 +228,15 @@ def measure_knowledge(
 
     def take(layer: Layer, _: int, found: Mapping[str, torch.Tensor]) -> None:
         for path, gradient in found.items():
-            gradients[here[layer.index][path]] += 0.5 * gradient.double().square().sum((0, 1)).cpu()
+            gradients[here[layer.index][path]] += 0.5 * gradient.double().square().sum((0, 1))
 
     tape.forward(observers_of)
     tape.differentiate(divergence.scores if teacher is None else divergence.divergences, teacher)
     tape.backward(masks, take)
     return [
         Knowledge(
-            sublayer.heads * (square / windows.num_tokens)[sublayer.channels].mean(1),
-            sublayer.heads * (gradient / len(windows))[sublayer.channels].mean(1),
+            sublayer.heads * (square.cpu() / windows.num_tokens)[sublayer.channels].mean(1),
+            sublayer.heads * (gradient.cpu() / len(windows))[sublayer.channels].mean(1),
         )
         for sublayer, square, gradient in zip(sublayers, squares, gradients, strict=True)
     ]

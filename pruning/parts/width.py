@@ -148,7 +148,7 @@ def write_layer(draft: Draft, model: StreamedModel, layer: Layer) -> None:
             like = stored or layer.stored(name)  # a bias that the layer did not have is like the weight
             assert like is not None
             stored = stored or f"{like.removesuffix('weight')}{leaf}"
-            new = parameter.detach().to(DTYPES[model.checkpoint.tensors[like].dtype])
+            new = parameter.detach().to("cpu", DTYPES[model.checkpoint.tensors[like].dtype])
             if not all_finite(new):
                 raise CompressError(
                     f"'{stored}' is too large or not a number after pruning; use more calibration windows, "

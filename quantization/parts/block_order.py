@@ -153,21 +153,21 @@ def _raised(model: StreamedModel, stacker: Stacker, windows: Windows, folder: Pa
                     branches.begin(begun[-1], layer)
         stream.advance(layer)
         branches.flip()
-    losses = torch.zeros(len(numbers), dtype=torch.float64)
+    losses = torch.zeros(len(numbers), dtype=torch.float64, device=model.device)
     scored = scored_positions(windows)
     with model.head() as head:
         for number in range(len(numbers)):
             for window, tokens in enumerate(windows.tokens):
                 at = scored[window].nonzero()[:, 0]
                 logits = head(branches.read(number, window)[None]).logits[0, at].float()
-                losses[number] += precise_losses(logits, tokens[at + 1].to(logits.device)).sum().cpu()
-    return (losses / scored.sum()).exp()
+                losses[number] += precise_losses(logits, tokens[at + 1].to(logits.device)).sum()
+    return (losses.cpu() / scored.sum()).exp()
 
 
 @contextmanager
 def _one_more(linear: StackedLinear, form: StackFormat, checkpoint: Checkpoint) -> Iterator[None]:
     """Give a linear its next block for the length of a ``with`` block."""
     count = len(linear.blocks)
-    linear.blocks.extend(form.read(linear.stored, checkpoint, count, count + 1))
+    linear.add(form.read(linear.stored, checkpoint, count, count + 1))
     yield
     del linear.blocks[count:]

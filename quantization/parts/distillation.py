@@ -89,7 +89,7 @@ def divergence(student: Student, teacher: Teacher, windows: Windows, rows: torch
     """
     total = torch.zeros(())
     for window, logits in zip(rows.tolist(), student.logits(windows, rows), strict=True):
-        mask = windows.mask[window].to(logits.device)
+        mask = windows.mask[window]
         expected = teacher.log_probabilities(window)[mask]
         given = logits[mask].log_softmax(-1)
         total = total.to(given) + nn.functional.kl_div(given, expected, reduction="sum", log_target=True)
@@ -208,7 +208,8 @@ def _restore(file: Path, parameters: list[nn.Parameter], optimizer: torch.optim.
     for number, parameter in enumerate(parameters):
         parameter.copy_(held[f"{number}.parameter"])
         moments = {name: held[f"{number}.{name}"].to(parameter).clone() for name in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.tensor(float(len(losses))), **moments}
+        step = torch.tensor(float(len(losses)), device=parameter.device)
+        optimizer.state[parameter] = {"step": step, **moments}
     return losses
 
 

@@ -88,12 +88,12 @@ class Packer:
             raise CompressError(f"The packed tensors of '{name}' do not read back as what was written.")
         self.draft.drop(stored)
         self.draft.write(packed)
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums = torch.zeros(2, dtype=torch.float64, device=dense.device)
         blocks = dense.split(_rows_at_once(dense))
         for before, after in zip(blocks, rounded.split([len(block) for block in blocks]), strict=True):
             before = before.double()
-            sums += torch.stack(((after.dequantize() - before).square().sum(), before.square().sum())).cpu()
-        self.errors[name] = sums
+            sums += torch.stack(((after.dequantize() - before).square().sum(), before.square().sum()))
+        self.errors[name] = sums.cpu()
 
     def finish(self) -> StepReport:
         """Round the head and the embedding where the options ask for it, set config.json, and report.

@@ -103,7 +103,7 @@ class Stacker:
         for index, block in enumerate(blocks):
             self.draft.write({f"{name}.{part}_{index}": tensor for part, tensor in block.items()})
         self.draft.drop(stored)
-        self.errors[name] = residual_norms(self.form, dense, blocks)
+        self.errors[name] = residual_norms(self.form, dense, blocks).cpu()
 
     def finish(self, order: Sequence[int]) -> StepReport:
         """Round the head and the embedding where the options ask for it, set config.json, and report.

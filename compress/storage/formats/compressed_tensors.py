@@ -76,7 +76,7 @@ class CompressedTensorsFormat(IntegerFormat):
         expect(f"{name}.weight_packed", packed, (out, packed_width(width, self.bits)))
         expect(f"{name}.weight_scale", scales, (out, groups))
         if self.symmetric:
-            zeros = torch.full((out, groups), 2 ** (self.bits - 1), dtype=torch.uint8)
+            zeros = torch.full_like(scales, 2 ** (self.bits - 1), dtype=torch.uint8)
         else:
             stored = get(f"{name}.weight_zero_point")
             expect(f"{name}.weight_zero_point", stored, (packed_width(out, self.bits), groups))

@@ -107,7 +107,7 @@ class NF4Format(Format[NF4Weight]):
             nested = (
                 get(f"{name}.weight.nested_absmax"),
                 get(f"{name}.weight.nested_quant_map"),
-                torch.tensor([mean]),
+                torch.tensor([mean], device=absmax.device),
             )
         levels = get(f"{name}.weight.quant_map")
         return NF4Weight(unpack_high_first(packed, shape), absmax, levels, dtype, nested)

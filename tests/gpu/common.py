@@ -1,0 +1,60 @@
+"""What it means that two results are the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from compress.engine.logits import streamed_logits
+from compress.engine.windows import Windows
+from compress.storage.checkpoint import Checkpoint
+from compress.storage.lineage import Lineage
+
+Result = tuple[Path, Lineage]
+
+SAME_CODES = 0.99
+"""Least share of equal bytes of packed codes. A sum of float32 products in another order may move a weight over
+the middle between two codes, but seldom."""
+
+SAME_NUMBERS = 1e-3
+"""Largest relative distance of floating-point tensors."""
+
+SAME_LOGITS = {False: 0.05, True: 0.3}
+"""Largest distance of logits, as a share of their own spread. Training and searches magnify last bits."""
+
+
+def assert_same_model(here: Result, there: Result, learned: bool = False) -> None:
+    """Make sure that two results are one model, but for the rounding of their arithmetic.
+
+    Args:
+        here, there: folder and lineage of a result of the CPU, and of the device.
+        learned: whether training or a search magnifies the rounding; then only the logits must be alike.
+    """
+    one, other = (Checkpoint.open(folder) for folder, _ in (here, there))
+    assert other.tensors == one.tensors
+    assert {**other.config, "quantization_config": None} == {**one.config, "quantization_config": None}
+    assert there[1].device.startswith("cuda")
+    for name in one.tensors:
+        if not learned:
+            assert_same_tensor(name, one.read(name), other.read(name))
+    expected, found = logits(one), logits(other)
+    distance = (found - expected).square().mean().sqrt() / expected.std()
+    assert distance < SAME_LOGITS[learned]
+
+
+def assert_same_tensor(name: str, expected: torch.Tensor, found: torch.Tensor) -> None:
+    """Make sure that a tensor is nearly the same: whole numbers byte by byte, others by their distance."""
+    if expected.dtype.is_floating_point and expected.dtype.itemsize > 1:
+        distance = (found.double() - expected.double()).norm()
+        assert distance <= SAME_NUMBERS * expected.double().norm(), name
+    else:
+        bytes_of = (expected.contiguous().view(torch.uint8), found.contiguous().view(torch.uint8))
+        assert torch.eq(*bytes_of).double().mean() >= SAME_CODES, name
+
+
+def logits(model: Checkpoint) -> torch.Tensor:
+    """The logits of a model for some random tokens, computed on the CPU: float32."""
+    vocabulary = model.config["vocab_size"]
+    tokens = torch.randint(vocabulary, (4, 24), generator=torch.Generator().manual_seed(1))
+    return streamed_logits(model, Windows(tokens, torch.ones_like(tokens, dtype=torch.bool), "random tokens"))

@@ -11,6 +11,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 
 from compress.anatomy import Anatomy, layer_shapes, set_weight, task_of, weight
+from compress.calibration.text.settings import TextSize
 from compress.engine.activations import Activations
 from compress.engine.backward import Tape
 from compress.engine.stream import Layer, Observer, Seen, Stream, StreamedModel
@@ -67,6 +68,7 @@ class KPrune(Method["KPrune.Options"]):
     paper = Paper(
         "Accurate Retraining-free Pruning for Pretrained Encoder-based Language Models", "2308.03449"
     )
+    text_size = TextSize(8, 512)
 
     class Options(MethodOptions):
         renamed: ClassVar[Mapping[str, str]] = {"ridge": "damping"}

@@ -198,9 +198,7 @@ class ReplaceMe(Method["ReplaceMe.Options"]):
         """Estimate T for every cut, in all the ways that ``kinds`` names."""
         stream = model.stream(windows, context.folder / "estimate")
         journal = context.journal("estimate")
-        mlp, rest = (
-            journal.activations(name, stream.hidden.shape, model.device) for name in ("mlp", "rest")
-        )
+        mlp, rest = (journal.activations(name, stream.hidden.shape, model.device) for name in ("mlp", "rest"))
         begins = {cut.layer for cut in cuts}
         ends = {cut.removed[-1]: cut.layer for cut in cuts}
         for layer in model.walk(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
@@ -16,8 +17,10 @@ from compress.engine.backward import Tape
 from compress.engine.stream import Layer, Observer, Seen, Stream, StreamedModel
 from compress.engine.windows import Windows
 from compress.errors import BadInput, CompressError
-from compress.method import Method, MethodOptions, Paper, StepReport
+from compress.method import Method, Paper, StepReport
+from compress.pruning.parts.allocation import bundles_of, head_step
 from compress.pruning.parts.knowledge import Divergence, Sublayer, measure_knowledge, sublayers_of
+from compress.pruning.parts.options import WidthMultiple
 from compress.pruning.parts.width import Kept, bias_of, finish, narrow, plan_widths, write_layer
 from compress.storage.tensors import DTYPES
 
@@ -48,9 +51,11 @@ class KPrune(Method["KPrune.Options"]):
        units adds nothing.
 
     Units are scored one by one, so a layer can lose all its heads although each of them alone was expendable.
-    At high ratios this can break a model, unless ``min_heads`` keeps some heads in every layer.
+    At high ratios this breaks a model, so ``min_heads`` keeps one head in every layer; 0 is the published
+    method.
 
-    Differences from the published code: gradients are squared for each sample separately, so the batch size
+    Differences from the published code: units are dropped in bundles, so that widths stay multiples that
+    quantization can use (``width_multiple: 1`` drops them one by one); gradients are squared for each sample separately, so the batch size
     does not matter; padding is masked everywhere; every sublayer behind the first pruned one is tuned,
     even if it is not pruned itself. The tuning is damped: W_out is fitted to each half of the calibration
     windows and checked on the other half, which decides how strongly it keeps its old value, from not at all
@@ -68,7 +73,7 @@ class KPrune(Method["KPrune.Options"]):
         "Accurate Retraining-free Pruning for Pretrained Encoder-based Language Models", "2308.03449"
     )
 
-    class Options(MethodOptions):
+    class Options(WidthMultiple):
         renamed: ClassVar[Mapping[str, str]] = {"ridge": "damping"}
 
         ratio: float = Field(ge=0, lt=1, description="share to remove of the FLOPs of all layers")
@@ -77,7 +82,7 @@ class KPrune(Method["KPrune.Options"]):
         mu: float = Field(64.0, gt=0, description="weight of a head's score relative to a neuron's")
         temperature: float = Field(2.0, gt=0, description="temperature of the softmax in the KL divergence")
         min_heads: NonNegativeInt = Field(
-            0,
+            1,
             description="every layer keeps at least this many key-value heads, whatever their scores; 0 is "
             "the published method",
         )
@@ -98,16 +103,22 @@ class KPrune(Method["KPrune.Options"]):
                 "K-prune compares predictions, so it needs a causal language model, or an encoder with a "
                 "head for sequence classification, token classification, question answering or masked words."
             )
-        # The text decides which units go. This plan spreads them evenly, but for one neuron, because widths
-        # will differ.
-        before = layer_shapes(config)
-        kept = [
-            Kept(*(torch.arange(round(count * (1 - options.ratio))) for count in counts))
-            for counts in ((layer.num_key_value_heads, layer.intermediate_size) for layer in before)
-        ]
-        if 0 < len(kept[0].neurons) < before[0].intermediate_size and len(kept) > 1:
-            kept[0] = replace(kept[0], neurons=torch.arange(len(kept[0].neurons) + 1))
-        return plan_widths(shape, kept)
+        # The text decides which units go, and so does the number of tokens, on which the FLOPs of heads
+        # depend. With one token heads are cheapest, so what is too much then is always too much.
+        sublayers = sublayers_of(config, 1)
+        steps = steps_of(sublayers, options)
+        total = sum(sublayer.total for sublayer in sublayers)
+        least = sum(
+            _at_least(sublayer, step, options) * sublayer.flops
+            for sublayer, step in zip(sublayers, steps, strict=True)
+        )
+        if least > (1 - options.ratio) * total:
+            raise BadInput(
+                f"A ratio of {options.ratio:g} is too much: the {options.min_heads} key-value heads that every "
+                f"layer keeps take {least / total:.1%} of the FLOPs; use a smaller ratio, min_heads or "
+                "width_multiple."
+            )
+        return plan_widths(shape, planned(sublayers, steps, options, len(layer_shapes(config))))
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
         windows = context.calibration
@@ -178,6 +189,7 @@ class Pruning:
         self.targets = {name: Activations(shape, room / name) for name in ("attention", "mlp")}
         self.scratch = Activations(shape, room / "scratch")
         self.halves = halves_of(windows)
+        self.steps = steps_of(sublayers, options)
         if options.ratio and options.tune and options.damping is None and len(windows) < 2:
             raise BadInput("With one calibration window none can be held out; use more, or set damping.")
 
@@ -200,7 +212,7 @@ class Pruning:
         for number, sublayer in enumerate(self.sublayers):
             if sublayer.index != layer.index:
                 continue
-            mask = self.search(self.sublayers[number:], held)
+            mask = self.search(number, held)
             self.state[_key(sublayer)] = mask
             self.state["budget"] = self.state["budget"] - sublayer.flops * mask.sum()
             if not mask.all():
@@ -235,14 +247,12 @@ class Pruning:
         none = torch.arange(0)
         return Kept(found.get("attention", none), found.get("mlp", none))
 
-    def search(self, sublayers: Sequence[Sublayer], held: Layer) -> Tensor:
-        """Decide which units of the first sublayer stay: bool [units].
+    def search(self, number: int, held: Layer) -> Tensor:
+        """Decide which units of the sublayer ``number``, the first that is not pruned, stay: bool [units].
 
-        Args:
-            sublayers: all sublayers that are not pruned yet.
-            held: the student's layer that the first of them is in.
+        ``held`` is the student's layer that it is in.
         """
-        budget = int(self.state["budget"])
+        budget, sublayers = int(self.state["budget"]), self.sublayers[number:]
         if sum(sublayer.total for sublayer in sublayers) <= budget:
             return torch.ones(len(sublayers[0].channels), dtype=torch.bool)
         tape = Tape(self.model, self.student, self.context.folder / "tape", held)
@@ -256,7 +266,8 @@ class Pruning:
                 total *= self.options.mu
                 total[total.topk(min(self.options.min_heads, len(total))).indices] = torch.inf
             scores.append(total / sublayer.flops)
-        return affordable(scores, [sublayer.flops for sublayer in sublayers], budget)[0]
+        flops = [sublayer.flops for sublayer in sublayers]
+        return affordable(scores, flops, budget, self.steps[number:])[0]
 
     def tune(self, held: Layer, sublayer: Sublayer) -> Tensor:
         """Refit W_out to the dense stream: [out, kept channels], rounded to the dtype it is stored in.
@@ -296,23 +307,69 @@ class Pruning:
         return new.float()
 
 
-def affordable(scores: Sequence[Tensor], flops: Sequence[int], budget: int) -> list[Tensor]:
+def steps_of(sublayers: Sequence[Sublayer], options: WidthMultiple) -> list[int]:
+    """How many units of each sublayer stay or go together."""
+    multiple = options.multiple(len(each.channels) for each in sublayers if each.name == "mlp")
+    return [
+        multiple if each.name == "mlp" else head_step(multiple, *each.channels.shape) for each in sublayers
+    ]
+
+
+def _at_least(sublayer: Sublayer, step: int, options: KPrune.Options) -> int:
+    """How many units of a sublayer stay, whatever their scores."""
+    heads = math.ceil(options.min_heads / step) * step if sublayer.name == "attention" else 0
+    return min(heads, len(sublayer.channels))
+
+
+def planned(
+    sublayers: Sequence[Sublayer], steps: Sequence[int], options: KPrune.Options, layers: int
+) -> list[Kept]:
+    """What every layer keeps if the removal is spread evenly, but for one step, because widths will differ."""
+    counts = {}
+    for sublayer, step in zip(sublayers, steps, strict=True):
+        units = len(sublayer.channels)
+        wanted = round((1 - options.ratio) * units / step) * step if options.ratio else units
+        counts[sublayer.name, sublayer.index] = min(max(wanted, _at_least(sublayer, step, options)), units)
+        if (sublayer.name, sublayer.index) == ("mlp", 0) and layers > 1 and 0 < wanted < units:
+            counts["mlp", 0] = min(wanted + step, units)
+    return [
+        Kept(*(torch.arange(counts.get((name, index), 0)) for name in ("attention", "mlp")))
+        for index in range(layers)
+    ]
+
+
+def affordable(
+    scores: Sequence[Tensor], flops: Sequence[int], budget: int, steps: Sequence[int] | None = None
+) -> list[Tensor]:
     """Knowledge-preserving mask search: drop the units with the lowest scores until the rest fits the budget.
 
     Args:
-        scores: for every sublayer the scores of its units [units].
+        scores: for every sublayer the scores of its units [units]; infinite ones always stay.
         flops: for every sublayer the FLOPs of one unit.
         budget: FLOPs that all units together may cost.
+        steps: for every sublayer how many units, next to each other by their scores, are dropped together, by
+            the means of their scores; by default one.
 
     Returns:
         For every sublayer bool [units], True for units that stay.
     """
-    costs = torch.cat([torch.full((len(each),), cost) for each, cost in zip(scores, flops, strict=True)])
-    order = torch.cat(list(scores)).argsort(stable=True)
+    lists = [
+        bundles_of(*each) for each in zip(scores, flops, steps or [1] * len(scores), strict=True)
+    ]
+    costs, means = (torch.cat([getattr(listed, name) for listed in lists]) for name in ("costs", "scores"))
+    order = means.argsort(stable=True)
     left = costs.sum() - torch.cat([costs.new_zeros(1), costs[order].cumsum(0)])
     keep = torch.ones(len(costs), dtype=torch.bool)
     keep[order[: int((left > budget).sum())]] = False
-    return list(keep.split([len(each) for each in scores]))
+    keep |= means.isinf()
+    masks = []
+    for each, listed, bundles in zip(
+        scores, lists, keep.split([len(listed.sizes) for listed in lists]), strict=True
+    ):
+        mask = torch.zeros(len(each), dtype=torch.bool)
+        mask[listed.order[: int(listed.sizes[bundles].sum())]] = True
+        masks.append(mask)
+    return masks
 
 
 DAMPINGS = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)

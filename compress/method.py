@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from compress.system.settings import Settings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,10 +42,8 @@ class Paper:
         return f"{self.title} ({where})" if where else self.title
 
 
-class MethodOptions(BaseModel):
-    """Base of every method's options: unknown keys are errors, and values do not change after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+class MethodOptions(Settings):
+    """Base of every method's options."""
 
     renamed: ClassVar[Mapping[str, str]] = {}
     """Old name of an option -> its present name, with a remark after a comma if the meaning changed. Using

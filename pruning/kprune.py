@@ -55,16 +55,17 @@ class KPrune(Method["KPrune.Options"]):
     method.
 
     Differences from the published code: units are dropped in bundles, so that widths stay multiples that
-    quantization can use (``width_multiple: 1`` drops them one by one); gradients are squared for each sample separately, so the batch size
-    does not matter; padding is masked everywhere; every sublayer behind the first pruned one is tuned,
-    even if it is not pruned itself. The tuning is damped: W_out is fitted to each half of the calibration
-    windows and checked on the other half, which decides how strongly it keeps its old value, from not at all
-    (as published) to entirely. Otherwise, on fewer tokens than channels, least squares would reproduce the
-    teacher on these tokens and fail on all other text. While nothing is pruned yet, S is T and the
-    gradient of the KL is zero, so the published K_pred of the first sublayer is zero; here the second-order
-    term of the KL, which (1/2) (dKL/dm)^2 approximates, is computed from the Fisher information instead (see
-    `Divergence.scores`). Decoders are pruned by the KL of their next-token predictions. Models with a norm on
-    a block's output before it is added (Gemma) are not tuned, because the target is not linear in W_out.
+    quantization can use (``width_multiple: 1`` drops them one by one); gradients are squared for each sample
+    separately, so the batch size does not matter; padding is masked everywhere; every sublayer behind the
+    first pruned one is tuned, even if it is not pruned itself. The tuning is damped: W_out is fitted to each
+    half of the calibration windows and checked on the other half, which decides how strongly it keeps its old
+    value, from not at all (as published) to entirely. Otherwise, on fewer tokens than channels, least squares
+    would reproduce the teacher on these tokens and fail on all other text. While nothing is pruned yet, S is
+    T and the gradient of the KL is zero, so the published K_pred of the first sublayer is zero; here the
+    second-order term of the KL, which (1/2) (dKL/dm)^2 approximates, is computed from the Fisher information
+    instead (see `Divergence.scores`). Decoders are pruned by the KL of their next-token predictions. Models
+    with a norm on a block's output before it is added (Gemma) are not tuned, because the target is not linear
+    in W_out.
     """
 
     name = "kprune"
@@ -114,8 +115,8 @@ class KPrune(Method["KPrune.Options"]):
         )
         if least > (1 - options.ratio) * total:
             raise BadInput(
-                f"A ratio of {options.ratio:g} is too much: the {options.min_heads} key-value heads that every "
-                f"layer keeps take {least / total:.1%} of the FLOPs; use a smaller ratio, min_heads or "
+                f"A ratio of {options.ratio:g} is too much: the {options.min_heads} key-value heads that "
+                f"every layer keeps take {least / total:.1%} of the FLOPs; use a smaller ratio, min_heads or "
                 "width_multiple."
             )
         return plan_widths(shape, planned(sublayers, steps, options, len(layer_shapes(config))))
@@ -324,7 +325,7 @@ def _at_least(sublayer: Sublayer, step: int, options: KPrune.Options) -> int:
 def planned(
     sublayers: Sequence[Sublayer], steps: Sequence[int], options: KPrune.Options, layers: int
 ) -> list[Kept]:
-    """What every layer keeps if the removal is spread evenly, but for one step, because widths will differ."""
+    """What the layers keep if the removal is spread evenly, but for one step, because widths will differ."""
     counts = {}
     for sublayer, step in zip(sublayers, steps, strict=True):
         units = len(sublayer.channels)
@@ -353,9 +354,7 @@ def affordable(
     Returns:
         For every sublayer bool [units], True for units that stay.
     """
-    lists = [
-        bundles_of(*each) for each in zip(scores, flops, steps or [1] * len(scores), strict=True)
-    ]
+    lists = [bundles_of(*each) for each in zip(scores, flops, steps or [1] * len(scores), strict=True)]
     costs, means = (torch.cat([getattr(listed, name) for listed in lists]) for name in ("costs", "scores"))
     order = means.argsort(stable=True)
     left = costs.sum() - torch.cat([costs.new_zeros(1), costs[order].cumsum(0)])

@@ -3,8 +3,7 @@
 A unit is a key-value head with the query heads of its group, or an MLP neuron. Its cost is the number of
 parameters that are removed with it. ``ratio`` is the share of the parameters of all units to remove. Every
 layer keeps at least one key-value head and ``multiple`` neurons, and the number of neurons is a multiple of
-``multiple`` unless all of them stay. Heads go in steps (see `Units.group_step`), unless the number of heads to
-remove is given.
+``multiple`` unless all of them stay. Heads go in steps (see `head_step`), unless their number is given.
 """
 
 from __future__ import annotations
@@ -76,8 +75,7 @@ class Units:
 def head_step(multiple: int, heads: int, channels: int) -> int:
     """How many of a layer's ``heads``, each ``channels`` wide, have to stay or go together.
 
-    With such steps the width of the heads that stay is a multiple of ``multiple``, as far as that of all heads
-    is.
+    With such steps the width of the heads that stay is a multiple of ``multiple``, if that of all heads is.
     """
     common = math.gcd(multiple, heads * channels)
     return common // math.gcd(common, channels)
@@ -134,8 +132,8 @@ def check_ratio(units: Sequence[Units], ratio: float, multiple: int) -> None:
         heads = "one key-value head" if step == 1 else f"{step} key-value heads"
         raise BadInput(
             f"A ratio of {ratio:g} leaves too little: every layer keeps {heads} and {few}, so at most "
-            f"{math.floor(1000 * most) / 1000:g} of this model can be removed; a smaller width_multiple allows "
-            "more."
+            f"{math.floor(1000 * most) / 1000:g} of this model can be removed; with a smaller width_multiple "
+            "it is more."
         )
 
 
@@ -267,7 +265,7 @@ def default_removed_groups(units: Sequence[Units], ratio: float, multiple: int =
 def _spread_groups(
     units: Sequence[Units], ratio: float, multiple: int, removed_groups: int | None
 ) -> list[int]:
-    """How many key-value heads every layer keeps, if they are always taken from a layer that has most of them.
+    """How many key-value heads every layer keeps, if they are taken from where most are left.
 
     Args:
         units: the units of every layer.

@@ -23,14 +23,13 @@ class WidthMultiple(MethodOptions):
 
     width_multiple: PositiveInt | Literal["auto"] = Field(
         "auto",
-        description="keep a multiple of this many neurons in every layer, and heads so that their channels are "
-        "a multiple of it too, as far as all heads together are; auto: 64, which suits the groups of "
-        "quantization; in layers of less than 512 neurons the largest power of two up to an eighth of them, "
-        "but at least 8",
+        description="keep a multiple of this many neurons in every layer, and heads whose widths together "
+        "are a multiple of it; auto: 64, which suits the groups of quantization, and in layers of less than "
+        "512 neurons the largest power of two up to an eighth of them, but at least 8",
     )
 
     def multiple(self, neurons: Iterable[int]) -> int:
-        """The multiple for a model whose layers have these numbers of ``neurons``; the widest layer counts."""
+        """The multiple for a model whose layers have these numbers of ``neurons``; the widest counts."""
         if self.width_multiple != "auto":
             return self.width_multiple
         widest = max(neurons, default=0)

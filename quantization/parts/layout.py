@@ -58,7 +58,7 @@ def plan_layout(shape: ModelShape, options: WeightOptions, activation_bits: int 
 
     Raises:
         BadInput: the model is already quantized, no linear is left to quantize, a pattern matches nothing, or
-            an option does not fit the model.
+            an option does not fit the model, such as the group size.
     """
     packed, skipped, outside = linears_to_pack(shape, options.ignore)
     linears = list(shape.linears())
@@ -79,7 +79,8 @@ def plan_layout(shape: ModelShape, options: WeightOptions, activation_bits: int 
     if name == "auto":
         low = not options.mix and not around and set(bits.values()) in ({2}, {3})
         name = "gptq" if low else "compressed-tensors"
-    size, symmetric = options.group_length, options.symmetric
+    widths = {name: size[1] for name, (size, _) in stored_weights(shape, [*bits, *around]).items()}
+    size, symmetric = options.group_length(widths), options.symmetric
     formats: dict[Bits, Format] = {width: FORMATS[name](width, size, symmetric) for width in get_args(Bits)}
     inside = formats
     if activation_bits is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
@@ -11,14 +10,14 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 
-from compress.anatomy import Anatomy, layer_shapes, set_weight, task_of, weight
+from compress.anatomy import Anatomy, set_weight, task_of, weight
 from compress.engine.activations import Activations
 from compress.engine.backward import Tape
 from compress.engine.stream import Layer, Observer, Seen, Stream, StreamedModel
 from compress.engine.windows import Windows
 from compress.errors import BadInput, CompressError
 from compress.method import Method, Paper, StepReport
-from compress.pruning.parts.allocation import bundles_of, head_step
+from compress.pruning.parts.budget import affordable, at_least, planned, steps_of
 from compress.pruning.parts.knowledge import Divergence, Sublayer, measure_knowledge, sublayers_of
 from compress.pruning.parts.options import WidthMultiple
 from compress.pruning.parts.width import Kept, bias_of, finish, narrow, plan_widths, write_layer
@@ -110,7 +109,7 @@ class KPrune(Method["KPrune.Options"]):
         steps = steps_of(sublayers, options)
         total = sum(sublayer.total for sublayer in sublayers)
         least = sum(
-            _at_least(sublayer, step, options) * sublayer.flops
+            at_least(sublayer, step, options.min_heads) * sublayer.flops
             for sublayer, step in zip(sublayers, steps, strict=True)
         )
         if least > (1 - options.ratio) * total:
@@ -119,7 +118,9 @@ class KPrune(Method["KPrune.Options"]):
                 f"every layer keeps take {least / total:.1%} of the FLOPs; use a smaller ratio, min_heads or "
                 "width_multiple."
             )
-        return plan_widths(shape, planned(sublayers, steps, options, len(layer_shapes(config))))
+        return plan_widths(
+            shape, planned(sublayers, steps, options.ratio, options.min_heads, shape.num_layers)
+        )
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
         windows = context.calibration
@@ -306,69 +307,6 @@ class Pruning:
                 "model; use more calibration text, or set tune to false."
             )
         return new.float()
-
-
-def steps_of(sublayers: Sequence[Sublayer], options: WidthMultiple) -> list[int]:
-    """How many units of each sublayer stay or go together."""
-    multiple = options.multiple(len(each.channels) for each in sublayers if each.name == "mlp")
-    return [
-        multiple if each.name == "mlp" else head_step(multiple, *each.channels.shape) for each in sublayers
-    ]
-
-
-def _at_least(sublayer: Sublayer, step: int, options: KPrune.Options) -> int:
-    """How many units of a sublayer stay, whatever their scores."""
-    heads = math.ceil(options.min_heads / step) * step if sublayer.name == "attention" else 0
-    return min(heads, len(sublayer.channels))
-
-
-def planned(
-    sublayers: Sequence[Sublayer], steps: Sequence[int], options: KPrune.Options, layers: int
-) -> list[Kept]:
-    """What the layers keep if the removal is spread evenly, but for one step, because widths will differ."""
-    counts = {}
-    for sublayer, step in zip(sublayers, steps, strict=True):
-        units = len(sublayer.channels)
-        wanted = round((1 - options.ratio) * units / step) * step if options.ratio else units
-        counts[sublayer.name, sublayer.index] = min(max(wanted, _at_least(sublayer, step, options)), units)
-        if (sublayer.name, sublayer.index) == ("mlp", 0) and layers > 1 and 0 < wanted < units:
-            counts["mlp", 0] = min(wanted + step, units)
-    return [
-        Kept(*(torch.arange(counts.get((name, index), 0)) for name in ("attention", "mlp")))
-        for index in range(layers)
-    ]
-
-
-def affordable(
-    scores: Sequence[Tensor], flops: Sequence[int], budget: int, steps: Sequence[int] | None = None
-) -> list[Tensor]:
-    """Knowledge-preserving mask search: drop the units with the lowest scores until the rest fits the budget.
-
-    Args:
-        scores: for every sublayer the scores of its units [units]; infinite ones always stay.
-        flops: for every sublayer the FLOPs of one unit.
-        budget: FLOPs that all units together may cost.
-        steps: for every sublayer how many units, next to each other by their scores, are dropped together, by
-            the means of their scores; by default one.
-
-    Returns:
-        For every sublayer bool [units], True for units that stay.
-    """
-    lists = [bundles_of(*each) for each in zip(scores, flops, steps or [1] * len(scores), strict=True)]
-    costs, means = (torch.cat([getattr(listed, name) for listed in lists]) for name in ("costs", "scores"))
-    order = means.argsort(stable=True)
-    left = costs.sum() - torch.cat([costs.new_zeros(1), costs[order].cumsum(0)])
-    keep = torch.ones(len(costs), dtype=torch.bool)
-    keep[order[: int((left > budget).sum())]] = False
-    keep |= means.isinf()
-    masks = []
-    for each, listed, bundles in zip(
-        scores, lists, keep.split([len(listed.sizes) for listed in lists]), strict=True
-    ):
-        mask = torch.zeros(len(each), dtype=torch.bool)
-        mask[listed.order[: int(listed.sizes[bundles].sum())]] = True
-        masks.append(mask)
-    return masks
 
 
 DAMPINGS = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)

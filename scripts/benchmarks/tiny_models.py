@@ -1,4 +1,4 @@
-"""Tiny models with random weights for `matrix.py`: one of every architecture, and oddities of model folders."""
+"""Tiny random models for `matrix.py`: one of every architecture, and what may be odd about a model folder."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def write_text(file: Path) -> Path:
     """Write texts (.jsonl) to calibrate on, which are also examples of every task, with all of ASCII."""
     words = "It was the best of times, it was the worst of times, it was the age of wisdom."
     lines = (f"{words} {chr(33 + number % 90)} {number * number}." for number in range(400))
-    rows = ({"text": line, "words": line.split(), "question": words, "context": line} for line in lines)
+    rows = ({"text": line, "words": line.split(), "question": "How old?", "context": line} for line in lines)
     file.write_text("\n".join(map(json.dumps, rows)))
     return file
 

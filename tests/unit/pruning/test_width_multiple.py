@@ -1,4 +1,4 @@
-"""The widths that pruning keeps by default: multiples that quantization can use, at the share that was asked."""
+"""The widths that pruning keeps by default: multiples that quantization can use, at the asked share."""
 
 from __future__ import annotations
 

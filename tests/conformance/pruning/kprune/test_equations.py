@@ -187,7 +187,7 @@ def assert_near_its_plan(found: Result, folder: Path, ratio: float) -> None:
     planned = KPrune().plan(ModelShape.of(Checkpoint.open(folder)), KPrune.Options(**PUBLISHED, ratio=ratio))
     assert planned.config["model_type"] == found.draft.config["model_type"]
     assert planned.config["model_type"].startswith("pruned_")
-    assert planned.parameters == pytest.approx(ModelShape.of(found.draft).parameters, rel=0.1)
+    assert planned.parameters == pytest.approx(ModelShape.of(found.draft).parameters, rel=0.12)
 
 
 # What does not matter

@@ -44,6 +44,21 @@ def test_the_sizes_that_the_error_names_work_for_the_whole_model(shared_decoder:
     assert plan_layout(shape, WeightOptions()).default.group_size == 16
 
 
+def test_groups_of_float_types_that_do_not_fit(shared_decoder: Callable[..., Path]) -> None:
+    dense = shared_decoder(intermediate_size=88)
+    checkpoint = Checkpoint.open(dense)
+
+    def plan(**options: object) -> None:
+        steps = parse_recipe({"model": str(dense), "steps": [{"method": "float", **options}]}).steps
+        make_plan(checkpoint, steps)
+
+    for kind, inputs in (("mxfp4", 32), ("nvfp4", 16)):
+        with pytest.raises(BadInput, match=f"have {inputs} inputs, and the 88 inputs of .*use the type fp8"):
+            plan(type=kind)
+        plan(type=kind, ignore=["*.down_proj"])
+    plan(type="fp8")
+
+
 def test_widths_that_no_group_fits(shared_decoder: Callable[..., Path]) -> None:
     dense = shared_decoder(intermediate_size=90)
     checkpoint = Checkpoint.open(dense)

@@ -81,7 +81,7 @@ def layout_of(shape: ModelShape, options: RoundToFloat.Options) -> Layout:
         if form.group_size != CHANNEL and width % form.group_size:
             raise BadInput(
                 f"The groups of {options.type} have {form.group_size} inputs, and the {width} inputs of "
-                f"'{name}' are no multiple of that; use the type fp8, or leave out with 'ignore' what does not "
-                "fit."
+                f"'{name}' are no multiple of that; use the type fp8, or leave out with 'ignore' what does "
+                "not fit."
             )
     return layout

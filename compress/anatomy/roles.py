@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -92,14 +93,17 @@ class Anatomy:
         ``transformer.``, sentence-transformers encoders without ``mpnet.``, Pythia's head is ``embed_out``.
 
         Raises:
-            BadInput: there is no first layer among the names.
+            BadInput: there is no layer among the names.
         """
         names = dict.fromkeys(names)
-        first = f"{self.layers}.0"
-        inside = next((name for name in names if f".{first}." in f".{name}"), None)
+        # Any layer will do: one that pruning emptied has no tensors.
+        layer = re.compile(rf"(?:(.*)\.)?{re.escape(self.layers)}\.\d+\.")
+        inside = next(filter(None, map(layer.match, names)), None)
         if inside is None:
-            raise BadInput(f"The checkpoint has no '{first}', so it is not a whole {self.model_type} model.")
-        prefix = f".{inside}".partition(f".{first}.")[0].removeprefix(".")
+            raise BadInput(
+                f"The checkpoint has no '{self.layers}.0', so it is not a whole {self.model_type} model."
+            )
+        prefix = inside[1] or ""
         modules = {name.rpartition(".")[0] for name in names}  # not only of ``.weight``: it may be packed
         aliases = (alias for alias in self.head_aliases if alias in modules)
         return replace(self, prefix=prefix, head=self.head and next(aliases, self.head))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import rich_click as click
@@ -41,13 +42,17 @@ from compress.commands.common import (
 )
 @click.option(
     "--context",
-    type=click.IntRange(2),
+    type=click.IntRange(2, sys.maxsize),
     default=512,
     show_default=True,
     help="Tokens in a window; windows do not overlap.",
 )
 @click.option(
-    "--windows", type=click.IntRange(1), default=32, show_default=True, help="Largest number of windows."
+    "--windows",
+    type=click.IntRange(1, sys.maxsize),
+    default=32,
+    show_default=True,
+    help="Largest number of windows.",
 )
 @click.option(
     "--memory",

@@ -79,7 +79,8 @@ class Workspace:
         """Create the work folder, or return to the one of an interrupted run.
 
         Args:
-            fingerprint: an interrupted run continues only if all of this is the same.
+            fingerprint: an interrupted run continues only if all of this is the same. ``steps`` is a list, of
+                which only the steps that were begun have to be.
 
         Raises:
             BadInput: the interrupted run was another one.
@@ -87,13 +88,21 @@ class Workspace:
         path = self.folder / "run.json"
         if path.exists():
             before = json.loads(path.read_text())
-            changed = [key for key, value in fingerprint.items() if before.get(key) != value]
+            begun = len(list(self.folder.glob("[0-9]*-*")))
+            if before.get("steps", [])[:begun] == fingerprint.get("steps", [])[:begun]:
+                before["steps"] = fingerprint.get("steps")
+            changed = {
+                "recipe" if key == "steps" else key
+                for key, value in fingerprint.items()
+                if before.get(key) != value
+            }
             if changed:
                 raise BadInput(
-                    f"'{self.folder}' holds an interrupted run with another {' and '.join(changed)}; "
+                    f"'{self.folder}' holds an interrupted run with another {' and '.join(sorted(changed))}; "
                     "use --fresh to throw it away, or another -o."
                 )
             log.info("Continuing the interrupted run in %s.", self.folder)
+            write_atomically(path, json.dumps(fingerprint))
             return
         self.discard()
         self.folder.mkdir()

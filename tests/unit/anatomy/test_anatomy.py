@@ -319,7 +319,9 @@ def test_located_follows_the_names_of_a_checkpoint(tmp_path: Any) -> None:
     nested = ["model.language_model.layers.0.mlp.down_proj.weight"]
     assert anatomy_of(config_of("llama")).located(nested).prefix == "model.language_model"
     with pytest.raises(BadInput, match=r"no 'layers.0'"):
-        anatomy_of(config_of("llama")).located(["model.xlayers.0.weight", "layers.1.mlp.weight"])
+        anatomy_of(config_of("llama")).located(["model.xlayers.0.weight", "layers.x.mlp.weight"])
+    emptied = ["model.layers.12.mlp.down_proj.weight"]  # by pruning, the layers before it
+    assert anatomy_of(config_of("llama")).located(emptied).layer_name(0) == "model.layers.0"
 
     build(config_of("gpt_neox")).save_pretrained(tmp_path)  # transformers writes the head as embed_out
     with safe_open(tmp_path / "model.safetensors", "pt") as file:

@@ -108,7 +108,10 @@ def test_a_folder_with_the_name_of_a_bundled_recipe_does_not_hide_it(tmp_path: P
         ({"steps": [RTN, {"bits": 4}]}, "Step 1 of the recipe names no method"),
         ({"steps": [{"method": "replaceme"}]}, "the option 'layers' is required"),
         ({"steps": [{**RTN, "bits": 5}]}, "bits: Input should be 2, 3, 4 or 8 (got 5)"),
-        ({"steps": [{**RTN, "group_size": 0}]}, "group_size: Input should be greater than 0 or 'channel'"),
+        (
+            {"steps": [{**RTN, "group_size": 0}]},
+            "group_size: Input should be greater than 0 or 'auto' or 'channel'",
+        ),
         ({"steps": [{**RTN, "group_size": "row"}]}, "or 'channel' (got 'row')"),
         ({"steps": [{**REPLACEME, "layers": -1}]}, "layers: Input should be greater than 0 (got -1)"),
         ({"steps": [{**REPLACEME, "held_out": 1.5}]}, "held_out: Input should be less than 1 (got 1.5)"),

@@ -59,7 +59,7 @@ class StackFormat(ABC):
 
     def names(self, name: str, index: int) -> list[str]:
         """Full names of the tensors of one block."""
-        return [f"{name}.{part}_{index}" for part in self.linear.parts(index)]
+        return list(self.linear.keys(name, index).values())
 
     def read(
         self, name: str, checkpoint: Checkpoint, start: int = 0, stop: int | None = None
@@ -69,7 +69,7 @@ class StackFormat(ABC):
         there = [index for index in range(start, stop) if self.names(name, index)[0] in checkpoint]
         tensors = checkpoint.read_many(key for index in there for key in self.names(name, index))
         return [
-            StackBlock({part: tensors[f"{name}.{part}_{index}"] for part in self.linear.parts(index)})
+            StackBlock({part: tensors[key] for part, key in self.linear.keys(name, index).items()})
             for index in there
         ]
 

@@ -124,15 +124,7 @@ class Stacker:
             self.draft.drop(f"{name}.weight")
         config = {**self.planned.config["quantization_config"], "order": list(order)}
         self.draft.config["quantization_config"] = config
-        blocks = [(name, 0) for name in self.modules]
-        counts = Counter(dict.fromkeys(range(len(self.modules)), 1))
-        for index in order:
-            blocks.append((self.modules[index], counts[index]))
-            counts[index] += 1
-        laid_out = [key for name, index in blocks for key in self.form.names(name, index)]
-        tensors = self.draft.tensors
-        others = sorted(tensors.keys() - set(laid_out))
-        self.draft.tensors = {name: tensors[name] for name in [*others, *laid_out]}
+        self.draft.tensors = laid_out(self.draft.tensors, config)
         steps = sizes(self.draft)
         relative = [
             (error[1:] / error[0]).sqrt() if error[0] else error[1:] for error in self.errors.values()

@@ -105,8 +105,9 @@ def quantize_key_values(model: PreTrainedModel, settings: KeyValueSettings, cut:
         if settings.position == "before-rope":
             rows = projection_rows(config, index)
             for role in ("key", "value"):
-                linear = linears[getattr(anatomy, role)]
-                linear.register_forward_hook(partial(block.quantize_output, role, rows[role]))
+                path = getattr(anatomy, role)
+                linears[path].register_forward_hook(partial(block.quantize_output, role, rows[role]))
+                block.projections.append(path.removeprefix(f"{anatomy.attention}."))
         blocks.append(block)
     # The module that runs the layers; it is not always the base model (OPT).
     runner = model.base_model.get_submodule(anatomy.layers.rpartition(".")[0])
@@ -124,6 +125,7 @@ class AttentionBlock:
         cut: limit of the straight-through gradient.
 
     Attributes:
+        projections: paths in the attention module of the linears whose outputs are quantized.
         cached: whether the pass that is running has a cache.
         codes: role -> codes and scales of the tokens in this pass, if keys are quantized before the rotary
             embedding.
@@ -143,6 +145,7 @@ class AttentionBlock:
         self.cache_name = _name_in(inspect.signature(attention.forward).parameters)
         # Every architecture with rotary embeddings has a function of this name in its own module.
         self.rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+        self.projections: list[str] = []
         self.cached = False
         self.codes: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.rotation: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -199,7 +202,14 @@ class AttentionBlock:
         quantized = fake_quantize(self.grouped(vectors), self.settings.bits, cut=self.cut)
         return quantized.reshape(vectors.shape).transpose(1, 2)
 
-    def _before(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        for path in self.projections:
+            hooks = module.get_submodule(path)._forward_hooks.values()
+            if not any(getattr(hook, "func", None) == self.quantize_output for hook in hooks):
+                raise CompressError(
+                    f"This model quantizes the output of '{path}' for its cache, so no adapter can be put around "
+                    "it; leave it out of target_modules."
+                )
         self.cached = kwargs.get(self.cache_name) is not None
         if self.before_rope:
             self.rotation = kwargs.get("position_embeddings")

@@ -12,6 +12,7 @@ from compress.engine.saving import QUANTIZATION, Save
 from compress.engine.skeleton import skeleton
 from compress.engine.weights import Weights
 from compress.errors import BadInput
+from compress.kernels.layers.base import LowBitLinear
 from compress.kernels.layers.stacked import StackedLinear
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.formats.stacks import counts_after, prefix, sizes, stack_of, steps_within
@@ -73,7 +74,18 @@ def assemble(
     weights = Weights(checkpoint, model, device, dtype)
     weights.fill(model, "")
     model.config.dtype = weights.dtype
+    _forget_packed_ties(model)
     return model
+
+
+def _forget_packed_ties(model: PreTrainedModel) -> None:
+    """Take packed heads out of the list of tied parameters: they are one module with their embedding, and have
+    no parameter that ``tie_weights`` could tie."""
+    modules = model.named_modules(remove_duplicate=False)
+    packed = {f"{name}.weight" for name, module in modules if isinstance(module, LowBitLinear)}
+    for kind in ("_tied_weights_keys", "all_tied_weights_keys"):
+        tied = getattr(model, kind) or {}
+        setattr(model, kind, {name: source for name, source in tied.items() if name not in packed})
 
 
 class Resize:

@@ -60,7 +60,7 @@ def load(
     if linears:
         object.__setattr__(model, "resize", Resize(whole, linears, dtype, model.config))
     if quantization is not None or "pruned" in checkpoint.config:
-        object.__setattr__(model, "save_pretrained", Save(model, checkpoint))
+        object.__setattr__(model, "save_pretrained", Save(model, Weights(whole, model, device, dtype)))
     return model
 
 

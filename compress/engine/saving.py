@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from compress.engine.config import config_of
 from compress.engine.pruned_config import PRUNED_FILE, mark_pruned, modeling_source
+from compress.engine.weights import Weights
 from compress.errors import BadInput
 from compress.kernels.layers.stacked import StackedLinear
 from compress.storage import adapter
@@ -41,12 +42,11 @@ class Save:
 
     Args:
         model: whose values are written. Its modules must stay those it has now.
-        checkpoint: what it was loaded from.
+        weights: of the checkpoint it was loaded from, which say how tensors are called there.
     """
 
-    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-        self._model = model
-        self._adapter = checkpoint.config.get(adapter.KEY)
+    def __init__(self, model: PreTrainedModel, weights: Weights) -> None:
+        self._model, self._weights = model, weights
         self._kinds = _kinds(model)
 
     def __call__(
@@ -101,24 +101,20 @@ class Save:
         values = json.loads(config.to_json_string())
         if "pruned" in values:
             values = mark_pruned(values, config, values["pruned"])
-        return values if self._adapter is None else {**values, adapter.KEY: self._adapter}
+        settings = self._weights.checkpoint.config.get(adapter.KEY)
+        return values if settings is None else {**values, adapter.KEY: settings}
 
     def _tensors(self, given: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
-        """What is written: full name -> tensor. Of tensors that are tied, the first."""
+        """What is written: name in the checkpoint -> tensor. Of tensors that are tied, the first."""
         self._check_modules()
         state = self._model.state_dict(keep_vars=True)
         if given is not None and (others := given.keys() ^ state.keys()):
             raise BadInput(f"The state_dict to save must hold the model's own tensors; '{min(others)}' differs.")
-        first: dict[int, str] = {}
-        for name, module in self._model.named_modules(remove_duplicate=False):
-            first.setdefault(id(module), name)
-        again = tuple(
-            f"{name}."
-            for name, module in self._model.named_modules(remove_duplicate=False)
-            if first[id(module)] != name
-        )
-        names = {id(value): name for name, value in reversed(state.items()) if not name.startswith(again)}
-        found = {name: (given or state)[name] for name in state if name in set(names.values())}
+        modules = list(self._model.named_modules(remove_duplicate=False))
+        first = {module: name for name, module in reversed(modules)}
+        tied = tuple(f"{name}." for name, module in modules if first[module] != name)
+        names = {id(tensor): name for name, tensor in reversed(state.items()) if not name.startswith(tied)}
+        found = {self._weights.find(name) or name: (given or state)[name] for name in reversed(names.values())}
         quantization = getattr(self._model.config, QUANTIZATION, None)
         return laid_out(found, quantization) if StackFormat.find(quantization) else found
 

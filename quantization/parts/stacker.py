@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ from compress.quantization.parts.options import StackOptions, TableOptions
 from compress.quantization.parts.packer import round_by_rows
 from compress.storage.draft import Draft
 from compress.storage.formats.compressed_tensors import CompressedTensorsFormat
-from compress.storage.formats.stacks import StackFormat, sizes
+from compress.storage.formats.stacks import StackFormat, laid_out, sizes
 from compress.storage.tensors import TensorInfo
 
 if TYPE_CHECKING:

@@ -109,12 +109,16 @@ class Save:
         self._check_modules()
         state = self._model.state_dict(keep_vars=True)
         if given is not None and (others := given.keys() ^ state.keys()):
-            raise BadInput(f"The state_dict to save must hold the model's own tensors; '{min(others)}' differs.")
+            raise BadInput(
+                f"The state_dict to save must hold the model's own tensors; '{min(others)}' differs."
+            )
         modules = list(self._model.named_modules(remove_duplicate=False))
         first = {module: name for name, module in reversed(modules)}
         tied = tuple(f"{name}." for name, module in modules if first[module] != name)
         names = {id(tensor): name for name, tensor in reversed(state.items()) if not name.startswith(tied)}
-        found = {self._weights.find(name) or name: (given or state)[name] for name in reversed(names.values())}
+        found = {
+            self._weights.find(name) or name: (given or state)[name] for name in reversed(names.values())
+        }
         quantization = getattr(self._model.config, QUANTIZATION, None)
         return laid_out(found, quantization) if StackFormat.find(quantization) else found
 

@@ -57,7 +57,9 @@ class NF4Weight(LowBitWeight):
         scales, parts, at = self.scales, [], self.first
         for codes in self.codes.split(rows):
             absmax = scales[at // BLOCK_SIZE : -(-(at + codes.numel()) // BLOCK_SIZE)]
-            part = replace(self, codes=codes, absmax=absmax, nested=None, first=at % BLOCK_SIZE, first_scale=0)
+            part = replace(
+                self, codes=codes, absmax=absmax, nested=None, first=at % BLOCK_SIZE, first_scale=0
+            )
             parts.append(part)
             at += codes.numel()
         return parts

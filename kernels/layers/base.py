@@ -100,7 +100,15 @@ class LowBitLinear(nn.Linear, ABC):
             error_msgs.append(str(error))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[..., in] -> [..., out] in the dtype of ``input``.
+        """[..., in] -> [..., out] in the dtype of ``input``, with a gradient for ``input`` only."""
+        if torch.is_grad_enabled() and input.requires_grad:
+            output = _Product.apply(input, self)
+            assert isinstance(output, torch.Tensor)
+            return output
+        return self.product(input)
+
+    def product(self, input: torch.Tensor) -> torch.Tensor:
+        """The result of `forward`, without gradient.
 
         A few rows of the weight are dequantized and multiplied at once, so the whole of it is never dense.
         """
@@ -134,6 +142,27 @@ class LowBitLinear(nn.Linear, ABC):
         return ", ".join(f"{name}={value}" for name, value in facts.items())
 
 
+class _Product(torch.autograd.Function):
+    """x Ŵᵀ + bias with the gradient g Ŵ for x, for which Ŵ is dequantized again.
+
+    So nothing dense is kept for the backward pass, and inputs that a layer rounds get the gradient of those
+    that it was given, as in bitsandbytes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: torch.Tensor, layer: LowBitLinear) -> torch.Tensor:
+        ctx.layer = layer
+        return layer.product(input)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gradient,), layer = gradients, ctx.layer
+        total = gradient.new_zeros((*gradient.shape[:-1], layer.in_features), dtype=torch.float32)
+        for rows in layer.row_slices(gradient.device):
+            total += (gradient[..., rows] @ layer.dequantize_rows(rows).to(gradient.dtype)).float()
+        return total.to(gradient.dtype), None
+
+
 class CodedLinear(LowBitLinear):
     """A linear whose weight is one `LowBitWeight`.
 
@@ -160,6 +189,7 @@ class CodedLinear(LowBitLinear):
 
     def from_storage(self, name: str, get: Callable[[str], torch.Tensor]) -> None:
         if self.storage is not None:
+            get(f"{name}.{self.storage.marker}")  # KeyError if nothing is there
             self.fill(self.storage.read(name, get))
 
 

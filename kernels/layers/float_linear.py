@@ -52,8 +52,8 @@ class FloatLinear(CodedLinear):
     def dequantize_rows(self, rows: slice) -> torch.Tensor:
         return self.quantized(rows).dequantize()
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return super().forward(round_tokens(input) if self.float_type == "fp8" else input)
+    def product(self, input: torch.Tensor) -> torch.Tensor:
+        return super().product(round_tokens(input) if self.float_type == "fp8" else input)
 
     def details(self) -> dict[str, object]:
         return {"type": self.float_type}

@@ -43,8 +43,8 @@ class Int8Linear(CodedLinear):
     def dequantize_rows(self, rows: slice) -> torch.Tensor:
         return self.quantized(rows).dequantize()
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[..., in] -> [..., out] in the dtype of ``input``; a few rows of the weight are used at once."""
+    def product(self, input: torch.Tensor) -> torch.Tensor:
+        """The result of `forward`, without gradient; a few rows of the weight are used at once."""
         tokens = input.reshape(-1, self.in_features)
         codes, absmax, outliers = quantize_inputs(tokens, self.threshold)
         kept = tokens[:, outliers]

@@ -103,8 +103,8 @@ class PackedLinear(CodedLinear):
         zeros = None if self.zeros is None else self.zeros[rows]
         return dequantize(self.packed[rows], self.scales[rows], zeros, self.bits, self.in_features)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[..., in] -> [..., out] in the dtype of ``input``, by the operator."""
+    def product(self, input: torch.Tensor) -> torch.Tensor:
+        """The result of `forward`, without gradient, by the operator."""
         return packed_linear(
             input, self.packed, self.scales, self.zeros, self.bias, self.bits, self.group_size
         )

@@ -26,7 +26,6 @@ from compress.kernels.layers.stacked import FactorStack, PlaneStack, StackBlock,
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.tensors import CASTABLE, TensorInfo
 
-
 Entry = TypeVar("Entry")
 
 

@@ -207,8 +207,8 @@ class AttentionBlock:
             hooks = module.get_submodule(path)._forward_hooks.values()
             if not any(getattr(hook, "func", None) == self.quantize_output for hook in hooks):
                 raise CompressError(
-                    f"This model quantizes the output of '{path}' for its cache, so no adapter can be put around "
-                    "it; leave it out of target_modules."
+                    f"This model quantizes the output of '{path}' for its cache, so no adapter can be put "
+                    "around it; leave it out of target_modules."
                 )
         self.cached = kwargs.get(self.cache_name) is not None
         if self.before_rope:

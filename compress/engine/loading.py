@@ -79,8 +79,8 @@ def assemble(
 
 
 def _forget_packed_ties(model: PreTrainedModel) -> None:
-    """Take packed heads out of the list of tied parameters: they are one module with their embedding, and have
-    no parameter that ``tie_weights`` could tie."""
+    """Take packed heads out of the list of tied parameters: each is one module with its embedding, and has no
+    parameter that ``tie_weights`` could tie."""
     modules = model.named_modules(remove_duplicate=False)
     packed = {f"{name}.weight" for name, module in modules if isinstance(module, LowBitLinear)}
     for kind in ("_tied_weights_keys", "all_tied_weights_keys"):

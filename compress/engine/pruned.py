@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 class NoAttention(nn.Module):
     """Takes the place of an attention block and adds nothing to the residual stream.
 
-    A cache counts its tokens in each of its places. So this block keeps the place of the one that was there, and
-    fills it with one number per token.
+    A cache counts its tokens in each of its places. So this block keeps the place of the one that was there,
+    and fills it with one number per token.
     """
 
     def __init__(self, layer_idx):

@@ -110,24 +110,23 @@ class Save:
         state = self._model.state_dict(keep_vars=True)
         if given is not None and (others := given.keys() ^ state.keys()):
             raise BadInput(
-                f"The state_dict to save must hold the model's own tensors; '{min(others)}' differs."
+                f"The state_dict to save must have the model's own names; '{min(others)}' differs."
             )
         modules = list(self._model.named_modules(remove_duplicate=False))
         first = {module: name for name, module in reversed(modules)}
         tied = tuple(f"{name}." for name, module in modules if first[module] != name)
         names = {id(tensor): name for name, tensor in reversed(state.items()) if not name.startswith(tied)}
-        found = {
-            self._weights.find(name) or name: (given or state)[name] for name in reversed(names.values())
-        }
+        values = state if given is None else given
+        found = {self._weights.find(name) or name: values[name] for name in reversed(names.values())}
         quantization = getattr(self._model.config, QUANTIZATION, None)
-        return laid_out(found, quantization) if StackFormat.find(quantization) else found
+        return laid_out(found, quantization) if quantization and StackFormat.find(quantization) else found
 
     def _check_modules(self) -> None:
         kinds = _kinds(self._model)
         for name in sorted(kinds.keys() | self._kinds.keys()):
             if kinds.get(name) != self._kinds.get(name):
                 raise BadInput(
-                    f"The module '{name}' is not the one that the model was loaded with, so config.json would not "
+                    f"The module '{name}' is not the one the model was loaded with, so config.json would not "
                     "fit; save an adapter with the save_pretrained of its own (peft) model."
                 )
 

@@ -10,7 +10,7 @@ from compress.errors import CompressError
 
 
 class AbsentWeight(torch.Tensor):
-    """The face of a dense weight that is only held packed: it has a shape, a dtype and a device, and no values.
+    """The face of a dense weight that is only held packed: its shape, dtype and device, and no values.
 
     So code that looks at ``linear.weight`` to see where and what a linear is (transformers, peft) can do so,
     and code that would compute with it, or write into it, is refused instead of being wrong.
@@ -29,14 +29,14 @@ class AbsentWeight(torch.Tensor):
         super().__init__()
 
     @property
-    def data(self) -> NoReturn:  # type: ignore[override]
+    def data(self) -> torch.Tensor:
         refuse()
 
     @data.setter
-    def data(self, _: Any) -> NoReturn:
+    def data(self, _: torch.Tensor) -> None:
         refuse()
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"AbsentWeight({list(self.shape)}, {self.dtype}, {self.device})"
 
     @classmethod

@@ -199,7 +199,7 @@ STACKS: dict[str, type[StackFormat]] = {form.name: form for form in (BitStackFor
 
 
 def laid_out(tensors: Mapping[str, Entry], config: Mapping[str, Any]) -> dict[str, Entry]:
-    """The tensors of a model in the order in which files hold them: the blocks as the order reads them come last.
+    """The tensors of a model in the order of its files: the blocks come last, in the order they are read in.
 
     Args:
         tensors: full name -> anything.

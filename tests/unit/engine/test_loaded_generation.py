@@ -32,7 +32,7 @@ GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_t
 
 
 REMOVED = {"the first": [0], "every second": [0, 2], "the last": [3]}
-"""Layers whose attention is removed. Of the models with windows, every second layer looks at a window only."""
+"""Layers whose attention is removed. Some layers of the models with windows look at a window only."""
 
 
 def without_attention(source: Path, folder: Path, removed: list[int]) -> Path:

@@ -197,7 +197,7 @@ def test_keys_that_are_quantized_take_no_adapter(
     shared_decoder: Callable[..., Path], carry_out: Callable[..., Any]
 ) -> None:
     folder, _ = carry_out("llm-qat", shared_decoder(), steps=0, kv_bits=8)
-    model, losses = trained(compress.load(folder), target_modules=["q_proj"])
+    _, losses = trained(compress.load(folder), target_modules=["q_proj"])
     assert losses[-1] < losses[0]
     with pytest.raises(CompressError, match="leave it out of target_modules"):
         trained(compress.load(folder), target_modules=["v_proj"])

@@ -78,7 +78,7 @@ def test_rows_that_end_inside_a_word_and_inside_a_block_of_rows(bits, width, gro
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", BITS)
 def test_a_layer_holds_the_weight_bit_for_bit(bits, symmetric):
-    q, bias = make(bits, symmetric)
+    q, _ = make(bits, symmetric)
     layer = PackedLinear(96, 40, bits, 32, symmetric, bias=True, scale_dtype=torch.bfloat16)
     assert layer.packed.device.type == "meta"
     empty_bytes = layer.weight_bytes

@@ -60,7 +60,9 @@ def load(
     if linears:
         object.__setattr__(model, "resize", Resize(whole, linears, dtype, model.config))
     if quantization is not None or "pruned" in checkpoint.config:
-        object.__setattr__(model, "save_pretrained", Save(model, Weights(whole, model, device, dtype)))
+        weights = Weights(whole, model, device, dtype)
+        for part in {model, model.base_model}:  # one of them in a model without a head
+            object.__setattr__(part, "save_pretrained", Save(part, weights))
     return model
 
 

@@ -191,7 +191,7 @@ class Weights:
     def _linear_over(self, packed: LowBitWeight, form: Format, full: str, embedding: bool) -> CodedLinear:
         if not isinstance(packed, QuantizedWeight):
             return LINEARS[type(packed)](packed)
-        if f"{full}{adapter.A}" in self.checkpoint:
+        if self.find(f"{full}{adapter.A}") is not None:
             return self._adapted(packed, full)
         if form.activation_bits is None or embedding:
             return PackedLinear.from_quantized(packed)
@@ -212,10 +212,11 @@ class Weights:
 
     def _check_adapter(self) -> None:
         """Refuse (BadInput) an adapter of anything but packed linears of the layers."""
-        inside = self.packable - {self.embedding, self.anatomy.head}
-        for name in filter(adapter.is_adapter, self.checkpoint.tensors):
-            linear = adapter.linear_of(name)
-            if linear not in inside or self._packed(linear) is None:
+        adapted = {adapter.linear_of(name) for name in self.checkpoint.tensors if adapter.is_adapter(name)}
+        inside = self.packable - {self.embedding, self.anatomy.head} if adapted else set()
+        packed = {self._packed(full) for full in inside if full is not None}
+        for linear in sorted(adapted):
+            if linear not in packed:
                 raise BadInput(
                     f"The adapter has weights for '{linear}', which is not a packed linear of the layers."
                 )

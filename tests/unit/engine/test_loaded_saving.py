@@ -66,6 +66,15 @@ def test_a_sentence_encoder(
     assert_same_files(tmp_path / "copy", folder)
 
 
+@pytest.mark.parametrize("name", ["packed-embedding", "apiq", "nested", "blockpruner-int4"])
+def test_the_model_below_the_head_can_be_saved_alone(
+    name: str, artefact: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = compress.load(artefact(name), dtype="float32")
+    model.base_model.save_pretrained(tmp_path / "copy")
+    assert torch.equal(logits(compress.load(tmp_path / "copy")), logits(model.base_model))
+
+
 @pytest.mark.parametrize("name", ["flap", "blockpruner"])
 def test_transformers_loads_the_copy_of_a_pruned_model(
     name: str, artefact: Callable[..., Path], tmp_path: Path

@@ -62,6 +62,7 @@ def load(
     if quantization is not None or "pruned" in checkpoint.config:
         weights = Weights(whole, model, device, dtype)
         for part in {model, model.base_model}:  # one of them in a model without a head
+            assert isinstance(part, PreTrainedModel)
             object.__setattr__(part, "save_pretrained", Save(part, weights))
     return model
 

@@ -18,7 +18,7 @@ from compress.kernels.codes.integer import QuantizedWeight
 from compress.kernels.codes.nf4 import NF4Weight
 from compress.kernels.codes.weight import LowBitWeight
 from compress.kernels.layers.adapted import AdaptedLinear
-from compress.kernels.layers.base import LowBitLinear
+from compress.kernels.layers.base import CodedLinear, LowBitLinear
 from compress.kernels.layers.embedding import PackedEmbedding
 from compress.kernels.layers.float_linear import FloatLinear
 from compress.kernels.layers.int8_linear import Int8Linear
@@ -27,10 +27,11 @@ from compress.kernels.layers.nf4_linear import NF4Linear
 from compress.kernels.layers.stacked import StackedLinear
 from compress.storage import adapter
 from compress.storage.checkpoint import Checkpoint
+from compress.storage.formats.base import Format
 from compress.storage.formats.stacks import StackFormat
 from compress.storage.formats.table import Formats
 
-LINEARS: dict[type[LowBitWeight], Callable[..., LowBitLinear]] = {
+LINEARS: dict[type[LowBitWeight], Callable[..., CodedLinear]] = {
     FloatWeight: FloatLinear,
     NF4Weight: NF4Linear,
     Int8Weight: Int8Linear,
@@ -109,7 +110,7 @@ class Weights:
             BadInput: a tensor is missing, has another shape than config.json says, or holds NaN or infinity.
         """
         made: dict[int, nn.Parameter] = {}
-        packed: dict[str, LowBitLinear] = {}
+        packed: dict[str, CodedLinear] = {}
         for path, child in list(module.named_modules()):
             full = ".".join(filter(None, (name, path)))
             if child in skip:
@@ -176,20 +177,25 @@ class Weights:
                 return stored.removesuffix(f".{self.formats.marker}")
         return None
 
-    def _read_packed(self, stored: str, full: str, module: nn.Module) -> LowBitLinear:
+    def _read_packed(self, stored: str, full: str, module: nn.Module) -> CodedLinear:
         """A linear without bias over the packed weight ``stored`` of a linear or an embedding."""
         assert self.formats is not None
         form = self.formats.of(stored, "Embedding" if isinstance(module, nn.Embedding) else "Linear")
         packed = form.read(stored, self.checkpoint.read)
         if (wanted := tuple(weight(module).shape)) != packed.shape:
             raise BadInput(f"'{full}' is {list(packed.shape)} where config.json asks for {list(wanted)}.")
+        linear = self._linear_over(packed, form, full, isinstance(module, nn.Embedding))
+        linear.storage = form
+        return linear.to(self.device, self.dtype)
+
+    def _linear_over(self, packed: LowBitWeight, form: Format, full: str, embedding: bool) -> CodedLinear:
         if not isinstance(packed, QuantizedWeight):
-            return LINEARS[type(packed)](packed).to(self.device)
-        if f"{full}{adapter.A}" in self.checkpoint:
-            return self._adapted(packed, full).to(self.device)
-        if form.activation_bits is None or isinstance(module, nn.Embedding):
-            return PackedLinear.from_quantized(packed).to(self.device)
-        linear = TokenQuantizedLinear.from_quantized(packed).to(self.device)
+            return LINEARS[type(packed)](packed)
+        if self.find(f"{full}{adapter.A}") is not None:
+            return self._adapted(packed, full)
+        if form.activation_bits is None or embedding:
+            return PackedLinear.from_quantized(packed)
+        linear = TokenQuantizedLinear.from_quantized(packed)
         linear.activation_bits = form.activation_bits
         return linear
 
@@ -206,10 +212,11 @@ class Weights:
 
     def _check_adapter(self) -> None:
         """Refuse (BadInput) an adapter of anything but packed linears of the layers."""
-        inside = self.packable - {self.embedding, self.anatomy.head}
-        for name in filter(adapter.is_adapter, self.checkpoint.tensors):
-            linear = adapter.linear_of(name)
-            if linear not in inside or self._packed(linear) is None:
+        adapted = {adapter.linear_of(name) for name in self.checkpoint.tensors if adapter.is_adapter(name)}
+        inside = self.packable - {self.embedding, self.anatomy.head} if adapted else set()
+        packed = {self._packed(full) for full in inside if full is not None}
+        for linear in sorted(adapted):
+            if linear not in packed:
                 raise BadInput(
                     f"The adapter has weights for '{linear}', which is not a packed linear of the layers."
                 )
@@ -241,7 +248,7 @@ class Weights:
         out, width = weight(linear).shape
         new = self.stacks.module(stored, (out, width), self.checkpoint, self._read_bias(full, linear))
         object.__setattr__(new, "stands_for", linear)
-        return new.to(self.device)
+        return new.to(self.device, self.dtype)
 
     def _read_bias(self, full: str, linear: nn.Module) -> torch.Tensor | None:
         if not isinstance(linear.bias, torch.Tensor):

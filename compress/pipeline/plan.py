@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from compress.anatomy import anatomy_of
+from compress.engine.opening import open_checkpoint
 from compress.engine.shape import ModelShape
 from compress.errors import BadInput
 from compress.method import Method, MethodOptions
@@ -60,7 +61,7 @@ def open_model(recipe: Recipe) -> tuple[ModelSource, Checkpoint]:
     """The recipe's model, found and opened with the recipe's dtype."""
     source = find_model(recipe.model, recipe.revision)
     dtype = DTYPE_NAMES[getattr(torch, recipe.dtype)] if recipe.dtype else None
-    return source, Checkpoint.open(source.folder, dtype)
+    return source, open_checkpoint(source.folder, dtype)
 
 
 def make_plan(checkpoint: Checkpoint, steps: list[tuple[Method, MethodOptions]]) -> Plan:

@@ -94,6 +94,7 @@ def evaluate(
     source = find_model(model, revision)
     dense_source = find_model(baseline, baseline_revision) if baseline else source
     checkpoint, dense = open_checkpoint(source.folder), open_checkpoint(dense_source.folder)
+    read_lineage(dense_source.folder)  # read below; what is damaged is refused before the work
     if memory is not None:
         checkpoint = prefix(checkpoint, steps_within(checkpoint, parse_memory(memory)))
     if task_file is None:

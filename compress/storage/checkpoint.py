@@ -269,7 +269,9 @@ def _open(file: Path) -> Any:
     except OSError as error:
         raise BadInput(f"{file} cannot be read: {error.strerror}.") from None
     if pointer:
-        raise BadInput(f"{file} only points to the weights, which git-lfs has not fetched; run `git lfs pull`.")
+        raise BadInput(
+            f"{file} only points to the weights, which git-lfs has not fetched; run `git lfs pull`."
+        )
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:

@@ -68,14 +68,14 @@ KINDS = (
         "left out",
         "optimizer* scheduler* scaler* rng_state* trainer_state.json training_args* *_results.json latest "
         "checkpoint-*/ global_step*/ runs/ wandb/ events.out.* imatrix* *.imatrix",
-        "they tell of the training of the model as it was",
+        "of the training of the model as it was",
     ),
     Kind(
         "the same weights in other files or formats",
         "left out",
         "*.safetensors *.bin *.pt *.pth *.h5 *.msgpack *.ot *.ckpt* *.gguf *.onnx* *.npz *.tflite *.mlmodel "
         "*.index.json params.json consolidated* onnx/ openvino/ coreml/ *.mlpackage/ original/ metal/",
-        "they hold the model as it was, or belong to it",
+        "a form or a part of the model as it was",
     ),
     Kind(
         "tokenizer",
@@ -102,7 +102,7 @@ KINDS = (
         "made anew",
         "*.md *.pdf *.png *.jpg *.jpeg *.gif *.svg *.webp *.mp4 *.yaml *.yml",
     ),
-    Kind("anything else", "left out", "* */", "this program does not know what they are for"),
+    Kind("anything else", "left out", "* */", "not known to this program"),
 )
 """Every kind of companion. The first one that matches counts."""
 

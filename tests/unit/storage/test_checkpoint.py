@@ -342,7 +342,7 @@ BROKEN = {
     "empty file": (lambda f: (f / "model.safetensors").write_bytes(b""), r"damaged or not a safetensors"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"holds no \*\.safetensors weights\.$"),
     "pickles": (only_pickles, r"only pickled weights, which can run code; convert them to safetensors\.$"),
-    "adapter": (lora, r"is a LoRA adapter, not a model; merge it into its base model first\.$"),
+    "adapter": (lora, r"holds an adapter, not a model; merge it into its base model \(.*\) first"),
     "index of a missing file": (lambda f: write_index(f, {"x": "gone.safetensors"}), r"gone.* is missing"),
     "index of a missing tensor": (
         lambda f: write_index(f, {"x": "part.safetensors"}),

@@ -47,14 +47,14 @@ KINDS = (
     Kind(
         "config, weights, card, lineage, and how weights were packed before",
         "made anew",
-        "config.json model.safetensors.index.json readme.md compression.json recipe.yaml demo.json adapter/ "
+        "config.json model.safetensors.index.json readme.md compression.json recipe.yaml demo.json "
         "quantize_config.json quant_config.json hf_quant_config.json",
     ),
     Kind("hidden files and caches", "made anew", ".* .*/ __pycache__/"),
     Kind(
         "an adapter beside the weights",
         "left out",
-        "adapter_config.json adapter_model*",
+        "adapter_config.json adapter_model* adapter/",
         "an adapter belongs to the model as it was, and transformers would load it onto the result",
     ),
     Kind(

@@ -98,13 +98,22 @@ def test_files_with_another_prefix(architecture: str, made: Callable[..., Path])
         assert (close - expected).norm() < 0.1 * expected.norm()
 
 
-@pytest.mark.parametrize("wrapper", ["language_model.", "model.language_model.", "module.", "_orig_mod."])
-@pytest.mark.parametrize("prefix", ["", "model."])
-def test_files_of_a_part_of_another_object(wrapper: str, prefix: str, tiny_decoder: Callable[..., Path]):
+# What holds the model -> what it makes of a name.
+WRAPPED: dict[str, Callable[[str], str]] = {
+    "a model for images and text": lambda name: f"language_model.{name}",
+    "one of transformers 5": lambda name: name.replace("model.", "model.language_model."),
+    "torch's data-parallel wrapper": lambda name: f"module.{name}",
+    "a compiled model": lambda name: f"_orig_mod.{name}",
+    "a compiled base model": lambda name: f"_orig_mod.{name.removeprefix('model.')}",
+}
+
+
+@pytest.mark.parametrize("holder", WRAPPED)
+def test_files_of_a_part_of_another_object(holder: str, tiny_decoder: Callable[..., Path]):
     folder = tiny_decoder()
-    names = open_checkpoint(folder).tensors.keys()
-    rename_tensors(folder, lambda name: wrapper + prefix * ("lm_head" in name) + name)
-    rename_tensors(folder, lambda name: name.replace("model.lm_head", "lm_head"))
+    names = set(load_file(folder / WEIGHTS))
+    rename_tensors(folder, WRAPPED[holder])
+    assert names.isdisjoint(set(load_file(folder / WEIGHTS)) - {"lm_head.weight"})
     assert open_checkpoint(folder).tensors.keys() == names
 
 
@@ -151,9 +160,15 @@ def called_tied(architecture: str, made: Callable[..., Path], **settings: Any) -
     return folder
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GPTNeoXForCausalLM", "BertForMaskedLM"])
 @pytest.mark.parametrize(
-    "options", [{}, {"embedding_bits": 8}, {"lm_head_bits": 8}, {"lm_head_bits": 8, "embedding_bits": 8}]
+    ("architecture", "options"),
+    [
+        ("LlamaForCausalLM", {}),
+        ("LlamaForCausalLM", {"embedding_bits": 8}),
+        ("LlamaForCausalLM", {"lm_head_bits": 8}),
+        ("GPTNeoXForCausalLM", {"lm_head_bits": 8, "embedding_bits": 8}),
+        ("BertForMaskedLM", {"embedding_bits": 8}),
+    ],
 )
 def test_a_head_of_its_own_stays_so(architecture: str, options: dict[str, int], made: Callable[..., Path]):
     folder = called_tied(architecture, made)

@@ -28,13 +28,13 @@ class Kind:
 
     Attributes:
         what: they are, in words.
-        fate: what becomes of them. What is made anew, or stands for nothing in the result, needs no sentence.
+        fate: what becomes of them. What is dropped is missed by nobody, and so needs no sentence.
         names: patterns of their names in lower case, between spaces; those of folders end in a slash.
         why: the reason for which they are left out, as the end of a sentence.
     """
 
     what: str
-    fate: Literal["carried over", "made anew", "left out"]
+    fate: Literal["carried over", "made anew", "dropped", "left out"]
     names: str
     why: str = ""
 
@@ -45,12 +45,15 @@ class Kind:
 
 KINDS = (
     Kind(
-        "config, weights, card, lineage, and how weights were packed before",
+        "config, weights, card, lineage",
         "made anew",
-        "config.json model.safetensors.index.json readme.md compression.json recipe.yaml demo.json "
-        "quantize_config.json quant_config.json hf_quant_config.json",
+        "config.json model.safetensors.index.json readme.md compression.json recipe.yaml",
     ),
-    Kind("hidden files and caches", "made anew", ".* .*/ __pycache__/"),
+    Kind(
+        "hidden files, caches, and how weights were packed before",
+        "dropped",
+        ".* .*/ __pycache__/ demo.json quantize_config.json quant_config.json hf_quant_config.json",
+    ),
     Kind(
         "an adapter beside the weights",
         "left out",
@@ -64,11 +67,11 @@ KINDS = (
         "code is not carried over; the result uses the classes of transformers",
     ),
     Kind(
-        "leftovers of training",
+        "what training leaves behind",
         "left out",
         "optimizer* scheduler* scaler* rng_state* trainer_state.json training_args* *_results.json latest "
         "checkpoint-*/ global_step*/ runs/ wandb/ events.out.* imatrix* *.imatrix",
-        "of the training of the model as it was",
+        "leftovers of training",
     ),
     Kind(
         "the same weights in other files or formats",
@@ -99,7 +102,7 @@ KINDS = (
     Kind("other settings", "carried over", "*.json *.txt"),
     Kind(
         "documents about the model as it was",
-        "made anew",
+        "dropped",
         "*.md *.pdf *.png *.jpg *.jpeg *.gif *.svg *.webp *.mp4 *.yaml *.yml",
     ),
     Kind("anything else", "left out", "* */", "not known to this program"),

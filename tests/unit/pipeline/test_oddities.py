@@ -123,8 +123,7 @@ def test_a_full_folder_is_carried_over_but_for_what_belongs_to_the_model_as_it_w
     lineage = read_lineage(result)
     assert caplog.messages == [f"In the result, {sentence}" for sentence in lineage.left_out]
     assert sorted(lineage.left_out) == [
-        "'checkpoint-10', 'imatrix.dat', 'optimizer.pt' and 2 others are left out: of the training of the "
-        "model as it was.",
+        "'checkpoint-10', 'imatrix.dat', 'optimizer.pt' and 2 others are left out: leftovers of training.",
         "'model.Q4_K_M.gguf', 'onnx', 'original' and 2 others are left out: a form or a part of the model as "
         "it was.",
         "'whatever.xyz' is left out: not known to this program.",

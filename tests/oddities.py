@@ -94,6 +94,12 @@ def stale_shard(folder: Path) -> None:
     add_tensors(folder / other, **{name: torch.zeros_like(load_file(folder / where)[name])})
 
 
+def index_with_a_gap(folder: Path) -> None:
+    """A file holds a tensor that the index does not list at all."""
+    shard(folder)
+    change_index(folder, lambda where: where.pop("model.norm.weight"))
+
+
 def shards_in_a_subfolder(folder: Path) -> None:
     shard(folder, "weights/")
 
@@ -160,7 +166,7 @@ SAME: dict[str, Oddity] = {
     oddity.__name__: oddity
     for oddity in (
         *(names_without_prefix, names_of_a_language_part, called_tied, more_layers_than_said, stale_shard),
-        *(shards_in_a_subfolder, stray_weights, adapter_beside_weights, empty_quantization),
+        *(index_with_a_gap, shards_in_a_subfolder, stray_weights, adapter_beside_weights, empty_quantization),
         *(code_of_its_own, a_full_folder, links),
     )
 }

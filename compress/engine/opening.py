@@ -58,18 +58,15 @@ def open_checkpoint(folder: str | Path, dtype: str | None = None) -> Checkpoint:
 def _use_names_of(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Rename tensors to what the class calls them. Those that it does not have keep their names."""
     modules, anatomy = dict(model.named_modules()), anatomy_of(model.config)
+
+    def known(name: str) -> bool:  # layers beyond those of the config are recognised, too
+        return _module_of(name) in modules or anatomy.layer_index(name) >= 0
+
     renamed: dict[str, str] = {}
     for name in checkpoint.tensors:
-        new = next(
-            (
-                found
-                for found in _spellings(name, model)
-                if _module_of(found) in modules or anatomy.layer_index(found) >= 0
-            ),
-            name,
-        )
-        if new != name and new in checkpoint.tensors:
-            new = name  # a copy under another name, which transformers does not read either
+        new = next(filter(known, _spellings(name, model)), name)
+        if new in checkpoint.tensors:
+            new = name  # the class's own name wins; what else would get it is a copy that nothing reads
         if new in renamed:
             raise BadInput(
                 f"The files of '{checkpoint.folder}' hold '{new}' of {type(model).__name__} twice, as "

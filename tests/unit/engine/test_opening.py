@@ -119,9 +119,10 @@ def test_files_of_a_part_of_another_object(holder: str, tiny_decoder: Callable[.
 
 def test_layers_of_another_tower_are_not_taken_for_those_of_the_model(tiny_decoder: Callable[..., Path]):
     folder = tiny_decoder()
-    tower = {f"vision_tower.{n}": t + 1 for n, t in load_file(folder / WEIGHTS).items()}
-    expected = in_compress(folder)
+    tensors, expected = load_file(folder / WEIGHTS), in_compress(folder)
+    tower = {f"vision_tower.{n.replace('.1.', '.7.')}": t + 1 for n, t in tensors.items()}
     add_tensors(folder / WEIGHTS, **tower)
+    assert open_checkpoint(folder).tensors.keys() == tensors.keys() | tower.keys()
     assert torch.equal(in_compress(folder), expected)
 
 
@@ -177,6 +178,20 @@ def test_a_head_of_its_own_stays_so(architecture: str, options: dict[str, int], 
     output = quantized(folder, **options)
     assert json.loads((output / "config.json").read_text())["tie_word_embeddings"] is False
     for found in (in_compress(output), in_transformers(architecture, output)):
+        assert (found - expected).norm() < 0.1 * expected.norm()
+
+
+def test_a_bias_that_is_stored_once_is_both(tiny_encoder: Callable[..., Path]):
+    """Where the head of an encoder is its own, but the files hold its bias under one of two names."""
+    folder = tiny_encoder("BertForMaskedLM", tie_word_embeddings=False)
+    tensors = load_file(folder / WEIGHTS)
+    tensors["cls.predictions.bias"] = tensors.pop("cls.predictions.decoder.bias")
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    change_json(folder / "config.json", tie_word_embeddings=True)
+    expected = in_transformers("BertForMaskedLM", folder)
+    assert torch.allclose(in_compress(folder), expected, atol=1e-5)
+    output = quantized(folder)
+    for found in (in_compress(output), in_transformers("BertForMaskedLM", output)):
         assert (found - expected).norm() < 0.1 * expected.norm()
 
 

@@ -16,14 +16,14 @@ from compress.commands.common import common_options, make_table, print_json, rev
 def inspect(model: str, revision: str | None, as_json: bool) -> None:
     """Show where MODEL comes from, its shapes, and how many bytes each part takes."""
     from compress.anatomy import layer_shapes
+    from compress.engine.opening import open_checkpoint
     from compress.engine.shape import ModelShape
     from compress.sources.find import find_model
-    from compress.storage.checkpoint import Checkpoint
     from compress.storage.formats.stacks import STACKS, sizes
     from compress.storage.lineage import read_lineage
 
     source = find_model(model, revision)
-    checkpoint = Checkpoint.open(source.folder)
+    checkpoint = open_checkpoint(source.folder)
     shape = ModelShape.of(checkpoint)
     lineage = read_lineage(source.folder)
     parts = bytes_per_part(shape)

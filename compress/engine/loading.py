@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from compress.engine.config import config_of
+from compress.engine.opening import open_checkpoint
 from compress.engine.saving import QUANTIZATION, Save
 from compress.engine.skeleton import skeleton
 from compress.engine.weights import Weights
@@ -46,7 +47,7 @@ def load(
         BadInput: the folder is not a model, its files are damaged, the anatomy table does not know its
             architecture, or no size of the model fits into ``memory``.
     """
-    whole = checkpoint = Checkpoint.open(path)
+    whole = checkpoint = open_checkpoint(path)
     dtype = _dtype(dtype or config_of(whole).dtype or torch.float32)
     if memory is not None:
         checkpoint = prefix(whole, steps_within(whole, parse_memory(memory), dtype))

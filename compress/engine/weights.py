@@ -38,9 +38,6 @@ LINEARS: dict[type[LowBitWeight], Callable[..., CodedLinear]] = {
 }
 """The layers over weights that are not on an integer grid of groups."""
 
-# Names of LayerNorm parameters -> what the first checkpoints of BERT call them.
-OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
-
 
 class Weights:
     """Puts the tensors of a checkpoint into the modules of a skeleton, and takes them out again.
@@ -74,7 +71,6 @@ class Weights:
             for path in self.anatomy.linear_paths
         }
         self.tied = model.all_tied_weights_keys | {v: k for k, v in model.all_tied_weights_keys.items()}
-        self.base_prefix = f"{model.base_model_prefix}."
         quantization = checkpoint.config.get("quantization_config")
         self.stacks = StackFormat.find(quantization)
         packed = quantization if self.stacks is None or quantization is None else quantization.get("outside")
@@ -84,19 +80,27 @@ class Weights:
     def find(self, name: str) -> str | None:
         """The name that a parameter has in the checkpoint, or None if it is not there.
 
-        Published files differ from their class in the prefix of the base model, the name of the head and old
-        names of norms. Of two tied parameters they hold one.
+        Published files may have another name for the head. Of two tied parameters they hold one.
         """
         names = [name, self.tied.get(name, name)]
         head = f"{self.anatomy.head}."
         if self.anatomy.head is not None and name.startswith(head):
             names += [f"{alias}.{name.removeprefix(head)}" for alias in self.anatomy.head_aliases]
-        names += [name.replace(new, old) for new, old in OLD_NAMES.items() if name.endswith(new)]
-        for spelling in names:
-            for candidate in (spelling, self.base_prefix + spelling, spelling.removeprefix(self.base_prefix)):
-                if candidate in self.checkpoint:
-                    return candidate
-        return None
+        return next((candidate for candidate in names if candidate in self.checkpoint), None)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Make sure, by names and shapes alone, that `fill` will find every parameter of the whole model.
+
+        Raises:
+            BadInput: the checkpoint lacks a parameter, or has one of another shape.
+        """
+        for full, parameter in model.named_parameters():
+            module = full.rpartition(".")[0]
+            packed = module in self.packable and (self._packed(module) or self._stacked(module))
+            if not packed and (stored := self.find(full)) is not None:
+                _check_shape(stored, self.checkpoint.tensors[stored].shape, tuple(parameter.shape))
+            elif not packed:
+                raise self._lacks(full)
 
     def fill(self, module: nn.Module, name: str, skip: tuple[nn.Module, ...] = ()) -> None:
         """Load all parameters of ``module`` and the modules inside it.
@@ -153,18 +157,27 @@ class Weights:
     def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         stored = self.find(name)
         if stored is None:
-            raise BadInput(f"The model in '{self.checkpoint.folder}' lacks the tensor '{name}'.")
+            raise self._lacks(name)
         tensor = self.checkpoint.read(stored)
-        if tuple(tensor.shape) != shape:
-            raise BadInput(
-                f"The tensor '{stored}' has shape {list(tensor.shape)} where config.json asks for "
-                f"{list(shape)}."
-            )
+        _check_shape(stored, tuple(tensor.shape), shape)
         if tensor.is_floating_point():
             if not all_finite(tensor):
                 raise BadInput(f"The tensor '{stored}' holds NaN or infinite values.")
             tensor = tensor.to(self.dtype)
         return tensor.to(self.device)
+
+    def _lacks(self, name: str) -> BadInput:
+        """The error for a missing parameter, with what the user can do about it."""
+        folder, advice = self.checkpoint.folder, ""
+        layers = {self.anatomy.layer_index(name) for name in self.checkpoint.tensors} - {-1}
+        if (index := self.anatomy.layer_index(name)) > max(layers, default=-1):
+            return BadInput(
+                f"config.json in '{folder}' asks for a layer {index}, but the files hold {len(layers)} "
+                "layers; correct num_hidden_layers."
+            )
+        if self.anatomy.head is not None and name == f"{self.anatomy.head}.weight":
+            advice = "; if the embedding is also the head, set tie_word_embeddings to true in config.json"
+        return BadInput(f"The model in '{folder}' lacks the tensor '{name}'{advice}.")
 
     def _packed(self, full: str) -> str | None:
         """The name in the checkpoint of a packed module, or of the one it is tied to; None if neither is
@@ -259,3 +272,10 @@ class Weights:
     def _replace(module: nn.Module, path: str, child: nn.Module) -> None:
         parent, _, leaf = path.rpartition(".")
         setattr(module.get_submodule(parent), leaf, child)
+
+
+def _check_shape(stored: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if found != wanted:
+        raise BadInput(
+            f"The tensor '{stored}' has shape {list(found)} where config.json asks for {list(wanted)}."
+        )

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from compress.calibration.text.examples import TaskFile
 from compress.calibration.text.windows import evaluation_windows
 from compress.engine.logits import through_all_layers
+from compress.engine.opening import open_checkpoint
 from compress.engine.shape import ModelShape
 from compress.engine.stream import StreamedModel
 from compress.engine.tokenizer import load_tokenizer
@@ -92,7 +93,8 @@ def evaluate(
     check_device(device)
     source = find_model(model, revision)
     dense_source = find_model(baseline, baseline_revision) if baseline else source
-    checkpoint, dense = Checkpoint.open(source.folder), Checkpoint.open(dense_source.folder)
+    checkpoint, dense = open_checkpoint(source.folder), open_checkpoint(dense_source.folder)
+    read_lineage(dense_source.folder)  # read below; what is damaged is refused before the work
     if memory is not None:
         checkpoint = prefix(checkpoint, steps_within(checkpoint, parse_memory(memory)))
     if task_file is None:

@@ -23,11 +23,11 @@ from compress.errors import BadInput, CompressError
 from compress.method import Method, MethodOptions, StepContext
 from compress.pipeline.artefact import check_output, write_model
 from compress.pipeline.mixing import mix_bits
-from compress.pipeline.plan import Plan, make_plan, open_model
+from compress.pipeline.plan import Plan, left_out, make_plan, open_model
 from compress.pipeline.recipe import Recipe
 from compress.pipeline.reload import reload_check
 from compress.pipeline.workspace import Workspace
-from compress.report.card import write_lineage
+from compress.report.card import source_metadata, write_lineage
 from compress.sources.find import ModelSource
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.draft import Draft
@@ -146,6 +146,8 @@ def _execute(
                 files=files,
             ),
             reload=check,
+            left_out=left_out(source, checkpoint),
+            card=source_metadata(source.folder),
             device=device,
             versions=versions(),
         )

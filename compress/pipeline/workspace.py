@@ -141,7 +141,7 @@ def publish(work: Path, output: Path) -> None:
     Raises:
         CompressError: it cannot be renamed; an old ``output`` is then still in its place.
     """
-    for path in (*work.iterdir(), work):
+    for path in (*work.rglob("*"), work):
         fsync(path)
     old = _old(output)
     try:

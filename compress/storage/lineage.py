@@ -85,6 +85,8 @@ class Lineage(_Record):
     steps: list[Step]
     result: Result
     reload: ReloadCheck
+    left_out: list[str] = Field([], description="what the source holds and the result does not, in sentences")
+    card: dict[str, Any] = Field({}, description="metadata of the source's card that holds for the result")
     device: str
     versions: dict[str, str]
     evaluations: list[dict[str, Any]] = []
@@ -122,9 +124,8 @@ def read_lineage(folder: Path) -> Lineage | None:
     if not path.exists():
         return None
     try:
-        return Lineage.model_validate_json(path.read_text(encoding="utf-8"))
+        return Lineage.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
-        raise BadInput(
-            f"{path} cannot be read: {'.'.join(map(str, first['loc']))}: {first['msg']}."
-        ) from None
+        where = f"{'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
+        raise BadInput(f"{path} cannot be read: {where}{first['msg']}.") from None

@@ -20,7 +20,7 @@ from compress.pipeline.run import execute
 from compress.pipeline.workspace import Workspace
 from compress.sources.find import find_model
 from compress.storage.checkpoint import Checkpoint
-from compress.storage.lineage import Lineage, read_lineage
+from compress.storage.lineage import LINEAGE, Lineage, read_lineage
 
 from .house import STEPS, House, check_whole, left_behind
 
@@ -238,4 +238,4 @@ def add_evaluations_quietly(folder: Path) -> None:
     """An evaluation on record, without the minutes it takes to make one."""
     lineage = read_lineage(folder)
     lineage.evaluations.append({"suite": "made up"})
-    (folder / artefact.LINEAGE).write_text(lineage.model_dump_json())
+    (folder / LINEAGE).write_text(lineage.model_dump_json())

@@ -1,3 +1,24 @@
-from compress.cli import main
+"""The way into the command line: it watches for signals before anything heavy is imported."""
 
-main()
+from typing import NoReturn
+
+from compress.system.interrupts import end_interrupted, received, watch
+
+
+def main() -> NoReturn:
+    """Run the command line; see `compress.cli.main`. A signal is answered by one sentence, whenever it comes."""
+    watch()
+    try:
+        from compress.cli import main as run
+
+        run()
+    except SystemExit:
+        raise
+    except BaseException:
+        if received() is None:
+            raise
+        end_interrupted()
+
+
+if __name__ == "__main__":
+    main()

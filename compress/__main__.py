@@ -6,7 +6,7 @@ from compress.system.interrupts import end_interrupted, received, watch
 
 
 def main() -> NoReturn:
-    """Run the command line; see `compress.cli.main`. A signal is answered by one sentence, whenever it comes."""
+    """Run the command line (`compress.cli.main`). A signal is answered by one sentence, whenever it comes."""
     watch()
     try:
         from compress.cli import main as run

@@ -150,4 +150,3 @@ def _in_one_sentence(error: click.ClickException) -> str:
         if near:
             return message
     return f"{message}; see '{context.command_path} --help'."
-

@@ -34,7 +34,7 @@ from compress.errors import BadInput
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from compress.calibration.text.settings import Calibration
+    from compress.calibration.text.settings import SEQLEN, Calibration
     from compress.storage.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ def calibration_inputs(checkpoint: Checkpoint, wanted: Calibration, seed: int) -
     task = task_of(config)
     examples, documents = _calibration_examples(wanted, config, task)
     tokenizer = load_task_tokenizer(checkpoint, task) if task else load_tokenizer(checkpoint.folder)
-    longest = min(wanted.seqlen, longest_input(StreamedModel(checkpoint).model))
+    longest = min(wanted.seqlen or SEQLEN, longest_input(StreamedModel(checkpoint).model))
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     drawn: list[Input] = []
     used: set[int] = set()
@@ -237,7 +237,7 @@ def _calibration_examples(
     if task is not None and Path(wanted.source).suffix.lower() == ".jsonl":
         file = read_task_file(wanted.source, config, task, labelled=False)
         return file.examples, file.documents
-    documents = read_documents(wanted.source, 8 * wanted.nsamples * wanted.seqlen)
+    documents = read_documents(wanted.source, 8 * wanted.nsamples * (wanted.seqlen or SEQLEN))
     texts = [entry for entry in documents.entries if isinstance(entry, str)]
     if len(texts) < len(documents.entries):
         raise BadInput(f"{wanted.source} holds conversations, which an encoder does not read; give texts.")

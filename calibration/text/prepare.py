@@ -5,9 +5,10 @@ from __future__ import annotations
 from compress.anatomy import anatomy_of
 from compress.calibration.text.encoder_inputs import calibration_inputs
 from compress.calibration.text.generate import GENERATE, generated_windows
-from compress.calibration.text.settings import Calibration
+from compress.calibration.text.settings import SEQLEN, Calibration
 from compress.calibration.text.windows import calibration_windows
 from compress.engine.config import config_of
+from compress.engine.skeleton import skeleton, window_length
 from compress.engine.tokenizer import load_tokenizer
 from compress.engine.windows import Windows
 from compress.errors import BadInput
@@ -37,15 +38,16 @@ def prepare_calibration(
         raise BadInput("An encoder cannot generate calibration text; choose another source or give a file.")
     if encoder:
         return calibration_inputs(checkpoint, wanted, seed)
+    seqlen = window_length(skeleton(config_of(checkpoint)), wanted.seqlen, SEQLEN)
     if wanted.source == GENERATE:
         if wanted.chat_template:
             raise BadInput("Generated calibration text has no conversations; do not ask for a chat template.")
-        return generated_windows(checkpoint, wanted.nsamples, wanted.seqlen, seed, device, progress)
+        return generated_windows(checkpoint, wanted.nsamples, seqlen, seed, device, progress)
     return calibration_windows(
         load_tokenizer(checkpoint.folder),
         wanted.source,
         nsamples=wanted.nsamples,
-        seqlen=wanted.seqlen,
+        seqlen=seqlen,
         seed=seed,
         chat_template=wanted.chat_template,
     )

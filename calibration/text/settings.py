@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
+SEQLEN = 2048
+"""Tokens in a window if the recipe does not say how many and the model has positions for so many."""
+
 
 class Section(BaseModel):
     """A section of a recipe: it refuses unknown keys and infinite or NaN numbers, and cannot be changed."""
@@ -23,7 +26,11 @@ class Calibration(Section):
         "hub:DATASET[:CONFIG[:SPLIT[:FIELD]]], or generate (the model writes the text itself)",
     )
     nsamples: PositiveInt = Field(128, description="number of windows of text (inputs of an encoder)")
-    seqlen: PositiveInt = Field(2048, description="tokens in each window (of an encoder's input: at most)")
+    seqlen: PositiveInt | None = Field(
+        None,
+        description="tokens in each window (of an encoder's input: at most); by default 2048, or as many as "
+        "the model has positions for",
+    )
     seed: int | None = Field(
         None, description="seed for drawing or generating the text; by default the seed of the recipe"
     )

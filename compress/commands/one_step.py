@@ -137,7 +137,9 @@ def _command(name: str, family: Family, help_text: str) -> click.Command:
             "--nsamples", type=int, default=128, show_default=True, help="Number of calibration windows."
         ),
         click.option(
-            "--seqlen", type=int, default=2048, show_default=True, help="Tokens in a calibration window."
+            "--seqlen",
+            type=int,
+            help="Tokens in a calibration window. [default: 2048, or as many as the model has positions for]",
         ),
         click.option("--chat-template", is_flag=True, help="Render conversations with the chat template."),
         result_options,
@@ -154,7 +156,7 @@ def _command(name: str, family: Family, help_text: str) -> click.Command:
         revision: str | None,
         calibration: str,
         nsamples: int,
-        seqlen: int,
+        seqlen: int | None,
         chat_template: bool,
         dry_run: bool,
         resume: bool | None,

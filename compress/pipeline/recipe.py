@@ -42,7 +42,11 @@ class Evaluation(Section):
         None, description="labelled examples (.jsonl) for an encoder with a task head, in place of text"
     )
     text: str = Field("bundled:evaluation", description="text to score; sources as for calibration")
-    context: PositiveInt = Field(512, description="tokens in a window; the stride is the same")
+    context: PositiveInt | None = Field(
+        None,
+        description="tokens in a window, and the stride; by default 512, or as many as the model has "
+        "positions for",
+    )
     windows: PositiveInt = Field(32, description="number of windows at most")
 
 

@@ -8,7 +8,7 @@ import os
 from typing import IO
 
 PLAIN = {"−": "-", "–": "-", "—": "-", "×": "x", "÷": "/", "±": "~", "‖": "|", "…": ".", "’": "'"}
-"""Characters of our tables, and what stands for them where they cannot be shown: as wide, so columns align."""
+"""Characters of our tables, and what stands for them where they cannot be shown, equally wide."""
 
 REPLACED = "compress-model.plain"
 
@@ -21,8 +21,10 @@ def show_what_can_be_shown(stream: IO[str] | None) -> None:
 
 
 def flush_or_close(stream: IO[str] | None) -> None:
-    """Flush ``stream``. If that fails (its reader has gone, its disk is full), nothing more goes there, so the
-    interpreter, which flushes again at its end, has nothing to complain about."""
+    """Flush ``stream``, or close it if that fails, because its reader has gone or its disk is full.
+
+    The interpreter flushes again at its end, and then has nothing to complain about.
+    """
     try:
         if stream is not None:
             stream.flush()

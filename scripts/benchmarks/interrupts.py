@@ -46,9 +46,9 @@ def write_model(folder: Path, layers: int = 6) -> Path:
     words = {"<pad>": 0, "<eos>": 1} | {f"w{number}": number + 2 for number in range(WORDS)}
     core = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    hf.PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>"
-    ).save_pretrained(folder)
+    hf.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>").save_pretrained(
+        folder
+    )
     choose = random.Random(0)
     text = " ".join(f"w{choose.randrange(WORDS)}" for _ in range(4000))
     folder.with_name("text.txt").write_text(text)
@@ -78,7 +78,7 @@ class Bench:
         shutil.rmtree(self.output)
 
     def start(self, name: str) -> subprocess.Popen[str]:
-        """Start a command in a process group of its own, which does not ignore Ctrl-C as background jobs do."""
+        """Start a command in a process group of its own; unlike a background job it heeds Ctrl-C."""
         return subprocess.Popen(
             [str(Path(sys.executable).with_name("compress-model")), *map(str, self.commands[name])],
             stdout=subprocess.PIPE,

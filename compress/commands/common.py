@@ -133,12 +133,14 @@ def check_file(path: Path) -> None:
     """Refuse a file that cannot be written, before the work that makes its content.
 
     Raises:
-        BadInput: it is a folder, or there is no folder to put it in.
+        BadInput: it is a folder, or there is no folder to put it in that can be written.
     """
     if path.is_dir():
         raise BadInput(f"'{path}' is a folder; name a file to write to.")
     if not path.absolute().parent.is_dir():
         raise BadInput(f"There is no folder '{path.parent}' to write '{path.name}' to.")
+    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise BadInput(f"'{path}' cannot be written, because the folder '{path.absolute().parent}' cannot.")
 
 
 def stdout() -> Console:

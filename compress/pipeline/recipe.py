@@ -201,15 +201,22 @@ def _is_section(kind: Any) -> bool:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML's readers silently take the last."""
+    """Refuses a key that is given twice, of which YAML's readers silently take the last.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for number, key in enumerate(keys):
-            if key in keys[:number]:
-                mark = node.value[number][0].start_mark
-                raise yaml.constructor.ConstructorError(None, None, f"'{key}' is given twice", mark)
-        return super().construct_mapping(node, deep)
+    Keys are compared before merge keys (``<<: *other``) are replaced by what they bring, because a mapping may
+    well give another value to a key that it merges.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys: list[Any] = []
+        for key, _ in node.value:
+            is_merge = key.tag == "tag:yaml.org,2002:merge"
+            value = key.value if is_merge else self.construct_object(key, deep=True)
+            if value in keys:
+                raise yaml.constructor.ConstructorError(None, None, f"'{value}' is given twice", key.start_mark)
+            keys.append(value)
+        return node
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

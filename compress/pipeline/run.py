@@ -63,8 +63,8 @@ def execute(
         BadInput: the recipe does not fit the model, the text, the device or the output folder.
         CompressError: the work failed: no disk space, broken activations, or a reload that does not match.
     """
-    output = output.absolute()
-    workspace = Workspace(output)
+    workspace = Workspace(output.absolute())
+    output = workspace.output
     if output.parent.is_dir():
         with workspace.locked():
             workspace.tidy()

@@ -278,7 +278,7 @@ def test_occupied_outputs(house: House, commands: Commands, tmp_path: Path):
     (tmp_path / "used" / "precious.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "used")
-    for name, message in (("used", "is not empty"), ("file", "not a folder"), ("link", "not a folder")):
+    for name, message in (("used", "is not empty"), ("file", "not a folder"), ("link", "is not empty")):
         command = commands.run("run", house.recipe, "-o", tmp_path / name)
         assert command.code == 2
         assert message in command.complaint

@@ -15,6 +15,9 @@ from compress.errors import BadInput
 from compress.storage.checkpoint import Checkpoint
 from compress.system.progress import Progress
 
+FEWEST_TOKENS = 16
+"""Tokens below which calibration is refused. Methods that need more say so themselves."""
+
 
 def prepare_calibration(
     wanted: Calibration, seed: int, checkpoint: Checkpoint, device: str, progress: Progress
@@ -29,9 +32,21 @@ def prepare_calibration(
         progress: called with a text and the share done (0 to 1) while text is generated.
 
     Raises:
-        BadInput: the source does not fit the model, or cannot be read.
+        BadInput: the source does not fit the model, cannot be read, or gives fewer than `FEWEST_TOKENS`.
         CompressError: the source cannot be fetched.
     """
+    windows = _prepared(wanted, seed, checkpoint, device, progress)
+    if windows.num_tokens < FEWEST_TOKENS:
+        raise BadInput(
+            f"There are only {windows.num_tokens} tokens to calibrate on, which say nothing about a model; "
+            "give more text, and ask for thousands of tokens (nsamples times seqlen)."
+        )
+    return windows
+
+
+def _prepared(
+    wanted: Calibration, seed: int, checkpoint: Checkpoint, device: str, progress: Progress
+) -> Windows:
     seed = seed if wanted.seed is None else wanted.seed
     encoder = anatomy_of(config_of(checkpoint)).kind == "encoder"
     if encoder and wanted.source == GENERATE:

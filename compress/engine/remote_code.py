@@ -15,8 +15,8 @@ from transformers import dynamic_module_utils
 def code_copied_into(folder: Path) -> Iterator[None]:
     """Let transformers copy a model's code into a folder in ``folder`` that lasts as long as this block.
 
-    By default it copies the code into the user's home before it imports it, which ends in an error where there
-    is no home that can be written.
+    By default it copies the code into the home of the user before it imports it, which fails where there is
+    no home that can be written.
     """
     usual, path = dynamic_module_utils.HF_MODULES_CACHE, sys.path[:]
     with tempfile.TemporaryDirectory(prefix=".modules-", dir=folder) as cache:

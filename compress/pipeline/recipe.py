@@ -203,8 +203,8 @@ def _is_section(kind: Any) -> bool:
 class _UniqueKeys(yaml.SafeLoader):
     """Refuses a key that is given twice, of which YAML's readers silently take the last.
 
-    Keys are compared before merge keys (``<<: *other``) are replaced by what they bring, because a mapping may
-    well give another value to a key that it merges.
+    Keys are compared before merge keys (``<<: *other``) are replaced by what they bring, because a mapping
+    may well give another value to a key that it merges.
     """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -214,7 +214,9 @@ class _UniqueKeys(yaml.SafeLoader):
             is_merge = key.tag == "tag:yaml.org,2002:merge"
             value = key.value if is_merge else self.construct_object(key, deep=True)
             if value in keys:
-                raise yaml.constructor.ConstructorError(None, None, f"'{value}' is given twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"'{value}' is given twice", key.start_mark
+                )
             keys.append(value)
         return node
 

@@ -28,11 +28,11 @@ class Workspace:
     It holds ``run.json`` (the fingerprint of the run), a folder for each step, and at the end ``artefact``,
     which becomes the output by one rename. A file ``publishing`` says that the rename is about to happen.
 
-    If ``output`` is a link to a folder, the work lies beside that folder, so that the rename stays on its disk.
+    If ``output`` is a link to a folder, the work lies beside that folder, where the rename stays on its disk.
 
     Raises:
-        BadInput: nothing can lie beside ``output``, because it ends in no name (``/``, ``..``), is a disk of its
-            own, or lies in a folder that cannot be written.
+        BadInput: nothing can lie beside ``output``, because it ends in no name (``/``, ``..``), is a disk of
+            its own, or lies in a folder that cannot be written.
     """
 
     def __init__(self, output: Path) -> None:

@@ -17,7 +17,7 @@ def loaded(folder: Path, steps: str) -> Recipe:
 
 
 def test_merge_keys(tmp_path: Path):
-    """Also of a mapping that has merged keys itself, and of several at once; what stands beside them counts."""
+    """Also of a mapping that merges keys itself, and of several at once; what stands beside them counts."""
     recipe = loaded(
         tmp_path,
         "- &a {method: magnitude, ratio: 0.1}\n"

@@ -7,8 +7,8 @@ from compress.system.interrupts import end_interrupted, received, watch
 
 def main() -> NoReturn:
     """Run the command line (`compress.cli.main`). A signal is answered by one sentence, whenever it comes."""
-    watch()
     try:
+        watch()
         from compress.cli import main as run
 
         run()

@@ -30,7 +30,7 @@ SAME_WISH = 1.0
 
 
 class _State:
-    watching = False
+    watched: tuple[signal.Signals, ...] = ()
     received: signal.Signals | None = None
     when = 0.0
 
@@ -42,7 +42,9 @@ def watch() -> None:
     `SAME_WISH` seconds later ends the process at once, because something holds up the first one. Signals that
     are ignored already, as under nohup, stay ignored.
     """
-    _State.watching = True
+    _State.watched = tuple(
+        number for number in SENTENCES if signal.getsignal(number) is not signal.SIG_IGN
+    )
     _handle_by(_on_signal)
     import threading  # what takes time to import comes after
 
@@ -70,8 +72,7 @@ def end_interrupted() -> NoReturn:
 
 def end(code: int, sentence: str = "") -> NoReturn:
     """Write ``sentence`` to stderr, flush everything and end the process. Signals change nothing any more."""
-    if _State.watching:
-        _handle_by(signal.SIG_IGN)
+    _handle_by(signal.SIG_IGN)
     import logging
 
     with contextlib.suppress(OSError):
@@ -80,8 +81,7 @@ def end(code: int, sentence: str = "") -> NoReturn:
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         flush_or_close(stream)
-    if _State.watching:  # the shutdown of the interpreter may wait for threads
-        _handle_by(lambda number, frame: os._exit(code))
+    _handle_by(lambda number, frame: os._exit(code))  # the interpreter may wait for threads before it ends
     sys.exit(code)
 
 
@@ -96,9 +96,8 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 
 
 def _handle_by(handler: Any) -> None:
-    for number in SENTENCES:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, handler)
+    for number in _State.watched:
+        signal.signal(number, handler)
 
 
 def _unless_received(hook: Any) -> Any:

@@ -20,7 +20,9 @@ ODD = {
     '{"text": 7}': "'text' is neither a text nor a list of messages",
     '{"text": ["good"]}': "'text' is neither a text nor a list of messages",
     '{"text": "\\ud800 half"}': "'text' holds half a character",
-    json.dumps({"messages": [TALK, {"role": "user", "content": "\udfff"}]}): "'messages' holds half a character",
+    json.dumps(
+        {"messages": [TALK, {"role": "user", "content": "\udfff"}]}
+    ): "'messages' holds half a character",
     json.dumps({"messages": [{"role": "user"}]}): "'messages' is neither",
     '{"content": "good"}': "has neither 'text' nor 'messages'; there are: content",
     '["good"]': "is not a JSON object",
@@ -47,7 +49,9 @@ def test_an_odd_row_is_skipped_and_counted(tmp_path: Path, caplog: pytest.LogCap
 @pytest.mark.parametrize("odd", ODD)
 def test_a_source_of_which_more_than_half_is_odd_is_refused(tmp_path: Path, odd: str):
     source = jsonl(tmp_path, GOOD, odd, odd)
-    with pytest.raises(BadInput, match=f"Of the 3 rows of .* 2 cannot be used.*line 2:? {ODD[odd]}") as caught:
+    with pytest.raises(
+        BadInput, match=f"Of the 3 rows of .* 2 cannot be used.*line 2:? {ODD[odd]}"
+    ) as caught:
         read_documents(source)
     assert "\n" not in str(caught.value)
 

@@ -52,7 +52,7 @@ def longest(config: str, **settings: Any) -> int:
         ("Gemma3TextConfig", {"max_position_embeddings": 128, "sliding_window": 16}, 128),
         ("GPT2Config", {"n_positions": 128}, 128),
         ("OPTConfig", {"max_position_embeddings": 128, "word_embed_proj_dim": 32, "ffn_dim": 32}, 128),
-        ("RobertaConfig", {"max_position_embeddings": 130, "pad_token_id": 1}, 128),
+        ("RobertaConfig", {"max_position_embeddings": 130, "architectures": ["RobertaModel"]}, 128),
     ],
 )
 def test_how_many_tokens_a_model_has_positions_for(config: str, settings: dict[str, Any], expected: int):

@@ -36,8 +36,8 @@ def test_a_link_leads_to_work_beside_its_target(tmp_path: Path):
     (workspace.artefact / "config.json").write_text("{}")
     workspace.publish()
     assert link.is_symlink()
-    assert os.listdir(link) == ["config.json"]
-    assert os.listdir(target.parent) == ["target"]
+    assert [file.name for file in link.iterdir()] == ["config.json"]
+    assert list(target.parent.iterdir()) == [target]
 
 
 @pytest.mark.parametrize("name", ["out", "new/folders/out"])

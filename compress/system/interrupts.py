@@ -42,11 +42,10 @@ def watch() -> None:
     `SAME_WISH` seconds later ends the process at once, because something holds up the first one. Signals that
     are ignored already, as under nohup, stay ignored.
     """
-    _State.watched = tuple(
-        number for number in SENTENCES if signal.getsignal(number) is not signal.SIG_IGN
-    )
+    _State.watched = tuple(number for number in SENTENCES if signal.getsignal(number) is not signal.SIG_IGN)
     _handle_by(_on_signal)
-    import threading  # what takes time to import comes after
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SENTENCES)  # those that came before are answered here
+    import threading
 
     sys.unraisablehook = _unless_received(sys.unraisablehook)
     threading.excepthook = _unless_received(threading.excepthook)

@@ -159,7 +159,7 @@ def main() -> None:
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     bench = Bench(sheet.folder)
     with file.open("a") as log:
-        for number in range(len(rows), arguments.trials):
+        for number in sorted(set(range(arguments.trials)) - {row["number"] for row in rows}):
             rows.append(bench.trial(number))
             print(json.dumps(rows[-1]), file=log, flush=True)
     for name in bench.commands:

@@ -25,9 +25,10 @@ def flush_or_close(stream: IO[str] | None) -> None:
 
     The interpreter flushes again at its end, and then has nothing to complain about.
     """
+    if stream is None:
+        return
     try:
-        if stream is not None:
-            stream.flush()
+        stream.flush()
     except OSError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

@@ -72,7 +72,8 @@ class Bench:
             "evaluate": ["evaluate", self.model, "--text", text, "--context", "64", "--windows", "2"],
             "plan": ["plan", self.model, recipe],
         }
-        shutil.rmtree(self.output, ignore_errors=True)
+        for left in (self.output, self.output.with_name(f".{self.output.name}.partial")):
+            shutil.rmtree(left, ignore_errors=True)
         self.lengths = {name: self.length(name) for name in self.commands}
         self.whole = self.files()
         shutil.rmtree(self.output)

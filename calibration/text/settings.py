@@ -43,7 +43,8 @@ class Calibration(Section):
     )
     seqlen: PositiveInt | None = Field(
         None,
-        description="tokens in each window (of an encoder's input: at most); by default the method's own",
+        description="tokens in each window (of an encoder's input: at most); by default the method's own "
+        "number, or as many as the model has positions for",
     )
     seed: int | None = Field(
         None, description="seed for drawing or generating the text; by default the seed of the recipe"

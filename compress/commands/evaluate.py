@@ -43,9 +43,8 @@ from compress.commands.common import (
 @click.option(
     "--context",
     type=click.IntRange(2, sys.maxsize),
-    default=512,
-    show_default=True,
-    help="Tokens in a window; windows do not overlap.",
+    help="Tokens in a window; windows do not overlap. [default: 512, or as many as the model has positions "
+    "for]",
 )
 @click.option(
     "--windows",
@@ -78,7 +77,7 @@ def evaluate(
     suite: str,
     task_file: str | None,
     text: str,
-    context: int,
+    context: int | None,
     windows: int,
     memory: str | None,
     json_file: str | None,

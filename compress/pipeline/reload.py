@@ -10,6 +10,7 @@ import transformers
 from compress.anatomy import model_class
 from compress.engine.config import config_of
 from compress.engine.logits import first_output, streamed_logits
+from compress.engine.remote_code import code_copied_into
 from compress.engine.windows import Windows
 from compress.errors import CompressError
 from compress.storage.checkpoint import Checkpoint
@@ -35,7 +36,8 @@ def reload_check(current: Checkpoint, folder: Path, device: str) -> ReloadCheck:
     plain = "quantization_config" not in current.config
     if plain and 4 * sum(info.numel for info in current.tensors.values()) < available_memory() / 4:
         loaded_by = "transformers"
-        after = _plain_logits(current, folder, tokens)
+        with code_copied_into(folder.parent):
+            after = _plain_logits(current, folder, tokens)
     else:
         loaded_by = "compress-model, layer by layer"
         after = streamed_logits(reloaded, probe, device)

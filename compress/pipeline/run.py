@@ -67,8 +67,8 @@ def execute(
         BadInput: the recipe does not fit the model, the text, the device or the output folder.
         CompressError: the work failed: no disk space, broken activations, or a reload that does not match.
     """
-    output = output.absolute()
-    workspace = Workspace(output)
+    workspace = Workspace(output.absolute())
+    output = workspace.output
     if output.parent.is_dir():
         with workspace.locked():
             workspace.tidy()
@@ -100,7 +100,7 @@ def _execute(
     progress: Progress,
 ) -> Lineage:
     windows = (
-        prepare_calibration(recipe.calibration, recipe.seed, checkpoint, device, progress)
+        prepare_calibration(recipe.calibration, recipe.seed, checkpoint, device, progress, recipe.text_size)
         if recipe.needs_calibration
         else None
     )
@@ -116,7 +116,7 @@ def _execute(
             current = context.draft
         workspace.clear_artefact()
         progress("writing the model", 0.0)
-        files = write_model(current, source.folder, workspace.artefact, recipe.resolved())
+        files = write_model(current, source.folder, workspace.artefact, recipe.resolved(windows))
         progress("reloading the model", 0.0)
         check = reload_check(current, workspace.artefact, device)
         inherited = read_lineage(source.folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,13 +28,23 @@ class Workspace:
     It holds ``run.json`` (the fingerprint of the run), a folder for each step, and at the end ``artefact``,
     which becomes the output by one rename. A file ``publishing`` says that the rename is about to happen.
 
+    If ``output`` is a link to a folder, the work lies beside that folder, where the rename stays on its disk.
+
     Raises:
-        BadInput: ``output`` ends in no name (``/``, ``..``), so nothing can lie beside it.
+        BadInput: nothing can lie beside ``output``, because it ends in no name (``/``, ``..``), is a disk of
+            its own, or lies in a folder that cannot be written.
     """
 
     def __init__(self, output: Path) -> None:
         if output.name in ("", ".."):
             raise BadInput(f"The output '{output}' does not end in a folder's name; use another -o.")
+        if output.is_symlink() and output.is_dir():
+            output = output.resolve()
+        if os.path.ismount(output):
+            raise BadInput(f"The output '{output}' is a whole disk; name a folder on it with -o.")
+        there = next(parent for parent in output.absolute().parents if parent.exists())
+        if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
+            raise BadInput(f"The output '{output}' cannot be created, because '{there}' cannot be written.")
         self.output = output
         self.folder = output.with_name(f".{output.name}.partial")
 

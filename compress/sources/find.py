@@ -74,6 +74,11 @@ def _download(name: str, revision: str | None) -> ModelSource:
         raise BadInput(f"The hub model '{name}' has no revision '{revision}'.") from None
     except HFValidationError:
         raise BadInput(f"There is no model folder '{name}', and it is not a hub id.") from None
+    except PermissionError as error:
+        raise CompressError(
+            f"'{name}' cannot be downloaded, because the hub's cache '{error.filename}' cannot be written; "
+            "set HF_HOME to another folder."
+        ) from error
     except (HfHubHTTPError, OSError) as error:
         raise CompressError(
             f"'{name}' is not a folder here, and the hub cannot be reached to download it "

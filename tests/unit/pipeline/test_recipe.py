@@ -32,7 +32,8 @@ def test_defaults_are_filled_in_and_numbers_keep_their_kind():
     recipe = parse_recipe({"model": "demo", "steps": [REPLACEME, RTN]})
     assert [method.name for method, _ in recipe.steps] == ["replaceme", "rtn"]
     assert (recipe.seed, recipe.dtype, recipe.evaluate) == (0, None, None)
-    assert (recipe.calibration.source, recipe.calibration.nsamples) == ("bundled", 128)
+    assert (recipe.calibration.source, recipe.calibration.nsamples) == ("bundled", None)
+    assert recipe.text_size == (128, 512)
     assert recipe.steps[1][1].bits == 4
     assert recipe.needs_calibration
     assert not parse_recipe({"model": "demo", "steps": [RTN]}).needs_calibration

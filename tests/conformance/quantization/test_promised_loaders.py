@@ -23,6 +23,8 @@ from compress.pipeline.reload import HALF_PRECISION, SAME_ARITHMETIC
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.lineage import read_lineage
 
+pytestmark = pytest.mark.loaders
+
 Decoder = Callable[..., Path]
 ROUNDED = {"method": "rtn", "bits": 4, "group_size": 32}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -67,14 +69,15 @@ def test_the_promised_loader_computes_the_same(
         sizes["word_embed_proj_dim"] = 128
     folder = made(shared_decoder(architecture, **sizes), FORMATS[form], tmp_path / form)
 
-    tokens = torch.arange(1, 33).view(2, 16)
-    with torch.no_grad():
-        ours = compress.load(folder, dtype="float32")(tokens).logits
     shape, trial = ModelShape.of(Checkpoint.open(folder)), read_lineage(folder).reload.promised
     tolerance = HALF_PRECISION if shape.loads_with.in_half_precision else SAME_ARITHMETIC
     assert trial.not_tried is None
     assert trial.difference <= tolerance
-    assert distance(promised_logits(folder, tokens), ours) <= tolerance
+    if package is None:  # in this process, so it takes no time to compare with the whole model as well
+        tokens = torch.arange(1, 33).view(2, 16)
+        with torch.no_grad():
+            ours = compress.load(folder, dtype="float32")(tokens).logits
+        assert distance(promised_logits(folder, tokens), ours) <= tolerance
     assert trial.loader.partition(" ")[0] == (
         "compress-model" if (architecture, form) == ("OPTForCausalLM", "fp8") else "transformers"
     )

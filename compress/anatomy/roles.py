@@ -59,6 +59,7 @@ class Anatomy:
     norm_first: bool = True
     norm_offset: float = 0.0  # norms multiply by this plus their weight
     parallel_residual: bool = False  # attention and MLP both read the layer's input
+    flat_mlp: bool = False  # the MLP is given all tokens of a batch as rows, [N·S, D]
 
     # Names in the config. Without ``head_dim`` in it, a head can only have the width hidden_size / heads. A
     # bias key gives every projection of a block a bias; it is None where the class leaves no choice.

@@ -117,6 +117,7 @@ class ModelShape:
                 quantization,
                 conv1d=self.anatomy.conv1d,
                 packed_embedding=self._has_packed_embedding(Formats(quantization)),
+                flat_inputs=self.anatomy.flat_mlp,
                 linears=self.linears().values(),
             )
         return replace(

@@ -7,16 +7,18 @@ import importlib.resources
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from compress.calibration.text.settings import DEFAULT_SIZE, Calibration, Section, TextSize
-from compress.engine.windows import Windows
 from compress.errors import BadInput, unknown
 from compress.method import Method, MethodOptions
 from compress.pipeline.registry import find_method
+
+if TYPE_CHECKING:
+    from compress.engine.windows import Windows
 
 ORDER = ("unlearning", "pruning", "quantization")
 WHY_ORDER = {

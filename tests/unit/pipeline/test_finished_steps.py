@@ -95,8 +95,8 @@ def test_a_failure_behind_all_steps_keeps_them(
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "reload_check", wrong)
+        patch.setattr(sys, "argv", ["compress-model", "run", str(recipe), "-o", str(tmp_path / "out")])
         with pytest.raises(SystemExit) as caught:
-            patch.setattr(sys, "argv", ["compress-model", "run", str(recipe), "-o", str(tmp_path / "out")])
             main()
     assert caught.value.code == 2
     assert "The model cannot be read; rtn is done and kept" in capsys.readouterr().err

@@ -178,9 +178,7 @@ class ReplaceMe(Method["ReplaceMe.Options"]):
         solve = least_squares if options.transform == "least-squares" else cosine
         stream = model.stream(windows, context.folder / "estimate")
         journal = context.journal("estimate")
-        mlp, rest = (
-            journal.activations(name, stream.hidden.shape, model.device) for name in ("mlp", "rest")
-        )
+        mlp, rest = (journal.activations(name, stream.hidden.shape, model.device) for name in ("mlp", "rest"))
         begins = {cut.layer for cut in cuts}
         ends = {cut.removed[-1]: cut.layer for cut in cuts}
         for layer in model.walk(

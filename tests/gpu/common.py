@@ -14,8 +14,8 @@ from compress.storage.lineage import Lineage
 Result = tuple[Path, Lineage]
 
 SAME_CODES = 0.99
-"""Least share of equal bytes of packed codes. A sum of float32 products in another order may move a weight over
-the middle between two codes, but seldom."""
+"""Least share of equal bytes of packed codes. Another order of the sums of float32 products may move a weight
+over the middle between two codes, but seldom."""
 
 SAME_NUMBERS = 1e-3
 """Largest relative distance of floating-point tensors."""

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
+from compress.calibration.text.settings import DEFAULT_SIZE, TextSize
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -113,6 +115,9 @@ class Method(ABC, Generic[OptionsT]):
     family: ClassVar[Family]
     paper: ClassVar[Paper]
     needs_calibration: ClassVar[bool] = True
+    text_size: ClassVar[TextSize] = DEFAULT_SIZE
+    """Calibration text of a recipe that does not say how much. More would make the result no better, or take
+    too long on a CPU."""
     needs_package: ClassVar[str | None] = None
     """A library beyond those always installed; the extra that brings it has its name."""
     Options: type[OptionsT]

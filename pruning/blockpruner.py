@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Self
@@ -33,6 +34,7 @@ from compress.storage.lineage import LINEAGE, read_lineage
 
 if TYPE_CHECKING:
     from compress.method import StepContext
+    from compress.system.progress import Progress
 
 FIRST_WINDOWS = 4  # a race begins on this many windows, and doubles them
 
@@ -61,11 +63,13 @@ class BlockPruner(Method["BlockPruner.Options"]):
        without R and b.
     2. b* = argmin PPL(b), and R = R + {b*}.
 
-    The published criterion tends to remove small blocks first. ``cost: parameters`` takes the argmin of (ln
-    PPL(b) - ln PPL(R)) / parameters of b instead. ``search: racing`` looks at a growing random part of the
-    windows, and drops a block from the round once it is behind the best one by Student's bound on the mean of
-    the paired differences; ``confidence`` holds for all comparisons of a round together (Bonferroni). The
-    blocks that are left go through all windows, so the perplexities in the result are those on all of them.
+    That is ``cost: blocks``, which tends to remove small blocks first. By default b* is the argmin of (ln
+    PPL(b) - ln PPL(R)) / parameters of b instead (``cost: parameters``).
+
+    ``search: racing`` looks at a growing random part of the windows, and drops a block from the round once it
+    is behind the best one by Student's bound on the mean of the paired differences; ``confidence`` holds for
+    all comparisons of a round together (Bonferroni). The blocks that are left go through all windows, so the
+    perplexities in the result are those on all of them.
 
     Losses are computed from float32 logits of real tokens, with sums in float64; `BlockLosses` finds them
     fast. The last attention block always stays, because without one tokens do not see each other.
@@ -97,9 +101,9 @@ class BlockPruner(Method["BlockPruner.Options"]):
         )
         mode: Literal["mix", "attention", "mlp"] = Field("mix", description="which blocks may be removed")
         cost: Literal["blocks", "parameters"] = Field(
-            "blocks",
-            description="remove next the block with the least perplexity (as published), or with the least "
-            "rise of its logarithm per parameter",
+            "parameters",
+            description="remove next the block with the least rise of the logarithm of the perplexity per "
+            "parameter, or with the least perplexity (blocks, as published)",
         )
         search: Literal["exact", "racing"] = Field(
             "exact", description="racing drops blocks early that are behind on a part of the windows"
@@ -161,6 +165,7 @@ class BlockPruner(Method["BlockPruner.Options"]):
         done = journal.state.get("removals", torch.empty(0)).tolist()
         removals = [Removal(int(row[0]), PARTS[int(row[1])], *row[2:4], *map(int, row[4:])) for row in done]
         following: Removal | None = None
+        rounds = _rounds(sizes, total, options)
         while not _reached(removed := [removal.block for removal in removals], sizes, total, options):
             left = _candidates(removed, sizes, options)
             if not left:
@@ -169,8 +174,9 @@ class BlockPruner(Method["BlockPruner.Options"]):
                 following = earlier[len(removals)]
             else:
                 costs = {block: sizes[block] / total if options.cost == "parameters" else 1 for block in left}
-                label = f"choosing block {len(removals) + 1} to remove"
-                losses = BlockLosses(model, windows, removed, costs, context.folder / "search", label)
+                report = partial(_report, context.progress, len(removals), rounds)
+                report(0.0)
+                losses = BlockLosses(model, windows, removed, costs, context.folder / "search", report)
                 following = self.search(losses, options, context)
             if following.perplexity > limit:
                 break
@@ -255,6 +261,19 @@ def _reached(
     if options.blocks is not None:
         return len(removed) >= options.blocks
     return options.ratio is not None and _gone(removed, sizes, total) >= options.ratio
+
+
+def _rounds(sizes: Mapping[Block, int], total: int, options: BlockPruner.Options) -> int:
+    """How many rounds the search takes if blocks of average size go; without a target, the most it can."""
+    if options.blocks is not None:
+        return options.blocks
+    left = len(_candidates([], sizes, options))
+    return left if options.ratio is None else math.ceil(options.ratio * len(sizes))
+
+
+def _report(progress: Progress, finished: int, rounds: int, share: float) -> None:
+    """Report a share of a round as its share of the whole search."""
+    progress("choosing the blocks to remove", min(1.0, (finished + share) / rounds))
 
 
 def _gone(removed: Sequence[Block], sizes: Mapping[Block, int], total: int) -> float:

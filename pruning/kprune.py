@@ -117,7 +117,11 @@ class KPrune(Method["KPrune.Options"]):
         journal = context.journal("prune")
         journal.state["budget"] = torch.tensor(total - round(options.ratio * total))
         pruning = Pruning(model, windows, sublayers, journal.state, options, context)
-        for layer in model.walk(journal, pruning.dense, pruning.student, label="pruning"):
+        # Gradients go back from the last layer to the present one, so a layer takes as long as are left.
+        walk = model.walk(
+            journal, pruning.dense, pruning.student, label="pruning", share=lambda done: 1 - (1 - done) ** 2
+        )
+        for layer in walk:
             held = pruning.prune(layer)
             pruning.student.advance(held)
             write_layer(context.draft, model, held)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
@@ -23,6 +23,11 @@ from compress.storage.draft import Draft
 if TYPE_CHECKING:
     from compress.engine.shape import ModelShape
     from compress.method import StepContext
+
+
+Kind = Literal["least-squares", "cosine"]
+Transforms = dict[int, torch.Tensor]
+"""Layer i -> T, float64 [hidden_size, hidden_size]."""
 
 
 class ReplaceMe(Method["ReplaceMe.Options"]):
@@ -45,8 +50,8 @@ class ReplaceMe(Method["ReplaceMe.Options"]):
     Differences from the published code: padding is masked everywhere; L_{i+n} is taken before the final norm;
     several transforms replace layers in disjoint places, and adjacent cuts are merged into one; activations
     are streamed. Layers are selected on all tokens by default, because a few last tokens may select layers
-    whose removal costs far more. And some windows are held out, on which the result is compared with removing
-    the same layers without any transform; the better of the two is written.
+    whose removal costs far more. And some windows are held out, on which both transforms are compared with
+    each other and with removing the same layers without any; the best of the three is written.
     """
 
     name = "replaceme"
@@ -59,9 +64,10 @@ class ReplaceMe(Method["ReplaceMe.Options"]):
     class Options(LayerCount):
         renamed: ClassVar[Mapping[str, str]] = {"batch_tokens": "batch_size"}
 
-        transform: Literal["cosine", "least-squares", "none"] = Field(
-            "cosine",
-            description="how to estimate the linear map; none removes the layers without a replacement",
+        transform: Literal["auto", "cosine", "least-squares", "none"] = Field(
+            "auto",
+            description="how to estimate the linear map; none removes the layers without a replacement; auto "
+            "takes what is best on held-out windows",
         )
         transforms: PositiveInt = Field(
             1, description="number of linear maps, each for an equal share of the layers"
@@ -87,7 +93,7 @@ class ReplaceMe(Method["ReplaceMe.Options"]):
             0.125,
             ge=0,
             lt=1,
-            description="share of the windows on which the transform is compared with none; 0: no check",
+            description="share of the windows on which transforms are compared with none; 0: no check",
         )
 
         @model_validator(mode="after")
@@ -96,9 +102,18 @@ class ReplaceMe(Method["ReplaceMe.Options"]):
                 raise ValueError(
                     f"{self.layers} layers cannot be shared equally by {self.transforms} transforms"
                 )
-            if self.transform != "cosine" and (self.exact or self.l1):
+            if "cosine" not in self.kinds and (self.exact or self.l1):
                 raise ValueError("exact and l1 are options of the cosine transform only")
+            if self.transform == "auto" and not self.held_out:
+                raise ValueError("auto compares transforms on held-out windows, so held_out cannot be 0")
             return self
+
+        @property
+        def kinds(self) -> tuple[Kind, ...]:
+            """The transforms to estimate."""
+            if self.transform == "auto":
+                return ("least-squares", "cosine")
+            return () if self.transform == "none" else (self.transform,)
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
         if options.layers >= shape.num_layers:
@@ -106,7 +121,7 @@ class ReplaceMe(Method["ReplaceMe.Options"]):
                 f"ReplaceMe can remove at most {shape.num_layers - 1} of the model's {shape.num_layers} "
                 f"layers, not {options.layers}."
             )
-        if options.transform != "none" and (obstacle := shape.anatomy.merge_obstacle):
+        if options.kinds and (obstacle := shape.anatomy.merge_obstacle):
             raise BadInput(f"{obstacle} Use 'transform: none', or another method.")
         # The calibration text decides which layers go; in a plain model all have the same size.
         return plan_without_layers(shape, range(1, options.layers + 1))
@@ -114,7 +129,8 @@ class ReplaceMe(Method["ReplaceMe.Options"]):
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
         fit, held_out = _split(context.calibration, options)
         size = sizes_of(model.config).hidden_size
-        if options.transform == "least-squares" and fit.num_tokens < size and not options.l2:
+        enough = fit.num_tokens >= size or bool(options.l2)
+        if options.transform == "least-squares" and not enough:
             raise BadInput(
                 f"Least squares needs at least {size} calibration tokens for this model, better {size**2:,}; "
                 f"there are only {fit.num_tokens}, so use more windows, or set l2."
@@ -127,16 +143,15 @@ class ReplaceMe(Method["ReplaceMe.Options"]):
             "cuts": [{"layer": cut.layer, "removed": list(cut.removed)} for cut in cuts],
             "tokens": fit.num_tokens,
         }
-        transforms: dict[int, torch.Tensor] = {}
-        if options.transform != "none":
-            transforms = self.estimate(model, fit, cuts, options, context)
-        merge(context.draft, model, removed, transforms)
+        kinds = [kind for kind in options.kinds if kind != "least-squares" or enough]
+        found = self.estimate(model, fit, cuts, kinds, options, context) if kinds else {}
         if len(held_out):
-            details["held_out"] = _compare(model, removed, held_out, context)
-            if details["held_out"]["chosen"] == "none":
-                transforms = {}
-                merge(context.draft, model, removed, transforms)
-        return StepReport(_summary(options, removed, bool(transforms), details), details)
+            details["held_out"] = _compare(model, removed, found, held_out, context)
+            chosen = details["held_out"]["chosen"]
+        else:
+            chosen = options.transform
+        merge(context.draft, model, removed, found.get(chosen, {}))
+        return StepReport(_summary(chosen, removed, details), details)
 
     def distances(
         self, model: StreamedModel, windows: Windows, options: Options, context: StepContext
@@ -172,10 +187,15 @@ class ReplaceMe(Method["ReplaceMe.Options"]):
         return journal.state["distances"]
 
     def estimate(
-        self, model: StreamedModel, windows: Windows, cuts: list[Cut], options: Options, context: StepContext
-    ) -> dict[int, torch.Tensor]:
-        """Estimate T for every cut: layer i -> float64 [hidden_size, hidden_size]."""
-        solve = least_squares if options.transform == "least-squares" else cosine
+        self,
+        model: StreamedModel,
+        windows: Windows,
+        cuts: list[Cut],
+        kinds: Sequence[Kind],
+        options: Options,
+        context: StepContext,
+    ) -> dict[str, Transforms]:
+        """Estimate T for every cut, in all the ways that ``kinds`` names."""
         stream = model.stream(windows, context.folder / "estimate")
         journal = context.journal("estimate")
         mlp, rest = (journal.activations(name, stream.hidden.shape, model.device) for name in ("mlp", "rest"))
@@ -190,8 +210,10 @@ class ReplaceMe(Method["ReplaceMe.Options"]):
                 stream.advance(layer)
             if layer.index in ends:
                 samples = Samples(mlp, rest, stream, context.device)
-                journal.state[f"T.{ends[layer.index]}"] = solve(samples, options, context.generator())
-        return {cut.layer: journal.state[f"T.{cut.layer}"] for cut in cuts}
+                for kind in kinds:
+                    transform = SOLVERS[kind](samples, options, context.generator())
+                    journal.state[f"T.{kind}.{ends[layer.index]}"] = transform
+        return {kind: {cut.layer: journal.state[f"T.{kind}.{cut.layer}"] for cut in cuts} for kind in kinds}
 
     @staticmethod
     def _keep(
@@ -281,9 +303,10 @@ def cosine(samples: Samples, options: ReplaceMe.Options, generator: torch.Genera
     return transform.detach().cpu().double()
 
 
-def merge(
-    draft: Draft, model: StreamedModel, removed: list[int], transforms: dict[int, torch.Tensor]
-) -> None:
+SOLVERS = {"least-squares": least_squares, "cosine": cosine}
+
+
+def merge(draft: Draft, model: StreamedModel, removed: list[int], transforms: Transforms) -> None:
     """Turn ``draft`` into the model without the layers ``removed``, with each T folded into its ``down``.
 
     W_down <- T^T W_down and b_down <- T^T b_down are computed in float64 and rounded to the stored dtype.
@@ -312,7 +335,7 @@ def merge(
 def _split(windows: Windows, options: ReplaceMe.Options) -> tuple[Windows, Windows]:
     """The windows to estimate on, and the held-out ones, which are spread evenly."""
     count = len(windows)
-    aside = math.ceil(count * options.held_out) if options.transform != "none" else 0
+    aside = math.ceil(count * options.held_out) if options.kinds else 0
     if aside >= count:
         raise BadInput(
             f"With {count} calibration window(s) none can be held out; use more, or set held_out to 0."
@@ -323,24 +346,27 @@ def _split(windows: Windows, options: ReplaceMe.Options) -> tuple[Windows, Windo
 
 
 def _compare(
-    model: StreamedModel, removed: list[int], windows: Windows, context: StepContext
+    model: StreamedModel,
+    removed: list[int],
+    found: Mapping[str, Transforms],
+    windows: Windows,
+    context: StepContext,
 ) -> dict[str, Any]:
-    """The perplexities on the held-out windows with the transform and without any, and which is chosen."""
-    plain = Draft(context.draft.parent, context.folder / "without")
-    merge(plain, model, removed, {})
+    """The perplexities on the held-out windows with each transform and without any, and which is chosen."""
+    draft = Draft(context.draft.parent, context.folder / "compared")
 
-    def loss(draft: Draft) -> float:
+    def loss(transforms: Transforms) -> float:
         try:
+            merge(draft, model, removed, transforms)
             return float(streamed_losses(StreamedModel(draft, context.device), windows).mean())
-        except CompressError:  # activations overflow, which rules the model out
+        except CompressError:  # weights or activations overflow, which rules the model out
             return math.inf
 
-    with_transform, without = loss(context.draft), loss(plain)
+    losses = {"none": loss({})} | {kind: loss(transforms) for kind, transforms in found.items()}
     return {
         "windows": len(windows),
-        "perplexity_with_transform": _perplexity(with_transform),
-        "perplexity_without": _perplexity(without),
-        "chosen": "transform" if with_transform < without else "none",
+        "perplexity": {kind: _perplexity(value) for kind, value in losses.items()},
+        "chosen": min(losses, key=lambda kind: losses[kind]),
     }
 
 
@@ -349,21 +375,16 @@ def _perplexity(loss: float) -> float | None:
     return math.exp(loss) if loss < 700 else None
 
 
-def _summary(
-    options: ReplaceMe.Options, removed: list[int], transformed: bool, details: dict[str, Any]
-) -> str:
+def _summary(chosen: str, removed: list[int], details: dict[str, Any]) -> str:
     layers = ", ".join(map(str, removed))
-    if transformed:
-        text = f"replaced layers {layers} by {len(details['cuts'])} linear map(s) ({options.transform})"
-    else:
+    if chosen == "none":
         text = f"removed layers {layers} without a linear map"
+    else:
+        text = f"replaced layers {layers} by {len(details['cuts'])} linear map(s) ({chosen})"
     if "held_out" in details:
         found = details["held_out"]
-        text += (
-            f"; perplexity on {found['windows']} held-out calibration windows: "
-            f"{_shown(found['perplexity_with_transform'])} with the map, "
-            f"{_shown(found['perplexity_without'])} without"
-        )
+        figures = (f"{kind} {_shown(value)}" for kind, value in found["perplexity"].items())
+        text += f"; perplexity on {found['windows']} held-out calibration windows: {', '.join(figures)}"
     return text + "."
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from compress.anatomy import Anatomy, anatomy_of, linears_by_input, set_weight, weight
+from compress.anatomy import Anatomy, Sizes, anatomy_of, linears_by_input, set_weight, sizes_of, weight
 from compress.calibration.statistics.fisher import Fisher, text_loss
 from compress.calibration.statistics.hessian import Hessian
 from compress.engine.activations import Activations
@@ -74,16 +74,16 @@ class ApiQ(Method["ApiQ.Options"]):
             "lora_lr": "learning_rate",
         }
 
-        symmetric: bool = Field(
-            False,
-            description="fix the zero points in the middle of the codes; otherwise each group stores its own",
-        )
         mode: Literal["layer", "block"] = Field(
             "layer",
             description="what to match with the dense model: the output of each linear (layer), or of each "
             "layer of the model (block)",
         )
-        rank: PositiveInt = Field(64, description="rank r of the adapters")
+        rank: PositiveInt | None = Field(
+            None,
+            description="rank r of the adapters; by default a 64th of the model's width (the paper takes 64 "
+            "for 4,096), rounded to a multiple of 8",
+        )
         alpha: PositiveFloat = Field(16, description="adapters are multiplied by alpha / rank")
         learning_rate: PositiveFloat = Field(
             0.02, description="learning rate of the adapters at the first step"
@@ -113,10 +113,11 @@ class ApiQ(Method["ApiQ.Options"]):
                 "Saliency is measured with the loss of a language model, but this model does not predict "
                 "tokens."
             )
-        return plan_adapters(shape, plan_packed(shape, options), options.rank, options.alpha)
+        rank = rank_of(options, shape.sizes)
+        return plan_adapters(shape, plan_packed(shape, options), rank, options.alpha)
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
-        windows = context.calibration
+        windows, rank = context.calibration, rank_of(options, sizes_of(model.config))
         length = windows.tokens.shape[1]
         size = {"batch_tokens": options.batch_size * length} if options.mode == "block" else {}
         dense = model.stream(windows, context.folder / "dense", **size)
@@ -132,7 +133,7 @@ class ApiQ(Method["ApiQ.Options"]):
             stored = packer.wanted(layer)
             linears = {
                 path: clipped_linear(
-                    weight(layer.linears[path]), name, packer, options.rank, options.alpha, generator
+                    weight(layer.linears[path]), name, packer, rank, options.alpha, generator
                 )
                 for path, name in stored.items()
             }
@@ -147,11 +148,15 @@ class ApiQ(Method["ApiQ.Options"]):
                 packer.write(stored[path], linear.weight, linear.rounded())
                 names = (f"{layer.name}.{path}{part}" for part in (adapter.A, adapter.B))
                 context.draft.write(dict(zip(names, linear.adapter(), strict=True)))
-        return self._finish(packer, losses, context, options)
+        return self._finish(packer, losses, context, options, rank)
 
     @staticmethod
     def _finish(
-        packer: Packer, losses: MutableMapping[str, torch.Tensor], context: StepContext, options: Options
+        packer: Packer,
+        losses: MutableMapping[str, torch.Tensor],
+        context: StepContext,
+        options: Options,
+        rank: int,
     ) -> StepReport:
         """The report of the packed weights, to which the adapters and the losses by layer are added."""
         report = packer.finish()
@@ -171,10 +176,15 @@ class ApiQ(Method["ApiQ.Options"]):
             },
         }
         report.summary += (
-            f"; {bits:.2f} bits per weight with adapters of rank {options.rank}, and "
+            f"; {bits:.2f} bits per weight with adapters of rank {rank}, and "
             f"{sum(left) / len(left):.1%} of plain rounding's loss on the calibration text"
         )
         return report
+
+
+def rank_of(options: ApiQ.Options, sizes: Sizes) -> int:
+    """The rank of the adapters."""
+    return options.rank or 8 * max(1, round(sizes.hidden_size / 512))
 
 
 class Learning:

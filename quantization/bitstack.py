@@ -55,7 +55,7 @@ class BitStack(Method["BitStack.Options"]):
 
     class Options(StackOptions):
         blocks: PositiveInt = Field(
-            16, description="number of blocks of every linear, each of about 1 bit per weight"
+            8, description="number of blocks of every linear, each of about 1 bit per weight"
         )
         rank: PositiveInt = Field(
             16,

@@ -197,7 +197,7 @@ def calibration_inputs(checkpoint: Checkpoint, wanted: Calibration, seed: int) -
     task = task_of(config)
     examples, documents = _calibration_examples(wanted, config, task)
     tokenizer = load_task_tokenizer(checkpoint, task) if task else load_tokenizer(checkpoint.folder)
-    longest = min(wanted.seqlen, longest_input(StreamedModel(checkpoint).model))
+    longest = min(wanted.size.seqlen, longest_input(StreamedModel(checkpoint).model))
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     drawn: list[Input] = []
     used: set[int] = set()
@@ -205,21 +205,21 @@ def calibration_inputs(checkpoint: Checkpoint, wanted: Calibration, seed: int) -
         order, encode((examples[i] for i in order), tokenizer, config, longest), strict=True
     ):
         used.add(index)
-        drawn += inputs[: wanted.nsamples - len(drawn)]
-        if len(drawn) == wanted.nsamples:
+        drawn += inputs[: wanted.size.nsamples - len(drawn)]
+        if len(drawn) == wanted.size.nsamples:
             break
-    if len(drawn) < wanted.nsamples:
+    if len(drawn) < wanted.size.nsamples:
         log.warning(
             "%s holds only %d of the %d inputs asked for; calibration uses these.",
             wanted.source,
             len(drawn),
-            wanted.nsamples,
+            wanted.size.nsamples,
         )
     return replace(
         padded(drawn, config.pad_token_id or 0, wanted.source),
         document_hashes=frozenset(documents.hashes[index] for index in used),
         settings={
-            "nsamples": wanted.nsamples,
+            "nsamples": wanted.size.nsamples,
             "seed": seed,
             "chat_template": False,
             "licence": documents.licence,
@@ -237,7 +237,7 @@ def _calibration_examples(
     if task is not None and Path(wanted.source).suffix.lower() == ".jsonl":
         file = read_task_file(wanted.source, config, task, labelled=False)
         return file.examples, file.documents
-    documents = read_documents(wanted.source, 8 * wanted.nsamples * wanted.seqlen)
+    documents = read_documents(wanted.source, 8 * wanted.size.nsamples * wanted.size.seqlen)
     texts = [entry for entry in documents.entries if isinstance(entry, str)]
     if len(texts) < len(documents.entries):
         raise BadInput(f"{wanted.source} holds conversations, which an encoder does not read; give texts.")

@@ -40,12 +40,12 @@ def prepare_calibration(
     if wanted.source == GENERATE:
         if wanted.chat_template:
             raise BadInput("Generated calibration text has no conversations; do not ask for a chat template.")
-        return generated_windows(checkpoint, wanted.nsamples, wanted.seqlen, seed, device, progress)
+        return generated_windows(checkpoint, *wanted.size, seed, device, progress)
     return calibration_windows(
         load_tokenizer(checkpoint.folder),
         wanted.source,
-        nsamples=wanted.nsamples,
-        seqlen=wanted.seqlen,
+        nsamples=wanted.size.nsamples,
+        seqlen=wanted.size.seqlen,
         seed=seed,
         chat_template=wanted.chat_template,
     )

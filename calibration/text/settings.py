@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 
@@ -9,6 +11,19 @@ class Section(BaseModel):
     """A section of a recipe: it refuses unknown keys and infinite or NaN numbers, and cannot be changed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class TextSize(NamedTuple):
+    """An amount of calibration text: ``nsamples`` windows of ``seqlen`` tokens."""
+
+    nsamples: int
+    seqlen: int
+
+    def __str__(self) -> str:
+        return f"{self.nsamples:,} windows of {self.seqlen:,} tokens"
+
+
+DEFAULT_SIZE = TextSize(128, 512)
 
 
 class Calibration(Section):
@@ -22,11 +37,27 @@ class Calibration(Section):
         description="text to calibrate on: bundled, wikipedia, brown, a .txt, .jsonl or .parquet file, "
         "hub:DATASET[:CONFIG[:SPLIT[:FIELD]]], or generate (the model writes the text itself)",
     )
-    nsamples: PositiveInt = Field(128, description="number of windows of text (inputs of an encoder)")
-    seqlen: PositiveInt = Field(2048, description="tokens in each window (of an encoder's input: at most)")
+    nsamples: PositiveInt | None = Field(
+        None,
+        description="number of windows of text (inputs of an encoder); by default the method's own",
+    )
+    seqlen: PositiveInt | None = Field(
+        None,
+        description="tokens in each window (of an encoder's input: at most); by default the method's own",
+    )
     seed: int | None = Field(
         None, description="seed for drawing or generating the text; by default the seed of the recipe"
     )
     chat_template: bool = Field(
         False, description="make each window one conversation, rendered with the tokenizer's chat template"
     )
+
+    @property
+    def size(self) -> TextSize:
+        """How much text is used."""
+        return TextSize(self.nsamples or DEFAULT_SIZE.nsamples, self.seqlen or DEFAULT_SIZE.seqlen)
+
+    def sized(self, size: TextSize) -> Calibration:
+        """The same settings, with ``size`` in the place of what was not given."""
+        given = {"nsamples": self.nsamples or size.nsamples, "seqlen": self.seqlen or size.seqlen}
+        return self.model_copy(update=given)

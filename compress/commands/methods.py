@@ -32,6 +32,8 @@ def methods(name: str | None, as_json: bool) -> None:
         return
     method = found[0]
     click.echo(f"{method.name} ({method.family}): {method.paper}\n\n{inspect.getdoc(method)}\n")
+    if method.needs_calibration:
+        click.echo(f"Calibration text, where the recipe does not say how much: {method.text_size}.\n")
     table = make_table("option", "default", "meaning")
     for option in describe(method)["options"]:
         table.add_row(
@@ -73,6 +75,7 @@ def describe(method: Any) -> dict[str, Any]:
         "summary": first_line(method),
         "paper": {"title": method.paper.title, "arxiv": method.paper.arxiv, "url": method.paper.url},
         "needs_calibration": method.needs_calibration,
+        "calibration": method.text_size._asdict() if method.needs_calibration else None,
         "options": [
             {
                 "name": key,

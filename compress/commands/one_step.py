@@ -134,10 +134,10 @@ def _command(name: str, family: Family, help_text: str) -> click.Command:
             help="Calibration text: a name, a file, hub:DATASET or generate.",
         ),
         click.option(
-            "--nsamples", type=int, default=128, show_default=True, help="Number of calibration windows."
+            "--nsamples", type=int, help="Number of calibration windows. [default: the method's own]"
         ),
         click.option(
-            "--seqlen", type=int, default=2048, show_default=True, help="Tokens in a calibration window."
+            "--seqlen", type=int, help="Tokens in a calibration window. [default: the method's own]"
         ),
         click.option("--chat-template", is_flag=True, help="Render conversations with the chat template."),
         result_options,
@@ -153,8 +153,8 @@ def _command(name: str, family: Family, help_text: str) -> click.Command:
         output: Path | None,
         revision: str | None,
         calibration: str,
-        nsamples: int,
-        seqlen: int,
+        nsamples: int | None,
+        seqlen: int | None,
         chat_template: bool,
         dry_run: bool,
         resume: bool | None,

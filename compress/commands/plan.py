@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import rich_click as click
@@ -15,6 +16,8 @@ from compress.commands.common import (
     settings_option,
     stdout,
 )
+
+log = logging.getLogger(__name__)
 
 
 @click.command()
@@ -42,6 +45,8 @@ def plan(
 
 def tell_plan(plan: Any, as_json: bool) -> None:
     """Print a `compress.pipeline.plan.Plan`."""
+    if plan.warning:
+        log.warning("%s", plan.warning)
     if as_json:
         print_json(plan.document())
         return

@@ -261,6 +261,7 @@ class StreamedModel:
         *streams: Stream | Activations,
         stop: int | None = None,
         label: str = "",
+        share: Callable[[float], float] = lambda done: done,
     ) -> Iterator[Layer]:
         """Yield layers 0 to ``stop`` (without it all of them), each in memory during the loop body.
 
@@ -271,7 +272,9 @@ class StreamedModel:
             journal: makes the walk resumable; None if it need not be.
             streams: what the loop body changes from layer to layer.
             stop: the first layer that is not walked.
-            label: the text that ``progress`` is told.
+            label: the text that ``progress`` is told; without one it is told nothing.
+            share: the share of the work that is done when a share of the layers is done, where layers differ
+                or the walk is a part of the work that ``label`` names.
 
         Raises:
             CompressError: what the journal kept is cut short or gone.
@@ -281,13 +284,14 @@ class StreamedModel:
         begin = 0
         if journal is not None:
             begin = journal.restore(held)
+        tell = self.progress if label and self.progress is not None else lambda text, share: None
+        tell(label, share(begin / max(stop, 1)))
         for index in range(begin, stop):
             with self.layer(index) as layer:
                 yield layer
             if journal is not None:
                 journal.commit(index + 1, held)
-            if self.progress is not None:
-                self.progress(label or "walking", (index + 1) / stop)
+            tell(label, share((index + 1) / stop))
 
     @torch.no_grad()
     def stream(

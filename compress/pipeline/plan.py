@@ -37,11 +37,22 @@ class Plan:
     after: ModelShape
     steps: list[PlannedStep]
 
+    @property
+    def warning(self) -> str | None:
+        """A sentence about a result that takes more bytes than the model it is made of."""
+        if not self.steps or self.after.nbytes <= self.before.nbytes:
+            return None
+        return (
+            f"The result would be larger than the model: {self.after.nbytes / 1e6:,.1f} MB instead of "
+            f"{self.before.nbytes / 1e6:,.1f} MB."
+        )
+
     def document(self) -> dict[str, Any]:
         """The plan as JSON data."""
         return {
             "before": _figures(self.before, self.before.num_layers),
             "after": _figures(self.after, self.after.num_layers),
+            "warning": self.warning,
             "steps": [{"method": step.method, **_figures(step, step.layers)} for step in self.steps],
         }
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-from compress.calibration.text.settings import Calibration, Section
+from compress.calibration.text.settings import DEFAULT_SIZE, Calibration, Section, TextSize
 from compress.errors import BadInput, unknown
 from compress.method import Method, MethodOptions
 from compress.pipeline.registry import find_method
@@ -67,6 +67,12 @@ class Recipe(Section):
         return any(
             method.needs_calibration or getattr(options, "mix", False) for method, options in self.steps
         )
+
+    @property
+    def text_size(self) -> TextSize:
+        """Calibration text for all steps: as much as the step wants that is content with the least."""
+        sizes = [method.text_size for method, _ in self.steps if method.needs_calibration]
+        return min(sizes, key=lambda size: size.nsamples * size.seqlen, default=DEFAULT_SIZE)
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with every default written out, as plain data: ``recipe.yaml`` of an artefact."""
@@ -128,7 +134,8 @@ def parse_recipe(data: Mapping[str, Any]) -> Recipe:
         raise BadInput("The recipe names no model; add 'model: NAME' or use -m.")
     steps = [_step(number, raw) for number, raw in enumerate(raw_steps)]
     _check_order([method for method, _ in steps])
-    return validated(Recipe, {**data, "steps": steps}, "recipe")
+    recipe: Recipe = validated(Recipe, {**data, "steps": steps}, "recipe")
+    return recipe.model_copy(update={"calibration": recipe.calibration.sized(recipe.text_size)})
 
 
 def _step(number: int, raw: Any) -> tuple[Method, MethodOptions]:

@@ -40,9 +40,11 @@ from compress.system.device import (
 )
 from compress.system.files import write_atomically
 from compress.system.memory import peak_memory, reset_peak_memory
-from compress.system.progress import Progress
+from compress.system.progress import Forecast, Progress
 
 log = logging.getLogger(__name__)
+
+LESS_TEXT = "; fewer or shorter calibration windows (nsamples, seqlen) take less"
 
 
 def execute(
@@ -79,6 +81,8 @@ def execute(
     if source.folder.resolve().is_relative_to(output.resolve()):
         raise BadInput(f"The output '{output}' holds the model to compress; use another -o.")
     plan = make_plan(checkpoint, recipe.steps)
+    if plan.warning:
+        log.warning("%s", plan.warning)
     output.parent.mkdir(parents=True, exist_ok=True)
     with workspace.locked():
         check_output(output, overwrite)  # again: another run may have finished meanwhile
@@ -110,7 +114,8 @@ def _execute(
         for number, (method, options) in enumerate(recipe.steps):
             folder = workspace.folder / f"{number}-{method.name}"
             folder.mkdir(exist_ok=True)
-            context = StepContext(Draft(current, folder), windows, recipe.seed, folder, device, progress)
+            forecast = Forecast(progress, LESS_TEXT if windows is not None else "")
+            context = StepContext(Draft(current, folder), windows, recipe.seed, folder, device, forecast)
             records.append(_step(method, options, current, context))
             current = context.draft
         workspace.clear_artefact()

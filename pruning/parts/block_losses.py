@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -58,7 +58,7 @@ class BlockLosses:
         removed: the blocks that are already removed in the present model.
         costs: candidate -> the number by which the rise of the loss is divided when candidates are compared.
         folder: takes the hidden states of a single window if they do not fit into memory.
-        label: text of the progress bar.
+        progress: told the share of all work on ``windows`` that is done.
     """
 
     def __init__(
@@ -68,9 +68,9 @@ class BlockLosses:
         removed: Sequence[Block],
         costs: Mapping[Block, float],
         folder: Path,
-        label: str = "",
+        progress: Callable[[float], None] = lambda share: None,
     ) -> None:
-        self.model, self.windows, self.folder, self.label = model, windows, folder, label
+        self.model, self.windows, self.folder, self.progress = model, windows, folder, progress
         self.removed = set(removed)
         self.blocks = list(costs)
         self.costs = torch.tensor(list(costs.values()), dtype=torch.float64)
@@ -98,8 +98,9 @@ class BlockLosses:
                 over these and the new windows are computed exactly.
         """
         for chunk in self._chunks(rows, len(alive)):
+            begin, end = (count / len(self.windows) for count in (len(before), len(before) + len(chunk)))
             before = torch.cat([before, chunk])
-            with self._through(alive, chunk) as (prefix, branches), self.model.head() as head:
+            with self._through(alive, chunk, (begin, end)) as (prefix, branches), self.model.head() as head:
                 bounded = self._bound(head, prefix, branches, alive, chunk)
                 if not bounded:
                     self._settle(head, branches, alive, alive, chunk)
@@ -116,7 +117,7 @@ class BlockLosses:
             if not len(missing):
                 return least
             for chunk in self._chunks(missing, 1):
-                with self._through([least], chunk, False) as (_, branches), self.model.head() as head:
+                with self._through([least], chunk) as (_, branches), self.model.head() as head:
                     self._settle(head, branches, [least], [least], chunk)
 
     def _chunks(self, rows: torch.Tensor, branches: int) -> tuple[torch.Tensor, ...]:
@@ -127,13 +128,14 @@ class BlockLosses:
 
     @contextmanager
     def _through(
-        self, alive: list[int], rows: torch.Tensor, prefix: bool = True
+        self, alive: list[int], rows: torch.Tensor, part: tuple[float, float] | None = None
     ) -> Iterator[tuple[Stream, Branches]]:
-        """The windows behind the last layer of the present model (if ``prefix``), and of each branch."""
+        """The windows behind the last layer of the present model (if it is a ``part`` of the work, which
+        begins and ends with these shares of it), and of each branch."""
         stream = self.model.stream(self.windows.select(rows), self.folder / "prefix")
         branches = Branches(len(alive), stream, self.folder / "branches")
         blocks = [self.blocks[index] for index in alive]
-        for layer in self.model.walk(None, stream, label=self.label):
+        for layer in self.model.walk(None, stream):
             with ExitStack() as without:
                 for block in self.removed:
                     if block.layer == layer.index:
@@ -144,9 +146,13 @@ class BlockLosses:
                     elif block.layer == layer.index:
                         with skipped(layer, self.model.anatomy, block.part):
                             branches.begin(number, layer)
-                if prefix or any(block.layer > layer.index for block in blocks):
+                if part or any(block.layer > layer.index for block in blocks):
                     stream.advance(layer)
             branches.flip()
+            if part is not None:
+                # Every layer begins new branches, which all the layers behind it have to advance.
+                done = ((layer.index + 1) / self.model.num_layers) ** 2
+                self.progress(part[0] + (part[1] - part[0]) * done)
         yield stream, branches
 
     def _bound(

@@ -68,6 +68,7 @@ def plan_layout(shape: ModelShape, options: WeightOptions, activation_bits: int 
     around, copies = around_bits(shape, options)
 
     anatomy = shape.anatomy
+    table = anatomy.in_model(anatomy.embeddings[0])
     packs_head = anatomy.head in around or (anatomy.tied and around)
     heads = {anatomy.head, *anatomy.head_aliases} if packs_head else set()
     if kept := [name for name in skipped if name in heads]:
@@ -75,12 +76,12 @@ def plan_layout(shape: ModelShape, options: WeightOptions, activation_bits: int 
             f"The option 'ignore' keeps '{kept[0]}', but lm_head_bits or embedding_bits packs it; drop one "
             "of the two."
         )
-    name = options.format
-    if name == "auto":
-        low = not options.mix and not around and set(bits.values()) in ({2}, {3})
-        name = "gptq" if low else "compressed-tensors"
-    size, symmetric = options.group_length, options.symmetric
-    formats: dict[Bits, Format] = {width: FORMATS[name](width, size, symmetric) for width in get_args(Bits)}
+    symmetric = options.symmetric
+    if symmetric is None:
+        one_width = not options.mix and len({*bits.values(), *around.values()}) == 1
+        symmetric = not one_width and table not in around
+    size, form = options.group_length, FORMATS[options.format]
+    formats: dict[Bits, Format] = {width: form(width, size, symmetric) for width in get_args(Bits)}
     inside = formats
     if activation_bits is not None:
         inside = {

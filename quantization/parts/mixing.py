@@ -88,9 +88,9 @@ def mix(
         )
     widths = sorted(set(widths))
     shape = ModelShape.of(model.checkpoint)
-    options = options.model_copy(update={"mix": False})
-    if options.format == "auto":
-        options = options.model_copy(update={"format": "compressed-tensors"})
+    # Every width is measured as it will be stored beside the others.
+    symmetric = plan_layout(shape, options.model_copy(update={"mix": True})).default.symmetric
+    options = options.model_copy(update={"mix": False, "symmetric": symmetric})
     by_width = {bits: options.model_copy(update={"bits": bits}) for bits in widths}
     forms = {bits: plan_layout(shape, each).linears for bits, each in by_width.items()}
     if memory is None:

@@ -77,14 +77,14 @@ class DampingOptions(MethodOptions):
 class WeightOptions(IgnoreOptions, TableOptions, GroupOptions, BitsOptions[Bits]):
     """Options of the methods that round weights to an integer grid of groups."""
 
-    symmetric: bool = Field(
-        True,
-        description="fix the zero points in the middle of the codes; otherwise each group stores its own",
+    symmetric: bool | None = Field(
+        None,
+        description="fix the zero points in the middle of the codes, or store one for each group; by default "
+        "they are fixed only where linears have different widths, which transformers reads in no other way",
     )
-    format: Literal["auto", "compressed-tensors", "gptq"] = Field(
-        "auto",
-        description="how to store the codes; auto: gptq for 2 or 3 bits everywhere, if head and embedding "
-        "are kept; otherwise compressed-tensors",
+    format: Literal["compressed-tensors", "gptq"] = Field(
+        "compressed-tensors",
+        description="how to store the codes; the layout of gptq has one width for all linears",
     )
     mix: bool = Field(
         False,

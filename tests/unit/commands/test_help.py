@@ -71,7 +71,13 @@ def test_help_of_a_method_lists_its_options_and_defaults(command: Command, monke
             assert "[default: 10]" in line
         if "--exact/--no-exact" in line:
             assert "[default: false]" in line
-    for option in ("--layers", "--epochs", "--exact/--no-exact", "[cosine|least-squares|none]", "--nsamples"):
+    for option in (
+        "--layers",
+        "--epochs",
+        "--exact/--no-exact",
+        "[auto|cosine|least-squares|none]",
+        "--nsamples",
+    ):
         assert option in shown
     assert "--layers" not in command("prune", "--help").out
     assert "--order-from" in command("prune", "MODEL", "--method", "blockpruner", "--help").out

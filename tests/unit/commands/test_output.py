@@ -148,7 +148,7 @@ def rtn(form: str, bits: int, group_size: int | str, symmetric: bool, **more: An
         ([{"method": "wanda-sp", "ratio": 0.2}], ["bfloat16"]),
         ([{"method": "magnitude", "ratio": 0.2}], ["float32"]),
         (
-            [rtn("auto", 3, 32, True, set={"*.v_proj": 8}, lm_head_bits=8, embedding_bits=4)],
+            [rtn("compressed-tensors", 3, 32, True, set={"*.v_proj": 8}, lm_head_bits=8, embedding_bits=4)],
             ["float32", "bfloat16"],
         ),
     ],

@@ -16,7 +16,7 @@ from compress.system.files import file_sha256
 
 WORDS = 200
 STEPS = [
-    {"method": "replaceme", "layers": 3, "epochs": 2, "held_out": 0.0},
+    {"method": "replaceme", "layers": 3, "transform": "cosine", "epochs": 2, "held_out": 0.0},
     {"method": "rtn", "bits": 4, "group_size": 32},
 ]
 

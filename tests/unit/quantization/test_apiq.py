@@ -177,7 +177,7 @@ def test_every_size_counts_the_adapter(dense_of: Dense, tmp_path: Path) -> None:
         "adapter/adapter_model.safetensors",
         "adapter/adapter_config.json",
     }
-    assert str(written.loads_with) == "transformers with optimum and gptqmodel, and peft for the adapter"
+    assert str(written.loads_with) == "transformers with compressed-tensors, and peft for the adapter"
 
 
 def test_kept_linears_have_no_adapter(dense_of: Dense, tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_a_table_that_serves_embedding_and_head_is_stored_and_held_once(tmp_path
     stored = Checkpoint.open(packed).tensors
     assert [name for name in stored if "lm_head" in name] == []
     assert stored["model.embed_tokens.weight_packed"].shape == (96, 64 * 8 // 32)
-    assert bytes_per_part(ModelShape.of(Checkpoint.open(packed)))["embeddings"] == 96 * (64 + 2 * 2) + 16
+    assert bytes_per_part(ModelShape.of(Checkpoint.open(packed)))["embeddings"] == 96 * (64 + 2 * 2 + 2) + 16
     result = json.loads((packed / "compression.json").read_text())["result"]
     assert result["bytes"] == result["predicted_bytes"] == Checkpoint.open(packed).nbytes
 
@@ -202,19 +202,24 @@ def test_bits_that_do_not_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "format"),
+    ("options", "symmetric", "loader"),
     [
-        ({"bits": 3}, "gptq"),
-        ({"bits": 4, "set": {"*": 2}}, "gptq"),
-        ({"bits": 3, "set": {"*.v_proj": 4}}, "compressed-tensors"),
-        ({"bits": 2, "embedding_bits": 2}, "compressed-tensors"),
-        ({"bits": 4}, "compressed-tensors"),
+        ({"bits": 3}, False, "transformers with compressed-tensors"),
+        ({"bits": 4, "set": {"*": 2}}, False, "transformers with compressed-tensors"),
+        ({"bits": 3, "set": {"*.v_proj": 4}}, True, "transformers with compressed-tensors"),
+        ({"bits": 4, "mix": True}, True, "transformers with compressed-tensors"),
+        ({"bits": 4, "lm_head_bits": 8}, True, "transformers with compressed-tensors"),
+        ({"bits": 4, "embedding_bits": 8}, False, "compress-model only"),
     ],
 )
-def test_auto_takes_a_format_that_can_hold_it(options: dict, format: str, tmp_path: Path) -> None:
+def test_zero_points_are_fixed_where_transformers_needs_it(
+    options: dict, symmetric: bool, loader: str, tmp_path: Path
+) -> None:
     shape = ModelShape.of(Checkpoint.open(make(tmp_path)))
     planned = RoundToNearest().plan(shape, RoundToNearest.Options(group_size=32, **options))
-    assert planned.config["quantization_config"]["quant_method"] == format
+    schemes = planned.config["quantization_config"]["config_groups"].values()
+    assert {scheme["weights"]["symmetric"] for scheme in schemes} == {symmetric}
+    assert str(planned.loads_with) == loader
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3"])
@@ -228,7 +233,7 @@ def test_gptq_rounds_linears_with_the_same_input_to_different_bits(name: str, tm
         checkpoint, folder = Checkpoint.open(dense), tmp_path / work
         draft = Draft(checkpoint, folder)
         step = StepContext(draft, windows, 0, folder, "cpu", lambda text, share: None)
-        options = GPTQ.Options(group_size=32, format="compressed-tensors", **options)
+        options = GPTQ.Options(group_size=32, symmetric=False, **options)
         GPTQ().apply(StreamedModel(checkpoint), options, step)
         return draft
 

@@ -153,6 +153,7 @@ def applied(
 ) -> tuple[StepReport, StepContext]:
     checkpoint = Checkpoint.open(folder)
     run = StepContext(Draft(checkpoint, work), windows, 0, work, "cpu", lambda *_: None)
+    options = {"cost": "blocks"} | options  # as published
     return BlockPruner().apply(StreamedModel(checkpoint), BlockPruner.Options(**options), run), run
 
 

@@ -43,7 +43,7 @@ from .common import (
 def artefact(report: StepReport, folder: Path, options: dict[str, Any]) -> Path:
     """As much of a result's folder as `order_from` reads."""
     folder.mkdir()
-    whole = BlockPruner.Options(**options).model_dump(mode="json")
+    whole = BlockPruner.Options(**{"cost": "blocks"} | options).model_dump(mode="json")
     step = {"method": "blockpruner", "family": "pruning", "paper": "", "options": whole, "seconds": 1}
     step |= {"summary": "", "details": report.details, "peak_memory_bytes": 1, "resumed": False}
     parent = {"id": "", "revision": None, "sha256": "", "bytes": 1, "parameters": 1}

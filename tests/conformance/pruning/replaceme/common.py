@@ -112,6 +112,7 @@ def applied(
     folder: Path, work: Path, windows: Windows | None = None, progress: Any = None, **options: Any
 ) -> Applied:
     model, run, _ = opened(folder, work, windows or windows_of(), progress)
+    options = {"transform": "cosine"} | options
     return Applied(model, run, ReplaceMe().apply(model, ReplaceMe.Options(**options), run))
 
 
@@ -124,8 +125,9 @@ def estimate(
     folder: Path, work: Path, windows: Windows, cuts: list[Cut], **options: Any
 ) -> dict[int, torch.Tensor]:
     model, run, _ = opened(folder, work, windows)
-    options = ReplaceMe.Options(layers=sum(cut.length for cut in cuts), **options)
-    return ReplaceMe().estimate(model, windows, cuts, options, run)
+    options = {"transform": "cosine", "layers": sum(cut.length for cut in cuts)} | options
+    kind = options["transform"]
+    return ReplaceMe().estimate(model, windows, cuts, [kind], ReplaceMe.Options(**options), run)[kind]
 
 
 def written(draft: Draft, folder: Path) -> transformers.PreTrainedModel:

@@ -178,7 +178,7 @@ def test_a_map_that_hurts_is_not_used(folders: dict[str, Path], likely: Windows,
     _, run, report = applied(folders["gpt2"], tmp_path / "step", likely, layers=1, learning_rate=1.0)
     found = report.details["held_out"]
     assert found["chosen"] == "none"
-    assert found["perplexity_with_transform"] > 10 * found["perplexity_without"]
+    assert found["perplexity"]["cosine"] > 10 * found["perplexity"]["none"]
     assert "without a linear map" in report.summary
     aside, rest = held_out_of(likely, range(0, 80, 8))
     assert (found["windows"], report.details["tokens"]) == (10, rest.num_tokens)
@@ -186,20 +186,45 @@ def test_a_map_that_hurts_is_not_used(folders: dict[str, Path], likely: Windows,
     assert run.draft.tensors == plain.tensors
     assert torch.equal(streamed_logits(run.draft, aside), streamed_logits(plain, aside))
     removed = written(run.draft, tmp_path / "artefact")
-    assert found["perplexity_without"] == pytest.approx(perplexity(removed, aside), rel=1e-4)
+    assert found["perplexity"]["none"] == pytest.approx(perplexity(removed, aside), rel=1e-4)
 
 
 def test_a_map_that_helps_is_used(folders: dict[str, Path], likely: Windows, tmp_path: Path):
     options = {"layers": 1, "transform": "least-squares", "held_out": 0.3}
     _, run, report = applied(folders["gpt2"], tmp_path / "step", likely, **options)
     found = report.details["held_out"]
-    assert found["chosen"] == "transform"
-    assert found["perplexity_with_transform"] < 0.9 * found["perplexity_without"]
+    assert found["chosen"] == "least-squares"
+    assert found["perplexity"]["least-squares"] < 0.9 * found["perplexity"]["none"]
     assert "by 1 linear map(s)" in report.summary
     aside, rest = held_out_of(likely, [number * 80 // 24 for number in range(24)])
     assert (found["windows"], report.details["tokens"]) == (24, rest.num_tokens)
     merged = written(run.draft, tmp_path / "artefact")
-    assert found["perplexity_with_transform"] == pytest.approx(perplexity(merged, aside), rel=1e-4)
+    assert found["perplexity"]["least-squares"] == pytest.approx(perplexity(merged, aside), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [
+        ({"epochs": 1}, "least-squares"),
+        ({"learning_rate": 0.01, "l2": 1e6}, "cosine"),  # so much l2 turns least squares into nothing
+    ],
+)
+def test_auto_takes_the_best_of_the_three(
+    options: dict[str, Any], chosen: str, folders: dict[str, Path], likely: Windows, tmp_path: Path
+):
+    auto = {"layers": 1, "transform": "auto", "held_out": 0.3} | options
+    _, run, report = applied(folders["gpt2"], tmp_path / "auto", likely, **auto)
+    found = report.details["held_out"]
+    assert found["chosen"] == chosen == min(found["perplexity"], key=found["perplexity"].get)
+    assert set(found["perplexity"]) == {"none", "least-squares", "cosine"}
+    _, rest = held_out_of(likely, aside_of(len(likely), auto["held_out"]))
+    alone = auto | {"transform": chosen, "held_out": 0.0}
+    assert_same_draft(run, applied(folders["gpt2"], tmp_path / "alone", rest, **alone).run)
+
+
+def aside_of(count: int, share: float) -> list[int]:
+    aside = math.ceil(count * share)
+    return [number * count // aside for number in range(aside)]
 
 
 # Going on after a kill.
@@ -231,7 +256,7 @@ def test_a_killed_run_goes_on_to_the_same_result(
         return applied(folders["llama"], tmp_path / name, progress=moments.happens, **options)
 
     whole = run("whole")
-    assert moments.passed == 12 + 12 + 8
+    assert moments.passed == 12 + 12 + 8 + 2  # each of the two walks begins with one, too
     for moment in killed_at:
         with pytest.raises(Killed):
             run(str(moment), moment)

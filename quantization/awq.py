@@ -193,7 +193,7 @@ def choose_scales(
 
 
 def half_form(off: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
-    """tr(E L E^T) of E [out, in] and a lower triangular L [in, in], with half the work of a full L: float64."""
+    """tr(E L E^T) in float64, of E [out, in] and a lower triangular L [in, in]: half the work of a full L."""
     starts = range(0, off.shape[1], GRAM_COLUMNS)
     parts = zip(off.split(GRAM_COLUMNS, 1), lower.split(GRAM_COLUMNS, 1), starts, strict=True)
     total = off.new_zeros((), dtype=torch.float64)

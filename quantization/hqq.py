@@ -120,7 +120,7 @@ def fitted_grid(
         error = (size - threshold).clamp_(min=0).mul_(x.sign_())
         share = (steps.sub_(error) * levels).sum(-1) / levels.square().sum(-1)
         # A group whose codes all equal the zero point has nothing to fit; its share is NaN.
-        # A scale that cannot be stored is infinite, and so is the norm of its errors: it is never the best one.
+        # A scale that cannot be stored is infinite. The norm of its errors is NaN, so it is not kept.
         scale = storable(step * torch.where(share > 0, share, 1), scale_dtype, None)
         beta *= KAPPA
     return best, zeros

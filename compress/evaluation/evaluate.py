@@ -37,7 +37,7 @@ from compress.storage.formats.stacks import STACKS, prefix, steps_within
 from compress.storage.lineage import now, read_lineage, versions
 from compress.storage.writer import write_tensors
 from compress.system.cache import cache_folder
-from compress.system.device import check_device
+from compress.system.device import check_device, computing_on
 from compress.system.memory import parse_memory
 
 log = logging.getLogger(__name__)
@@ -103,10 +103,13 @@ def evaluate(
     read_lineage(dense_source.folder)  # read below; what is damaged is refused before the work
     if memory is not None:
         checkpoint = prefix(checkpoint, steps_within(checkpoint, parse_memory(memory)))
-    if task_file is None:
-        found = _score_text(source, checkpoint, dense_source, dense, text, context, windows, device, progress)
-    else:
-        found = _score_task(source, checkpoint, dense, task_file, device, progress)
+    with computing_on(device):
+        if task_file is None:
+            found = _score_text(
+                source, checkpoint, dense_source, dense, text, context, windows, device, progress
+            )
+        else:
+            found = _score_task(source, checkpoint, dense, task_file, device, progress)
     dense_identity = ModelIdentity(name=_name(dense_source), sha256=dense.sha256)
 
     def scorecard(

@@ -14,7 +14,7 @@ from compress.method import Method, MethodOptions, StepContext
 from compress.pipeline.plan import open_model
 from compress.pipeline.recipe import Recipe, validated
 from compress.storage.checkpoint import Checkpoint
-from compress.system.device import check_device
+from compress.system.device import check_device, computing_on
 from compress.system.files import write_atomically
 from compress.system.progress import Progress
 
@@ -87,17 +87,17 @@ def choose_bits(
         validated(type(options), options.model_dump() | {"bits": bits}, method.name)
     check_device(device)
     checkpoint = open_model(recipe)[1]
-    model = StreamedModel(checkpoint, device, progress)
-    windows = prepare_calibration(
-        recipe.calibration, recipe.seed, checkpoint, device, progress, recipe.text_size
-    )
-    return mix(
-        model,
-        options,
-        widths,
-        memory,
-        windows,
-        recipe.seed,
-        folder,
-        calibrated=method.needs_calibration,
-    )
+    with computing_on(device):
+        windows = prepare_calibration(
+            recipe.calibration, recipe.seed, checkpoint, device, progress, recipe.text_size
+        )
+        return mix(
+            StreamedModel(checkpoint, device, progress),
+            options,
+            widths,
+            memory,
+            windows,
+            recipe.seed,
+            folder,
+            calibrated=method.needs_calibration,
+        )

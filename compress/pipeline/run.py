@@ -32,7 +32,12 @@ from compress.sources.find import ModelSource
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.draft import Draft
 from compress.storage.lineage import Lineage, Parent, Result, Step, now, read_lineage, versions
-from compress.system.device import check_device
+from compress.system.device import (
+    check_device,
+    computing_on,
+    peak_device_memory,
+    reset_peak_device_memory,
+)
 from compress.system.files import write_atomically
 from compress.system.memory import peak_memory, reset_peak_memory
 from compress.system.progress import Forecast, Progress
@@ -87,7 +92,8 @@ def execute(
             workspace.discard()
         # Steps write what they change, beside what is put together from it in the end.
         workspace.check_disk(plan.after.nbytes * (2 if recipe.steps else 1))
-        return _execute(recipe, source, checkpoint, plan, workspace, device, progress)
+        with computing_on(device):
+            return _execute(recipe, source, checkpoint, plan, workspace, device, progress)
 
 
 def _execute(
@@ -210,6 +216,7 @@ def _step(method: Method, options: MethodOptions, current: Checkpoint, context: 
     resumed = any(context.folder.glob("*/progress.json"))
     log.info("%s: %s", method.name, options.model_dump_json())
     reset_peak_memory()
+    reset_peak_device_memory(context.device)
     started = time.perf_counter()
     options = mix_bits(method, options, current, context)
     report = method.apply(StreamedModel(current, context.device, context.progress), options, context)
@@ -223,6 +230,7 @@ def _step(method: Method, options: MethodOptions, current: Checkpoint, context: 
         details=report.details,
         seconds=round(time.perf_counter() - started, 3),
         peak_memory_bytes=peak_memory(),
+        peak_device_memory_bytes=peak_device_memory(context.device),
         resumed=resumed,
     )
     write_atomically(done, record.model_dump_json())

@@ -28,13 +28,14 @@ class Column(NamedTuple):
         key: its name in CSV and JSON.
         title: its title in tables.
         unit: the unit of its figures, a key of `UNITS`.
-        section: what models must have been scored on for the column to be shown; "" always shows it.
+        section: what models must have been scored or measured on for the column to be shown; "" shows it
+            always.
     """
 
     key: str
     title: str
     unit: str = ""
-    section: Literal["", "text", "task"] = ""
+    section: Literal["", "text", "task", "device"] = ""
 
     @property
     def heading(self) -> str:
@@ -64,6 +65,7 @@ COLUMNS = (
     Column("latency", "latency", "seconds", section="task"),
     Column("peak_memory", "peak memory", "bytes"),
     Column("added_memory", "memory added\nby the model", "bytes"),
+    Column("peak_device_memory", "peak memory\nof the device", "bytes", section="device"),
     Column("prefill", "prefill", "tokens/s", section="text"),
     Column("decode", "decode", "tokens/s", section="text"),
     Column("kernel", "kernel"),
@@ -119,11 +121,12 @@ def side_by_side(scorecards: Sequence[Scorecard], files: Sequence[str] | None = 
 
 
 def _columns(rows: list[Row]) -> tuple[Column, ...]:
-    """The columns to show: those of text, unless all rows are of tasks, and non-empty ones of tasks."""
+    """The columns to show: those of text, unless all rows are of tasks; of tasks and devices those that are
+    not empty."""
     scored_on_text = any(row.scorecard.task is None for row in rows)
 
     def shown(column: Column) -> bool:
-        if column.section == "task":
+        if column.section in ("task", "device"):
             return any(row.cells[column.key] is not None for row in rows)
         return scored_on_text or column.section != "text"
 
@@ -279,6 +282,7 @@ def _cells(card: Scorecard, dense: Scorecard | None) -> dict[str, Cell]:
             "latency": measured.latency if task else None,
             "peak_memory": measured.peak_memory,
             "added_memory": measured.added_memory,
+            "peak_device_memory": measured.peak_device_memory,
             "prefill": measured.prefill,
             "decode": measured.decode,
         }

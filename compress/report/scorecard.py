@@ -257,6 +257,11 @@ class Measurement(Document):
         return Figure(value=self.peak_resident_bytes, unit="bytes")
 
     @property
+    def peak_device_memory(self) -> Figure | None:
+        """None on a CPU."""
+        return None if self.peak_device_bytes is None else Figure(value=self.peak_device_bytes, unit="bytes")
+
+    @property
     def added_memory(self) -> Figure:
         """The memory that the model adds to an interpreter with its libraries imported."""
         return Figure(value=max(0, self.peak_resident_bytes - self.baseline_resident_bytes), unit="bytes")

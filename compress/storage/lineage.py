@@ -47,6 +47,9 @@ class Step(_Record):
     details: dict[str, Any]
     seconds: float
     peak_memory_bytes: int | None = Field(description="peak resident memory of the process during the step")
+    peak_device_memory_bytes: int | None = Field(
+        None, description="most memory that tensors took on the device during the step; none on a CPU"
+    )
     resumed: bool = Field(
         description="the step was interrupted and resumed, so seconds and memory cover the last part only"
     )

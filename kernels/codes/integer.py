@@ -103,8 +103,8 @@ def quantize_weight(
         check: whether the weight and its scales are checked, which waits for the device.
 
     Raises:
-        BadInput: the group size does not divide ``in``, or, with ``check``, the weight holds NaN, infinity or values so large
-            that ``scale_dtype`` cannot represent a scale.
+        BadInput: the group size does not divide ``in``; or, with ``check``, the weight holds NaN, infinity or
+            values so large that ``scale_dtype`` cannot represent a scale.
         ValueError: another number of bits.
     """
     if bits not in BITS:

@@ -42,21 +42,21 @@ class LinearLoss:
 
     def exact(self, whole: torch.Tensor) -> float:
         """The loss of Q, in float64."""
-        total = self.constant
+        total = self.WD.new_full((), self.constant)
         parts = (matrix.split(ROWS) for matrix in (whole, self.dense, self.WD))
         for rows, dense, products in zip(*parts, strict=True):
             off = rows.double() - dense
-            total += float((((off @ self.G).div_(self.count) - 2 * products) * off).sum())
-        return total
+            total += (((off @ self.G).div_(self.count) - 2 * products) * off).sum()
+        return float(total)
 
     def gradient(self, whole: torch.Tensor) -> tuple[float, torch.Tensor]:
         """The loss of Q and its gradient [out, in], in float32, from one product of matrices."""
         off = whole - self.dense
         product = off @ self.G32
-        loss = self.constant
+        loss = self.WD.new_full((), self.constant)
         for rows, products, crossed in zip(*(m.split(ROWS) for m in (off, product, self.WD32)), strict=True):
-            loss += float(((products - 2 * crossed) * rows).sum(dtype=torch.float64))
-        return loss, product.sub_(self.WD32).mul_(2)
+            loss += ((products - 2 * crossed) * rows).sum(dtype=torch.float64)
+        return float(loss), product.sub_(self.WD32).mul_(2)
 
 
 def cross_products(dense: torch.Tensor, hessian: Hessian) -> torch.Tensor:

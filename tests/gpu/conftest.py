@@ -42,10 +42,11 @@ def run_on(tmp_path: Path) -> Callable[..., tuple[Path, Lineage]]:
 
     def run(device: str, model: Path, method: str, **options: Any) -> tuple[Path, Lineage]:
         text = options.pop("text", model.parent / "text.txt")
+        name = options.pop("name", f"{method} on {device}")
+        more = {"progress": options.pop("progress")} if "progress" in options else {}
         calibration = {"source": str(text), "nsamples": 6, "seqlen": 32} | options.pop("calibration", {})
         step = {"method": method, **options}
         recipe = {"model": str(model), "calibration": calibration, "steps": [step]}
-        folder = tmp_path / f"{method} on {device}"
-        return folder, compress.run(recipe, folder, device=device, overwrite=True)
+        return tmp_path / name, compress.run(recipe, tmp_path / name, device=device, overwrite=True, **more)
 
     return run

@@ -1,9 +1,9 @@
 """A pretended CUDA device, for machines that have none.
 
 Its tensors live in the memory of the host and report the device cuda:0. What a real device would refuse is
-refused, such as an operator that is given tensors of both devices; and what makes a program wait for a real
-device is counted: copies between host and device, and values that the host asks for. So it finds tensors that
-are on the wrong device and loops that wait too often. It says nothing about speed, and computes as the CPU does.
+refused, such as an operator that is given tensors of both devices. What makes a program wait for a real one
+is counted: copies between host and device, and values that the host asks for. So it finds tensors that are
+on the wrong device, and loops that wait too often. It computes as the CPU does, and says nothing about speed.
 
     with pretended_cuda() as device:
         model.to("cuda")
@@ -33,6 +33,8 @@ CUDA = torch.device("cuda", 0)
 
 INSIDE_TORCH = "lazy"
 """What torch's own C++ code takes the tensors for: a device that needs no driver and no thread of its own."""
+
+TOTAL_MEMORY = 1 << 34
 
 INDEXING = {aten.index.Tensor, aten._unsafe_index.Tensor}
 PUTTING = {
@@ -92,10 +94,11 @@ class Counts:
 
 
 class Memory:
-    """The bytes that the tensors of the device take, each storage counted once."""
+    """The bytes that the tensors of the device take, each storage once, and how many they may take."""
 
     def __init__(self) -> None:
         self.allocated = self.peak = 0
+        self.limit = TOTAL_MEMORY
         self._owners: Counter[int] = Counter()
 
     def hold(self, tensor: DeviceTensor) -> None:
@@ -103,6 +106,8 @@ class Memory:
         storage = tensor.held.untyped_storage()
         place, size = storage.data_ptr(), storage.nbytes()
         if not self._owners[place]:
+            if self.allocated + size > self.limit:
+                raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes.")
             self.allocated += size
             self.peak = max(self.peak, self.allocated)
         self._owners[place] += 1
@@ -236,7 +241,7 @@ def carry_out(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def check_devices(func: Any, args: Any, given: list[torch.Tensor]) -> None:
-    """Refuse tensors of both devices as CUDA does. Numbers (tensors without dimensions) may come from the CPU.
+    """Refuse tensors of both devices, as CUDA does. Numbers (tensors without dimensions) may be on the CPU.
 
     Raises:
         RuntimeError: in the words of torch.
@@ -248,7 +253,9 @@ def check_devices(func: Any, args: Any, given: list[torch.Tensor]) -> None:
     first = args[0] if args else None
     if func in INDEXING | PUTTING:
         if not isinstance(first, DeviceTensor):
-            raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
+            raise RuntimeError(
+                "indices should be either on cpu or on the same device as the indexed tensor (cpu)"
+            )
         host = [values for values in args[2:3] if any(values is tensor for tensor in host)]
     writes = first if func._schema.is_mutable else None
     strict = func in JOINING or any(writes is tensor for tensor in host)
@@ -319,8 +326,8 @@ def _ours(func: Any) -> Callable[..., torch.Tensor]:
 
 
 class ByName(TorchFunctionMode):
-    """Understands the few functions that need more of a device than operators: they look up its number, or make
-    their values on the host without an operator that could be seen."""
+    """Understands the few functions that no operator shows, because they look up the number of a device or
+    make their values on the host first."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -350,7 +357,6 @@ def pretended_cuda() -> Iterator[SimpleNamespace]:
         for name, value in {
             "_lazy_init": lambda: None,
             "init": lambda: None,
-            "is_available": lambda: True,
             "device_count": lambda: 1,
             "current_device": lambda: 0,
             "is_initialized": lambda: True,
@@ -358,7 +364,7 @@ def pretended_cuda() -> Iterator[SimpleNamespace]:
             "get_device_capability": lambda *_: (9, 0),
             "synchronize": lambda *_: None,
             "empty_cache": lambda: None,
-            "mem_get_info": lambda *_: ((1 << 34) - memory.allocated, 1 << 34),
+            "mem_get_info": lambda *_: (memory.limit - memory.allocated, memory.limit),
             "memory_allocated": lambda *_: memory.allocated,
             "max_memory_allocated": lambda *_: memory.peak,
             "reset_peak_memory_stats": memory.reset_peak,

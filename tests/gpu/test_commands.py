@@ -104,7 +104,9 @@ def test_evaluate_beside_the_dense_model(
 
 
 @pytest.mark.usefixtures("measured_here")
-def test_evaluate_an_encoder_on_examples(tiny_encoder: Callable[..., Path], cuda: Any, tmp_path: Path) -> None:
+def test_evaluate_an_encoder_on_examples(
+    tiny_encoder: Callable[..., Path], cuda: Any, tmp_path: Path
+) -> None:
     model = tiny_encoder("BertForSequenceClassification")
     file = tmp_path / "task.jsonl"
     lines = [("the cat sat on the mat.", "LABEL_0"), ("who ran?", "LABEL_1"), ("a red tree.", "LABEL_0")]

@@ -57,8 +57,15 @@ CASES = {
     "llm-qat": Case("llm-qat", {"steps": 2, "batch_size": 4}, learned=True),
     "llm-qat after rope": Case(
         "llm-qat",
-        {"steps": 1, "train": "lora", "rank": 4, "kv_position": "after-rope", "kv_scale": "head",
-         "lm_head_bits": 8, "gradient_checkpointing": True},
+        {
+            "steps": 1,
+            "train": "lora",
+            "rank": 4,
+            "kv_position": "after-rope",
+            "kv_scale": "head",
+            "lm_head_bits": 8,
+            "gradient_checkpointing": True,
+        },
         learned=True,
     ),
     "nf4": Case("nf4", {}),

@@ -10,7 +10,6 @@ from compress.storage.formats.compressed_tensors import CompressedTensorsFormat
 from compress.storage.formats.nf4 import NF4Format
 from compress.storage.formats.table import Formats
 
-
 ON_A_GPU, NOT_AVX512 = "on a GPU", "(not on CPUs with AVX-512)"
 """The machines on which something works, if not on all."""
 

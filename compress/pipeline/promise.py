@@ -37,7 +37,7 @@ SHARE_OF_MEMORY = 1 / 4
 
 
 def in_words(who: LoadsWith) -> str:
-    """The promised programs with the versions that are installed: such as "transformers 5.24 with peft 0.21"."""
+    """The promised programs with the installed versions, such as "transformers 5.24 with peft 0.21"."""
     if who.compress_model_only:
         return f"compress-model {compress.__version__}"
     first, *others = [f"{name} {_version(name) or ''}".strip() for name in who.programs]

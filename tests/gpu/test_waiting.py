@@ -59,6 +59,6 @@ def test_windows_do_not_wait(method: str, waits: Callable[..., int]) -> None:
 
 
 def test_branches_stay_on_the_device(waits: Callable[..., int]) -> None:
-    """BlockPruner has two branches for each layer, so twice the layers are four times the steps of branches."""
+    """BlockPruner has two branches for each layer: twice the layers, four times the steps of branches."""
     few, many = (waits("blockpruner", READING["blockpruner"], num_hidden_layers=layers) for layers in (3, 6))
     assert many < 2.5 * few

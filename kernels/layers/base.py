@@ -18,8 +18,8 @@ from compress.kernels.reference.ops import linear_by_rows, row_slices
 class Storage(Protocol):
     """How a checkpoint stores the weight of a layer (see `compress.storage.formats.base.Format`)."""
 
-    marker: str
-
+    @property
+    def marker(self) -> str: ...
     def tensors(self, name: str, weight: Any) -> dict[str, torch.Tensor]: ...
     def read(self, name: str, get: Callable[[str], torch.Tensor]) -> LowBitWeight: ...
 

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field, PositiveInt
 
 from compress.anatomy import linears_by_input, weight
+from compress.calibration.text.settings import TextSize
 from compress.engine.stream import Seen
 from compress.kernels.codes.packing import pack_signs
 from compress.method import Method, Paper, StepReport
@@ -52,6 +53,7 @@ class BitStack(Method["BitStack.Options"]):
         "BitStack: Any-Size Compression of Large Language Models in Variable Memory Environments",
         "2410.23918",
     )
+    text_size = TextSize(32, 512)
 
     class Options(StackOptions):
         blocks: PositiveInt = Field(

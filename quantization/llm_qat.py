@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+from compress.calibration.text.settings import TextSize
 from compress.engine.key_values import KEY, KeyValueSettings, quantize_key_values
 from compress.engine.loading import assemble
 from compress.engine.logits import streamed_logits
@@ -72,6 +73,7 @@ class LLMQAT(Method["LLMQAT.Options"]):
     name = "llm-qat"
     family = "quantization"
     paper = Paper("LLM-QAT: Data-Free Quantization Aware Training for Large Language Models", "2305.17888")
+    text_size = TextSize(240, 128)
 
     class Options(IgnoreOptions, TableOptions, BitsOptions[MinMaxBits]):
         renamed: ClassVar[Mapping[str, str]] = {"weight_bits": "bits", "lora_rank": "rank"}
@@ -97,9 +99,9 @@ class LLMQAT(Method["LLMQAT.Options"]):
         steps: NonNegativeInt | None = Field(
             None, description="number of optimiser steps, in place of epochs; 0: only round to nearest"
         )
-        batch_size: PositiveInt = Field(8, description="number of windows in a step")
+        batch_size: PositiveInt = Field(4, description="number of windows in a step")
         learning_rate: PositiveFloat = Field(
-            1e-4,
+            3e-4,
             description="learning rate at the first step; it falls to 0 along a cosine. The paper takes "
             "2e-5, for 100 times as many steps",
         )

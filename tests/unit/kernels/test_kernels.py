@@ -164,5 +164,5 @@ def test_rows_of_nf4_with_scales_that_are_quantized():
     layer = NF4Linear(weight)
     assert layer.quantized().same_as(weight)
     dense = weight.dequantize()
-    for rows in (slice(0, 8), slice(350, 420), slice(598, 600)):
+    for rows in (slice(0, 8), slice(440, 560), slice(598, 600)):
         assert torch.equal(layer.dequantize_rows(rows), dense[rows])

@@ -78,6 +78,7 @@ class Save:
             return
         hub = _check_arguments(others, push_to_hub)
         tensors = self._tensors(state_dict)
+        self._check_folder(Path(save_directory), tensors)
         if is_main_process:
             self._write(Path(save_directory), tensors, parse_memory(max_shard_size))
         if is_main_process and push_to_hub:
@@ -120,6 +121,15 @@ class Save:
         found = {self._weights.find(name) or name: values[name] for name in reversed(names.values())}
         quantization = getattr(self._model.config, QUANTIZATION, None)
         return laid_out(found, quantization) if quantization and StackFormat.find(quantization) else found
+
+    def _check_folder(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+        whole = self._weights.checkpoint
+        stacked = self._weights.stacks is not None and whole.tensors.keys() - tensors.keys()
+        if stacked and folder.resolve() == whole.folder.resolve():
+            raise BadInput(
+                f"Saving into '{folder}' would remove the blocks that this model does not hold now; save it "
+                "elsewhere, or give it all blocks first with resize(None)."
+            )
 
     def _check_modules(self) -> None:
         kinds = _kinds(self._model)

@@ -127,6 +127,15 @@ def test_a_stack_is_saved_with_the_blocks_it_has(
     model.resize(None)
     model.save_pretrained(tmp_path / "whole")
     assert_same_files(tmp_path / "whole", artefact(name))
+    files = (folder / "model.safetensors" for folder in (artefact(name), tmp_path / "whole"))
+    assert next(files).read_bytes() == next(files).read_bytes()  # in the order in which blocks are read
+    copy = compress.load(tmp_path / "whole")
+    copy.resize(less)
+    with pytest.raises(BadInput, match="would remove the blocks"):
+        copy.save_pretrained(tmp_path / "whole")
+    copy.resize(None)
+    copy.save_pretrained(tmp_path / "whole")
+    assert_same_files(tmp_path / "whole", artefact(name))
     smaller = compress.load(artefact(name), memory=less)
     smaller.save_pretrained(tmp_path / "smaller")
     assert_same_files(tmp_path / "smaller", tmp_path / "less")

@@ -8,9 +8,11 @@ import torch.nn.functional as F
 
 from compress.errors import BadInput
 from compress.kernels.codes.integer import quantize_weight
+from compress.kernels.codes.nf4 import NF4Weight
 from compress.kernels.codes.packing import BITS
 from compress.kernels.layers.embedding import PackedEmbedding
 from compress.kernels.layers.linear import PackedLinear
+from compress.kernels.layers.nf4_linear import NF4Linear
 from compress.kernels.ops import backend_of, packed_linear
 from compress.kernels.reference.ops import WEIGHTS_AT_ONCE
 
@@ -150,3 +152,17 @@ def test_an_embedding_moves_with_the_head_that_is_its_table():
     assert (model.embedding.num_embeddings, model.embedding.embedding_dim) == (40, 96)
     assert model.to("meta").embedding(torch.empty(2, 5, dtype=torch.int64, device="meta")).shape == (2, 5, 96)
     assert model.state_dict() == {}
+
+
+def test_rows_of_nf4_with_scales_that_are_quantized():
+    out, width = 600, 100
+    blocks = -(-out * width // 64)
+    nested = (torch.rand(-(-blocks // 256)), torch.linspace(-1, 1, 256), torch.tensor([2.0]))
+    codes = torch.randint(0, 16, (out, width), dtype=torch.uint8)
+    absmax = torch.randint(0, 256, (blocks,), dtype=torch.uint8)
+    weight = NF4Weight(codes, absmax, torch.linspace(-1, 1, 16), torch.float32, nested)
+    layer = NF4Linear(weight)
+    assert layer.quantized().same_as(weight)
+    dense = weight.dequantize()
+    for rows in (slice(0, 8), slice(440, 560), slice(598, 600)):
+        assert torch.equal(layer.dequantize_rows(rows), dense[rows])

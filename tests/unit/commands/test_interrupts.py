@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import subprocess
 import sys
@@ -154,9 +155,11 @@ def test_an_interrupt_in_a_destructor_is_not_told_as_a_traceback():
     assert ended.document
 
 
+@pytest.mark.parametrize("level", [logging.INFO, logging.WARNING])
 def test_work_that_goes_on_after_a_swallowed_interrupt_ends_at_the_next_progress(
-    monkeypatch: pytest.MonkeyPatch,
+    level: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
+    caplog.set_level(level, "compress")
     with progress_shown() as progress:
         progress("working", 0.5)
         monkeypatch.setattr(interrupts._State, "received", signal.SIGINT)

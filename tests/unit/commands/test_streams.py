@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -38,7 +39,11 @@ def test_a_reader_that_leaves_is_no_failure(words: str):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_reader_of_stderr_that_leaves_does_not_stop_the_work(monkeypatch: pytest.MonkeyPatch):
+def test_a_reader_of_stderr_that_leaves_does_not_stop_the_work(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO, "compress")
+
     class Left(io.StringIO):
         def write(self, text: str) -> int:
             raise BrokenPipeError

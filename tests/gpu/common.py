@@ -14,8 +14,8 @@ from compress.storage.lineage import Lineage
 Result = tuple[Path, Lineage]
 
 SAME_SHARE = 0.97
-"""Least share of equal elements. Another order of the sums of float32 products may move a weight over the middle
-between two codes, or a group to another clipping, but seldom."""
+"""Least share of equal elements. Another order of the sums of float32 products may move a weight over the
+middle between two codes, or a group to another clipping, but seldom."""
 
 SAME_NUMBERS = 1e-3
 """Largest distance of equal floating-point numbers, as a share of the root mean square of their tensor."""

@@ -59,8 +59,8 @@ def test_windows_do_not_wait(method: str, waits: Callable[..., int]) -> None:
 
 
 def test_branches_stay_on_the_device(waits: Callable[..., int]) -> None:
-    """BlockPruner takes two branches for each layer through all layers behind it. Were each moved to the host
-    behind every layer, three more layers would make the host wait the more often the more layers there are."""
+    """BlockPruner takes two branches for each layer through all layers behind it. If each were moved to the
+    host behind every layer, the waits of three more layers would grow with the layers there are."""
     options = READING["blockpruner"]
     few, some, many = (waits("blockpruner", options, 1, num_hidden_layers=layers) for layers in (2, 5, 8))
     assert many - some < some - few + 9

@@ -13,9 +13,11 @@ Nothing heavy is imported until one of them is used.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # typing takes a while to import, in which no interrupt is answered yet
 if TYPE_CHECKING:
+    from typing import Any
+
     from compress.engine.loading import load
     from compress.evaluation.evaluate import evaluate
     from compress.evaluation.run import run

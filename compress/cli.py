@@ -5,9 +5,9 @@ from __future__ import annotations
 import atexit
 import errno
 import gc
-import logging
 import os
 import sys
+import traceback
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -15,6 +15,8 @@ import rich_click as click
 
 import compress
 from compress.errors import CompressError, nearest, unknown
+from compress.system.interrupts import RESUMED, end, end_interrupted, received
+from compress.system.streams import show_what_can_be_shown
 
 # name -> (module:function, one line for --help)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -30,8 +32,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "recipes": ("compress.commands.recipes:recipes", "List, show or copy the bundled recipes."),
     "doctor": ("compress.commands.doctor:doctor", "Show versions, devices, and what works here."),
 }
-
-RESUMED = "run, prune and quantize go on from the last finished layer when given again"
 
 # The libraries under us read these when they are imported, so they are set first; -v lets the libraries talk.
 QUIET_LIBRARIES = {
@@ -82,9 +82,26 @@ def cli() -> None:
 def main() -> NoReturn:
     """Run the command line.
 
-    Exit codes: 0 done, 1 the work failed, 2 wrong use or bad input, 130 interrupted.
+    Exit codes: 0 done, 1 the work failed, 2 wrong use or bad input, 130 interrupted, 143 terminated. If
+    whoever reads stdout has gone (``| head``), the work is done all the same, and the code is 0.
     """
-    debug = "--debug" in sys.argv
+    _prepare()
+    code, sentence = 0, ""
+    try:
+        cli.main(prog_name="compress-model", standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BaseException as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        if received() is not None or isinstance(error, KeyboardInterrupt | click.Abort):
+            end_interrupted()
+        code, sentence = _answer(error)
+    end(code, sentence and f"Error: {sentence}")
+
+
+def _prepare() -> None:
+    """Settle what the environment says and what the libraries under us read when they are imported."""
     # Threads that wait by spinning lose whole time slices when anything else runs on this machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # A process that has imported torch and transformers looks for garbage for seconds before it ends.
@@ -92,31 +109,32 @@ def main() -> NoReturn:
     if not {"-v", "--verbose"} & set(sys.argv):
         for name, setting in QUIET_LIBRARIES.items():
             os.environ.setdefault(name, setting)
-    try:
-        cli.main(prog_name="compress-model", standalone_mode=False)
-        code = 0
-    except CompressError as error:
-        code = _say(str(error), error.exit_code, debug)
-    except click.ClickException as error:
-        code = _say(_in_one_sentence(error), error.exit_code, debug)
-    except (KeyboardInterrupt, click.Abort):
-        code = _say(f"Interrupted; {RESUMED}.", 130, debug)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            text = f"The disk is full; free some space and run the same command again: {RESUMED}."
-        else:
-            text = f"{error.strerror or error}: {error.filename}." if error.filename else f"{error}."
-        code = _say(text, 1, debug)
-    except MemoryError:
-        code = _say("There is not enough memory; try fewer or shorter calibration windows.", 1, debug)
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        code = _say(f"Internal error ({type(error).__name__}: {reason}); --debug shows where.", 1, debug)
-    logging.shutdown()
-    sys.exit(code)
+    if os.environ.get("COLUMNS", "").strip() == "0":  # a terminal that does not know its width
+        del os.environ["COLUMNS"]
+    show_what_can_be_shown(sys.stdout)
+
+
+def _answer(error: BaseException) -> tuple[int, str]:
+    """The exit code that an exception means, and a sentence, which is empty if nothing is to be said."""
+    if isinstance(error, SystemExit):
+        # click and rich end the process with 1 where whoever reads stdout has gone.
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise error
+        return 0, ""
+    if isinstance(error, BrokenPipeError):
+        return 0, ""
+    if isinstance(error, CompressError):
+        return error.exit_code, str(error)
+    if isinstance(error, click.ClickException):
+        return error.exit_code, _in_one_sentence(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return 1, f"The disk is full; free some space and run the same command again: {RESUMED}."
+    if isinstance(error, OSError):
+        return 1, f"{error.strerror or error}: {error.filename}." if error.filename else f"{error}."
+    if isinstance(error, MemoryError):
+        return 1, "There is not enough memory; try fewer or shorter calibration windows."
+    reason = " ".join(str(error).split())
+    return 1, f"Internal error ({type(error).__name__}: {reason}); --debug shows where."
 
 
 def _in_one_sentence(error: click.ClickException) -> str:
@@ -132,12 +150,3 @@ def _in_one_sentence(error: click.ClickException) -> str:
         if near:
             return message
     return f"{message}; see '{context.command_path} --help'."
-
-
-def _say(message: str, code: int, debug: bool) -> int:
-    if debug:
-        import traceback
-
-        traceback.print_exc()
-    click.echo(f"Error: {message}", err=True)
-    return code

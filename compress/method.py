@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
-
 from compress.calibration.text.settings import DEFAULT_SIZE, TextSize
+from compress.system.settings import Settings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,10 +43,8 @@ class Paper:
         return f"{self.title} ({where})" if where else self.title
 
 
-class MethodOptions(BaseModel):
-    """Base of every method's options: unknown keys are errors, and values do not change after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+class MethodOptions(Settings):
+    """Base of every method's options."""
 
     renamed: ClassVar[Mapping[str, str]] = {}
     """Old name of an option -> its present name, with a remark after a comma if the meaning changed. Using

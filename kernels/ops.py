@@ -47,7 +47,7 @@ def packed_linear(
     bits: int,
     group_size: int,
 ) -> torch.Tensor:
-    """A linear layer with packed weights. It has no gradient.
+    """A linear layer with packed weights. It has no gradient; that is the business of the layers.
 
     Args:
         input: [..., in], floating point; the result has its dtype.

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, PositiveInt, model_validator
-from scipy.stats import t as students_t
 
 from compress.calibration.statistics.losses import LN_LARGEST, scored_positions
+from compress.calibration.text.settings import TextSize
 from compress.engine.shape import ModelShape
 from compress.engine.stream import StreamedModel
 from compress.engine.windows import Windows
@@ -36,8 +34,6 @@ if TYPE_CHECKING:
     from compress.method import StepContext
     from compress.system.progress import Progress
 
-FIRST_WINDOWS = 4  # a race begins on this many windows, and doubles them
-
 
 class Removal(NamedTuple):
     """A block that is removed, and how it was chosen."""
@@ -46,8 +42,6 @@ class Removal(NamedTuple):
     part: Part
     perplexity: float  # of the model without it, on all calibration windows
     before: float  # of the model with it
-    evaluated: int  # pairs of block and window that went through the model to choose it
-    pairs: int  # all pairs of block and window in that round
 
     @property
     def block(self) -> Block:
@@ -66,11 +60,6 @@ class BlockPruner(Method["BlockPruner.Options"]):
     That is ``cost: blocks``, which tends to remove small blocks first. By default b* is the argmin of (ln
     PPL(b) - ln PPL(R)) / parameters of b instead (``cost: parameters``).
 
-    ``search: racing`` looks at a growing random part of the windows, and drops a block from the round once it
-    is behind the best one by Student's bound on the mean of the paired differences; ``confidence`` holds for
-    all comparisons of a round together (Bonferroni). The blocks that are left go through all windows, so the
-    perplexities in the result are those on all of them.
-
     Losses are computed from float32 logits of real tokens, with sums in float64; `BlockLosses` finds them
     fast. The last attention block always stays, because without one tokens do not see each other.
 
@@ -82,6 +71,7 @@ class BlockPruner(Method["BlockPruner.Options"]):
     name = "blockpruner"
     family = "pruning"
     paper = Paper("BlockPruner: Fine-grained Pruning for Large Language Models", "2406.10594")
+    text_size = TextSize(8, 512)
 
     class Options(MethodOptions):
         renamed: ClassVar[Mapping[str, str]] = {"keep_ratio": "ratio, the share to remove: 1 - keep_ratio"}
@@ -104,15 +94,6 @@ class BlockPruner(Method["BlockPruner.Options"]):
             "parameters",
             description="remove next the block with the least rise of the logarithm of the perplexity per "
             "parameter, or with the least perplexity (blocks, as published)",
-        )
-        search: Literal["exact", "racing"] = Field(
-            "exact", description="racing drops blocks early that are behind on a part of the windows"
-        )
-        confidence: float = Field(
-            0.95,
-            gt=0,
-            lt=1,
-            description="probability that a round of racing drops no block that would have won",
         )
         order_from: Path | None = Field(
             None,
@@ -163,7 +144,7 @@ class BlockPruner(Method["BlockPruner.Options"]):
         journal = context.journal("search")
         journal.restore([])
         done = journal.state.get("removals", torch.empty(0)).tolist()
-        removals = [Removal(int(row[0]), PARTS[int(row[1])], *row[2:4], *map(int, row[4:])) for row in done]
+        removals = [Removal(int(row[0]), PARTS[int(row[1])], *row[2:]) for row in done]
         following: Removal | None = None
         rounds = _rounds(sizes, total, options)
         while not _reached(removed := [removal.block for removal in removals], sizes, total, options):
@@ -177,7 +158,7 @@ class BlockPruner(Method["BlockPruner.Options"]):
                 report = partial(_report, context.progress, len(removals), rounds)
                 report(0.0)
                 losses = BlockLosses(model, windows, removed, costs, context.folder / "search", report)
-                following = self.search(losses, options, context)
+                following = self.search(losses)
             if following.perplexity > limit:
                 break
             removals.append(following)
@@ -201,48 +182,16 @@ class BlockPruner(Method["BlockPruner.Options"]):
         }
         return StepReport(_summary(removals, kept, len(windows)), details)
 
-    def search(self, losses: BlockLosses, options: Options, context: StepContext) -> Removal:
+    def search(self, losses: BlockLosses) -> Removal:
         """Choose the block to remove next, in one round of the search."""
-        count = losses.loss.shape[1]
-        rows, alive = torch.arange(count), list(range(len(losses.blocks)))
-        if options.search == "racing":
-            rows = torch.randperm(count, generator=context.generator())
-        stages = _stages(count) if options.search == "racing" else [count]
-        for start, stop in pairwise([0, *stages]):
-            losses.measure(alive, rows[start:stop], rows[:start])
-            if stop < count:
-                comparisons = (len(stages) - 1) * (len(losses.blocks) - 1)
-                alive = contenders(losses, alive, rows[:stop], (1 - options.confidence) / max(comparisons, 1))
-        best = losses.best(alive, rows)
+        best = losses.best()
         before, after = float(losses.current.mean()), float(losses.loss[best].mean())
         if not max(before, after) < LN_LARGEST:
             raise CompressError(
                 f"Without one more block the model has a loss of at least {after:.0f} nats per token, so it "
                 "is broken or overflows; remove fewer blocks."
             )
-        return Removal(
-            *losses.blocks[best], math.exp(after), math.exp(before), losses.evaluated, losses.loss.numel()
-        )
-
-
-def contenders(losses: BlockLosses, alive: list[int], seen: torch.Tensor, error: float) -> list[int]:
-    """The blocks that may still be the best on all windows, judged by the windows ``seen`` so far.
-
-    A block is dropped if the mean of its differences from the best one, window by window, is above zero by
-    Student's one-sided bound at level ``error``, with the variance of a sample without replacement.
-    """
-    best = losses.best(alive, seen)
-    rises = losses.rises(alive, seen)
-    differences = rises - rises[alive.index(best)]
-    share_unseen = 1 - len(seen) / losses.loss.shape[1]
-    spread = differences.std(1) * math.sqrt(share_unseen / len(seen))
-    lower = differences.mean(1) - float(students_t.isf(error, len(seen) - 1)) * spread
-    return [block for block, bound in zip(alive, lower.tolist(), strict=True) if block == best or bound <= 0]
-
-
-def _stages(count: int) -> list[int]:
-    """How many windows a race has seen at the end of each stage; each stage doubles them."""
-    return [*takewhile(lambda seen: seen < count, (FIRST_WINDOWS << n for n in itertools.count())), count]
+        return Removal(*losses.blocks[best], math.exp(after), math.exp(before))
 
 
 def _candidates(
@@ -294,7 +243,7 @@ def _earlier(options: BlockPruner.Options, model: StreamedModel, windows: Window
     same = {
         "model": found.details["model_sha256"] == model.checkpoint.sha256,
         "calibration": found.details["calibration_sha256"] == windows.sha256,
-    } | {key: found.options[key] == getattr(options, key) for key in ("mode", "cost", "search", "confidence")}
+    } | {key: found.options[key] == getattr(options, key) for key in ("mode", "cost")}
     if different := [key for key, equal in same.items() if not equal]:
         raise BadInput(
             f"The order of removal in '{path}' was found with another {' and '.join(different)}; search "

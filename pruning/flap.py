@@ -20,7 +20,6 @@ from compress.pruning.parts.allocation import (
     Widths,
     best,
     check_ratio,
-    default_removed_groups,
     even_widths,
     floor_widths,
     rank,
@@ -139,7 +138,7 @@ class Flap(Method["Flap.Options"]):
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
         units = units_of(shape)
-        check_ratio(units, options.ratio, options.width_multiple)
+        check_ratio(units, options.ratio, options.multiple(layer.neurons for layer in units))
         widths = structure_widths(units, options)
         pairs = list(zip(units, widths, strict=True))
         biased = []
@@ -241,7 +240,8 @@ class Flap(Method["Flap.Options"]):
 
 def structure_widths(units: list[Units], options: Flap.Options) -> list[Widths]:
     """How many units of every layer stay; for the adaptive structures this is a prediction."""
-    ratio, multiple, heads = options.ratio, options.width_multiple, options.remove_heads
+    ratio, heads = options.ratio, options.remove_heads
+    multiple = options.multiple(layer.neurons for layer in units)
     match options.chosen_structure:
         case "UL-UM":
             return floor_widths(units, ratio, multiple)
@@ -258,12 +258,12 @@ def structure_widths(units: list[Units], options: Flap.Options) -> list[Widths]:
 
 def choose(scores: list[Scores], units: list[Units], options: Flap.Options) -> list[Kept]:
     """Choose the units of every layer that stay."""
-    ratio, multiple, heads = options.ratio, options.width_multiple, options.remove_heads
+    ratio, heads = options.ratio, options.remove_heads
+    multiple = options.multiple(layer.neurons for layer in units)
     match options.chosen_structure:
         case "AL-AM":
             return rank(scores, units, ratio, multiple)
         case "AL-MM":
-            heads = default_removed_groups(units, ratio) if heads is None else heads
             return rank_apart(scores, units, ratio, heads, multiple)
         case _:
             return best(scores, structure_widths(units, options))

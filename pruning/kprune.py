@@ -10,14 +10,17 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 
-from compress.anatomy import Anatomy, layer_shapes, set_weight, task_of, weight
+from compress.anatomy import Anatomy, set_weight, task_of, weight
+from compress.calibration.text.settings import TextSize
 from compress.engine.activations import Activations
 from compress.engine.backward import Tape
 from compress.engine.stream import Layer, Observer, Seen, Stream, StreamedModel
 from compress.engine.windows import Windows
 from compress.errors import BadInput, CompressError
-from compress.method import Method, MethodOptions, Paper, StepReport
+from compress.method import Method, Paper, StepReport
+from compress.pruning.parts.budget import affordable, at_least, planned, steps_of
 from compress.pruning.parts.knowledge import Divergence, Sublayer, measure_knowledge, sublayers_of
+from compress.pruning.parts.options import WidthMultiple
 from compress.pruning.parts.width import Kept, bias_of, finish, narrow, plan_widths, write_layer
 from compress.storage.tensors import DTYPES
 
@@ -48,18 +51,21 @@ class KPrune(Method["KPrune.Options"]):
        units adds nothing.
 
     Units are scored one by one, so a layer can lose all its heads although each of them alone was expendable.
-    At high ratios this can break a model, unless ``min_heads`` keeps some heads in every layer.
+    At high ratios this breaks a model, so ``min_heads`` keeps one head in every layer; 0 is the published
+    method.
 
-    Differences from the published code: gradients are squared for each sample separately, so the batch size
-    does not matter; padding is masked everywhere; every sublayer behind the first pruned one is tuned,
-    even if it is not pruned itself. The tuning is damped: W_out is fitted to each half of the calibration
-    windows and checked on the other half, which decides how strongly it keeps its old value, from not at all
-    (as published) to entirely. Otherwise, on fewer tokens than channels, least squares would reproduce the
-    teacher on these tokens and fail on all other text. While nothing is pruned yet, S is T and the
-    gradient of the KL is zero, so the published K_pred of the first sublayer is zero; here the second-order
-    term of the KL, which (1/2) (dKL/dm)^2 approximates, is computed from the Fisher information instead (see
-    `Divergence.scores`). Decoders are pruned by the KL of their next-token predictions. Models with a norm on
-    a block's output before it is added (Gemma) are not tuned, because the target is not linear in W_out.
+    Differences from the published code: units are dropped in bundles, so that widths stay multiples that
+    quantization can use (``width_multiple: 1`` drops them one by one); gradients are squared for each sample
+    separately, so the batch size does not matter; padding is masked everywhere; every sublayer behind the
+    first pruned one is tuned, even if it is not pruned itself. The tuning is damped: W_out is fitted to each
+    half of the calibration windows and checked on the other half, which decides how strongly it keeps its old
+    value, from not at all (as published) to entirely. Otherwise, on fewer tokens than channels, least squares
+    would reproduce the teacher on these tokens and fail on all other text. While nothing is pruned yet, S is
+    T and the gradient of the KL is zero, so the published K_pred of the first sublayer is zero; here the
+    second-order term of the KL, which (1/2) (dKL/dm)^2 approximates, is computed from the Fisher information
+    instead (see `Divergence.scores`). Decoders are pruned by the KL of their next-token predictions. Models
+    with a norm on a block's output before it is added (Gemma) are not tuned, because the target is not linear
+    in W_out.
     """
 
     name = "kprune"
@@ -67,8 +73,9 @@ class KPrune(Method["KPrune.Options"]):
     paper = Paper(
         "Accurate Retraining-free Pruning for Pretrained Encoder-based Language Models", "2308.03449"
     )
+    text_size = TextSize(8, 512)
 
-    class Options(MethodOptions):
+    class Options(WidthMultiple):
         renamed: ClassVar[Mapping[str, str]] = {"ridge": "damping"}
 
         ratio: float = Field(ge=0, lt=1, description="share to remove of the FLOPs of all layers")
@@ -77,7 +84,7 @@ class KPrune(Method["KPrune.Options"]):
         mu: float = Field(64.0, gt=0, description="weight of a head's score relative to a neuron's")
         temperature: float = Field(2.0, gt=0, description="temperature of the softmax in the KL divergence")
         min_heads: NonNegativeInt = Field(
-            0,
+            1,
             description="every layer keeps at least this many key-value heads, whatever their scores; 0 is "
             "the published method",
         )
@@ -98,16 +105,24 @@ class KPrune(Method["KPrune.Options"]):
                 "K-prune compares predictions, so it needs a causal language model, or an encoder with a "
                 "head for sequence classification, token classification, question answering or masked words."
             )
-        # The text decides which units go. This plan spreads them evenly, but for one neuron, because widths
-        # will differ.
-        before = layer_shapes(config)
-        kept = [
-            Kept(*(torch.arange(round(count * (1 - options.ratio))) for count in counts))
-            for counts in ((layer.num_key_value_heads, layer.intermediate_size) for layer in before)
-        ]
-        if 0 < len(kept[0].neurons) < before[0].intermediate_size and len(kept) > 1:
-            kept[0] = replace(kept[0], neurons=torch.arange(len(kept[0].neurons) + 1))
-        return plan_widths(shape, kept)
+        # The text decides which units go, and so does the number of tokens, on which the FLOPs of heads
+        # depend. With one token heads are cheapest, so what is too much then is always too much.
+        sublayers = sublayers_of(config, 1)
+        steps = steps_of(sublayers, options)
+        total = sum(sublayer.total for sublayer in sublayers)
+        least = sum(
+            at_least(sublayer, step, options.min_heads) * sublayer.flops
+            for sublayer, step in zip(sublayers, steps, strict=True)
+        )
+        if least > (1 - options.ratio) * total:
+            raise BadInput(
+                f"A ratio of {options.ratio:g} is too much: the {options.min_heads} key-value heads that "
+                f"every layer keeps take {least / total:.1%} of the FLOPs; use a smaller ratio, min_heads or "
+                "width_multiple."
+            )
+        return plan_widths(
+            shape, planned(sublayers, steps, options.ratio, options.min_heads, shape.num_layers)
+        )
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
         windows = context.calibration
@@ -184,6 +199,7 @@ class Pruning:
         self.scratch = held.pop("scratch")
         self.targets = held
         self.halves = halves_of(windows)
+        self.steps = steps_of(sublayers, options)
         if options.ratio and options.tune and options.damping is None and len(windows) < 2:
             raise BadInput("With one calibration window none can be held out; use more, or set damping.")
 
@@ -206,7 +222,7 @@ class Pruning:
         for number, sublayer in enumerate(self.sublayers):
             if sublayer.index != layer.index:
                 continue
-            mask = self.search(self.sublayers[number:], held)
+            mask = self.search(number, held)
             self.state[_key(sublayer)] = mask
             self.state["budget"] = self.state["budget"] - sublayer.flops * mask.sum()
             if not mask.all():
@@ -241,14 +257,12 @@ class Pruning:
         none = torch.arange(0)
         return Kept(found.get("attention", none), found.get("mlp", none))
 
-    def search(self, sublayers: Sequence[Sublayer], held: Layer) -> Tensor:
-        """Decide which units of the first sublayer stay: bool [units].
+    def search(self, number: int, held: Layer) -> Tensor:
+        """Decide which units of the sublayer ``number``, the first that is not pruned, stay: bool [units].
 
-        Args:
-            sublayers: all sublayers that are not pruned yet.
-            held: the student's layer that the first of them is in.
+        ``held`` is the student's layer that it is in.
         """
-        budget = int(self.state["budget"])
+        budget, sublayers = int(self.state["budget"]), self.sublayers[number:]
         if sum(sublayer.total for sublayer in sublayers) <= budget:
             return torch.ones(len(sublayers[0].channels), dtype=torch.bool)
         tape = Tape(self.model, self.student, self.context.folder / "tape", held)
@@ -262,7 +276,8 @@ class Pruning:
                 total *= self.options.mu
                 total[total.topk(min(self.options.min_heads, len(total))).indices] = torch.inf
             scores.append(total / sublayer.flops)
-        return affordable(scores, [sublayer.flops for sublayer in sublayers], budget)[0]
+        flops = [sublayer.flops for sublayer in sublayers]
+        return affordable(scores, flops, budget, self.steps[number:])[0]
 
     def tune(self, held: Layer, sublayer: Sublayer) -> Tensor:
         """Refit W_out to the dense stream: [out, kept channels], rounded to the dtype it is stored in.
@@ -300,25 +315,6 @@ class Pruning:
                 "model; use more calibration text, or set tune to false."
             )
         return new.float()
-
-
-def affordable(scores: Sequence[Tensor], flops: Sequence[int], budget: int) -> list[Tensor]:
-    """Knowledge-preserving mask search: drop the units with the lowest scores until the rest fits the budget.
-
-    Args:
-        scores: for every sublayer the scores of its units [units].
-        flops: for every sublayer the FLOPs of one unit.
-        budget: FLOPs that all units together may cost.
-
-    Returns:
-        For every sublayer bool [units], True for units that stay.
-    """
-    costs = torch.cat([torch.full((len(each),), cost) for each, cost in zip(scores, flops, strict=True)])
-    order = torch.cat(list(scores)).argsort(stable=True)
-    left = costs.sum() - torch.cat([costs.new_zeros(1), costs[order].cumsum(0)])
-    keep = torch.ones(len(costs), dtype=torch.bool)
-    keep[order[: int((left > budget).sum())]] = False
-    return list(keep.split([len(each) for each in scores]))
 
 
 DAMPINGS = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)

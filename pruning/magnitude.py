@@ -52,13 +52,15 @@ class Magnitude(Method["Magnitude.Options"]):
         )
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
-        units, multiple = units_of(shape), options.width_multiple
+        units = units_of(shape)
+        multiple = options.multiple(layer.neurons for layer in units)
         check_ratio(units, options.ratio, multiple)
         widths_of = even_widths if options.allocation == "per-layer" else spread_widths
         return plan_widths(shape, [width.kept for width in widths_of(units, options.ratio, multiple)])
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
-        units, multiple = units_of(ModelShape.of(model.checkpoint)), options.width_multiple
+        units = units_of(ModelShape.of(model.checkpoint))
+        multiple = options.multiple(layer.neurons for layer in units)
         journal = context.journal("scores")
         for layer in model.walk(journal, label="scoring weights"):
             for kind, values in mean_squares(model, layer)._asdict().items():

@@ -123,6 +123,11 @@ class ReplaceMe(Method["ReplaceMe.Options"]):
             )
         if options.kinds and (obstacle := shape.anatomy.merge_obstacle):
             raise BadInput(f"{obstacle} Use 'transform: none', or another method.")
+        if options.transform != "none" and options.held_out and shape.anatomy.head is None:
+            raise BadInput(
+                "ReplaceMe checks its linear map by the loss of the next token on held-out windows, and "
+                f"this {shape.anatomy.model_type} model predicts no tokens; set held_out to 0."
+            )
         # The calibration text decides which layers go; in a plain model all have the same size.
         return plan_without_layers(shape, range(1, options.layers + 1))
 

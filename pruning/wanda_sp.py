@@ -34,8 +34,9 @@ class WandaSp(Method["WandaSp.Options"]):
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
         units = units_of(shape)
-        check_ratio(units, options.ratio, options.width_multiple)
-        widths = even_widths(units, options.ratio, options.width_multiple)
+        multiple = options.multiple(layer.neurons for layer in units)
+        check_ratio(units, options.ratio, multiple)
+        widths = even_widths(units, options.ratio, multiple)
         return plan_widths(shape, [width.kept for width in widths])
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
@@ -45,7 +46,8 @@ class WandaSp(Method["WandaSp.Options"]):
             unit_scores(model, index, *channels_of(model, index, statistics))
             for index in range(model.num_layers)
         ]
-        kept = best(scores, even_widths(units, options.ratio, options.width_multiple))
+        multiple = options.multiple(layer.neurons for layer in units)
+        kept = best(scores, even_widths(units, options.ratio, multiple))
         prune(model, kept, context)
         summary, details = removal(kept, units)
         return StepReport(f"{summary} (Wanda-sp).", details)

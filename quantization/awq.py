@@ -9,6 +9,7 @@ import torch
 
 from compress.anatomy import linears_by_input, weight
 from compress.calibration.statistics.hessian import Hessian
+from compress.calibration.text.settings import TextSize
 from compress.engine.stream import Seen
 from compress.kernels.codes.integer import (
     CHANNEL,
@@ -71,6 +72,7 @@ class AWQ(Method[WeightOptions]):
     paper = Paper(
         "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", "2306.00978"
     )
+    text_size = TextSize(32, 512)
 
     Options = WeightOptions
 

@@ -11,11 +11,12 @@ from pydantic import Field, PositiveInt
 from compress.anatomy import linears_by_input, weight
 from compress.calibration.statistics.hessian import Hessian, inverse_root
 from compress.errors import BadInput
+from compress.kernels.codes.integer import CHANNEL
 from compress.kernels.codes.packing import pack_signs
 from compress.kernels.layers.stacked import spread
 from compress.method import Method, Paper, StepReport
 from compress.quantization.parts.block_order import find_order
-from compress.quantization.parts.options import DampingOptions, GroupOptions, StackOptions
+from compress.quantization.parts.options import DampingOptions, StackOptions
 from compress.quantization.parts.stacker import Stacker, plan_stacked
 from compress.storage.formats.stacks import NestedFormat
 
@@ -69,7 +70,7 @@ class Nested(Method["Nested.Options"]):
     family = "quantization"
     paper = Paper("Any-Precision LLM: Low-Cost Deployment of Multiple, Different-Sized LLMs", "2402.10517")
 
-    class Options(StackOptions, DampingOptions, GroupOptions):
+    class Options(StackOptions, DampingOptions):
         bits: Literal[2, 3, 4, 5, 6, 7, 8] = Field(8, description="bits of the widest code")
         group_size: PositiveInt | Literal["channel"] = Field(
             64,
@@ -111,7 +112,7 @@ class Nested(Method["Nested.Options"]):
 
     @staticmethod
     def _format(options: Options) -> NestedFormat:
-        return NestedFormat(options.bits, options.group_length)
+        return NestedFormat(options.bits, CHANNEL if options.group_size == "channel" else options.group_size)
 
 
 def nested_codes(

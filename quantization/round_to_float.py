@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from compress.anatomy import linears_by_input, weight
+from compress.errors import BadInput
 from compress.kernels.codes.floating import FloatType, ScaleRounding, quantize_float
+from compress.kernels.codes.integer import CHANNEL
 from compress.method import Method, Paper, StepReport
-from compress.quantization.parts.layout import Layout, layout_of_one, packed_shape
+from compress.quantization.parts.layout import Layout, layout_of_one, packed_shape, stored_weights
 from compress.quantization.parts.options import IgnoreOptions
 from compress.quantization.parts.packer import Packer
 from compress.storage.formats.floating import FloatFormat
@@ -72,6 +74,14 @@ def layout_of(shape: ModelShape, options: RoundToFloat.Options) -> Layout:
     """The layout that the options ask for.
 
     Raises:
-        BadInput: as in `layout_of_one`.
+        BadInput: as in `layout_of_one`, or the groups of the type do not fit an input dimension.
     """
-    return layout_of_one(shape, FloatFormat(options.type), options.ignore)
+    layout = layout_of_one(shape, form := FloatFormat(options.type), options.ignore)
+    for name, ((_, width), _) in stored_weights(shape, layout.linears).items():
+        if form.group_size != CHANNEL and width % form.group_size:
+            raise BadInput(
+                f"The groups of {options.type} have {form.group_size} inputs, and the {width} inputs of "
+                f"'{name}' are no multiple of that; use the type fp8, or leave out with 'ignore' what does "
+                "not fit."
+            )
+    return layout

@@ -6,7 +6,7 @@
 
 - docs/measurements/*.md from scripts/benchmarks/results/*.json, one page for each file that has records;
 - docs/measurements/quickstart.md from results/quickstart.json, a copy of out/quickstart/comparison.json;
-- docs/methods.md and docs/commands.md from the program's own declarations;
+- docs/methods.md, docs/commands.md and docs/model-folder.md from the program's own declarations;
 - the parts of README.md that stand between markers, ``<!-- NAME -->`` and ``<!-- /NAME -->``.
 
 Third parties' methods are left out, so that the documents do not depend on what is installed beside us.
@@ -336,6 +336,38 @@ def pipes_escaped(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+# --- the model folder ---
+
+MODEL_FOLDER = (
+    "The result of a run is a whole model folder. Config, weights, card and lineage are made anew, and "
+    "settings are carried over from the source. What is left out is said in a sentence before the work "
+    "begins, in the card and in `compression.json`. Of a model on the hub, only what is carried over is "
+    "downloaded. The first row that matches counts."
+)
+LINKS = (
+    "Links to files are followed, because the hub's cache is made of them; links to folders are not. "
+    "Entries of `auto_map` that name code in the folder are removed, because code is neither run nor "
+    "passed on. Licence, language and tags of the source's card are kept in the new card. If an index "
+    "lists the weights, it decides which file each tensor is read from."
+)
+
+
+def model_folder_page() -> str:
+    from compress.storage.companions import KINDS
+
+    rows = [
+        [
+            kind.what,
+            " ".join(f"`{name}`" for name in kind.patterns),
+            ": ".join(filter(None, (kind.fate, kind.why))),
+        ]
+        for kind in KINDS
+    ]
+    table = as_markdown(["in the source", "files and folders", "in the result"], rows)
+    head = f"# What becomes of a model folder\n\n{DRAWN}{wrapped(MODEL_FOLDER)}"
+    return f"{head}\n{table}\n{wrapped(LINKS)}"
+
+
 # --- README ---
 
 
@@ -418,6 +450,7 @@ def documents() -> dict[Path, str]:
         ROOT / "README.md": readme(),
         ROOT / "docs" / "methods.md": methods_page(),
         ROOT / "docs" / "commands.md": commands_page(),
+        ROOT / "docs" / "model-folder.md": model_folder_page(),
         **measurement_pages(),
     }
 

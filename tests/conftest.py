@@ -43,6 +43,19 @@ def same_random_numbers() -> None:
         sys.modules["torch"].manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def no_other_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only tests marked ``loaders`` start the programs that the reload check runs in a process of their own,
+    which takes some seconds at every run; for all others these are not installed."""
+    promise = sys.modules.get("compress.pipeline.promise")
+    if promise is None or request.node.get_closest_marker("loaders"):
+        return
+    found = promise._version
+    monkeypatch.setattr(
+        promise, "_version", lambda name: found(name) if name in promise.IN_THIS_PROCESS else None
+    )
+
+
 @pytest.fixture
 def tiny_encoder(tmp_path: Path) -> Callable[..., Path]:
     """Writes an encoder with random weights that matter, and a WordPiece tokenizer that knows ``WORDS``.

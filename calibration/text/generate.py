@@ -32,10 +32,10 @@ from compress.calibration.text.tokens import fingerprint, first_tokens
 from compress.engine.loading import assemble
 from compress.engine.tokenizer import load_tokenizer
 from compress.engine.windows import Windows
-from compress.errors import BadInput, CompressError
+from compress.errors import BadInput
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.writer import write_tensors
-from compress.system.cache import CACHE_VARIABLE, cache_folder
+from compress.system.cache import cache_folder, make_folder, not_written
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -153,18 +153,15 @@ def _sequences(folder: Path, starts: list[Start], writer: _Writer) -> Iterator[t
         if file.exists():
             held = load_file(file)
         else:
+            make_folder(folder)
             found = writer.write(starts[begin : begin + FILE])
             lengths = torch.tensor([len(sequence) for sequence in found], dtype=torch.int32)
             flat = torch.tensor([token for sequence in found for token in sequence], dtype=torch.int32)
             held = {"tokens": flat, "lengths": lengths}
             try:
-                folder.mkdir(parents=True, exist_ok=True)
                 write_tensors(held, file)
             except OSError as error:
-                raise CompressError(
-                    f"Generated text could not be saved in {folder} ({error.strerror or error}); free some "
-                    f"space, or set {CACHE_VARIABLE} to another folder."
-                ) from error
+                raise not_written(folder, error) from error
         yield from held["tokens"].split(held["lengths"].tolist())
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import Field, PositiveInt
+
+from compress.system.settings import Settings
 
 
-class Section(BaseModel):
-    """A section of a recipe: it refuses unknown keys and infinite or NaN numbers, and cannot be changed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+class Section(Settings):
+    """A section of a recipe."""
 
 
 class TextSize(NamedTuple):
@@ -43,7 +43,8 @@ class Calibration(Section):
     )
     seqlen: PositiveInt | None = Field(
         None,
-        description="tokens in each window (of an encoder's input: at most); by default the method's own",
+        description="tokens in each window (of an encoder's input: at most); by default the method's own "
+        "number, or as many as the model has positions for",
     )
     seed: int | None = Field(
         None, description="seed for drawing or generating the text; by default the seed of the recipe"

@@ -16,17 +16,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from compress.calibration.text.corpora import CORPORA
 from compress.errors import BadInput, CompressError, unknown
 
+log = logging.getLogger(__name__)
+
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+"""Half of a pair of surrogates, which JSON can spell but no text in UTF-8 can hold."""
+
 Conversation = tuple[dict[str, str], ...]
 """Messages in order, each with ``role`` and ``content``."""
+
+LARGEST_ODD_SHARE = 0.5
+"""Share of odd rows above which a source is refused."""
+
+ROWS_OF_A_JUDGEMENT = 1000
+"""Rows after which the share of odd ones is judged while reading: a stream of the hub may be endless."""
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 UNSAFE_SUFFIXES = (".pickle", ".pkl", ".pt", ".pth", ".bin", ".npy", ".npz")
@@ -73,13 +86,56 @@ def read_documents(source: str, characters: int | None = None) -> Documents:
     if source in CORPORA:
         corpus = CORPORA[source]
         return Documents(tuple(corpus.read()), source, corpus.licence)
-    entries = tuple(_hub(source, characters) if source.startswith("hub:") else _file(source))
+    if source.startswith("hub:"):
+        entries = tuple(_without_odd_rows(_hub(source), source, characters))
+    else:
+        entries = tuple(_without_odd_rows(_file(source), source))
     if not entries:
         raise BadInput(f"{source} holds no text.")
     return Documents(entries, source)
 
 
-def _file(source: str) -> Iterator[str | Conversation]:
+class _OddRow(Exception):
+    """What is wrong with one row, and where it is."""
+
+
+Row = Callable[[], str | Conversation | None]
+"""Reads one row of a source: gives None if it has no text, and raises _OddRow if it holds something else."""
+
+
+def _without_odd_rows(
+    rows: Iterable[Row], source: str, characters: int | None = None
+) -> Iterator[str | Conversation]:
+    """The texts and conversations of ``rows``, about ``characters`` of them; a warning counts odd rows."""
+    odd: list[_OddRow] = []
+    number = seen = 0
+    for number, row in enumerate(rows, start=1):
+        entry = None
+        try:
+            entry = row()
+        except _OddRow as error:
+            odd.append(error)
+        if entry is not None:
+            yield entry
+            seen += len(_words(entry))
+        if number % ROWS_OF_A_JUDGEMENT == 0:
+            _refuse_if_mostly_odd(odd, number, source)
+        if characters is not None and seen >= characters:
+            break
+    _refuse_if_mostly_odd(odd, number, source)
+    if odd:
+        log.warning("%d of the %d rows of %s were skipped; the first: %s.", len(odd), number, source, odd[0])
+
+
+def _refuse_if_mostly_odd(odd: list[_OddRow], rows: int, source: str) -> None:
+    if len(odd) > LARGEST_ODD_SHARE * rows:
+        raise BadInput(
+            f"Of the {rows} rows of {source} {len(odd)} cannot be used, which is more than half; the first: "
+            f"{odd[0]}."
+        )
+
+
+def _file(source: str) -> Iterator[Row]:
     path = Path(source).expanduser()
     suffix = path.suffix.lower()
     if suffix in UNSAFE_SUFFIXES:
@@ -99,29 +155,35 @@ def _file(source: str) -> Iterator[str | Conversation]:
         raise BadInput(f"{source} cannot be read ({error.strerror or error}).") from error
 
 
-def _txt(path: Path) -> Iterator[str]:
-    text = _utf8(path.read_bytes(), str(path)).replace("\r\n", "\n")
-    if text.strip():
-        yield text
+def _txt(path: Path) -> Iterator[Row]:
+    try:
+        text = _utf8(path.read_bytes(), str(path)).replace("\r\n", "\n")
+    except _OddRow as odd:
+        raise BadInput(f"{odd}; convert it first.") from None
+    yield lambda: text if text.strip() else None
 
 
-def _jsonl(path: Path) -> Iterator[str | Conversation]:
+def _jsonl(path: Path) -> Iterator[Row]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            text = _utf8(line, where)
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise BadInput(f"{where} is not JSON ({error}).") from error
-            if not isinstance(row, dict):
-                raise BadInput(f"{where} is not a JSON object with 'text' or 'messages'.")
-            yield from _entry(row, _field(row, where), where)
+            if line.strip():
+                yield partial(_json_row, line, f"{path}, line {number}")
 
 
-def _parquet(path: Path) -> Iterator[str | Conversation]:
+def _json_row(line: bytes, where: str) -> str | Conversation | None:
+    try:
+        row = json.loads(_utf8(line, where))
+    except (ValueError, RecursionError) as error:
+        raise _OddRow(f"{where} is not JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise _OddRow(f"{where} is not a JSON object with 'text' or 'messages'")
+    field = _field(row)
+    if field is None:
+        raise _OddRow(f"{where} {_no_field(row)}")
+    return _entry(row[field], field, where)
+
+
+def _parquet(path: Path) -> Iterator[Row]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
@@ -130,39 +192,46 @@ def _parquet(path: Path) -> Iterator[str | Conversation]:
         ) from error
     try:
         with parquet.ParquetFile(path) as file:
-            field = _field(file.schema_arrow.names, str(path))
+            field = _field(file.schema_arrow.names)
+            if field is None:
+                raise BadInput(f"{path} {_no_field(file.schema_arrow.names)}.")
             number = 0
             for batch in file.iter_batches(columns=[field]):
-                for row in batch.to_pylist():
+                for value in batch.column(0):
                     number += 1
-                    yield from _entry(row, field, f"{path}, row {number}")
+                    yield partial(_parquet_row, value, field, f"{path}, row {number}")
     except ArrowException as error:
         raise BadInput(f"{path} is not a whole parquet file ({_first_line(error)}).") from error
 
 
-def _hub(source: str, characters: int | None) -> Iterator[str | Conversation]:
+def _parquet_row(value: Any, field: str, where: str) -> str | Conversation | None:
+    try:
+        return _entry(value.as_py(), field, where)
+    except UnicodeDecodeError as error:
+        raise _OddRow(f"{where} is not UTF-8 text (byte {error.start})") from error
+
+
+def _hub(source: str) -> Iterator[Row]:
     parts = source.removeprefix("hub:").split(":")
     if len(parts) > 4 or not parts[0]:
         raise BadInput(f"{source} should read hub:DATASET[:CONFIG[:SPLIT[:FIELD]]].")
     name, config, split, field = parts + [""] * (4 - len(parts))
-    seen = 0
     for number, row in enumerate(_hub_rows(name, config or None, split or "train"), start=1):
         where = f"{source}, row {number}"
         field = field or _default_field(row, source)
         if field not in row:
             raise BadInput(f"{where} has no field '{field}'; there are: {', '.join(row)}.")
-        for entry in _entry(row, field, where):
-            yield entry
-            seen += len(_words(entry))
-        if characters is not None and seen >= characters:
-            return
+        yield partial(_entry, row[field], field, where)
 
 
 def _default_field(row: Mapping[str, Any], source: str) -> str:
     strings = [column for column, value in row.items() if isinstance(value, str)]
     if len(strings) == 1 and not {"text", "messages"} & set(row):
         return strings[0]
-    return _field(row, source)
+    field = _field(row)
+    if field is None:
+        raise BadInput(f"{source} {_no_field(row)}.")
+    return field
 
 
 def _hub_rows(name: str, config: str | None, split: str) -> Iterator[dict[str, Any]]:
@@ -181,29 +250,31 @@ def _hub_rows(name: str, config: str | None, split: str) -> Iterator[dict[str, A
         ) from error
 
 
-def _field(columns: Iterable[str], where: str) -> str:
-    columns = list(columns)
-    for field in ("text", "messages"):
-        if field in columns:
-            return field
-    raise BadInput(
-        f"{where} has neither 'text' nor 'messages'; there are: {', '.join(columns) or 'no fields'}."
-    )
+def _field(columns: Iterable[str]) -> str | None:
+    return next((field for field in ("text", "messages") if field in set(columns)), None)
 
 
-def _entry(row: Mapping[str, Any], field: str, where: str) -> Iterator[str | Conversation]:
-    """Yield the document or conversation of one row, unless it is blank."""
-    value = row[field]
+def _no_field(columns: Iterable[str]) -> str:
+    return f"has neither 'text' nor 'messages'; there are: {', '.join(columns) or 'no fields'}"
+
+
+def _entry(value: Any, field: str, where: str) -> str | Conversation | None:
+    """The document or conversation that a field of one row holds.
+
+    Raises:
+        _OddRow: it holds something else, or a character that cannot be written as UTF-8.
+    """
+    entry: str | Conversation
     if isinstance(value, str):
-        if value.strip():
-            yield value
+        entry = value
     elif isinstance(value, list) and all(map(_is_message, value)):
-        if value:
-            yield tuple({"role": message["role"], "content": message["content"]} for message in value)
+        entry = tuple({"role": message["role"], "content": message["content"]} for message in value)
     else:
-        raise BadInput(
-            f"{where}: '{field}' is neither a text nor a list of messages with 'role' and 'content'."
-        )
+        found = "null" if value is None else "neither a text nor a list of messages with 'role' and 'content'"
+        raise _OddRow(f"{where}: '{field}' is {found}")
+    if HALF_CHARACTER.search(_words(entry)):
+        raise _OddRow(f"{where}: '{field}' holds half a character (a lone surrogate)")
+    return entry if _words(entry).strip() else None
 
 
 def _is_message(value: Any) -> bool:
@@ -218,7 +289,7 @@ def _utf8(content: bytes, where: str) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadInput(f"{where} is not UTF-8 text (byte {error.start}); convert it first.") from error
+        raise _OddRow(f"{where} is not UTF-8 text (byte {error.start})") from error
 
 
 def _first_line(error: Exception) -> str:

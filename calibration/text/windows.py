@@ -19,6 +19,7 @@ Encoders get one example per input instead (see the module ``encoder_inputs``).
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -207,7 +208,7 @@ def _documents(source: str | Documents, tokens: int | None) -> Documents:
 
 
 def _first(count: int | None, rows: Iterator[_Row]) -> list[_Row]:
-    return list(islice(rows, count))
+    return list(islice(rows, None if count is None else min(count, sys.maxsize)))
 
 
 def _windows(

@@ -126,13 +126,18 @@ def sizes_of(config: PretrainedConfig) -> Sizes:
     """
     row = _row(config)
     heads, hidden = config.num_attention_heads, config.hidden_size
+    grouped = hasattr(type(config), "num_key_value_heads")
+
+    def read(name: str, used: bool) -> int | None:  # the class may ignore what the config says
+        return getattr(config, name, None) if used else None
+
     return Sizes(
         vocab_size=config.vocab_size,
         hidden_size=hidden,
         num_hidden_layers=config.num_hidden_layers,
         num_attention_heads=heads,
-        num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or hidden // heads,
+        num_key_value_heads=read("num_key_value_heads", grouped) or heads,
+        head_dim=read("head_dim", row.has_head_dim) or hidden // heads,
         intermediate_size=getattr(config, row.intermediate_size_key) or 4 * hidden,  # n_inner may be None
     )
 

@@ -8,8 +8,6 @@ from typing import Literal
 
 from torch import nn
 
-from compress.errors import BadInput
-
 PROJECTIONS = ("query", "key", "value", "attention_output", "gate", "up", "down")
 NORMS = ("attention_norm", "query_norm", "key_norm", "post_attention_norm", "mlp_norm", "post_mlp_norm")
 Task = Literal["sequence classification", "token classification", "question answering"]
@@ -61,6 +59,7 @@ class Anatomy:
     norm_first: bool = True
     norm_offset: float = 0.0  # norms multiply by this plus their weight
     parallel_residual: bool = False  # attention and MLP both read the layer's input
+    flat_mlp: bool = False  # the MLP is given all tokens of a batch as rows, [N·S, D]
 
     # Names in the config. Without ``head_dim`` in it, a head can only have the width hidden_size / heads. A
     # bias key gives every projection of a block a bias; it is None where the class leaves no choice.
@@ -85,24 +84,20 @@ class Anatomy:
         """The name of a layer in the full model's ``state_dict``, e.g. ``model.layers.3``."""
         return self.in_model(f"{self.layers}.{index}")
 
+    def layer_index(self, name: str) -> int:
+        """The index of the layer that a parameter of the full model belongs to; −1 if it is outside."""
+        before = self.in_model(f"{self.layers}.")
+        index = name.removeprefix(before).partition(".")[0] if name.startswith(before) else ""
+        return int(index) if index.isdigit() else -1
+
     def located(self, names: Iterable[str]) -> Anatomy:
-        """The same anatomy with ``prefix`` and ``head`` as the tensor ``names`` of a checkpoint have them.
+        """The same anatomy with ``head`` as the tensor ``names`` of a checkpoint have it.
 
-        Checkpoints on the hub may differ from the class in their config: gpt2 is saved without
-        ``transformer.``, sentence-transformers encoders without ``mpnet.``, Pythia's head is ``embed_out``.
-
-        Raises:
-            BadInput: there is no first layer among the names.
+        Files may call the head otherwise than the class does: Pythia's is ``embed_out``.
         """
-        names = dict.fromkeys(names)
-        first = f"{self.layers}.0"
-        inside = next((name for name in names if f".{first}." in f".{name}"), None)
-        if inside is None:
-            raise BadInput(f"The checkpoint has no '{first}', so it is not a whole {self.model_type} model.")
-        prefix = f".{inside}".partition(f".{first}.")[0].removeprefix(".")
         modules = {name.rpartition(".")[0] for name in names}  # not only of ``.weight``: it may be packed
         aliases = (alias for alias in self.head_aliases if alias in modules)
-        return replace(self, prefix=prefix, head=self.head and next(aliases, self.head))
+        return replace(self, head=self.head and next(aliases, self.head))
 
     @property
     def linear_paths(self) -> tuple[str, ...]:

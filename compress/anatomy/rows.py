@@ -38,7 +38,7 @@ _OPT = replace(
     layers="decoder.layers", embeddings=("decoder.embed_tokens", "decoder.embed_positions"),
     final_norm="decoder.final_layer_norm",
     attention_output="self_attn.out_proj",
-    mlp=None, gate=None, up="fc1", down="fc2", intermediate_size_key="ffn_dim",
+    mlp=None, gate=None, up="fc1", down="fc2", intermediate_size_key="ffn_dim", flat_mlp=True,
     attention_norm="self_attn_layer_norm", mlp_norm="final_layer_norm",
 )
 _GPT2 = replace(

@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from compress.errors import BadInput
+from compress.system.interrupts import raise_if_received
 
 DTYPES = ["float32", "bfloat16", "float16"]
 PIPE_WIDTH = 160
@@ -94,7 +95,7 @@ def progress_shown() -> Iterator[Callable[[str, float], None]]:
     """A function (text, share done) that draws a bar on a terminal and prints plain lines elsewhere."""
     quiet = not logging.getLogger("compress").isEnabledFor(logging.INFO)
     if quiet:
-        yield lambda text, share: None
+        yield lambda text, share: raise_if_received()
     elif sys.stderr.isatty():
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -103,6 +104,7 @@ def progress_shown() -> Iterator[Callable[[str, float], None]]:
             tasks: dict[str, Any] = {}
 
             def show(text: str, share: float) -> None:
+                raise_if_received()
                 if text not in tasks:
                     tasks[text] = bar.add_task(text, total=1.0)
                 bar.update(tasks[text], completed=share)
@@ -112,10 +114,12 @@ def progress_shown() -> Iterator[Callable[[str, float], None]]:
         last: dict[str, int] = {}
 
         def line(text: str, share: float) -> None:
+            raise_if_received()
             quarter = int(share * 4)
             if last.get(text) != quarter:
                 last[text] = quarter
-                print(f"{text}: {share:.0%}", file=sys.stderr, flush=True)
+                with suppress(BrokenPipeError):  # the work goes on if nobody reads about it
+                    print(f"{text}: {share:.0%}", file=sys.stderr, flush=True)
 
         yield line
 
@@ -129,12 +133,14 @@ def check_file(path: Path) -> None:
     """Refuse a file that cannot be written, before the work that makes its content.
 
     Raises:
-        BadInput: it is a folder, or there is no folder to put it in.
+        BadInput: it is a folder, or there is no folder to put it in that can be written.
     """
     if path.is_dir():
         raise BadInput(f"'{path}' is a folder; name a file to write to.")
     if not path.absolute().parent.is_dir():
         raise BadInput(f"There is no folder '{path.parent}' to write '{path.name}' to.")
+    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise BadInput(f"'{path}' cannot be written, because the folder '{path.absolute().parent}' cannot.")
 
 
 def stdout() -> Console:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import rich_click as click
@@ -41,13 +42,16 @@ from compress.commands.common import (
 )
 @click.option(
     "--context",
-    type=click.IntRange(2),
-    default=512,
-    show_default=True,
-    help="Tokens in a window; windows do not overlap.",
+    type=click.IntRange(2, sys.maxsize),
+    help="Tokens in a window; windows do not overlap. [default: 512, or as many as the model has positions "
+    "for]",
 )
 @click.option(
-    "--windows", type=click.IntRange(1), default=32, show_default=True, help="Largest number of windows."
+    "--windows",
+    type=click.IntRange(1, sys.maxsize),
+    default=32,
+    show_default=True,
+    help="Largest number of windows.",
 )
 @click.option(
     "--memory",
@@ -73,7 +77,7 @@ def evaluate(
     suite: str,
     task_file: str | None,
     text: str,
-    context: int,
+    context: int | None,
     windows: int,
     memory: str | None,
     json_file: str | None,

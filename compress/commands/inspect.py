@@ -16,14 +16,14 @@ from compress.commands.common import common_options, make_table, print_json, rev
 def inspect(model: str, revision: str | None, as_json: bool) -> None:
     """Show where MODEL comes from, its shapes, and how many bytes each part takes."""
     from compress.anatomy import layer_shapes
+    from compress.engine.opening import open_checkpoint
     from compress.engine.shape import ModelShape
     from compress.sources.find import find_model
-    from compress.storage.checkpoint import Checkpoint
     from compress.storage.formats.stacks import STACKS, sizes
     from compress.storage.lineage import read_lineage
 
     source = find_model(model, revision)
-    checkpoint = Checkpoint.open(source.folder)
+    checkpoint = open_checkpoint(source.folder)
     shape = ModelShape.of(checkpoint)
     lineage = read_lineage(source.folder)
     parts = bytes_per_part(shape)
@@ -51,6 +51,8 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
         print_json(document)
         return
     click.echo(f"{source.id}: {shape.config['model_type']}, loads with {shape.loads_with}")
+    if lineage is not None and lineage.reload.promised is not None:
+        click.echo(f"{lineage.reload.promised}")
     click.echo(", ".join(f"{key} {value}" for key, value in vars(shape.sizes).items()))
     if shape.is_pruned:
         click.echo(f"layers differ: {spread(layers)}")

@@ -137,7 +137,10 @@ def _command(name: str, family: Family, help_text: str) -> click.Command:
             "--nsamples", type=int, help="Number of calibration windows. [default: the method's own]"
         ),
         click.option(
-            "--seqlen", type=int, help="Tokens in a calibration window. [default: the method's own]"
+            "--seqlen",
+            type=int,
+            help="Tokens in a calibration window. [default: the method's own, or as many as the model has "
+            "positions for]",
         ),
         click.option("--chat-template", is_flag=True, help="Render conversations with the chat template."),
         result_options,

@@ -89,10 +89,11 @@ def quantize_key_values(model: PreTrainedModel, settings: KeyValueSettings, cut:
     anatomy, config = anatomy_of(model.config), model.config
     layers = model.base_model.get_submodule(anatomy.layers)
     assert isinstance(layers, nn.ModuleList)
-    blocks = []
+    blocks: list[AttentionBlock | None] = []
     for index, layer in enumerate(layers):
         linears = anatomy.linears(layer)
         if anatomy.key not in linears:  # attention was pruned away
+            blocks.append(None)
             continue
         block = AttentionBlock(
             settings,
@@ -104,8 +105,9 @@ def quantize_key_values(model: PreTrainedModel, settings: KeyValueSettings, cut:
         if settings.position == "before-rope":
             rows = projection_rows(config, index)
             for role in ("key", "value"):
-                linear = linears[getattr(anatomy, role)]
-                linear.register_forward_hook(partial(block.quantize_output, role, rows[role]))
+                path = getattr(anatomy, role)
+                linears[path].register_forward_hook(partial(block.quantize_output, role, rows[role]))
+                block.projections.append(path.removeprefix(f"{anatomy.attention}."))
         blocks.append(block)
     # The module that runs the layers; it is not always the base model (OPT).
     runner = model.base_model.get_submodule(anatomy.layers.rpartition(".")[0])
@@ -123,6 +125,7 @@ class AttentionBlock:
         cut: limit of the straight-through gradient.
 
     Attributes:
+        projections: paths in the attention module of the linears whose outputs are quantized.
         cached: whether the pass that is running has a cache.
         codes: role -> codes and scales of the tokens in this pass, if keys are quantized before the rotary
             embedding.
@@ -142,6 +145,7 @@ class AttentionBlock:
         self.cache_name = _name_in(inspect.signature(attention.forward).parameters)
         # Every architecture with rotary embeddings has a function of this name in its own module.
         self.rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+        self.projections: list[str] = []
         self.cached = False
         self.codes: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.rotation: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -150,13 +154,6 @@ class AttentionBlock:
     @property
     def before_rope(self) -> bool:
         return self.settings.position == "before-rope"
-
-    @property
-    def place(self) -> int:
-        """The place in a cache. It is not the number of the layer where other blocks were pruned away."""
-        place = self.attention.layer_idx
-        assert isinstance(place, int)
-        return place
 
     def grouped(self, vectors: torch.Tensor) -> torch.Tensor:
         """Vectors of tokens [B, T, heads, head_dim] -> [B, T, scales per token, values per scale]."""
@@ -205,7 +202,14 @@ class AttentionBlock:
         quantized = fake_quantize(self.grouped(vectors), self.settings.bits, cut=self.cut)
         return quantized.reshape(vectors.shape).transpose(1, 2)
 
-    def _before(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        for path in self.projections:
+            hooks = module.get_submodule(path)._forward_hooks.values()
+            if not any(getattr(hook, "func", None) == self.quantize_output for hook in hooks):
+                raise CompressError(
+                    f"This model quantizes the output of '{path}' for its cache, so no adapter can be put "
+                    "around it; leave it out of target_modules."
+                )
         self.cached = kwargs.get(self.cache_name) is not None
         if self.before_rope:
             self.rotation = kwargs.get("position_embeddings")
@@ -245,6 +249,11 @@ class Rotations:
         self.last = rotation[0]
         return self.parts
 
+    def crop(self, length: int) -> None:
+        """Forget the tokens after the first ``length``."""
+        if self.parts is not None:
+            self.parts = self.parts[0][:, :length], self.parts[1][:, :length]
+
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts or ())
@@ -260,8 +269,6 @@ class QuantizedLayer(DynamicLayer):
         block: quantizes the keys and values that are cached.
         rotations: those of the whole cache; this layer finds its own among them.
     """
-
-    is_croppable = False
 
     def __init__(self, block: AttentionBlock, rotations: list[Rotations]) -> None:
         super().__init__()
@@ -326,10 +333,20 @@ class QuantizedLayer(DynamicLayer):
             for role, tensor in held.items():
                 held[role] = tensor.index_select(0, beam_idx.to(tensor.device))
 
-    def _refuse(self, *_: Any, **__: Any) -> None:
-        raise CompressError("A cache of quantized keys and values can neither be cropped nor rearranged.")
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens: ``-n`` removes n of them, and a positive number keeps so many."""
+        removed = -tokens_to_remove if tokens_to_remove <= 0 else max(self.length - tokens_to_remove, 0)
+        self.length -= removed
+        for held in (self.packed, self.scales):
+            for role, tensor in held.items():
+                held[role] = tensor[:, : self.length]
+        if self.mine is not None:
+            self.mine.crop(self.length)
 
-    crop = batch_repeat_interleave = batch_select_indices = _refuse
+    def _refuse(self, *_: Any, **__: Any) -> None:
+        raise CompressError("A cache of quantized keys and values cannot be rearranged.")
+
+    batch_repeat_interleave = batch_select_indices = _refuse
 
 
 def cache_bytes(cache: DynamicCache) -> int:
@@ -340,7 +357,7 @@ def cache_bytes(cache: DynamicCache) -> int:
 
 
 def _give_cache(
-    blocks: list[AttentionBlock], model: nn.Module, args: Any, kwargs: dict[str, Any]
+    blocks: list[AttentionBlock | None], model: nn.Module, args: Any, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """A hook before the base model: make the cache it is given, or would make, hold codes."""
     assert isinstance(model, PreTrainedModel)
@@ -354,8 +371,13 @@ def _give_cache(
     return args, kwargs
 
 
-def _hold_codes(cache: Any, blocks: list[AttentionBlock]) -> None:
-    """Give an empty ``DynamicCache`` the layers that store codes, unless it has them."""
+def _hold_codes(cache: Any, blocks: list[AttentionBlock | None]) -> None:
+    """Give an empty ``DynamicCache`` the layers that store codes, unless it has them.
+
+    Args:
+        cache: what the model was given.
+        blocks: one for each layer of the model; None where attention was pruned away.
+    """
     if any(isinstance(layer, QuantizedLayer) for layer in getattr(cache, "layers", ())):
         return
     if type(cache) is not DynamicCache or cache.offloading or cache.get_seq_length():
@@ -363,11 +385,7 @@ def _hold_codes(cache: Any, blocks: list[AttentionBlock]) -> None:
             "This model stores keys and values as low-bit codes; give it an empty DynamicCache, or none."
         )
     rotations: list[Rotations] = []
-    places = {block.place: block for block in blocks}
-    cache.layers = [
-        QuantizedLayer(places[place], rotations) if place in places else DynamicLayer()
-        for place in range(1 + max(places, default=-1))
-    ]
+    cache.layers = [QuantizedLayer(block, rotations) if block else DynamicLayer() for block in blocks]
     cache.layer_class_to_replicate = None
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from compress.engine.config import config_of
+from compress.engine.opening import open_checkpoint
+from compress.engine.saving import QUANTIZATION, Save
 from compress.engine.skeleton import skeleton
 from compress.engine.weights import Weights
 from compress.errors import BadInput
+from compress.kernels.layers.base import LowBitLinear
 from compress.kernels.layers.stacked import StackedLinear
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.formats.stacks import counts_after, prefix, sizes, stack_of, steps_within
@@ -36,14 +39,15 @@ def load(
             stored in blocks (bitstack, nested): as many blocks are read as fit. None reads all blocks.
 
     Returns:
-        The transformers model in evaluation mode. Its ``config`` has no quantization section. A model stored
-        in blocks has a function ``resize`` (see `Resize`).
+        The transformers model in evaluation mode. Its ``config`` has the quantization section of config.json.
+        Its ``save_pretrained`` and ``push_to_hub`` write it as it is stored (see `Save`). A model stored in
+        blocks has a function ``resize`` (see `Resize`).
 
     Raises:
         BadInput: the folder is not a model, its files are damaged, the anatomy table does not know its
             architecture, or no size of the model fits into ``memory``.
     """
-    whole = checkpoint = Checkpoint.open(path)
+    whole = checkpoint = open_checkpoint(path)
     dtype = _dtype(dtype or config_of(whole).dtype or torch.float32)
     if memory is not None:
         checkpoint = prefix(whole, steps_within(whole, parse_memory(memory), dtype))
@@ -51,9 +55,16 @@ def load(
     model.config._name_or_path = model.name_or_path = str(path)
     if (Path(path) / "generation_config.json").exists() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(path)
+    if (quantization := checkpoint.config.get(QUANTIZATION)) is not None:
+        setattr(model.config, QUANTIZATION, quantization)
     linears = [module for module in model.modules() if isinstance(module, StackedLinear)]
     if linears:
-        object.__setattr__(model, "resize", Resize(whole, linears, dtype))
+        object.__setattr__(model, "resize", Resize(whole, linears, dtype, model.config))
+    if quantization is not None or "pruned" in checkpoint.config:
+        weights = Weights(whole, model, device, dtype)
+        for part in {model, model.base_model}:  # one of them in a model without a head
+            assert isinstance(part, PreTrainedModel)
+            object.__setattr__(part, "save_pretrained", Save(part, weights))
     return model
 
 
@@ -67,7 +78,18 @@ def assemble(
     weights = Weights(checkpoint, model, device, dtype)
     weights.fill(model, "")
     model.config.dtype = weights.dtype
+    _forget_packed_ties(model)
     return model
+
+
+def _forget_packed_ties(model: PreTrainedModel) -> None:
+    """Take packed heads out of the list of tied parameters: each is one module with its embedding, and has no
+    parameter that ``tie_weights`` could tie."""
+    modules = model.named_modules(remove_duplicate=False)
+    packed = {f"{name}.weight" for name, module in modules if isinstance(module, LowBitLinear)}
+    for kind in ("_tied_weights_keys", "all_tied_weights_keys"):
+        tied = getattr(model, kind) or {}
+        setattr(model, kind, {name: source for name, source in tied.items() if name not in packed})
 
 
 class Resize:
@@ -80,10 +102,17 @@ class Resize:
         checkpoint: with all blocks.
         linears: the linears of the model that have blocks.
         dtype: of the weights that are not packed, which count too.
+        config: of the model. Its quantization section says which blocks there are.
     """
 
-    def __init__(self, checkpoint: Checkpoint, linears: list[StackedLinear], dtype: torch.dtype) -> None:
-        self._checkpoint, self._linears, self._dtype = checkpoint, linears, dtype
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        linears: list[StackedLinear],
+        dtype: torch.dtype,
+        config: PretrainedConfig,
+    ) -> None:
+        self._checkpoint, self._linears, self._dtype, self._config = checkpoint, linears, dtype, config
 
     def __call__(self, memory: str | int | None) -> int:
         """Give the model as many blocks as fit.
@@ -108,6 +137,7 @@ class Resize:
             there, count = len(linear.blocks), counts[linear.stored]
             if there < count:
                 linear.add(form.read(linear.stored, self._checkpoint, there, count))
+        setattr(self._config, QUANTIZATION, prefix(self._checkpoint, steps).config[QUANTIZATION])
         return sizes(self._checkpoint, self._dtype)[steps]
 
 

@@ -12,13 +12,25 @@ import copy
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 
 
 class NoAttention(nn.Module):
-    """Takes the place of an attention block and adds nothing to the residual stream."""
+    """Takes the place of an attention block and adds nothing to the residual stream.
+
+    A cache counts its tokens in each of its places. So this block keeps the place of the one that was there,
+    and fills it with one number per token.
+    """
+
+    def __init__(self, layer_idx):
+        super().__init__()
+        self.layer_idx = layer_idx
 
     def forward(self, hidden_states, *args, **kwargs):
+        for cache in [given for given in (*args, *kwargs.values()) if isinstance(given, Cache)]:
+            nothing = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], 1)
+            cache.update(nothing, nothing, self.layer_idx)
         return torch.zeros_like(hidden_states), None
 
 
@@ -62,7 +74,6 @@ def reshape(model, pruned):
     layers = model.base_model.get_submodule(parts["layers"])
     for layer, shape in zip(layers, pruned["layers"], strict=True):
         reshape_layer(layer, parts, shape)
-    number_caches(layers, parts["attention"], getattr(model.config, "layer_types", None))
 
 
 def reshape_layer(layer, parts, shape):
@@ -127,7 +138,8 @@ def resize(layer, path, rows, columns, biases):
 def without(layer, parts, block):
     """The modules that switch the "attention" or the "mlp" of a layer off: path -> module to put there."""
     if block == "attention":
-        places = {parts["attention"]: NoAttention()}
+        attention = layer.get_submodule(parts["attention"])
+        places = {parts["attention"]: NoAttention(getattr(attention, "layer_idx", None))}
         if not parts["attention_output"].startswith(f"{parts['attention']}."):
             places[parts["attention_output"]] = Nothing()
     elif parts["mlp"] is not None:
@@ -144,17 +156,3 @@ def put(layer, places):
         parent, _, name = path.rpartition(".")
         setattr(layer.get_submodule(parent), name, module)
     return before
-
-
-def number_caches(layers, attention, layer_types):
-    """Number the places in the key-value cache among the attention blocks that are left.
-
-    The cache reads the length of the text from its first place, and ``layer_types`` decides how a place
-    stores keys and values. So the n-th block of a type takes the n-th place of that type.
-    """
-    types = layer_types or ["any"] * len(layers)
-    places = {kind: [i for i, other in enumerate(types) if other == kind] for kind in types}
-    for layer, kind in zip(layers, types, strict=True):
-        block = layer.get_submodule(attention)
-        if getattr(block, "layer_idx", None) is not None:
-            block.layer_idx = places[kind].pop(0)

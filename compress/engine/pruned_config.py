@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from compress.anatomy import model_class
+from compress.anatomy import base_class, model_class
 from compress.engine import pruned as pruned_module
 from compress.engine.config import PRUNED_CLASS, PRUNED_TYPE
 
@@ -37,6 +37,19 @@ class Pruned{model}({model}):
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         reshape(self, config.pruned)
+"""
+
+BASE = """
+
+from transformers import AutoModel, {base}
+
+
+class Pruned{base}({base}):
+    config_class = Pruned{config}
+
+
+# Classes with a task head build their base with AutoModel.
+AutoModel.register(Pruned{config}, Pruned{base}, exist_ok=True)
 """
 
 
@@ -76,4 +89,7 @@ def modeling_source(config: PretrainedConfig) -> str:
     """The text of the modelling file, by which transformers alone loads a model whose layers differ."""
     names = {"config": type(config).__name__, "model": model_class(config).__name__}
     text = Path(pruned_module.__file__).read_text(encoding="utf-8")
-    return text + CLASSES.format(model_type=config.model_type, **names)
+    text += CLASSES.format(model_type=config.model_type, **names)
+    if (base := base_class(config)) is model_class(config):
+        return text
+    return text + BASE.format(base=base.__name__, **names)

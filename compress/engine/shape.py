@@ -51,7 +51,7 @@ class ModelShape:
         """Where the parts are, by the names of the tensors.
 
         Raises:
-            BadInput: the architecture is not in the table, or the tensors do not fit it.
+            BadInput: the architecture is not in the table.
         """
         return anatomy_of(self.pretrained_config).located(self.tensors)
 
@@ -117,6 +117,7 @@ class ModelShape:
                 quantization,
                 conv1d=self.anatomy.conv1d,
                 packed_embedding=self._has_packed_embedding(Formats(quantization)),
+                flat_inputs=self.anatomy.flat_mlp,
                 linears=self.linears().values(),
             )
         return replace(

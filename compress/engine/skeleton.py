@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 import torch
@@ -10,6 +11,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from compress.anatomy import model_class
 from compress.engine.key_values import KeyValueSettings, quantize_key_values
 from compress.engine.pruned import reshape
+
+log = logging.getLogger(__name__)
 
 
 def skeleton(config: PretrainedConfig, device: str | torch.device = "cpu") -> PreTrainedModel:
@@ -41,10 +44,40 @@ def skeleton(config: PretrainedConfig, device: str | torch.device = "cpu") -> Pr
 def longest_input(model: PreTrainedModel) -> int:
     """The largest number of tokens that the model has positions for, or ``sys.maxsize`` if it has no limit.
 
-    In RoBERTa and models like it the first positions, up to that of the padding, are never used.
+    In RoBERTa and models like it the first positions, up to that of the padding, are never used. A sliding
+    window limits what a token sees, not how many tokens there may be.
     """
-    longest = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    longest = _positions(model.config)
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return longest - module.padding_idx - 1
     return longest
+
+
+def _positions(config: PretrainedConfig) -> int:
+    """``max_position_embeddings``, times the factor of the scaled rotary positions that it leaves out."""
+    longest = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    rope = getattr(config, "rope_parameters", None) or {}  # of each type of layers, or of all of them
+    if rope.get("rope_type") in ("linear", "dynamic", "yarn"):  # the other types count it in
+        before = rope.get("original_max_position_embeddings") or longest
+        return max(longest, int(before * rope["factor"]))
+    return longest
+
+
+def window_length(model: PreTrainedModel, wanted: int | None, default: int) -> int:
+    """Tokens in a window: as many as ``wanted``, or else ``default``, if the model has positions for so many.
+
+    A warning is logged if more tokens are wanted than the model has rotary positions for.
+    """
+    longest = longest_input(model)
+    if wanted is None and longest < default:
+        log.info("Windows are %d tokens long, as many as the model has positions for.", longest)
+    if wanted is None:
+        return min(default, longest)
+    if wanted > longest:
+        log.warning(
+            "Windows of %d tokens are longer than the model was made for (%d), so what is measured on them "
+            "says little about it.",
+            *(wanted, longest),
+        )
+    return wanted

@@ -18,7 +18,7 @@ from compress.kernels.codes.integer import QuantizedWeight
 from compress.kernels.codes.nf4 import NF4Weight
 from compress.kernels.codes.weight import LowBitWeight
 from compress.kernels.layers.adapted import AdaptedLinear
-from compress.kernels.layers.base import LowBitLinear
+from compress.kernels.layers.base import CodedLinear, LowBitLinear
 from compress.kernels.layers.embedding import PackedEmbedding
 from compress.kernels.layers.float_linear import FloatLinear
 from compress.kernels.layers.int8_linear import Int8Linear
@@ -27,18 +27,16 @@ from compress.kernels.layers.nf4_linear import NF4Linear
 from compress.kernels.layers.stacked import StackedLinear
 from compress.storage import adapter
 from compress.storage.checkpoint import Checkpoint
+from compress.storage.formats.base import Format
 from compress.storage.formats.stacks import StackFormat
 from compress.storage.formats.table import Formats
 
-LINEARS: dict[type[LowBitWeight], Callable[..., LowBitLinear]] = {
+LINEARS: dict[type[LowBitWeight], Callable[..., CodedLinear]] = {
     FloatWeight: FloatLinear,
     NF4Weight: NF4Linear,
     Int8Weight: Int8Linear,
 }
 """The layers over weights that are not on an integer grid of groups."""
-
-# Names of LayerNorm parameters -> what the first checkpoints of BERT call them.
-OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 
 
 class Weights:
@@ -73,7 +71,6 @@ class Weights:
             for path in self.anatomy.linear_paths
         }
         self.tied = model.all_tied_weights_keys | {v: k for k, v in model.all_tied_weights_keys.items()}
-        self.base_prefix = f"{model.base_model_prefix}."
         quantization = checkpoint.config.get("quantization_config")
         self.stacks = StackFormat.find(quantization)
         packed = quantization if self.stacks is None or quantization is None else quantization.get("outside")
@@ -83,19 +80,27 @@ class Weights:
     def find(self, name: str) -> str | None:
         """The name that a parameter has in the checkpoint, or None if it is not there.
 
-        Published files differ from their class in the prefix of the base model, the name of the head and old
-        names of norms. Of two tied parameters they hold one.
+        Published files may have another name for the head. Of two tied parameters they hold one.
         """
         names = [name, self.tied.get(name, name)]
         head = f"{self.anatomy.head}."
         if self.anatomy.head is not None and name.startswith(head):
             names += [f"{alias}.{name.removeprefix(head)}" for alias in self.anatomy.head_aliases]
-        names += [name.replace(new, old) for new, old in OLD_NAMES.items() if name.endswith(new)]
-        for spelling in names:
-            for candidate in (spelling, self.base_prefix + spelling, spelling.removeprefix(self.base_prefix)):
-                if candidate in self.checkpoint:
-                    return candidate
-        return None
+        return next((candidate for candidate in names if candidate in self.checkpoint), None)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Make sure, by names and shapes alone, that `fill` will find every parameter of the whole model.
+
+        Raises:
+            BadInput: the checkpoint lacks a parameter, or has one of another shape.
+        """
+        for full, parameter in model.named_parameters():
+            module = full.rpartition(".")[0]
+            packed = module in self.packable and (self._packed(module) or self._stacked(module))
+            if not packed and (stored := self.find(full)) is not None:
+                _check_shape(stored, self.checkpoint.tensors[stored].shape, tuple(parameter.shape))
+            elif not packed:
+                raise self._lacks(full)
 
     def fill(self, module: nn.Module, name: str, skip: tuple[nn.Module, ...] = ()) -> None:
         """Load all parameters of ``module`` and the modules inside it.
@@ -109,7 +114,7 @@ class Weights:
             BadInput: a tensor is missing, has another shape than config.json says, or holds NaN or infinity.
         """
         made: dict[int, nn.Parameter] = {}
-        packed: dict[str, LowBitLinear] = {}
+        packed: dict[str, CodedLinear] = {}
         for path, child in list(module.named_modules()):
             full = ".".join(filter(None, (name, path)))
             if child in skip:
@@ -152,18 +157,27 @@ class Weights:
     def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         stored = self.find(name)
         if stored is None:
-            raise BadInput(f"The model in '{self.checkpoint.folder}' lacks the tensor '{name}'.")
+            raise self._lacks(name)
         tensor = self.checkpoint.read(stored)
-        if tuple(tensor.shape) != shape:
-            raise BadInput(
-                f"The tensor '{stored}' has shape {list(tensor.shape)} where config.json asks for "
-                f"{list(shape)}."
-            )
+        _check_shape(stored, tuple(tensor.shape), shape)
         if tensor.is_floating_point():
             if not all_finite(tensor):
                 raise BadInput(f"The tensor '{stored}' holds NaN or infinite values.")
             tensor = tensor.to(self.dtype)
         return tensor.to(self.device)
+
+    def _lacks(self, name: str) -> BadInput:
+        """The error for a missing parameter, with what the user can do about it."""
+        folder, advice = self.checkpoint.folder, ""
+        layers = {self.anatomy.layer_index(name) for name in self.checkpoint.tensors} - {-1}
+        if (index := self.anatomy.layer_index(name)) > max(layers, default=-1):
+            return BadInput(
+                f"config.json in '{folder}' asks for a layer {index}, but the files hold {len(layers)} "
+                "layers; correct num_hidden_layers."
+            )
+        if self.anatomy.head is not None and name == f"{self.anatomy.head}.weight":
+            advice = "; if the embedding is also the head, set tie_word_embeddings to true in config.json"
+        return BadInput(f"The model in '{folder}' lacks the tensor '{name}'{advice}.")
 
     def _packed(self, full: str) -> str | None:
         """The name in the checkpoint of a packed module, or of the one it is tied to; None if neither is
@@ -176,20 +190,25 @@ class Weights:
                 return stored.removesuffix(f".{self.formats.marker}")
         return None
 
-    def _read_packed(self, stored: str, full: str, module: nn.Module) -> LowBitLinear:
+    def _read_packed(self, stored: str, full: str, module: nn.Module) -> CodedLinear:
         """A linear without bias over the packed weight ``stored`` of a linear or an embedding."""
         assert self.formats is not None
         form = self.formats.of(stored, "Embedding" if isinstance(module, nn.Embedding) else "Linear")
         packed = form.read(stored, self.checkpoint.read)
         if (wanted := tuple(weight(module).shape)) != packed.shape:
             raise BadInput(f"'{full}' is {list(packed.shape)} where config.json asks for {list(wanted)}.")
+        linear = self._linear_over(packed, form, full, isinstance(module, nn.Embedding))
+        linear.storage = form
+        return linear.to(self.device, self.dtype)
+
+    def _linear_over(self, packed: LowBitWeight, form: Format, full: str, embedding: bool) -> CodedLinear:
         if not isinstance(packed, QuantizedWeight):
-            return LINEARS[type(packed)](packed).to(self.device)
-        if f"{full}{adapter.A}" in self.checkpoint:
-            return self._adapted(packed, full).to(self.device)
-        if form.activation_bits is None or isinstance(module, nn.Embedding):
-            return PackedLinear.from_quantized(packed).to(self.device)
-        linear = TokenQuantizedLinear.from_quantized(packed).to(self.device)
+            return LINEARS[type(packed)](packed)
+        if self.find(f"{full}{adapter.A}") is not None:
+            return self._adapted(packed, full)
+        if form.activation_bits is None or embedding:
+            return PackedLinear.from_quantized(packed)
+        linear = TokenQuantizedLinear.from_quantized(packed)
         linear.activation_bits = form.activation_bits
         return linear
 
@@ -206,10 +225,11 @@ class Weights:
 
     def _check_adapter(self) -> None:
         """Refuse (BadInput) an adapter of anything but packed linears of the layers."""
-        inside = self.packable - {self.embedding, self.anatomy.head}
-        for name in filter(adapter.is_adapter, self.checkpoint.tensors):
-            linear = adapter.linear_of(name)
-            if linear not in inside or self._packed(linear) is None:
+        adapted = {adapter.linear_of(name) for name in self.checkpoint.tensors if adapter.is_adapter(name)}
+        inside = self.packable - {self.embedding, self.anatomy.head} if adapted else set()
+        packed = {self._packed(full) for full in inside if full is not None}
+        for linear in sorted(adapted):
+            if linear not in packed:
                 raise BadInput(
                     f"The adapter has weights for '{linear}', which is not a packed linear of the layers."
                 )
@@ -241,7 +261,7 @@ class Weights:
         out, width = weight(linear).shape
         new = self.stacks.module(stored, (out, width), self.checkpoint, self._read_bias(full, linear))
         object.__setattr__(new, "stands_for", linear)
-        return new.to(self.device)
+        return new.to(self.device, self.dtype)
 
     def _read_bias(self, full: str, linear: nn.Module) -> torch.Tensor | None:
         if not isinstance(linear.bias, torch.Tensor):
@@ -252,3 +272,10 @@ class Weights:
     def _replace(module: nn.Module, path: str, child: nn.Module) -> None:
         parent, _, leaf = path.rpartition(".")
         setattr(module.get_submodule(parent), leaf, child)
+
+
+def _check_shape(stored: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if found != wanted:
+        raise BadInput(
+            f"The tensor '{stored}' has shape {list(found)} where config.json asks for {list(wanted)}."
+        )

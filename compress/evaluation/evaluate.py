@@ -15,8 +15,11 @@ from safetensors.torch import load_file
 
 from compress.calibration.text.examples import TaskFile
 from compress.calibration.text.windows import evaluation_windows
+from compress.engine.config import config_of
 from compress.engine.logits import through_all_layers
+from compress.engine.opening import open_checkpoint
 from compress.engine.shape import ModelShape
+from compress.engine.skeleton import longest_input, skeleton, window_length
 from compress.engine.stream import StreamedModel
 from compress.engine.tokenizer import load_tokenizer
 from compress.engine.windows import Windows
@@ -41,6 +44,9 @@ log = logging.getLogger(__name__)
 
 Progress = Callable[[str, float], None]
 
+CONTEXT = 512
+"""Tokens in a window if the user does not say how many and the model has positions for so many."""
+
 TASK_REPETITIONS = 100
 """How often the forward pass on one input of a task is timed; it takes only milliseconds."""
 
@@ -53,7 +59,7 @@ def evaluate(
     baseline_revision: str | None = None,
     task_file: str | None = None,
     text: str = "bundled:evaluation",
-    context: int = 512,
+    context: int | None = None,
     windows: int | None = 32,
     device: str = "cpu",
     memory: str | int | None = None,
@@ -73,7 +79,8 @@ def evaluate(
         task_file: labelled examples for an encoder with a task head, scored in place of text (see
             :mod:`compress.calibration.text.examples`).
         text: the text to score, with the same sources as for calibration.
-        context: tokens in a window; windows do not overlap, and the first token of each is not scored.
+        context: tokens in a window; windows do not overlap, and the first token of each is not scored. By
+            default 512, or as many as the dense model has positions for.
         windows: largest number of windows; None takes the whole text.
         device: where to compute and to measure.
         memory: evaluate the largest version that fits into this much memory, for example "90MB" (models
@@ -92,7 +99,8 @@ def evaluate(
     check_device(device)
     source = find_model(model, revision)
     dense_source = find_model(baseline, baseline_revision) if baseline else source
-    checkpoint, dense = Checkpoint.open(source.folder), Checkpoint.open(dense_source.folder)
+    checkpoint, dense = open_checkpoint(source.folder), open_checkpoint(dense_source.folder)
+    read_lineage(dense_source.folder)  # read below; what is damaged is refused before the work
     if memory is not None:
         checkpoint = prefix(checkpoint, steps_within(checkpoint, parse_memory(memory)))
     with computing_on(device):
@@ -151,11 +159,13 @@ def _score_text(
     dense_source: ModelSource,
     dense: Checkpoint,
     text: str,
-    context: int,
+    context: int | None,
     limit: int | None,
     device: str,
     progress: Progress,
 ) -> _Found:
+    built = skeleton(config_of(dense))
+    context = window_length(built, context, CONTEXT)
     windows = evaluation_windows(load_tokenizer(dense_source.folder), text, context, limit)
     _check_not_calibrated_on(source, windows)
     accumulator = compare_streams(dense, checkpoint, windows, device, progress)
@@ -169,6 +179,7 @@ def _score_text(
         compute_dtype="float32",
         seed=0,
         kernel=_kernel(dense, device),
+        positions=longest if context > (longest := longest_input(built)) else None,
     )
     other = protocol.model_copy(update={"kernel": _kernel(checkpoint, device)})
     return _Found(
@@ -264,9 +275,10 @@ def compare_streams(
             f"'{dense.folder}' is not a causal language model, so it has no perplexity; score an encoder "
             "with a task head on labelled examples with --task-file."
         )
-    dense_hidden = _cached_dense(streamed, windows)
     same = dense.sha256 == model.sha256
     other = streamed if same else StreamedModel(model, device, progress)
+    _check_same_vocabulary(streamed, other)
+    dense_hidden = _cached_dense(streamed, windows)
     hidden = dense_hidden if same else last_hidden(other, windows, "scoring the model")
     accumulator = FidelityAccumulator(streamed.config.vocab_size)
     with streamed.head() as dense_head, nullcontext(dense_head) if same else other.head() as head:
@@ -278,6 +290,15 @@ def compare_streams(
                 windows.mask[index],
             )
     return accumulator
+
+
+def _check_same_vocabulary(dense: StreamedModel, model: StreamedModel) -> None:
+    sizes = dense.config.vocab_size, model.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise BadInput(
+            f"'{model.checkpoint.folder}' has a vocabulary of {sizes[1]:,} tokens and the dense model one of "
+            f"{sizes[0]:,}, so they cannot be compared; give the model that was compressed as --baseline."
+        )
 
 
 def logits_of(

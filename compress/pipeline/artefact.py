@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from compress.engine.pruned_config import PRUNED_FILE, modeling_source
 from compress.errors import BadInput
 from compress.storage.adapter import write_config
 from compress.storage.checkpoint import Checkpoint
-from compress.storage.lineage import LINEAGE, RECIPE
+from compress.storage.companions import copy_companions
+from compress.storage.lineage import RECIPE
 from compress.storage.writer import write_weights
 
 
@@ -25,9 +25,7 @@ def write_model(checkpoint: Checkpoint, source: Path, folder: Path, recipe: dict
         File name -> sha256, for every file that decides what the model computes.
     """
     folder.mkdir(parents=True)
-    for file in sorted(source.iterdir()):
-        if _is_companion(file):
-            shutil.copyfile(file, folder / file.name)
+    copy_companions(source, folder)
     write_config(checkpoint.config, folder)
     if "pruned" in checkpoint.config:
         (folder / PRUNED_FILE).write_text(modeling_source(config_of(checkpoint)), encoding="utf-8")
@@ -38,19 +36,6 @@ def write_model(checkpoint: Checkpoint, source: Path, folder: Path, recipe: dict
         if file.is_file() and file.name != RECIPE
     }
     return hashes | write_weights(checkpoint, folder)
-
-
-def _is_companion(file: Path) -> bool:
-    """Whether a file of the source is carried over: tokenizer, templates, generation settings, licence."""
-    skipped = {"config.json", LINEAGE, "quantize_config.json", "demo.json"}
-    return file.is_file() and (
-        (
-            file.suffix in (".json", ".model", ".txt", ".jinja")
-            and file.name not in skipped
-            and not file.name.endswith(".index.json")
-        )
-        or file.name.upper() in ("LICENSE", "LICENCE", "NOTICE")
-    )
 
 
 def check_output(folder: Path, overwrite: bool) -> None:

@@ -88,7 +88,9 @@ def choose_bits(
     check_device(device)
     checkpoint = open_model(recipe)[1]
     with computing_on(device):
-        windows = prepare_calibration(recipe.calibration, recipe.seed, checkpoint, device, progress)
+        windows = prepare_calibration(
+            recipe.calibration, recipe.seed, checkpoint, device, progress, recipe.text_size
+        )
         return mix(
             StreamedModel(checkpoint, device, progress),
             options,

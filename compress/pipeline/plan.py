@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -9,13 +10,18 @@ from typing import Any
 import torch
 
 from compress.anatomy import anatomy_of
+from compress.engine.opening import open_checkpoint
 from compress.engine.shape import ModelShape
 from compress.errors import BadInput
 from compress.method import Method, MethodOptions
 from compress.pipeline.recipe import Recipe
 from compress.sources.find import ModelSource, find_model
 from compress.storage.checkpoint import Checkpoint
+from compress.storage.companions import companions
+from compress.storage.lineage import read_lineage
 from compress.storage.tensors import DTYPE_NAMES
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,10 +74,27 @@ def _figures(shape: ModelShape | PlannedStep, layers: int) -> dict[str, Any]:
 
 
 def open_model(recipe: Recipe) -> tuple[ModelSource, Checkpoint]:
-    """The recipe's model, found and opened with the recipe's dtype."""
+    """The recipe's model, found and opened with the recipe's dtype. It warns of what will be left out.
+
+    Raises:
+        BadInput: there is no such model, or something in its folder cannot be read.
+    """
     source = find_model(recipe.model, recipe.revision)
     dtype = DTYPE_NAMES[getattr(torch, recipe.dtype)] if recipe.dtype else None
-    return source, Checkpoint.open(source.folder, dtype)
+    checkpoint = open_checkpoint(source.folder, dtype)
+    for sentence in left_out(source, checkpoint):
+        log.warning("In the result, %s", sentence)
+    read_lineage(source.folder)
+    return source, checkpoint
+
+
+def left_out(source: ModelSource, checkpoint: Checkpoint) -> list[str]:
+    """What the folder of the model holds and the result will not, in sentences.
+
+    Raises:
+        BadInput: as `companions`.
+    """
+    return companions(source.folder, {where.file for where in checkpoint.sources.values()}).left_out
 
 
 def make_plan(checkpoint: Checkpoint, steps: list[tuple[Method, MethodOptions]]) -> Plan:

@@ -7,7 +7,7 @@ import importlib.resources
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
@@ -16,6 +16,9 @@ from compress.calibration.text.settings import DEFAULT_SIZE, Calibration, Sectio
 from compress.errors import BadInput, unknown
 from compress.method import Method, MethodOptions
 from compress.pipeline.registry import find_method
+
+if TYPE_CHECKING:
+    from compress.engine.windows import Windows
 
 ORDER = ("unlearning", "pruning", "quantization")
 WHY_ORDER = {
@@ -42,7 +45,11 @@ class Evaluation(Section):
         None, description="labelled examples (.jsonl) for an encoder with a task head, in place of text"
     )
     text: str = Field("bundled:evaluation", description="text to score; sources as for calibration")
-    context: PositiveInt = Field(512, description="tokens in a window; the stride is the same")
+    context: PositiveInt | None = Field(
+        None,
+        description="tokens in a window, and the stride; by default 512, or as many as the model has "
+        "positions for",
+    )
     windows: PositiveInt = Field(32, description="number of windows at most")
 
 
@@ -74,9 +81,16 @@ class Recipe(Section):
         sizes = [method.text_size for method, _ in self.steps if method.needs_calibration]
         return min(sizes, key=lambda size: size.nsamples * size.seqlen, default=DEFAULT_SIZE)
 
-    def resolved(self) -> dict[str, Any]:
-        """The recipe with every default written out, as plain data: ``recipe.yaml`` of an artefact."""
+    def resolved(self, windows: Windows | None = None) -> dict[str, Any]:
+        """The recipe with every default written out, as plain data: ``recipe.yaml`` of an artefact.
+
+        Args:
+            windows: the calibration text that was used, if any. It says how much that was.
+        """
         data = self.model_dump(mode="json", exclude={"steps"}, exclude_none=True)
+        if windows is not None:
+            used = windows.describe()
+            data["calibration"] |= {"nsamples": used["nsamples"], "seqlen": used["seqlen"]}
         steps = [{"method": method.name, **options.model_dump(mode="json")} for method, options in self.steps]
         return {
             key: steps if key == "steps" else data[key]
@@ -134,8 +148,7 @@ def parse_recipe(data: Mapping[str, Any]) -> Recipe:
         raise BadInput("The recipe names no model; add 'model: NAME' or use -m.")
     steps = [_step(number, raw) for number, raw in enumerate(raw_steps)]
     _check_order([method for method, _ in steps])
-    recipe: Recipe = validated(Recipe, {**data, "steps": steps}, "recipe")
-    return recipe.model_copy(update={"calibration": recipe.calibration.sized(recipe.text_size)})
+    return validated(Recipe, {**data, "steps": steps}, "recipe")
 
 
 def _step(number: int, raw: Any) -> tuple[Method, MethodOptions]:
@@ -204,15 +217,24 @@ def _is_section(kind: Any) -> bool:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML's readers silently take the last."""
+    """Refuses a key that is given twice, of which YAML's readers silently take the last.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for number, key in enumerate(keys):
-            if key in keys[:number]:
-                mark = node.value[number][0].start_mark
-                raise yaml.constructor.ConstructorError(None, None, f"'{key}' is given twice", mark)
-        return super().construct_mapping(node, deep)
+    Keys are compared before merge keys (``<<: *other``) are replaced by what they bring, because a mapping
+    may well give another value to a key that it merges.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys: list[Any] = []
+        for key, _ in node.value:
+            is_merge = key.tag == "tag:yaml.org,2002:merge"
+            value = key.value if is_merge else self.construct_object(key, deep=True)
+            if value in keys:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"'{value}' is given twice", key.start_mark
+                )
+            keys.append(value)
+        return node
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

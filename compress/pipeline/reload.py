@@ -1,20 +1,21 @@
-"""The check that the written model computes the same as the model in memory."""
+"""The check that the written model computes the same as the model in memory, with whom it is promised to."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-import transformers
 
-from compress.anatomy import model_class
 from compress.engine.config import config_of
-from compress.engine.logits import first_output, streamed_logits
+from compress.engine.key_values import KEY
+from compress.engine.logits import streamed_logits
+from compress.engine.remote_code import code_copied_into
+from compress.engine.shape import ModelShape
 from compress.engine.windows import Windows
 from compress.errors import CompressError
+from compress.pipeline.promise import in_words, obstacle, promised_logits
 from compress.storage.checkpoint import Checkpoint
-from compress.storage.lineage import ReloadCheck
-from compress.system.memory import available_memory
+from compress.storage.lineage import LoaderTrial, ReloadCheck
 
 PROBE_TOKENS = 48
 PARITY, RESOLUTION = 1e-3, 1e-6
@@ -23,41 +24,76 @@ PARITY, RESOLUTION = 1e-3, 1e-6
 Two devices add in different orders, and the rounding of their sums grows with the logits. A few float32 steps
 of the largest logit are no error, even where logits hardly differ from each other. What was written wrongly
 stands out: rounding one projection of one layer to bfloat16 moves logits by more."""
+SAME_ARITHMETIC, HALF_PRECISION = 1e-3, 0.1
+"""The difference that passes between us and the promised programs: root mean square, as a share of the
+standard deviation of the logits.
+
+Programs that compute in float32 with the same weights differ by rounding only. Those of `in_half_precision`
+round activations or weights to 16 bits in every linear, which adds up over the layers to some hundredths. A
+format that is misread, or a linear that is filled with random numbers, moves logits by about their spread."""
 
 
 def reload_check(current: Checkpoint, folder: Path, device: str) -> ReloadCheck:
     """Compare the logits of the model before it was written with those of the folder, read afresh.
 
-    A plain model that fits into a quarter of the free memory is loaded by transformers itself, as its users
-    will; every other model is streamed from its files.
+    The folder is streamed from its files by this package, and then loaded by the programs that it promises,
+    if these are installed and the whole model takes a small share of the free memory.
+
+    Raises:
+        CompressError: the folder computes something else, or the promised programs fail on it.
     """
-    reloaded = Checkpoint.open(folder)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, config_of(current).vocab_size, (2, PROBE_TOKENS // 2), generator=generator)
-    probe = Windows(tokens, torch.ones_like(tokens, dtype=torch.bool), source="random tokens")
+    reloaded, probe = Checkpoint.open(folder), _probe(current)
     before = streamed_logits(current, probe, device)
-    plain = "quantization_config" not in current.config
-    if plain and 4 * sum(info.numel for info in current.tensors.values()) < available_memory() / 4:
-        loaded_by = "transformers"
-        after = _plain_logits(current, folder, tokens)
-    else:
-        loaded_by = "compress-model, layer by layer"
-        after = streamed_logits(reloaded, probe, device)
-    difference = float((before - after).abs().max())
+    difference = float((before - streamed_logits(reloaded, probe, device)).abs().max())
     if not difference <= PARITY * float(before.std(correction=0)) + RESOLUTION * float(before.abs().max()):
         raise CompressError(
             f"The written model does not compute what it did in memory (logits differ by {difference:.3g}); "
             "nothing was published."
         )
-    return ReloadCheck(loaded_by=loaded_by, max_difference=difference, tokens=tokens.numel())
+    return ReloadCheck(
+        loaded_by="compress-model, layer by layer",
+        max_difference=difference,
+        tokens=probe.tokens.numel(),
+        promised=_try_promise(current, folder, probe, before, device),
+    )
 
 
-@torch.no_grad()
-def _plain_logits(current: Checkpoint, folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    # The code is this package's own, just written (`modeling_source`), and the one that users will run.
-    ours = "pruned" in current.config
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=ours)
-    name = next((name for name in getattr(config, "auto_map", {}) if name != "AutoConfig"), None)
-    cls = getattr(transformers, name) if ours and name else model_class(config_of(current))
-    model = cls.from_pretrained(folder, dtype=torch.float32, trust_remote_code=ours).eval()
-    return first_output(model(tokens))
+def _probe(current: Checkpoint) -> Windows:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, config_of(current).vocab_size, (2, PROBE_TOKENS // 2), generator=generator)
+    return Windows(tokens, torch.ones_like(tokens, dtype=torch.bool), source="random tokens")
+
+
+def _try_promise(
+    current: Checkpoint, folder: Path, probe: Windows, before: torch.Tensor, device: str
+) -> LoaderTrial:
+    shape = ModelShape.of(current)
+    who = shape.loads_with
+    if reason := obstacle(shape, device):
+        return LoaderTrial(loader=in_words(who), not_tried=reason)
+    if who.key_value_bits is not None and not who.compress_model_only:
+        before = streamed_logits(_with_full_cache(current), probe, device)
+    try:
+        with code_copied_into(folder.parent):
+            after = promised_logits(folder, probe.tokens)
+    except CompressError as error:
+        raise CompressError(f"{error}; nothing was published. {_WHAT_TO_DO}") from error
+    difference = float((before - after).square().mean().sqrt() / before.std(correction=0))
+    if not difference <= (HALF_PRECISION if who.in_half_precision else SAME_ARITHMETIC):
+        raise CompressError(
+            f"The written model computes something else with {in_words(who)} (logits differ by "
+            f"{difference:.2g} of their spread); nothing was published. {_WHAT_TO_DO}"
+        )
+    return LoaderTrial(loader=in_words(who), difference=difference)
+
+
+_WHAT_TO_DO = (
+    "If it is the fault of that version, install another one or none, and give the same command again: the "
+    "finished steps are kept."
+)
+
+
+def _with_full_cache(current: Checkpoint) -> Checkpoint:
+    """The model as other programs run it, which do not quantize keys and values."""
+    config = {key: value for key, value in current.config.items() if key != KEY}
+    return Checkpoint(current.folder, config, current.tensors, current.sources)

@@ -19,15 +19,15 @@ from compress.calibration.text.prepare import prepare_calibration
 from compress.engine.shape import ModelShape
 from compress.engine.stream import StreamedModel
 from compress.engine.windows import Windows
-from compress.errors import BadInput
+from compress.errors import BadInput, CompressError
 from compress.method import Method, MethodOptions, StepContext
 from compress.pipeline.artefact import check_output, write_model
 from compress.pipeline.mixing import mix_bits
-from compress.pipeline.plan import Plan, make_plan, open_model
+from compress.pipeline.plan import Plan, left_out, make_plan, open_model
 from compress.pipeline.recipe import Recipe
 from compress.pipeline.reload import reload_check
 from compress.pipeline.workspace import Workspace
-from compress.report.card import write_lineage
+from compress.report.card import source_metadata, write_lineage
 from compress.sources.find import ModelSource
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.draft import Draft
@@ -45,6 +45,8 @@ from compress.system.progress import Forecast, Progress
 log = logging.getLogger(__name__)
 
 LESS_TEXT = "; fewer or shorter calibration windows (nsamples, seqlen) take less"
+DONE = "done.json"
+"""The record of a finished step, in its folder."""
 
 
 def execute(
@@ -70,8 +72,8 @@ def execute(
         BadInput: the recipe does not fit the model, the text, the device or the output folder.
         CompressError: the work failed: no disk space, broken activations, or a reload that does not match.
     """
-    output = output.absolute()
-    workspace = Workspace(output)
+    workspace = Workspace(output.absolute())
+    output = workspace.output
     if output.parent.is_dir():
         with workspace.locked():
             workspace.tidy()
@@ -104,7 +106,7 @@ def _execute(
     progress: Progress,
 ) -> Lineage:
     windows = (
-        prepare_calibration(recipe.calibration, recipe.seed, checkpoint, device, progress)
+        prepare_calibration(recipe.calibration, recipe.seed, checkpoint, device, progress, recipe.text_size)
         if recipe.needs_calibration
         else None
     )
@@ -112,7 +114,7 @@ def _execute(
     try:
         current, records = checkpoint, []
         for number, (method, options) in enumerate(recipe.steps):
-            folder = workspace.folder / f"{number}-{method.name}"
+            folder = _folder(workspace, number, method)
             folder.mkdir(exist_ok=True)
             forecast = Forecast(progress, LESS_TEXT if windows is not None else "")
             context = StepContext(Draft(current, folder), windows, recipe.seed, folder, device, forecast)
@@ -120,7 +122,7 @@ def _execute(
             current = context.draft
         workspace.clear_artefact()
         progress("writing the model", 0.0)
-        files = write_model(current, source.folder, workspace.artefact, recipe.resolved())
+        files = write_model(current, source.folder, workspace.artefact, recipe.resolved(windows))
         progress("reloading the model", 0.0)
         check = reload_check(current, workspace.artefact, device)
         inherited = read_lineage(source.folder)
@@ -150,26 +152,56 @@ def _execute(
                 files=files,
             ),
             reload=check,
+            left_out=left_out(source, checkpoint),
+            card=source_metadata(source.folder),
             device=device,
             versions=versions(),
         )
         write_lineage(workspace.artefact, lineage)
         workspace.publish()
-    except BadInput:
-        workspace.discard()
+    except CompressError as error:
+        _keep_finished(workspace, recipe, error)
         raise
     return lineage
 
 
+def _keep_finished(workspace: Workspace, recipe: Recipe, error: CompressError) -> None:
+    """Keep the finished steps of a run that failed, and say so in the error; without any, bad input leaves
+    nothing behind."""
+    folders = [_folder(workspace, number, method) for number, (method, _) in enumerate(recipe.steps)]
+    finished = [folder for folder in folders if (folder / DONE).exists()]
+    if isinstance(error, BadInput) and not finished:
+        workspace.discard()
+    elif isinstance(error, BadInput):  # the next run may have other options for the steps that failed
+        workspace.clear_artefact()
+        for folder in folders[len(finished) :]:
+            shutil.rmtree(folder, ignore_errors=True)
+    if finished:
+        names = " and ".join(folder.name.partition("-")[2] for folder in finished)
+        said = str(error).removesuffix(".")
+        error.args = (f"{said}; {names} is done and kept for the next run with this -o.",)
+
+
+def _folder(workspace: Workspace, number: int, method: Method) -> Path:
+    """Where a step works, and what it leaves for the next one."""
+    return workspace.folder / f"{number}-{method.name}"
+
+
 def _fingerprint(recipe: Recipe, checkpoint: Checkpoint, windows: Windows | None) -> dict[str, Any]:
-    """What must be the same for an interrupted run to be continued."""
-    steps = {k: v for k, v in recipe.resolved().items() if k not in ("evaluate", "model", "revision")}
+    """What must be the same for an interrupted run to be continued (of the steps: those that were begun)."""
+    resolved = recipe.resolved()
+    rest = {k: v for k, v in resolved.items() if k not in ("evaluate", "model", "revision", "steps")}
     return {
         "compress-model": compress.__version__,
         "model": checkpoint.sha256,
-        "recipe": hashlib.sha256(json.dumps(steps).encode()).hexdigest(),  # patterns have an order
+        "recipe": _hash(rest),
         "calibration": windows.sha256 if windows is not None else None,
+        "steps": [_hash(step) for step in resolved["steps"]],
     }
+
+
+def _hash(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()  # patterns have an order
 
 
 def _step(method: Method, options: MethodOptions, current: Checkpoint, context: StepContext) -> Step:
@@ -177,7 +209,7 @@ def _step(method: Method, options: MethodOptions, current: Checkpoint, context: 
 
     The draft starts equal to its parent. If the step was killed half-way, its journals restore the draft.
     """
-    done = context.folder / "done.json"
+    done = context.folder / DONE
     if done.exists():
         context.draft.restore()
         return Step.model_validate_json(done.read_text())

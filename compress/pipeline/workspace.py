@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,13 +28,23 @@ class Workspace:
     It holds ``run.json`` (the fingerprint of the run), a folder for each step, and at the end ``artefact``,
     which becomes the output by one rename. A file ``publishing`` says that the rename is about to happen.
 
+    If ``output`` is a link to a folder, the work lies beside that folder, where the rename stays on its disk.
+
     Raises:
-        BadInput: ``output`` ends in no name (``/``, ``..``), so nothing can lie beside it.
+        BadInput: nothing can lie beside ``output``, because it ends in no name (``/``, ``..``), is a disk of
+            its own, or lies in a folder that cannot be written.
     """
 
     def __init__(self, output: Path) -> None:
         if output.name in ("", ".."):
             raise BadInput(f"The output '{output}' does not end in a folder's name; use another -o.")
+        if output.is_symlink() and output.is_dir():
+            output = output.resolve()
+        if os.path.ismount(output):
+            raise BadInput(f"The output '{output}' is a whole disk; name a folder on it with -o.")
+        there = next(parent for parent in output.absolute().parents if parent.exists())
+        if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
+            raise BadInput(f"The output '{output}' cannot be created, because '{there}' cannot be written.")
         self.output = output
         self.folder = output.with_name(f".{output.name}.partial")
 
@@ -79,7 +90,8 @@ class Workspace:
         """Create the work folder, or return to the one of an interrupted run.
 
         Args:
-            fingerprint: an interrupted run continues only if all of this is the same.
+            fingerprint: an interrupted run continues only if all of this is the same. ``steps`` is a list, of
+                which only the steps that were begun have to be.
 
         Raises:
             BadInput: the interrupted run was another one.
@@ -87,13 +99,21 @@ class Workspace:
         path = self.folder / "run.json"
         if path.exists():
             before = json.loads(path.read_text())
-            changed = [key for key, value in fingerprint.items() if before.get(key) != value]
+            begun = len(list(self.folder.glob("[0-9]*-*")))
+            if before.get("steps", [])[:begun] == fingerprint.get("steps", [])[:begun]:
+                before["steps"] = fingerprint.get("steps")
+            changed = {
+                "recipe" if key == "steps" else key
+                for key, value in fingerprint.items()
+                if before.get(key) != value
+            }
             if changed:
                 raise BadInput(
-                    f"'{self.folder}' holds an interrupted run with another {' and '.join(changed)}; "
+                    f"'{self.folder}' holds an interrupted run with another {' and '.join(sorted(changed))}; "
                     "use --fresh to throw it away, or another -o."
                 )
             log.info("Continuing the interrupted run in %s.", self.folder)
+            write_atomically(path, json.dumps(fingerprint))
             return
         self.discard()
         self.folder.mkdir()
@@ -132,7 +152,7 @@ def publish(work: Path, output: Path) -> None:
     Raises:
         CompressError: it cannot be renamed; an old ``output`` is then still in its place.
     """
-    for path in (*work.iterdir(), work):
+    for path in (*work.rglob("*"), work):
         fsync(path)
     old = _old(output)
     try:

@@ -3,14 +3,40 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
+
+import yaml
+from huggingface_hub import metadata_load
 
 from compress.errors import BadInput
 from compress.storage.lineage import LINEAGE, RECIPE, Lineage, read_lineage
 from compress.system.files import write_atomically
 
+log = logging.getLogger(__name__)
+
 CARD = "README.md"
+
+
+KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name", "tags")
+"""The metadata of a source's card that hold for what is made of it, too."""
+
+
+def source_metadata(folder: Path) -> dict[str, Any]:
+    """The metadata of the model card in a folder that hold for what is made of the model, too.
+
+    Empty if the folder has no card, or none that can be read.
+    """
+    card = folder / CARD
+    try:
+        found = metadata_load(card) if card.is_file() else {}
+    except (OSError, ValueError, yaml.YAMLError):
+        found = None
+    if not isinstance(found, dict):
+        log.warning("The metadata of '%s', such as the licence, cannot be read and are left out.", card)
+        return {}
+    return {name: found[name] for name in KEPT if found.get(name)}
 
 
 def add_evaluations(folder: Path, evaluations: list[dict[str, Any]]) -> None:
@@ -50,5 +76,26 @@ def render_card(lineage: Lineage, recipe: str) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template("card.md.jinja").render(
-        lineage=lineage, recipe=recipe, evaluation=evaluation
+        metadata=yaml.safe_dump(_metadata(lineage), sort_keys=False, allow_unicode=True),
+        lineage=lineage,
+        recipe=recipe,
+        evaluation=evaluation,
     )
+
+
+def _metadata(lineage: Lineage) -> dict[str, Any]:
+    """The front matter of a card, as the hub reads it."""
+    chain = lineage.chain()
+    origin = {"base_model": chain[0].parent.id} if chain[0].parent.revision else {}
+    families = [step.family for link in chain for step in link.steps]
+    tags = [tag for tag in _as_list(lineage.card.get("tags")) if tag not in ("compress-model", *families)]
+    return {
+        **origin,
+        "library_name": "transformers",
+        **lineage.card,
+        "tags": list(dict.fromkeys([*tags, "compress-model", *families])),
+    }
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value] if value else []

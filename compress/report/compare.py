@@ -300,6 +300,11 @@ def _caption(cards: list[Scorecard], dense: Scorecard | None) -> list[str]:
             f"{protocol.tokens_scored:,} tokens were scored in {protocol.compute_dtype}, with seed "
             f"{protocol.seed}."
         )
+        if protocol.positions is not None:
+            lines.append(
+                f"The windows are longer than the {protocol.positions:,} tokens that the dense model was "
+                "made for, so the figures say little about it."
+            )
         lines.append(
             f"The dense model is {scored.baseline.name} (sha256 {_short(scored.baseline.sha256)}). "
             "Perplexity ratio, KL(dense ‖ model) over the full vocabulary and top-1 agreement compare each "

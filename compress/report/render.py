@@ -185,7 +185,7 @@ def to_json(comparison: Comparison) -> str:
         for row in comparison.rows
     ]
     document = {"schema_version": 1, "rows": rows, "caption": comparison.caption}
-    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(document, indent=2) + "\n"
 
 
 def to_html(comparison: Comparison) -> str:

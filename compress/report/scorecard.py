@@ -155,6 +155,9 @@ class Protocol(Document):
     compute_dtype: str
     seed: int
     kernel: str = Field(description="the kernel of the low-bit layers")
+    positions: PositiveInt | None = Field(
+        None, description="tokens that the dense model was made for, where windows are longer"
+    )
 
 
 class Fidelity(Document):

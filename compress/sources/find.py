@@ -1,7 +1,8 @@
 """Turn the MODEL of the command line (``demo``, a folder or a hub id) into a folder on this machine.
 
-Of a hub model only weights in safetensors, JSON files, tokenizers and chat templates are downloaded. Pickled
-weights (``.bin``, ``.pt``) and Python code never are, so no code from the hub is run.
+Of a hub model only what `compress.storage.companions` carries over is downloaded, and the weights in
+safetensors that the index names. Pickled weights (``.bin``, ``.pt``) and Python code never are, so no code
+from the hub is run.
 """
 
 from __future__ import annotations
@@ -10,9 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress.errors import BadInput, CompressError
-
-HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-"""Patterns of the files that are downloaded from the hub."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,6 @@ def find_model(name: str, revision: str | None = None) -> ModelSource:
 
 
 def _download(name: str, revision: str | None) -> ModelSource:
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
@@ -68,7 +65,7 @@ def _download(name: str, revision: str | None) -> ModelSource:
     )
 
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        folder = _fetch(name, revision)
     except RepositoryNotFoundError:
         raise BadInput(
             f"'{name}' is neither a folder here nor a model on the hub that you may read."
@@ -77,9 +74,29 @@ def _download(name: str, revision: str | None) -> ModelSource:
         raise BadInput(f"The hub model '{name}' has no revision '{revision}'.") from None
     except HFValidationError:
         raise BadInput(f"There is no model folder '{name}', and it is not a hub id.") from None
+    except PermissionError as error:
+        raise CompressError(
+            f"'{name}' cannot be downloaded, because the hub's cache '{error.filename}' cannot be written; "
+            "set HF_HOME to another folder."
+        ) from error
     except (HfHubHTTPError, OSError) as error:
         raise CompressError(
             f"'{name}' is not a folder here, and the hub cannot be reached to download it "
             f"({type(error).__name__}); check the name, or give the path of a folder."
         ) from error
     return ModelSource(name, folder.name, folder)
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    """Download the settings of a hub model, and then the weights and modules that these name."""
+    from huggingface_hub import snapshot_download
+
+    from compress.storage.checkpoint import weight_patterns
+    from compress.storage.companions import hub_patterns, module_folders
+
+    wanted, refused = hub_patterns()
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=refused))
+    weights = [*weight_patterns(folder), *(f"{module}/*" for module in module_folders(folder))]
+    kept_out = [pattern for pattern in refused if pattern != "*.safetensors"]
+    snapshot_download(name, revision=folder.name, allow_patterns=weights, ignore_patterns=kept_out)
+    return folder

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import BadInput
+from compress.kernels.layers.adapted import A, B
 from compress.system.files import write_atomically
 
 KEY = "adapter"
 """The entry in config.json, and the name of the folder."""
 SETTINGS_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-A, B = ".lora_A.weight", ".lora_B.weight"
-"""What follows the name of a linear in the names of its two tensors."""
 PREFIX = "base_model.model."
 """What peft puts in front of the names of the model's modules."""
 

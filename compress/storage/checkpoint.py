@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,13 @@ from safetensors import SafetensorError, safe_open
 
 from compress.errors import BadInput
 from compress.storage import adapter
+from compress.storage.companions import is_inside
 from compress.storage.tensors import CASTABLE, DTYPES, TensorInfo, TensorSource
 from compress.system.files import file_sha256
+
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+LFS_POINTER = b"version https://git-lfs"
+"""The beginning of the file that git keeps in place of a large one."""
 
 
 class Checkpoint:
@@ -64,14 +69,20 @@ class Checkpoint:
         config = read_config(folder)
         tensors: dict[str, TensorInfo] = {}
         sources: dict[str, TensorSource] = {}
-        for file, wanted in _weight_files(folder).items():
-            cls._list(file, wanted, dtype, tensors, sources)
+        index = _read_index(folder)
+        for file in _weight_files(folder, index):
+            here = file.relative_to(folder).as_posix()
+            elsewhere = {name for name, listed in index.items() if listed != here}
+            cls._list(file, elsewhere, dtype, tensors, sources)
+        if missing := index.keys() - tensors.keys():
+            name = min(missing)
+            raise BadInput(f"{folder / index[name]} lacks the tensor '{name}' that the index lists in it.")
         if not tensors:
             raise BadInput(f"The model folder '{folder}' holds no weights.")
         if adapter.KEY in config:
             cls._list(
                 folder / adapter.KEY / adapter.WEIGHTS_FILE,
-                None,
+                (),
                 dtype,
                 tensors,
                 sources,
@@ -85,7 +96,7 @@ class Checkpoint:
     @staticmethod
     def _list(
         file: Path,
-        wanted: set[str] | None,
+        elsewhere: Container[str],
         dtype: str | None,
         tensors: dict[str, TensorInfo],
         sources: dict[str, TensorSource],
@@ -93,22 +104,28 @@ class Checkpoint:
     ) -> None:
         """Add the tensors of a file to the tables, under the names that ``name_of`` gives to its keys.
 
+        Args:
+            elsewhere: keys that the index gives to another file; what this file has under them is stale.
+
         Raises:
-            BadInput: the file is damaged, or lacks one of the ``wanted`` keys.
+            BadInput: the file is damaged, or holds a tensor that another file holds, too.
         """
         with _open(file) as handle:
-            keys = list(handle.keys())
-            missing = wanted - set(keys) if wanted is not None else set()
-            if missing:
-                raise BadInput(f"{file} lacks the tensor '{min(missing)}' that the index lists in it.")
-            for key in keys:
-                view = handle.get_slice(key)
+            for key in handle.keys():  # noqa: SIM118 (it is no dict)
+                if key in elsewhere:
+                    continue
+                view, name = handle.get_slice(key), name_of(key)
                 stored = view.get_dtype()
                 if stored not in DTYPES:
                     raise BadInput(f"{file} stores '{key}' as {stored}, which is not supported.")
+                if name in sources:
+                    raise BadInput(
+                        f"Both {sources[name].file} and {file} hold the tensor '{key}', and no index says "
+                        "which of the two counts; move one of the files away."
+                    )
                 read_as = dtype if dtype and stored in CASTABLE else stored
-                tensors[name_of(key)] = TensorInfo(read_as, tuple(view.get_shape()))
-                sources[name_of(key)] = TensorSource(str(file.absolute()), key, stored)
+                tensors[name] = TensorInfo(read_as, tuple(view.get_shape()))
+                sources[name] = TensorSource(str(file.absolute()), key, stored)
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -149,15 +166,14 @@ class Checkpoint:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The content of config.json in a model folder.
+    """The content of config.json in a model folder, without sections that say nothing or name code.
 
     Raises:
         BadInput: it is missing or not a JSON object, or the folder is a LoRA adapter.
     """
     path = folder / "config.json"
     if not path.exists():
-        if (folder / "adapter_config.json").exists():
-            raise BadInput(f"'{folder}' is a LoRA adapter, not a model; merge it into its base model first.")
+        _refuse_adapter(folder)
         raise BadInput(f"'{folder}' is not a model folder: it has no config.json.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -165,44 +181,97 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise BadInput(f"{path} is not JSON ({error}).") from None
     if not isinstance(config, dict):
         raise BadInput(f"{path} is not a JSON object.")
+    if not config.get("quantization_config"):  # null or empty
+        config.pop("quantization_config", None)
+    if "pruned" not in config:  # code is not carried over, but for our own of a pruned model
+        for name in ("auto_map", "custom_pipelines"):
+            config.pop(name, None)
     if adapter.KEY in config:
         config[adapter.KEY] = adapter.read_settings(folder)
     return config
 
 
-def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
-    """The safetensors files of a folder -> the names that the index lists in each (None without an index).
+def _refuse_adapter(folder: Path) -> None:
+    """Refuse (BadInput) a folder that holds an adapter in place of a model."""
+    if not (file := folder / adapter.SETTINGS_FILE).exists():
+        return
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        base = None
+    raise BadInput(
+        f"'{folder}' holds an adapter, not a model; merge it into its base model "
+        f"({base or 'which it does not name'}) first: load both with peft, and save what merge_and_unload() "
+        "returns."
+    )
+
+
+def weight_patterns(folder: Path) -> list[str]:
+    """Patterns of the weight files that the model in ``folder`` needs, from the index if it is there.
 
     Raises:
-        BadInput: there are no such files, or the index is damaged or lists a missing file.
+        BadInput: the index is damaged.
     """
-    index = folder / "model.safetensors.index.json"
-    whole = folder / "model.safetensors"
-    if whole.exists():  # transformers looks here first as well; other files may be copies in other layouts
-        return {whole: None}
-    if index.exists():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            listed: dict[Path, set[str]] = {}
-            for name, file in weight_map.items():
-                listed.setdefault(folder / Path(file).name, set()).add(name)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise BadInput(f"{index} is not a safetensors index.") from None
-        for path in listed:
+    adapted = f"{adapter.KEY}/{adapter.WEIGHTS_FILE}"
+    return [*(sorted(set(_read_index(folder).values())) or [WHOLE, "model-*-of-*.safetensors"]), adapted]
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """Name of a tensor -> path of its file inside ``folder``; empty without an index that counts.
+
+    Raises:
+        BadInput: the index is damaged or names a file outside the folder.
+    """
+    index = folder / INDEX
+    if (folder / WHOLE).exists() or not index.exists():
+        return {}  # transformers looks for the whole file first, too; others may be copies in other layouts
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {name: Path(file).as_posix() for name, file in listed.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise BadInput(f"{index} is not a safetensors index.") from None
+    for file in files.values():
+        if not is_inside(file):
+            raise BadInput(f"{index} names '{file}', which is outside of the model folder.")
+    return files
+
+
+def _weight_files(folder: Path, index: dict[str, str]) -> list[Path]:
+    """The safetensors files of a folder that count.
+
+    Raises:
+        BadInput: there are no such files, or one that the index lists is missing.
+    """
+    if index:
+        files = sorted(folder / file for file in set(index.values()))
+        for path in files:
             if not path.exists():
                 raise BadInput(f"{path} is missing, though the index of '{folder}' lists it.")
-        return dict(listed)
-    files: dict[Path, set[str] | None] = dict.fromkeys(sorted(folder.glob("*.safetensors")))
-    if not files and (any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth"))):
-        raise BadInput(
-            f"'{folder}' has only pickled weights, which can run code; convert them to safetensors."
-        )
+        return files
+    if (folder / WHOLE).exists():
+        return [folder / WHOLE]
+    others = ("adapter_model", "consolidated")  # an adapter, and weights under names of their own
+    files = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith(others))
     if not files:
+        _refuse_adapter(folder)
+        if any(file.suffix in (".bin", ".pt", ".pth") for file in folder.iterdir()):
+            raise BadInput(
+                f"'{folder}' has only pickled weights, which can run code; convert them to safetensors."
+            )
         raise BadInput(f"The model folder '{folder}' holds no *.safetensors weights.")
     return files
 
 
 def _open(file: Path) -> Any:
+    try:
+        with file.open("rb") as opened:  # safetensors gives every reason as "No such file"
+            pointer = opened.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError as error:
+        raise BadInput(f"{file} cannot be read: {error.strerror}.") from None
+    if pointer:
+        raise BadInput(
+            f"{file} only points to the weights, which git-lfs has not fetched; run `git lfs pull`."
+        )
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:

@@ -67,12 +67,33 @@ class Result(_Record):
     files: dict[str, str] = Field(description="file name -> sha256")
 
 
+class LoaderTrial(_Record):
+    """Whether the programs that a model is promised to load with were tried on it, and what came out.
+
+    ``str()`` gives it as a sentence without a full stop.
+    """
+
+    loader: str = Field(description="the programs with their versions")
+    difference: float | None = Field(
+        None, description="root mean square difference of the logits, as a share of their standard deviation"
+    )
+    not_tried: str | None = Field(None, description="the reason, if they were not tried here")
+
+    def __str__(self) -> str:
+        if self.difference is None:
+            return f"{self.loader}: not tried here, because {self.not_tried}"
+        return f"{self.loader}: tried, logits differ by {self.difference:.1g} of their spread"
+
+
 class ReloadCheck(_Record):
     """The logits of the written files, compared with those of the model in memory, on a few tokens."""
 
     loaded_by: Literal["transformers", "compress-model, layer by layer"]
     max_difference: float
     tokens: int
+    promised: LoaderTrial | None = Field(
+        None, description="the programs that the model loads with; None in files of older versions"
+    )
 
 
 class Lineage(_Record):
@@ -88,6 +109,8 @@ class Lineage(_Record):
     steps: list[Step]
     result: Result
     reload: ReloadCheck
+    left_out: list[str] = Field([], description="what the source holds and the result does not, in sentences")
+    card: dict[str, Any] = Field({}, description="metadata of the source's card that holds for the result")
     device: str
     versions: dict[str, str]
     evaluations: list[dict[str, Any]] = []
@@ -125,9 +148,8 @@ def read_lineage(folder: Path) -> Lineage | None:
     if not path.exists():
         return None
     try:
-        return Lineage.model_validate_json(path.read_text(encoding="utf-8"))
+        return Lineage.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
-        raise BadInput(
-            f"{path} cannot be read: {'.'.join(map(str, first['loc']))}: {first['msg']}."
-        ) from None
+        where = f"{'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
+        raise BadInput(f"{path} cannot be read: {where}{first['msg']}.") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -51,11 +52,30 @@ def cached(name: str, build: Callable[[Path], dict[str, Any]], *, about: str = "
             if not _is_whole(folder, about):
                 _build(folder, build, about)
     except OSError as error:
-        raise CompressError(
-            f"The cache folder {folder.parent} cannot be written ({error.strerror or error}); free some "
-            f"space, make it writable, or set {CACHE_VARIABLE} to another folder."
-        ) from error
+        raise not_written(folder.parent, error) from error
     return folder
+
+
+def make_folder(folder: Path) -> None:
+    """Create ``folder`` in the cache, or see that it can be written, before the work whose results go there.
+
+    Raises:
+        CompressError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise not_written(folder, error) from error
+
+
+def not_written(folder: Path, error: OSError) -> CompressError:
+    """The error for a folder of the cache that cannot be written."""
+    return CompressError(
+        f"The cache folder {folder} cannot be written ({error.strerror or error}); free some space, make it "
+        f"writable, or set {CACHE_VARIABLE} to another folder."
+    )
 
 
 def _build(folder: Path, build: Callable[[Path], dict[str, Any]], about: str) -> None:

@@ -189,17 +189,17 @@ def number_of_groups(width: int, group_size: int, name: str) -> int:
     if group_size < 1 or width % group_size:
         raise BadInput(
             f"A group size of {group_size} does not divide the input dimension {width} of '{name}'; "
-            f"use {_divisors_near(width, group_size)} or channel."
+            f"use {', '.join(divisors_near(width, group_size) or [str(width)])} or channel."
         )
     return width // group_size
 
 
-def _divisors_near(width: int, wanted: int) -> str:
+def divisors_near(width: int, wanted: int) -> list[str]:
     """Group sizes a user may have meant: powers of two that divide ``width``, or else any divisors."""
     divisors = [size for size in range(8, width + 1) if width % size == 0]
     powers = [size for size in divisors if size & (size - 1) == 0]
-    near = sorted(sorted(powers or divisors or [width], key=lambda size: abs(size - wanted))[:3])
-    return ", ".join(map(str, near))
+    near = sorted(sorted(powers or divisors, key=lambda size: abs(size - wanted))[:3])
+    return [str(size) for size in near]
 
 
 def storable(scales: torch.Tensor, dtype: torch.dtype, name: str | None) -> torch.Tensor:

@@ -28,6 +28,7 @@ class NF4Weight(LowBitWeight):
         nested: how uint8 scales are decoded: their scales, float32 [ceil(blocks / 256)]; the number that
             each of their codes stands for, float32 [256]; and their mean, float32 [1].
         first: how many weights of the first block lie before these rows.
+        first_scale: with ``nested``, how many scales that share the first scale of scales lie before these.
     """
 
     codes: torch.Tensor
@@ -36,6 +37,7 @@ class NF4Weight(LowBitWeight):
     dtype: torch.dtype
     nested: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     first: int = 0
+    first_scale: int = 0
 
     @property
     def scales(self) -> torch.Tensor:
@@ -43,7 +45,7 @@ class NF4Weight(LowBitWeight):
         if self.nested is None:
             return self.absmax
         scales, levels, mean = self.nested
-        scales = scales.repeat_interleave(NESTED_BLOCK_SIZE)[: len(self.absmax)]
+        scales = scales.repeat_interleave(NESTED_BLOCK_SIZE)[self.first_scale :][: len(self.absmax)]
         return levels[self.absmax.int()] * scales + mean
 
     def dequantize(self) -> torch.Tensor:
@@ -55,7 +57,10 @@ class NF4Weight(LowBitWeight):
         scales, parts, at = self.scales, [], self.first
         for codes in self.codes.split(rows):
             absmax = scales[at // BLOCK_SIZE : -(-(at + codes.numel()) // BLOCK_SIZE)]
-            parts.append(replace(self, codes=codes, absmax=absmax, nested=None, first=at % BLOCK_SIZE))
+            part = replace(
+                self, codes=codes, absmax=absmax, nested=None, first=at % BLOCK_SIZE, first_scale=0
+            )
+            parts.append(part)
             at += codes.numel()
         return parts
 

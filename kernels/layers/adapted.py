@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 from compress.kernels.layers.linear import PackedLinear
+
+A, B = ".lora_A.weight", ".lora_B.weight"
+"""What follows the name of a linear in the names of the tensors of its adapter."""
 
 
 class AdaptedLinear(PackedLinear):
@@ -23,6 +28,13 @@ class AdaptedLinear(PackedLinear):
         self.register_buffer("lora_A", lora_A, persistent=False)
         self.register_buffer("lora_B", lora_B, persistent=False)
         self.scaling = scaling
+
+    def to_storage(self, name: str) -> dict[str, torch.Tensor]:
+        return {**super().to_storage(name), f"{name}{A}": self.lora_A, f"{name}{B}": self.lora_B}
+
+    def from_storage(self, name: str, get: Callable[[str], torch.Tensor]) -> None:
+        super().from_storage(name, get)
+        self.lora_A, self.lora_B = get(f"{name}{A}").to(self.lora_A), get(f"{name}{B}").to(self.lora_B)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         low_rank = F.linear(F.linear(input, self.lora_A), self.lora_B)

@@ -12,10 +12,10 @@ from compress.kernels.codes.floating import (
     pack_nibbles,
     unpack_nibbles,
 )
-from compress.kernels.layers.base import LowBitLinear
+from compress.kernels.layers.base import CodedLinear, as_bytes, check_same
 
 
-class FloatLinear(LowBitLinear):
+class FloatLinear(CodedLinear):
     """``nn.Linear`` over an FP8, MXFP4 or NVFP4 weight, for inference.
 
     With ``fp8`` the input is rounded as well: every token to E4M3 under a scale of its own, max|x| / 448, as
@@ -31,11 +31,16 @@ class FloatLinear(LowBitLinear):
         out, width = weight.shape
         super().__init__(width, out, bias)
         self.float_type: FloatType = weight.type
+        for name in ("codes", "scales", "global_scale"):
+            self.register_buffer(name, None, persistent=False)
+        self.fill(weight)
+
+    def fill(self, weight: FloatWeight) -> None:
+        check_same(self, weight, self.float_type, weight.type)
         self.scale_dtype = weight.scales.dtype
         codes = weight.codes.view(torch.uint8) if weight.type == "fp8" else pack_nibbles(weight.codes)
-        self.register_buffer("codes", codes.contiguous(), persistent=False)
-        self.register_buffer("scales", _bytes(weight.scales), persistent=False)
-        self.register_buffer("global_scale", _bytes(weight.global_scale), persistent=False)
+        self.codes, self.scales = codes.contiguous(), as_bytes(weight.scales)
+        self.global_scale = None if weight.global_scale is None else as_bytes(weight.global_scale)
 
     def quantized(self, rows: slice = slice(None)) -> FloatWeight:
         """The weight, or some rows of it."""
@@ -47,8 +52,8 @@ class FloatLinear(LowBitLinear):
     def dequantize_rows(self, rows: slice) -> torch.Tensor:
         return self.quantized(rows).dequantize()
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return super().forward(round_tokens(input) if self.float_type == "fp8" else input)
+    def product(self, input: torch.Tensor) -> torch.Tensor:
+        return super().product(round_tokens(input) if self.float_type == "fp8" else input)
 
     def details(self) -> dict[str, object]:
         return {"type": self.float_type}
@@ -59,7 +64,3 @@ def round_tokens(input: torch.Tensor) -> torch.Tensor:
     scale = input.abs().amax(-1, keepdim=True) / E4M3_MAX
     scale = torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
     return (input / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3).to(input.dtype) * scale
-
-
-def _bytes(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.contiguous().view(torch.uint8)

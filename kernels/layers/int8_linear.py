@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from compress.kernels.codes.int8 import LARGEST, Int8Weight
-from compress.kernels.layers.base import LowBitLinear
+from compress.kernels.layers.base import CodedLinear, as_bytes, check_same
 
 SCALE = 1 / LARGEST**2
 
 
-class Int8Linear(LowBitLinear):
+class Int8Linear(CodedLinear):
     """``nn.Linear`` over an int8 weight of bitsandbytes, for inference.
 
     As in the library, inputs are first rounded to float16, and a channel holds outliers if it does so in any
@@ -28,8 +28,13 @@ class Int8Linear(LowBitLinear):
         out, width = weight.shape
         super().__init__(width, out, bias)
         self.threshold = weight.threshold
-        self.register_buffer("codes", weight.codes.contiguous(), persistent=False)
-        self.register_buffer("absmax", weight.absmax.contiguous().view(torch.uint8), persistent=False)
+        for name in ("codes", "absmax"):
+            self.register_buffer(name, None, persistent=False)
+        self.fill(weight)
+
+    def fill(self, weight: Int8Weight) -> None:
+        check_same(self, weight, self.threshold, weight.threshold)
+        self.codes, self.absmax = weight.codes.contiguous(), as_bytes(weight.absmax)
 
     def quantized(self, rows: slice = slice(None)) -> Int8Weight:
         """The weight, or some rows of it."""
@@ -38,8 +43,8 @@ class Int8Linear(LowBitLinear):
     def dequantize_rows(self, rows: slice) -> torch.Tensor:
         return self.quantized(rows).dequantize()
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[..., in] -> [..., out] in the dtype of ``input``; a few rows of the weight are used at once."""
+    def product(self, input: torch.Tensor) -> torch.Tensor:
+        """The result of `forward`, without gradient; a few rows of the weight are used at once."""
         tokens = input.reshape(-1, self.in_features)
         codes, absmax, outliers = quantize_inputs(tokens, self.threshold)
         kept = tokens[:, outliers]

@@ -10,12 +10,12 @@ import torch
 from compress.kernels.codes.integer import CHANNEL, QuantizedWeight, number_of_groups
 from compress.kernels.codes.minmax import fake_quantize
 from compress.kernels.codes.packing import pack, packed_width, unpack
-from compress.kernels.layers.base import LowBitLinear, restore_dtypes
+from compress.kernels.layers.base import CodedLinear, restore_dtypes
 from compress.kernels.ops import backend_of, packed_linear
 from compress.kernels.reference.ops import dequantize
 
 
-class PackedLinear(LowBitLinear):
+class PackedLinear(CodedLinear):
     """``nn.Linear`` over a packed weight, for inference.
 
     It is created empty, on the meta device unless another is given, and filled with `fill`. The scales keep
@@ -77,23 +77,18 @@ class PackedLinear(LowBitLinear):
             bias is not None,
             scale_dtype=weight.scales.dtype,
         )
-        layer.fill(weight, bias)
+        layer.fill(weight)
+        layer.bias = None if bias is None else bias.detach()
         return layer
 
-    def fill(self, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> None:
-        """Take over a weight and a bias [out].
-
-        Raises:
-            ValueError: the layer was made for another shape or another kind of weight.
-        """
+    def fill(self, weight: QuantizedWeight) -> None:
         mine = (self.out_features, self.in_features, self.bits, self.group_size, self.symmetric)
         given = (*weight.shape, weight.bits, weight.group_size, weight.symmetric)
-        if mine != given or (bias is None) != (self.bias is None):
+        if mine != given:
             raise ValueError(f"A layer of (out, in, bits, group size, symmetric) {mine} was given {given}.")
         self.packed = pack(weight.codes, self.bits)
         self.scales = weight.scales.contiguous()
         self.zeros = None if self.symmetric else weight.zeros.contiguous()
-        self.bias = None if bias is None else bias.detach()
 
     def quantized(self) -> QuantizedWeight:
         """The weight as codes, scales and zero points."""
@@ -108,8 +103,8 @@ class PackedLinear(LowBitLinear):
         zeros = None if self.zeros is None else self.zeros[rows]
         return dequantize(self.packed[rows], self.scales[rows], zeros, self.bits, self.in_features)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[..., in] -> [..., out] in the dtype of ``input``, by the operator."""
+    def product(self, input: torch.Tensor) -> torch.Tensor:
+        """The result of `forward`, without gradient, by the operator."""
         return packed_linear(
             input, self.packed, self.scales, self.zeros, self.bias, self.bits, self.group_size
         )

@@ -4,39 +4,71 @@ from __future__ import annotations
 
 import torch
 
-from compress.kernels.codes.nf4 import BLOCK_SIZE, NF4Weight, pack_high_first, unpack_high_first
-from compress.kernels.layers.base import LowBitLinear
+from compress.kernels.codes.nf4 import (
+    BLOCK_SIZE,
+    NESTED_BLOCK_SIZE,
+    NF4Weight,
+    pack_high_first,
+    unpack_high_first,
+)
+from compress.kernels.layers.base import CodedLinear, as_bytes, check_same
+
+NESTED = ("nested_absmax", "nested_levels", "nested_mean")
+"""Buffers that say how scales are decoded which are quantized themselves."""
 
 
-class NF4Linear(LowBitLinear):
+class NF4Linear(CodedLinear):
     """``nn.Linear`` over an NF4 weight of bitsandbytes, for inference.
 
     Scales and levels are float32 numbers held as bytes, so that casting the module to another dtype leaves
-    them as they are. Scales that were quantized themselves are held dequantized.
+    them as they are. Scales that are quantized themselves stay so.
     """
 
     row_multiple = 2  # because a byte holds two codes, and an odd row may end inside one
 
     codes: torch.Tensor
-    scales: torch.Tensor
+    absmax: torch.Tensor
     levels: torch.Tensor
 
     def __init__(self, weight: NF4Weight, bias: torch.Tensor | None = None) -> None:
         out, width = weight.shape
         super().__init__(width, out, bias)
+        for name in ("codes", "absmax", "levels", *NESTED):
+            self.register_buffer(name, None, persistent=False)
+        self.fill(weight)
+
+    def fill(self, weight: NF4Weight) -> None:
+        check_same(self, weight, 0, weight.first)
         self.dtype = weight.dtype
-        self.register_buffer("codes", pack_high_first(weight.codes), persistent=False)
-        self.register_buffer("scales", weight.scales.contiguous().view(torch.uint8), persistent=False)
-        self.register_buffer("levels", weight.levels.contiguous().view(torch.uint8), persistent=False)
+        self.codes = pack_high_first(weight.codes)
+        self.absmax, self.levels = as_bytes(weight.absmax), as_bytes(weight.levels)
+        for name, tensor in zip(NESTED, weight.nested or (None, None, None), strict=True):
+            setattr(self, name, None if tensor is None else as_bytes(tensor))
 
     def quantized(self, rows: slice = slice(None)) -> NF4Weight:
         """The weight, or some rows of it, which begin with an even one."""
         start, stop, _ = rows.indices(self.out_features)
         first, last = start * self.in_features, stop * self.in_features
         codes = unpack_high_first(self.codes[first // 2 : -(-last // 2)], (stop - start, self.in_features))
-        scales = self.scales.view(torch.float32)[first // BLOCK_SIZE : -(-last // BLOCK_SIZE)]
-        levels = self.levels.view(torch.float32)
-        return NF4Weight(codes, scales, levels, self.dtype, None, first % BLOCK_SIZE)
+        blocks = slice(first // BLOCK_SIZE, -(-last // BLOCK_SIZE))
+        nested = self._nested(blocks)
+        absmax = self.absmax.view(torch.float32) if nested is None else self.absmax
+        return NF4Weight(
+            codes,
+            absmax[blocks],
+            self.levels.view(torch.float32),
+            self.dtype,
+            nested,
+            first=first % BLOCK_SIZE,
+            first_scale=blocks.start % NESTED_BLOCK_SIZE,
+        )
+
+    def _nested(self, blocks: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """How the scales of some blocks are decoded; None if they are not quantized."""
+        if self.get_buffer(NESTED[0]) is None:
+            return None
+        scales, levels, mean = (self.get_buffer(name).view(torch.float32) for name in NESTED)
+        return scales[blocks.start // NESTED_BLOCK_SIZE : -(-blocks.stop // NESTED_BLOCK_SIZE)], levels, mean
 
     def dequantize_rows(self, rows: slice) -> torch.Tensor:
         return self.quantized(rows).dequantize()

@@ -71,6 +71,24 @@ class StackedLinear(LowBitLinear):
     def parts(index: int) -> tuple[str, ...]:
         """The names of the tensors of block ``index``."""
 
+    @classmethod
+    def keys(cls, name: str, index: int) -> dict[str, str]:
+        """The parts of block ``index`` of the linear ``name`` -> the full names of their tensors."""
+        return {part: f"{name}.{part}_{index}" for part in cls.parts(index)}
+
+    def to_storage(self, name: str) -> dict[str, torch.Tensor]:
+        return {
+            key: block.part(part)
+            for index, block in enumerate(self.stack())
+            for part, key in self.keys(name, index).items()
+        }
+
+    def from_storage(self, name: str, get: Callable[[str], torch.Tensor]) -> None:
+        """Take over as many blocks as there are now."""
+        for index, block in enumerate(self.stack()):
+            for part, key in self.keys(name, index).items():
+                setattr(block, part, get(key))
+
     @abstractmethod
     def dequantize_rows(self, rows: slice, blocks: slice = slice(None)) -> torch.Tensor:
         """Some rows of the sum of some consecutive blocks (of all by default): float32 [rows, in]."""

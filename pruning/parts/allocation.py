@@ -3,7 +3,7 @@
 A unit is a key-value head with the query heads of its group, or an MLP neuron. Its cost is the number of
 parameters that are removed with it. ``ratio`` is the share of the parameters of all units to remove. Every
 layer keeps at least one key-value head and ``multiple`` neurons, and the number of neurons is a multiple of
-``multiple`` unless all of them stay.
+``multiple`` unless all of them stay. Heads go in steps (see `head_step`), unless their number is given.
 """
 
 from __future__ import annotations
@@ -49,6 +49,11 @@ class Units:
     neurons: int
     group_cost: float
     neuron_cost: float
+    group_channels: int = 0  # inputs of the attention's output projection that belong to a key-value head
+
+    def group_step(self, multiple: int) -> int:
+        """How many key-value heads stay or go together (see `head_step`)."""
+        return head_step(multiple, self.groups, self.group_channels)
 
     @property
     def cost(self) -> float:
@@ -57,13 +62,23 @@ class Units:
 
     def least_cost(self, multiple: int) -> float:
         """The parameters of the units that must stay."""
-        return min(self.groups, 1) * self.group_cost + min(self.neurons, multiple) * self.neuron_cost
+        groups = min(self.groups, self.group_step(multiple))
+        return groups * self.group_cost + min(self.neurons, multiple) * self.neuron_cost
 
     def nearest_width(self, neurons: float, multiple: int) -> int:
         """The allowed number of neurons nearest to ``neurons``."""
         below = int(neurons // multiple) * multiple
         allowed = {min(max(width, multiple), self.neurons) for width in (below, below + multiple)}
         return min(sorted(allowed), key=lambda width: abs(width - neurons))
+
+
+def head_step(multiple: int, heads: int, channels: int) -> int:
+    """How many of a layer's ``heads``, each ``channels`` wide, have to stay or go together.
+
+    With such steps the width of the heads that stay is a multiple of ``multiple``, if that of all heads is.
+    """
+    common = math.gcd(multiple, heads * channels)
+    return common // math.gcd(common, channels)
 
 
 def units_of(shape: ModelShape) -> list[Units]:
@@ -97,6 +112,7 @@ def _units(shape: ModelShape, index: int, layer: torch.nn.Module, widths: LayerS
         neurons,
         cost(groups, anatomy.attention_output, "query", "key", "value"),
         cost(neurons, anatomy.down, "gate", "up"),
+        shape.sizes.head_dim * widths.num_attention_heads // max(groups, 1),
     )
 
 
@@ -104,20 +120,20 @@ def check_ratio(units: Sequence[Units], ratio: float, multiple: int) -> None:
     """Check that a share can be removed.
 
     Raises:
-        BadInput: too little would be left, or a layer has less than ``multiple`` neurons.
+        BadInput: too little would be left, or all layers have less than ``multiple`` neurons.
     """
-    for index, layer in enumerate(units):
-        if 0 < layer.neurons < multiple:
-            raise BadInput(
-                f"Layer {index} has {layer.neurons} neurons, fewer than the width_multiple {multiple}."
-            )
+    if 0 < (widest := max(layer.neurons for layer in units)) < multiple:
+        raise BadInput(f"The layers have {widest} neurons, fewer than the width_multiple {multiple}.")
     total = sum(layer.cost for layer in units)
     most = 1 - sum(layer.least_cost(multiple) for layer in units) / total
     if ratio > most:
         few = "one neuron" if multiple == 1 else f"{multiple} neurons"
+        step = max(layer.group_step(multiple) for layer in units)
+        heads = "one key-value head" if step == 1 else f"{step} key-value heads"
         raise BadInput(
-            f"A ratio of {ratio:g} leaves too little: every layer keeps one key-value head and {few}, so at "
-            f"most {math.floor(1000 * most) / 1000:g} of this model can be removed."
+            f"A ratio of {ratio:g} leaves too little: every layer keeps {heads} and {few}, so at most "
+            f"{math.floor(1000 * most) / 1000:g} of this model can be removed; with a smaller width_multiple "
+            "it is more."
         )
 
 
@@ -130,16 +146,24 @@ def rank(scores: Sequence[Scores], units: Sequence[Units], ratio: float, multipl
 
 
 def rank_apart(
-    scores: Sequence[Scores], units: Sequence[Units], ratio: float, removed_groups: int, multiple: int = 1
+    scores: Sequence[Scores],
+    units: Sequence[Units],
+    ratio: float,
+    removed_groups: int | None = None,
+    multiple: int = 1,
 ) -> list[Kept]:
-    """Rank the heads of all layers, of which ``removed_groups`` are removed, and apart from them the neurons,
-    which fill the rest of the budget.
+    """Rank the heads of all layers, of which ``removed_groups`` are removed (by default the share ``ratio``),
+    and apart from them the neurons, which fill the rest of the budget.
 
     Raises:
         BadInput: as `spread_widths`.
     """
     groups, neurons = _lists(scores, units, multiple)
-    alike = [listed._replace(costs=torch.ones_like(listed.costs)) for listed in groups]
+    if removed_groups is not None:
+        groups, _ = _lists(scores, units, 1)
+    else:
+        removed_groups = default_removed_groups(units, ratio, multiple)
+    alike = [listed._replace(costs=listed.sizes.double()) for listed in groups]
     kept_groups = _best(alike, sum(layer.groups for layer in units) - removed_groups)
     spent = sum(len(kept) * layer.group_cost for kept, layer in zip(kept_groups, units, strict=True))
     budget = _for_neurons(units, ratio, removed_groups, spent, multiple)
@@ -156,12 +180,13 @@ def best(scores: Sequence[Scores], widths: Sequence[Widths]) -> list[Kept]:
 
 def floor_widths(units: Sequence[Units], ratio: float, multiple: int = 1) -> list[Widths]:
     """Remove floor(ratio * units) of the heads and of the neurons of every layer: at most ``ratio``."""
+    steps = [layer.group_step(multiple) for layer in units]
     return [
         Widths(
-            layer.groups - math.floor(ratio * layer.groups),
+            layer.groups - math.floor(ratio * layer.groups / step) * step,
             layer.nearest_width(layer.neurons - math.floor(ratio * layer.neurons), multiple),
         )
-        for layer in units
+        for layer, step in zip(units, steps, strict=True)
     ]
 
 
@@ -183,9 +208,9 @@ def even_widths(
     widths = []
     for index, layer in enumerate(units):
         budget = (1 - ratio) * layer.cost
-        counts: Sequence[int] = range(layer.groups) if layer.groups else range(1)
+        counts: Sequence[int] = range(0, max(layer.groups, 1), layer.group_step(multiple))
         if removed_groups is not None:
-            counts = [removed_groups] if removed_groups in counts else []
+            counts = [removed_groups] if removed_groups < max(layer.groups, 1) else []
         filled = (_filled(layer, layer.groups - count, budget, multiple) for count in counts)
         found = [width for width in filled if width is not None]
         if not found:
@@ -218,11 +243,9 @@ def spread_widths(
     Raises:
         BadInput: no number of neurons fills the budget, or a layer would be left without heads.
     """
+    groups = _spread_groups(units, ratio, multiple, removed_groups)
     if removed_groups is None:
-        removed_groups = default_removed_groups(units, ratio)
-    groups = [layer.groups for layer in units]
-    for _ in range(removed_groups):
-        groups[max(range(len(groups)), key=lambda index: (groups[index], index))] -= 1
+        removed_groups = default_removed_groups(units, ratio, multiple)
     spent = sum(count * layer.group_cost for count, layer in zip(groups, units, strict=True))
     budget = _for_neurons(units, ratio, removed_groups, spent, multiple)
     share = budget / max(sum(layer.neurons * layer.neuron_cost for layer in units), 1)
@@ -234,10 +257,32 @@ def spread_widths(
     return list(starmap(Widths, zip(groups, neurons, strict=True)))
 
 
-def default_removed_groups(units: Sequence[Units], ratio: float) -> int:
-    """The share ``ratio`` of all key-value heads, but at least one of them stays in every layer."""
-    total, layers = sum(layer.groups for layer in units), sum(layer.groups > 0 for layer in units)
-    return min(round(ratio * total), total - layers)
+def default_removed_groups(units: Sequence[Units], ratio: float, multiple: int = 1) -> int:
+    """The share ``ratio`` of all key-value heads in whole steps, of which every layer keeps at least one."""
+    return sum(layer.groups for layer in units) - sum(_spread_groups(units, ratio, multiple, None))
+
+
+def _spread_groups(
+    units: Sequence[Units], ratio: float, multiple: int, removed_groups: int | None
+) -> list[int]:
+    """How many key-value heads every layer keeps, if they are taken from where most are left.
+
+    Args:
+        units: the units of every layer.
+        ratio: share of the heads to remove, as near as steps allow, if there is no ``removed_groups``.
+        multiple: makes the steps.
+        removed_groups: how many heads to remove, one by one.
+    """
+    groups = [layer.groups for layer in units]
+    steps = [1 if removed_groups is not None else layer.group_step(multiple) for layer in units]
+    left = ratio * sum(groups) if removed_groups is None else removed_groups
+    while able := [index for index, step in enumerate(steps) if groups[index] > step]:
+        index = max(able, key=lambda index: (groups[index], index))
+        if 2 * left < steps[index]:
+            break
+        groups[index] -= steps[index]
+        left -= steps[index]
+    return groups
 
 
 def _for_neurons(
@@ -262,8 +307,15 @@ def _for_neurons(
     return budget
 
 
-class _List(NamedTuple):
-    """Units of one kind in one layer, best first, in bundles that stay or go together."""
+class Bundles(NamedTuple):
+    """Units of one kind in one layer, best first, in bundles that stay or go together.
+
+    Attributes:
+        order: int64 [units], their indices, best first.
+        sizes: int64 [bundles], units in each; only the last bundle may be smaller than the others.
+        scores: float64 [bundles], means of the scores of their units.
+        costs: float64 [bundles].
+    """
 
     order: torch.Tensor
     sizes: torch.Tensor
@@ -273,13 +325,23 @@ class _List(NamedTuple):
 
 def _lists(
     scores: Sequence[Scores], units: Sequence[Units], multiple: int
-) -> tuple[list[_List], list[_List]]:
+) -> tuple[list[Bundles], list[Bundles]]:
     pairs = list(zip(scores, units, strict=True))
-    groups = [_list(of.groups, layer.group_cost, 1) for of, layer in pairs]
-    return groups, [_list(of.neurons, layer.neuron_cost, multiple) for of, layer in pairs]
+    groups = [bundles_of(of.groups, layer.group_cost, layer.group_step(multiple)) for of, layer in pairs]
+    neurons = [bundles_of(of.neurons, layer.neuron_cost, multiple) for of, layer in pairs]
+    for listed in [*groups, *neurons]:
+        listed.scores[:1] = torch.inf  # the best bundle always stays
+    return groups, neurons
 
 
-def _list(scores: torch.Tensor, cost: float, size: int) -> _List:
+def bundles_of(scores: torch.Tensor, cost: float, size: int) -> Bundles:
+    """Bundle the units of one kind in one layer.
+
+    Args:
+        scores: of the units [units].
+        cost: of one unit.
+        size: units in a bundle.
+    """
     order = scores.argsort(descending=True, stable=True)
     starts = torch.arange(0, len(scores), size)
     sizes = torch.full_like(starts, size)
@@ -287,12 +349,10 @@ def _list(scores: torch.Tensor, cost: float, size: int) -> _List:
         sizes[-1] = len(scores) % size
     sums = torch.zeros(len(starts), dtype=torch.float64)
     sums.index_add_(0, torch.arange(len(scores)) // size, scores[order].double())
-    means = sums / sizes
-    means[:1] = torch.inf  # the best bundle always stays
-    return _List(order, sizes, means, sizes * float(cost))
+    return Bundles(order, sizes, sums / sizes, sizes * float(cost))
 
 
-def _best(lists: Sequence[_List], budget: float) -> list[torch.Tensor]:
+def _best(lists: Sequence[Bundles], budget: float) -> list[torch.Tensor]:
     """Keep the best bundles of all lists, as near to the budget as possible: sorted indices for each list."""
     scores = torch.cat([listed.scores for listed in lists])
     costs = torch.cat([listed.costs for listed in lists])

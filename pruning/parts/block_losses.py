@@ -50,7 +50,6 @@ class BlockLosses:
         loss: float64 [C, N], for each block and window the loss where ``exact``, otherwise a lower bound.
         exact: bool [C, N].
         current: float64 [N], the losses of the present model on the windows measured so far.
-        evaluated: number of pairs of block and window that went through the model.
 
     Args:
         model: the model before any removal.
@@ -77,48 +76,28 @@ class BlockLosses:
         self.loss = torch.zeros(len(costs), len(windows), dtype=torch.float64)
         self.exact = torch.zeros(len(costs), len(windows), dtype=torch.bool)
         self.current = torch.zeros(len(windows), dtype=torch.float64)
-        self.evaluated = 0
-
-    def rises(self, alive: list[int], seen: torch.Tensor) -> torch.Tensor:
-        """The rise of the loss per cost, or a lower bound of it: float64 [len(alive), len(seen)]."""
-        return (self.loss[alive][:, seen] - self.current[seen]) / self.costs[alive, None]
-
-    def least(self, alive: list[int], seen: torch.Tensor) -> int:
-        """The block with the least mean rise, or bound of it, over ``seen``; the first one of equals."""
-        return min(zip(self.rises(alive, seen).mean(1).tolist(), alive, strict=True))[1]
 
     @torch.no_grad()
-    def measure(self, alive: list[int], rows: torch.Tensor, before: torch.Tensor) -> None:
-        """Compute the losses, or lower bounds of them, on some windows.
-
-        Args:
-            alive: indices of the blocks to measure.
-            rows: int64, indices of windows.
-            before: indices of the windows measured before. The losses of the block with the least mean rise
-                over these and the new windows are computed exactly.
-        """
-        for chunk in self._chunks(rows, len(alive)):
-            begin, end = (count / len(self.windows) for count in (len(before), len(before) + len(chunk)))
-            before = torch.cat([before, chunk])
-            with self._through(alive, chunk, (begin, end)) as (prefix, branches), self.model.head() as head:
-                bounded = self._bound(head, prefix, branches, alive, chunk)
-                if not bounded:
-                    self._settle(head, branches, alive, alive, chunk)
-                while not self.exact[(least := self.least(alive, before)), chunk].all():
-                    self._settle(head, branches, alive, [least], chunk)
-        self.evaluated += len(alive) * len(rows)
-
-    @torch.no_grad()
-    def best(self, alive: list[int], seen: torch.Tensor) -> int:
-        """The block with the least mean rise over the windows ``seen``, by exact losses."""
-        while True:
-            least = self.least(alive, seen)
-            missing = seen[~self.exact[least, seen]]
-            if not len(missing):
-                return least
-            for chunk in self._chunks(missing, 1):
+    def best(self) -> int:
+        """The index of the block with the least mean rise of the loss per cost, by exact losses."""
+        everyone = list(range(len(self.blocks)))
+        for chunk in self._chunks(torch.arange(len(self.windows)), len(everyone)):
+            part = (int(chunk[0]), int(chunk[-1]) + 1)
+            with self._through(everyone, chunk, part) as (prefix, branches), self.model.head() as head:
+                if not self._bound(head, prefix, branches, chunk):
+                    self._settle(head, branches, everyone, everyone, chunk)
+                while not self.exact[(least := self._least(part[1])), chunk].all():
+                    self._settle(head, branches, everyone, [least], chunk)
+        while not self.exact[(least := self._least(len(self.windows)))].all():
+            for chunk in self._chunks((~self.exact[least]).nonzero()[:, 0], 1):
                 with self._through([least], chunk) as (_, branches), self.model.head() as head:
                     self._settle(head, branches, [least], [least], chunk)
+        return least
+
+    def _least(self, seen: int) -> int:
+        """The first block with the least mean rise, or bound of it, over the first ``seen`` windows."""
+        rises = (self.loss[:, :seen] - self.current[:seen]).mean(1) / self.costs
+        return int(rises.argmin())
 
     def _chunks(self, rows: torch.Tensor, branches: int) -> tuple[torch.Tensor, ...]:
         """Split windows so that the hidden states of all branches fit into memory."""
@@ -128,13 +107,13 @@ class BlockLosses:
 
     @contextmanager
     def _through(
-        self, alive: list[int], rows: torch.Tensor, part: tuple[float, float] | None = None
+        self, held: list[int], rows: torch.Tensor, part: tuple[int, int] | None = None
     ) -> Iterator[tuple[Stream, Branches]]:
-        """The windows behind the last layer of the present model (if it is a ``part`` of the work, which
-        begins and ends with these shares of it), and of each branch."""
+        """Some windows behind the last layer of each branch in ``held``; and of the present model, if these
+        windows are a ``part`` of the work: those from the first number to before the second."""
         stream = self.model.stream(self.windows.select(rows), self.folder / "prefix")
-        branches = Branches(len(alive), stream, self.folder / "branches")
-        blocks = [self.blocks[index] for index in alive]
+        branches = Branches(len(held), stream, self.folder / "branches")
+        blocks = [self.blocks[index] for index in held]
         for layer in self.model.walk(None, stream):
             with ExitStack() as without:
                 for block in self.removed:
@@ -152,12 +131,10 @@ class BlockLosses:
             if part is not None:
                 # Every layer begins new branches, which all the layers behind it have to advance.
                 done = ((layer.index + 1) / self.model.num_layers) ** 2
-                self.progress(part[0] + (part[1] - part[0]) * done)
+                self.progress((part[0] + (part[1] - part[0]) * done) / len(self.windows))
         yield stream, branches
 
-    def _bound(
-        self, head: Head, prefix: Stream, branches: Branches, alive: list[int], rows: torch.Tensor
-    ) -> bool:
+    def _bound(self, head: Head, prefix: Stream, branches: Branches, rows: torch.Tensor) -> bool:
         """Compute the losses of the present model, and bounds for the branches.
 
         Returns:
@@ -171,11 +148,11 @@ class BlockLosses:
             bound = Bound(head, prefix.hidden.read(place, place + 1)[0, at], targets)
             self.current[row] = bound.loss
             bounded = bounded and bound.holds
-            for start in range(0, len(alive) if bounded else 0, group):
-                numbers = range(start, min(start + group, len(alive)))
+            for start in range(0, len(self.blocks) if bounded else 0, group):
+                numbers = range(start, min(start + group, len(self.blocks)))
                 hidden = torch.stack([branches.read(number, place)[at] for number in numbers])
                 values = bound.of(head.features(hidden)) - ROUNDING
-                self.loss[alive[start : start + group], row] = values.nan_to_num(nan=math.inf)
+                self.loss[start : start + group, row] = values.nan_to_num(nan=math.inf)
         return bounded
 
     def _predictions(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,12 +161,12 @@ class BlockLosses:
         return at, self.windows.tokens[row, at + 1]
 
     def _settle(
-        self, head: Head, branches: Branches, alive: list[int], wanted: list[int], rows: torch.Tensor
+        self, head: Head, branches: Branches, held: list[int], wanted: list[int], rows: torch.Tensor
     ) -> None:
-        """Compute the exact losses of the branches ``wanted``."""
+        """Compute the exact losses of the blocks ``wanted``, of those whose branches are ``held``."""
         for index, (place, row) in itertools.product(wanted, enumerate(rows.tolist())):
             at, targets = self._predictions(row)
-            hidden = branches.read(alive.index(index), place)[at]
+            hidden = branches.read(held.index(index), place)[at]
             losses = [
                 precise_losses(head(part[None]).logits[0].float(), following.to(self.model.device)).cpu()
                 for part, following in split_rows(head, hidden, targets)

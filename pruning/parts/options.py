@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Literal
+
 from pydantic import Field, PositiveInt
 
 from compress.method import MethodOptions
@@ -18,7 +21,20 @@ class ParameterRatio(MethodOptions):
 class WidthMultiple(MethodOptions):
     """Which widths are allowed."""
 
-    width_multiple: PositiveInt = Field(1, description="keep a multiple of this many neurons in every layer")
+    width_multiple: PositiveInt | Literal["auto"] = Field(
+        "auto",
+        description="keep a multiple of this many neurons in every layer, and heads whose widths together "
+        "are a multiple of it; auto: 64, which suits the groups of quantization, and in layers of less than "
+        "512 neurons the largest power of two up to an eighth of them, but at least 8",
+    )
+
+    def multiple(self, neurons: Iterable[int]) -> int:
+        """The multiple for a model whose layers have these numbers of ``neurons``; the widest counts."""
+        if self.width_multiple != "auto":
+            return self.width_multiple
+        widest = max(neurons, default=0)
+        most = max(min(64, max(8, widest // 8), widest), 1)
+        return 1 << (most.bit_length() - 1)
 
 
 class LayerCount(MethodOptions):

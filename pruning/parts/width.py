@@ -9,7 +9,7 @@ architecture; otherwise it carries its own modelling code (compress/engine/prune
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +28,7 @@ from compress.anatomy import (
     weight,
 )
 from compress.engine.checks import all_finite
+from compress.engine.config import config_of
 from compress.engine.pruned import put, reshape_layer, without
 from compress.engine.pruned_config import mark_pruned
 from compress.engine.shape import ModelShape
@@ -244,7 +245,26 @@ def obstacle(shape: ModelShape, kept: Sequence[Kept], biases: Sequence[set[str]]
             f"A plain {kind} model has no bias in '{missing[0]}' to compensate with; use compensate: "
             "least-squares, which needs none, or shape: heterogeneous."
         )
+    try:
+        config_of(ModelShape(_plain(shape, after[0], added), shape.tensors, shape.folder))
+    except BadInput:  # the class of its config refuses it
+        return (
+            f"A plain {kind} model with a hidden_size of {shape.sizes.hidden_size} cannot have "
+            f"{after[0].num_attention_heads} heads; use shape: heterogeneous."
+        )
     return None
+
+
+def _plain(shape: ModelShape, widths: LayerShape, biased: Collection[str]) -> dict[str, Any]:
+    """The config.json of a plain model whose layers have these widths, and biases in the paths ``biased``."""
+    anatomy = shape.anatomy
+    sizes = {anatomy.intermediate_size_key: widths.intermediate_size}
+    if anatomy.has_head_dim:
+        sizes["num_attention_heads"] = widths.num_attention_heads
+        sizes["num_key_value_heads"] = widths.num_key_value_heads
+        sizes["head_dim"] = shape.sizes.head_dim
+    keys = (_bias_key(anatomy, path) for path in sorted(biased))
+    return shape.config | sizes | {key: True for key in keys if key is not None}
 
 
 def pruned_parts(anatomy: Anatomy, config: Any = None) -> dict[str, Any]:
@@ -270,14 +290,7 @@ def _config(shape: ModelShape, kept: Sequence[Kept], biases: Sequence[set[str]])
     """The config.json of the pruned model, with a section ``pruned`` unless the architecture is plain."""
     anatomy, config = shape.anatomy, shape.pretrained_config
     if obstacle(shape, kept, biases) is None:
-        first = kept[0].shape(layer_shapes(config)[0])
-        sizes = {anatomy.intermediate_size_key: first.intermediate_size}
-        if anatomy.has_head_dim:
-            sizes["num_attention_heads"] = first.num_attention_heads
-            sizes["num_key_value_heads"] = first.num_key_value_heads
-            sizes["head_dim"] = shape.sizes.head_dim
-        keys = (_bias_key(anatomy, path) for path in sorted(set[str]().union(*biases)))
-        return shape.config | sizes | {key: True for key in keys if key is not None}
+        return _plain(shape, kept[0].shape(layer_shapes(config)[0]), set[str]().union(*biases))
     section = {
         "parts": pruned_parts(anatomy, config),
         "layers": [

@@ -58,7 +58,7 @@ def plan_layout(shape: ModelShape, options: WeightOptions, activation_bits: int 
 
     Raises:
         BadInput: the model is already quantized, no linear is left to quantize, a pattern matches nothing, or
-            an option does not fit the model.
+            an option does not fit the model, such as the group size.
     """
     packed, skipped, outside = linears_to_pack(shape, options.ignore)
     linears = list(shape.linears())
@@ -80,7 +80,8 @@ def plan_layout(shape: ModelShape, options: WeightOptions, activation_bits: int 
     if symmetric is None:
         one_width = not options.mix and len({*bits.values(), *around.values()}) == 1
         symmetric = not one_width and table not in around
-    size, form = options.group_length, FORMATS[options.format]
+    widths = {name: size[1] for name, (size, _) in stored_weights(shape, [*bits, *around]).items()}
+    size, form = options.group_length(widths), FORMATS[options.format]
     formats: dict[Bits, Format] = {width: form(width, size, symmetric) for width in get_args(Bits)}
     inside = formats
     if activation_bits is not None:

@@ -5,11 +5,14 @@ Fields appear in the help in the order of the bases from last to first, then tho
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any, Generic, Literal, Self, TypeVar
 
 from pydantic import Field, PositiveInt, model_validator
 
-from compress.kernels.codes.integer import CHANNEL
+from compress.errors import BadInput
+from compress.kernels.codes.integer import CHANNEL, divisors_near
 from compress.method import MethodOptions
 
 Bits = Literal[2, 3, 4, 8]
@@ -33,16 +36,35 @@ class BitsOptions(MethodOptions, Generic[Width]):
 class GroupOptions(MethodOptions):
     """The weights that share a scale."""
 
-    group_size: PositiveInt | Literal["channel"] = Field(
-        64,
+    group_size: PositiveInt | Literal["auto", "channel"] = Field(
+        "auto",
         description="number of consecutive inputs that share a scale; it must divide the input dimensions; "
-        "channel: one scale for each output channel",
+        "auto: 64, or if that does not divide them all, the largest of 32, 16 and 8 that does; channel: one "
+        "scale for each output channel",
     )
 
-    @property
-    def group_length(self) -> int:
-        """The group size as formats take it: `CHANNEL` stands for a whole row."""
-        return CHANNEL if self.group_size == "channel" else self.group_size
+    def group_length(self, widths: Mapping[str, int]) -> int:
+        """The group size as formats take it: `CHANNEL` stands for a whole row.
+
+        Args:
+            widths: name -> input dimension of what is packed.
+
+        Raises:
+            BadInput: the group size does not divide one of them.
+        """
+        if self.group_size == "channel":
+            return CHANNEL
+        common = math.gcd(*widths.values())
+        sizes = (64, 32, 16, 8) if self.group_size == "auto" else (self.group_size,)
+        if (found := next((size for size in sizes if common % size == 0), None)) is not None:
+            return found
+        wanted = sizes[-1]
+        name, width = next((name, width) for name, width in widths.items() if width % wanted)
+        better = " or ".join(filter(None, (", ".join(divisors_near(common, wanted)), "channel")))
+        raise BadInput(
+            f"A group size of {wanted} does not divide the input dimension {width} of '{name}'; use {better} "
+            "for all linears, or leave out with 'ignore' what does not fit."
+        )
 
 
 class IgnoreOptions(MethodOptions):

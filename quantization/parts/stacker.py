@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ from compress.quantization.parts.options import StackOptions, TableOptions
 from compress.quantization.parts.packer import round_by_rows
 from compress.storage.draft import Draft
 from compress.storage.formats.compressed_tensors import CompressedTensorsFormat
-from compress.storage.formats.stacks import StackFormat, sizes
+from compress.storage.formats.stacks import StackFormat, laid_out, sizes
 from compress.storage.tensors import TensorInfo
 
 if TYPE_CHECKING:
@@ -124,15 +123,7 @@ class Stacker:
             self.draft.drop(f"{name}.weight")
         config = {**self.planned.config["quantization_config"], "order": list(order)}
         self.draft.config["quantization_config"] = config
-        blocks = [(name, 0) for name in self.modules]
-        counts = Counter(dict.fromkeys(range(len(self.modules)), 1))
-        for index in order:
-            blocks.append((self.modules[index], counts[index]))
-            counts[index] += 1
-        laid_out = [key for name, index in blocks for key in self.form.names(name, index)]
-        tensors = self.draft.tensors
-        others = sorted(tensors.keys() - set(laid_out))
-        self.draft.tensors = {name: tensors[name] for name in [*others, *laid_out]}
+        self.draft.tensors = laid_out(self.draft.tensors, config)
         steps = sizes(self.draft)
         relative = [
             (error[1:] / error[0]).sqrt() if error[0] else error[1:] for error in self.errors.values()

@@ -3,9 +3,8 @@
 
 The plain loop is the published one: the whole model is in memory, and for every block that is left, that
 block is switched off and all windows go through the model. Our exact search must remove the same blocks at
-least 1.8 times as fast, or this exits with 1. Racing is compared with our exact search on more and shorter
-windows, because it drops nothing on few. Times are wall clock; the processor time of all threads is beside
-them, because other programs on the machine disturb it less.
+least 1.8 times as fast, or this exits with 1. Times are wall clock; the processor time of all threads
+is beside them, because other programs on the machine disturb it less.
 
     python scripts/benchmarks/blockpruner.py [--rounds 3] [--windows 4] [--tokens 256]
 """
@@ -124,11 +123,6 @@ def arguments_of() -> argparse.Namespace:
     options.add_argument("--rounds", type=int, default=3, help="blocks to remove")
     options.add_argument("--windows", type=int, default=4, help="calibration windows of the exact search")
     options.add_argument("--tokens", type=int, default=256, help="tokens in such a window")
-    options.add_argument(
-        "--race-windows", type=int, default=32, help="calibration windows of the race; 0: none"
-    )
-    options.add_argument("--race-tokens", type=int, default=64, help="tokens in such a window")
-    options.add_argument("--race-rounds", type=int, default=2, help="blocks to remove in the race")
     return options.parse_args()
 
 
@@ -143,27 +137,15 @@ def exact_search(sheet: Sheet, folder: Path, windows: Windows, rounds: int) -> N
     exact, removals = ours(folder, windows, blocks=rounds)
     same = sum(pair == (found["layer"], found["part"]) for pair, found in zip(expected, removals))
     sheet.row("plain loop", lambda: search_row(plain, windows, rounds, {}))
-    row = search_row(exact, windows, rounds, {"search": "exact"}, plain)
+    row = search_row(exact, windows, rounds, {}, plain)
     row["figures"]["same"] = {"value": same}
-    sheet.row("exact search", lambda: row)
+    sheet.row("this project", lambda: row)
     if same < rounds:
         sheet.show()
         sys.exit("The removals differ from those of the plain loop.")
     if plain.wall / exact.wall < WANTED:
         sheet.show()
         sys.exit(f"The exact search is less than {WANTED} times as fast as the plain loop.")
-
-
-def race(sheet: Sheet, folder: Path, windows: Windows, rounds: int) -> None:
-    """Our exact search, then racing, on the same windows."""
-    whole, wanted = ours(folder, windows, blocks=rounds)
-    raced, found = ours(folder, windows, blocks=rounds, search="racing")
-    sheet.row("exact search, many windows", lambda: search_row(whole, windows, rounds, {"search": "exact"}))
-    row = search_row(raced, windows, rounds, {"search": "racing"}, whole)
-    saved = 1 - sum(r["evaluated"] for r in found) / sum(r["pairs"] for r in found)
-    same = sum((a["layer"], a["part"]) == (b["layer"], b["part"]) for a, b in zip(wanted, found))
-    row["figures"] |= {"same": {"value": same}, "skipped": {"value": saved, "unit": "fraction"}}
-    sheet.row("racing", lambda: row)
 
 
 def main() -> None:
@@ -173,9 +155,6 @@ def main() -> None:
     tokenizer = load_tokenizer(folder)
     windows = calibration_windows(tokenizer, "brown", arguments.windows, arguments.tokens, seed=0)
     exact_search(sheet, folder, windows, arguments.rounds)
-    if arguments.race_windows:
-        many = calibration_windows(tokenizer, "brown", arguments.race_windows, arguments.race_tokens, seed=0)
-        race(sheet, folder, many, arguments.race_rounds)
     sheet.show()
 
 

@@ -94,13 +94,6 @@ def cost() -> Iterator[Choice]:
             yield Choice(f"blockpruner, {ratio:.0%}, by {cost}", step)
 
 
-def search() -> Iterator[Choice]:
-    """BlockPruner's racing against its exact search."""
-    for search in ("exact", "racing"):
-        step = {"method": "blockpruner", "ratio": 0.2, "search": search}
-        yield Choice(f"blockpruner, 20 %, {search}", step, {**BROWN, "nsamples": 64, "seqlen": 256})
-
-
 def transform() -> Iterator[Choice]:
     """ReplaceMe's linear maps."""
     for count in (3, 5, 6, 9):
@@ -167,7 +160,7 @@ def formats() -> Iterator[Choice]:
 GROUPS = {
     group.__name__: group
     for group in (
-        *(grid, layout, rank, saliency, blocks, order, cost, search, transform, maps, heads, training),
+        *(grid, layout, rank, saliency, blocks, order, cost, transform, maps, heads, training),
         *(calibration, formats),
     )
 }

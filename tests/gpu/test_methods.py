@@ -81,7 +81,6 @@ CASES = {
         "flap", {"ratio": 0.3, "propagate": "pruned", "compensate": "bias"}
     ),
     "blockpruner": Case("blockpruner", {"blocks": 2}),
-    "blockpruner racing": Case("blockpruner", {"blocks": 1, "search": "racing"}),
     "replaceme": Case("replaceme", {"layers": 1, "epochs": 1, "batch_size": 64}),
     "replaceme least squares": Case(
         "replaceme", {"layers": 1, "transform": "least-squares", "l2": 1.0, "distance": "last-token"}

@@ -108,10 +108,12 @@ class CompressedTensorsFormat(IntegerFormat):
             "ignore": [*outside, *skipped],
             "kv_cache_scheme": None,
         }
-        if len(groups) == 1 and (around or not forms[0].symmetric):
-            # Without this, transformers 5.24 with compressed-tensors 0.20 refuses packed zero points, because
-            # it expects their unpacked shape, and fails on packed embeddings. With it, everything is decoded
-            # by the first group, so it must not be set if there are several.
+        if len(groups) == 1 and forms[0].activation_bits is None:
+            # With this, weights are unpacked when they are loaded, else by a hook before the first call.
+            # Without it, transformers 5.24 with compressed-tensors 0.20 refuses packed zero points, because
+            # it expects their unpacked shape, and fails on packed embeddings; and sentence-transformers,
+            # which calls `forward` past the hook, finds no weights. With it, everything is decoded by the
+            # first group, so it must not be set if there are several.
             config["dequantize"] = True
         return config
 

@@ -10,6 +10,9 @@ from compress.storage.formats.compressed_tensors import CompressedTensorsFormat
 from compress.storage.formats.nf4 import NF4Format
 from compress.storage.formats.table import Formats
 
+ON_A_GPU, NOT_AVX512 = "on a GPU", "(not on CPUs with AVX-512)"
+"""The machines on which something works, if not on all."""
+
 
 @dataclass(frozen=True)
 class LoadsWith:
@@ -19,7 +22,9 @@ class LoadsWith:
         transformers: whether stock transformers can.
         packages: what is needed besides transformers, or what loads the model without transformers. Empty
             without transformers: compress-model only.
-        where: the machines on which that works, if not on all.
+        where: the machines on which that works, if not on all: `ON_A_GPU`, `NOT_AVX512` or empty.
+        in_half_precision: whether these programs compute with weights or activations rounded to 16 bits, even
+            if they are asked for float32.
         trust_remote_code: whether the model brings modelling code with it.
         adapter: whether peft is needed for an adapter.
         key_value_bits: bits of the keys and values, which are quantized in compress-model only; or None.
@@ -28,6 +33,7 @@ class LoadsWith:
     transformers: bool = True
     packages: tuple[str, ...] = ()
     where: str = ""
+    in_half_precision: bool = False
     trust_remote_code: bool = False
     adapter: bool = False
     key_value_bits: int | None = None
@@ -36,6 +42,12 @@ class LoadsWith:
     def compress_model_only(self) -> bool:
         """Whether no other program can load the model."""
         return not self.transformers and not self.packages
+
+    @property
+    def programs(self) -> tuple[str, ...]:
+        """The packages that have to be installed to load the model, by their names on PyPI."""
+        first = ("transformers",) if self.transformers else ()
+        return (*first, *self.packages, *(("peft",) if self.adapter else ()))
 
     def __str__(self) -> str:
         if self.compress_model_only:
@@ -60,35 +72,42 @@ def loads_with(
     quantization_config: Mapping[str, Any],
     conv1d: bool = False,
     packed_embedding: bool = False,
+    flat_inputs: bool = False,
     linears: Iterable[tuple[int, int]] = (),
 ) -> LoadsWith:
     """Which programs besides compress-model can load weights with this ``quantization_config``.
 
-    This was tried with transformers 5.24, compressed-tensors 0.20, bitsandbytes 0.50, gptqmodel 7.6 and
-    optimum 2.3. Programs that were not tried are not named.
+    `scripts/benchmarks/loaders.py` tries what is said here. Programs that were not tried are not named.
 
     Args:
         quantization_config: of config.json, of any format but stacks.
         conv1d: whether the quantized linears are ``Conv1D`` modules in transformers (GPT-2). Transformers
             replaces these by packed ones of bitsandbytes only.
         packed_embedding: whether the token embedding is packed.
+        flat_inputs: whether a quantized linear is given inputs [N·S, D] of two dimensions. The
+            compressed-tensors library then quantizes inputs with one scale for all tokens of a batch, instead
+            of one for each, so that its results depend on the batch and differ from ours.
         linears: (out_features, in_features) of those inside the layers.
     """
     first, *others = (form for _, form in Formats(quantization_config).groups)
     if first.name == CompressedTensorsFormat.name:
         # Transformers decodes everything by the settings of one group, except plain symmetric linears.
         plain = not packed_embedding and all(form.symmetric for form in (first, *others))
-        if conv1d or (others and not plain):
+        groups = quantization_config["config_groups"].values()
+        inputs = any(group.get("input_activations") for group in groups)
+        if conv1d or (others and not plain) or (inputs and flat_inputs):
             return COMPRESS_MODEL_ONLY
-        return LoadsWith(packages=("compressed-tensors",))
+        # Asked to unpack all weights at once, the library does so in 16 bits.
+        unpacked = bool(quantization_config.get("dequantize"))
+        return LoadsWith(packages=("compressed-tensors",), in_half_precision=unpacked)
     if first.name == NF4Format.name:
         # If blocks of NF4 run on from row to row, bitsandbytes takes scales from wrong blocks on CPUs with
         # AVX-512. Its kernel for bfloat16 fails there, and also without whole blocks of 32 rows.
         whole = all(out % 32 == 0 and width % 64 == 0 for out, width in linears)
-        where = "" if first.bits == 8 or whole else "(not on CPUs with AVX-512)"
-        return LoadsWith(packages=("bitsandbytes",), where=where)
+        where = "" if first.bits == 8 or whole else NOT_AVX512
+        return LoadsWith(packages=("bitsandbytes",), where=where, in_half_precision=True)
     if conv1d:
-        return LoadsWith(transformers=False, packages=("gptqmodel",))
+        return LoadsWith(transformers=False, packages=("gptqmodel",), in_half_precision=True)
     # The 4-bit kernel of GPTQModel for CPUs takes groups of 32 to 256 only.
-    where = "on a GPU" if first.bits == 4 and first.group_size not in (32, 64, 128, 256) else ""
-    return LoadsWith(packages=("optimum", "gptqmodel"), where=where)
+    where = ON_A_GPU if first.bits == 4 and first.group_size not in (32, 64, 128, 256) else ""
+    return LoadsWith(packages=("optimum", "gptqmodel"), where=where, in_half_precision=True)

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -25,6 +25,8 @@ from compress.kernels.codes.integer import CHANNEL
 from compress.kernels.layers.stacked import FactorStack, PlaneStack, StackBlock, StackedLinear
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.tensors import CASTABLE, TensorInfo
+
+Entry = TypeVar("Entry")
 
 
 class StackFormat(ABC):
@@ -59,7 +61,7 @@ class StackFormat(ABC):
 
     def names(self, name: str, index: int) -> list[str]:
         """Full names of the tensors of one block."""
-        return [f"{name}.{part}_{index}" for part in self.linear.parts(index)]
+        return list(self.linear.keys(name, index).values())
 
     def read(
         self, name: str, checkpoint: Checkpoint, start: int = 0, stop: int | None = None
@@ -69,7 +71,7 @@ class StackFormat(ABC):
         there = [index for index in range(start, stop) if self.names(name, index)[0] in checkpoint]
         tensors = checkpoint.read_many(key for index in there for key in self.names(name, index))
         return [
-            StackBlock({part: tensors[f"{name}.{part}_{index}"] for part in self.linear.parts(index)})
+            StackBlock({part: tensors[key] for part, key in self.linear.keys(name, index).items()})
             for index in there
         ]
 
@@ -194,6 +196,22 @@ class NestedFormat(StackFormat):
 
 STACKS: dict[str, type[StackFormat]] = {form.name: form for form in (BitStackFormat, NestedFormat)}
 """``quant_method`` -> the format of stacks."""
+
+
+def laid_out(tensors: Mapping[str, Entry], config: Mapping[str, Any]) -> dict[str, Entry]:
+    """The tensors of a model in the order of its files: the blocks come last, in the order they are read in.
+
+    Args:
+        tensors: full name -> anything.
+        config: the ``quantization_config`` of the model.
+    """
+    form, modules = StackFormat.from_config(config), config["modules"]
+    blocks, counts = [(name, 0) for name in modules], Counter(dict.fromkeys(range(len(modules)), 1))
+    for index in config["order"]:
+        blocks.append((modules[index], counts[index]))
+        counts[index] += 1
+    last = [key for name, index in blocks for key in form.names(name, index)]
+    return {name: tensors[name] for name in [*sorted(tensors.keys() - set(last)), *last]}
 
 
 def stack_of(checkpoint: Checkpoint) -> StackFormat:

@@ -158,7 +158,7 @@ class Restated:
 def applied(method: Any, folder: Path, work: Path, **options: Any) -> tuple[Draft, dict[str, Any]]:
     checkpoint = Checkpoint.open(folder)
     run = StepContext(Draft(checkpoint, work), WINDOWS, 0, work, "cpu", lambda *_: None)
-    report = method.apply(StreamedModel(checkpoint), method.Options(**options), run)
+    report = method.apply(StreamedModel(checkpoint), method.Options(width_multiple=1, **options), run)
     return run.draft, report.details
 
 
@@ -180,7 +180,7 @@ def test_every_layer_keeps_the_best_and_loses_the_same_share(
     assert details["ratio_removed"] == pytest.approx(0.4, abs=0.02)
 
     shape = ModelShape.of(Checkpoint.open(folders[family]))
-    planned = method.plan(shape, method.Options(ratio=0.4))
+    planned = method.plan(shape, method.Options(ratio=0.4, width_multiple=1))
     assert planned.tensors == draft.tensors
     assert planned.config == draft.config
 

@@ -26,7 +26,6 @@ from compress.anatomy import (
     weight,
 )
 from compress.anatomy import lookup as module
-from compress.errors import BadInput
 
 LAYER = 1  # a middle one, where layers count
 SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 60}
@@ -310,23 +309,35 @@ def check_layer_name(config: Any) -> None:
     assert any(key.startswith(f"{found.layer_name(LAYER)}.") for key in model.state_dict())
 
 
-def test_located_follows_the_names_of_a_checkpoint(tmp_path: Any) -> None:
-    bare = build(config_of("mpnet", "MPNetModel")).state_dict()
-    found = anatomy_of(config_of("mpnet"))  # the config of all-mpnet-base-v2 says MPNetForMaskedLM
-    assert found.layer_name(0) == "mpnet.encoder.layer.0"
-    assert found.located(bare).layer_name(0) == "encoder.layer.0"
-    assert anatomy_of(config_of("gpt2")).located(["wte.weight", "h.0.ln_1.weight"]).layer_name(2) == "h.2"
-    nested = ["model.language_model.layers.0.mlp.down_proj.weight"]
-    assert anatomy_of(config_of("llama")).located(nested).prefix == "model.language_model"
-    with pytest.raises(BadInput, match=r"no 'layers.0'"):
-        anatomy_of(config_of("llama")).located(["model.xlayers.0.weight", "layers.1.mlp.weight"])
-
+def test_located_follows_the_name_that_a_checkpoint_has_for_the_head(tmp_path: Any) -> None:
     build(config_of("gpt_neox")).save_pretrained(tmp_path)  # transformers writes the head as embed_out
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         names = list(file.keys())
     located = anatomy_of(config_of("gpt_neox")).located(names)
     assert f"{located.head}.weight" in names
-    assert f"{located.layer_name(0)}.{located.down}.weight" in names
+
+
+@pytest.mark.parametrize("case", ["llama", "bert", "gpt2", "opt"])
+def test_sizes_are_those_that_the_class_reads(case: str) -> None:
+    config = config_of(case)
+    before = sizes_of(config)
+    stray = {"num_key_value_heads": 1, "head_dim": 4}
+    for name in stray:
+        if name not in type(config)().to_dict():
+            setattr(config, name, stray[name])
+    assert sizes_of(config) == before
+
+
+@pytest.mark.parametrize(("case", "prefix"), {"llama": "model.", "bert": "bert.", "opt": "model."}.items())
+def test_layer_index(case: str, prefix: str) -> None:
+    found = anatomy_of(config_of(case))
+    assert found.layer_index(f"{prefix}{found.layers}.12.{found.down}.weight") == 12
+    for name in (
+        f"{prefix}{found.layers}.x.weight",
+        f"{found.layers}.1.weight",
+        f"{prefix}{found.layers}1.2.x",
+    ):
+        assert found.layer_index(name) == -1
 
 
 def slots(subject: Subject, head: int, group: int = 1) -> Tensor:

@@ -56,8 +56,8 @@ BAD = [
     ("blank.txt", b" \n\n", "holds no text"),
     ("empty.jsonl", b"", "holds no text"),
     ("latin.txt", b"caf\xe9", r"not UTF-8 text \(byte 3\)"),
-    ("latin.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', "line 2 is not UTF-8"),
-    ("broken.jsonl", b'{"text": "a"}\n\n{"text": "b"\n', "line 3 is not JSON"),
+    ("latin.jsonl", b'{"text": "\xe9"}\n', "line 1 is not UTF-8"),
+    ("broken.jsonl", b'\n{"text": "b"\n', "line 2 is not JSON"),
     ("deep.jsonl", b"[" * 100_000, "line 1 is not JSON"),
     ("list.jsonl", b'["a"]\n', "line 1 is not a JSON object"),
     (

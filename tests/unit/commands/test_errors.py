@@ -81,7 +81,7 @@ def another(model_type: str) -> Callable[[Path], None]:
         (without_weights, "holds no *.safetensors weights"),
         (with_weight(UP, float("nan")), f"'{UP}' holds NaN or infinite values"),
         (with_weight(UP, float("-inf")), f"'{UP}' holds NaN or infinite values"),
-        (adapter, "is a LoRA adapter, not a model; merge it into its base model first"),
+        (adapter, "holds an adapter, not a model; merge it into its base model (tiny) first"),
     ],
 )
 def test_a_broken_model_is_one_sentence(

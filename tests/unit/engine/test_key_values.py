@@ -146,12 +146,24 @@ def test_caches_of_the_user(quantized: Callable[..., PreTrainedModel]) -> None:
             model(TOKENS, **{name: foreign})
         with pytest.raises(CompressError, match="empty DynamicCache"):
             model(TOKENS, **{name: StaticCache(config=model.config, max_cache_len=20)})
-        with pytest.raises(CompressError, match="neither be cropped"):
-            mine.crop(-2)
+        with pytest.raises(CompressError, match="cannot be rearranged"):
+            mine.batch_repeat_interleave(2)
         mine.reset()
         assert mine.get_seq_length() == 0
         again = model(TOKENS, **{name: mine}).logits
     assert torch.allclose(again, model(TOKENS, use_cache=False).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("position", ["before-rope", "after-rope"])
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Gemma3ForCausalLM"])
+def test_drafts_that_are_refused_leave_the_cache(
+    quantized: Callable[..., PreTrainedModel], architecture: str, position: str
+) -> None:
+    model = quantized(architecture, position=position)
+    prompt = torch.cat((TOKENS[:1], TOKENS[:1]), 1)  # a text that repeats itself, so that there are drafts
+    settings = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
+    greedy = model.generate(prompt, **settings)
+    assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=3, **settings), greedy)
 
 
 def test_a_model_whose_attention_was_pruned_away(shared_decoder: Callable[..., Path], tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ def test_defaults_are_filled_in_and_numbers_keep_their_kind():
     recipe = parse_recipe({"model": "demo", "steps": [REPLACEME, RTN]})
     assert [method.name for method, _ in recipe.steps] == ["replaceme", "rtn"]
     assert (recipe.seed, recipe.dtype, recipe.evaluate) == (0, None, None)
-    assert (recipe.calibration.source, recipe.calibration.nsamples) == ("bundled", 128)
+    assert (recipe.calibration.source, recipe.calibration.nsamples) == ("bundled", None)
+    assert recipe.text_size == (128, 512)
     assert recipe.steps[1][1].bits == 4
     assert recipe.needs_calibration
     assert not parse_recipe({"model": "demo", "steps": [RTN]}).needs_calibration
@@ -108,7 +109,10 @@ def test_a_folder_with_the_name_of_a_bundled_recipe_does_not_hide_it(tmp_path: P
         ({"steps": [RTN, {"bits": 4}]}, "Step 1 of the recipe names no method"),
         ({"steps": [{"method": "replaceme"}]}, "the option 'layers' is required"),
         ({"steps": [{**RTN, "bits": 5}]}, "bits: Input should be 2, 3, 4 or 8 (got 5)"),
-        ({"steps": [{**RTN, "group_size": 0}]}, "group_size: Input should be greater than 0 or 'channel'"),
+        (
+            {"steps": [{**RTN, "group_size": 0}]},
+            "group_size: Input should be greater than 0 or 'auto' or 'channel'",
+        ),
         ({"steps": [{**RTN, "group_size": "row"}]}, "or 'channel' (got 'row')"),
         ({"steps": [{**REPLACEME, "layers": -1}]}, "layers: Input should be greater than 0 (got -1)"),
         ({"steps": [{**REPLACEME, "held_out": 1.5}]}, "held_out: Input should be less than 1 (got 1.5)"),

@@ -37,7 +37,7 @@ import transformers.models.auto.modeling_auto
 import transformers.models.llama.modeling_llama
 import compress.commands.run, compress.pipeline.run
 import compress.pruning.replaceme, compress.quantization.round_to_nearest
-from compress.cli import main
+from compress.__main__ import main
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for line in sys.stdin:
     request = json.loads(line)
@@ -202,6 +202,20 @@ def test_interrupted_and_resumed(house: House, commands: Commands, unbroken: Lin
     assert left_behind(output) == []
 
 
+def test_terminated_and_resumed(house: House, commands: Commands, unbroken: Lineage, tmp_path: Path):
+    output = tmp_path / "out"
+    command = commands.start("run", house.recipe, "-o", output)
+    wait_for(tmp_path / ".out.partial" / "0-replaceme" / "distances" / "progress.json", command)
+    command.send(signal.SIGTERM)
+    command.send(signal.SIGTERM)
+    assert command.wait() == 143
+    assert "Terminated; run, prune and quantize go on from the last finished layer" in command.complaint
+    assert left_behind(output) == [".out.partial"]
+    assert commands.run("run", house.recipe, "-o", output).code == 0
+    check_whole(output, unbroken)
+    assert [step.resumed for step in read_lineage(output).steps] == [True, False]
+
+
 def test_fresh_throws_the_interrupted_run_away(
     house: House, commands: Commands, unbroken: Lineage, tmp_path: Path
 ):
@@ -278,7 +292,7 @@ def test_occupied_outputs(house: House, commands: Commands, tmp_path: Path):
     (tmp_path / "used" / "precious.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "used")
-    for name, message in (("used", "is not empty"), ("file", "not a folder"), ("link", "not a folder")):
+    for name, message in (("used", "is not empty"), ("file", "not a folder"), ("link", "is not empty")):
         command = commands.run("run", house.recipe, "-o", tmp_path / name)
         assert command.code == 2
         assert message in command.complaint

@@ -223,7 +223,7 @@ def test_removed_blocks_equal_masked_ones(source: Path, tmp_path: Path) -> None:
 
 
 def check_generation(model: Any) -> None:
-    """With a cache as without, and a removed attention block caches nothing."""
+    """With a cache as without, and a removed attention block caches one number per token."""
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     prompt = TOKENS[:1, :7]
     with torch.inference_mode():
@@ -231,8 +231,7 @@ def check_generation(model: Any) -> None:
         again = model.generate(prompt, use_cache=False, **settings)
     assert torch.equal(output.sequences, again)
     cache = getattr(output, "cache", None) or output.past_key_values
-    filled = [layer for layer in cache.layers if layer.is_initialized and layer.keys.numel()]
-    assert len(filled) == LAYERS - 2
+    assert [layer.keys[0].numel() for layer in cache.layers].count(cache.get_seq_length()) == 2
 
 
 @pytest.mark.parametrize("case", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"])

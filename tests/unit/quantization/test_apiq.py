@@ -194,7 +194,7 @@ def test_kept_linears_have_no_adapter(dense_of: Dense, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["layer", "block"])
 def test_a_pruned_model(mode: str, dense_of: Dense, tmp_path: Path) -> None:
-    flap = {"method": "flap", "ratio": 0.4}
+    flap = {"method": "flap", "ratio": 0.4, "width_multiple": 1}
     options = {"mode": mode, "group_size": "channel", "format": "compressed-tensors"}
     folder = apiq(dense_of(), tmp_path / "apiq", first=flap, **options)
     checkpoint = Checkpoint.open(folder)

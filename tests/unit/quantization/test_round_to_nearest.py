@@ -194,7 +194,7 @@ def test_a_resumed_run_reports_and_writes_the_same(dense, tmp_path):
     [
         (
             {"group_size": 128},
-            r"128 does not divide the input dimension 64 of 'model\.layers\.0\..*'; use 16, 32, 64 or",
+            r"128 does not divide the input dimension 64 of 'model\.layers\.0\..*'; use 8, 16, 32 or",
         ),
         ({"group_size": 32, "ignore": ["*"]}, "no linear to quantize"),
         (

@@ -118,7 +118,7 @@ def test_every_architecture_gets_nearer_with_every_level(
 
 def test_pruned_models_whose_layers_differ(dense_of: Callable[[str], Path], tmp_path: Path) -> None:
     """Pruned and stored in blocks by two runs, and by one."""
-    dense, prune = dense_of("llama"), {"method": "flap", "ratio": 0.3}
+    dense, prune = dense_of("llama"), {"method": "flap", "ratio": 0.3, "width_multiple": 1}
     pruned = compressed(dense, tmp_path / "pruned", prune)
     layers = Checkpoint.open(pruned).config["pruned"]["layers"]
     assert len({json.dumps(layer) for layer in layers}) > 1

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -342,7 +345,7 @@ BROKEN = {
     "empty file": (lambda f: (f / "model.safetensors").write_bytes(b""), r"damaged or not a safetensors"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"holds no \*\.safetensors weights\.$"),
     "pickles": (only_pickles, r"only pickled weights, which can run code; convert them to safetensors\.$"),
-    "adapter": (lora, r"is a LoRA adapter, not a model; merge it into its base model first\.$"),
+    "adapter": (lora, r"holds an adapter, not a model; merge it into its base model \(.*\) first"),
     "index of a missing file": (lambda f: write_index(f, {"x": "gone.safetensors"}), r"gone.* is missing"),
     "index of a missing tensor": (
         lambda f: write_index(f, {"x": "part.safetensors"}),
@@ -351,6 +354,26 @@ BROKEN = {
     "index is a list": (lambda f: write_index(f, [1]), r"is not a safetensors index\.$"),
     "index of numbers": (lambda f: write_index(f, {"x": 1}), r"is not a safetensors index\.$"),
 }  # fmt: skip
+
+
+def test_weights_that_may_not_be_read(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    may_open = Path.open
+
+    def deny(file: Path, *how: Any, **more: Any) -> Any:
+        if file.suffix == ".safetensors":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+        return may_open(file, *how, **more)
+
+    monkeypatch.setattr(Path, "open", deny)  # root, who may run this, may read everything
+    with pytest.raises(BadInput, match=r"model\.safetensors cannot be read: Permission denied\.$"):
+        Checkpoint.open(tiny)
+
+
+@pytest.mark.parametrize("nothing", [None, {}])
+def test_a_section_on_quantization_that_says_nothing_is_none(tiny: Path, nothing: object):
+    config = json.loads((tiny / "config.json").read_text())
+    (tiny / "config.json").write_text(json.dumps(config | {"quantization_config": nothing}))
+    assert "quantization_config" not in Checkpoint.open(tiny).config
 
 
 @pytest.mark.parametrize("problem", BROKEN)

@@ -94,7 +94,6 @@ def test_an_order_for_something_else_is_refused(folders: dict[str, Path], tmp_pa
     refused("another model and calibration", "gpt2", windows_of(seed=2))
     refused("another calibration; search again", windows=windows_of(seed=2))
     refused("another mode and cost", mode="mlp", cost="parameters")
-    refused("another search", search="racing")
     refused("is not a result of BlockPruner", order_from=folders["llama"])
 
 
@@ -253,7 +252,6 @@ def test_a_model_that_overflows_is_an_error(folders: dict[str, Path], tmp_path: 
         {"ratio": 1.0},
         {"max_perplexity": 1.0},
         {"blocks": 1, "mode": "layers"},
-        {"blocks": 1, "confidence": 1.0},
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, Any]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +20,6 @@ from compress.engine.shape import ModelShape
 from compress.engine.stream import StreamedModel
 from compress.engine.windows import Windows
 from compress.errors import BadInput
-from compress.pruning.blockpruner import contenders
 from compress.pruning.parts import block_losses
 from compress.pruning.parts.block_losses import Bound
 from compress.pruning.parts.blocks import Block, layer_parameters
@@ -66,14 +64,13 @@ def test_modes(
     assert_same(order(report), greedy(plain, 2, parts=[mode]))
 
 
-@pytest.mark.parametrize(("case", "search"), [("llama", "exact"), ("gpt2", "racing")])
+@pytest.mark.parametrize("case", ["llama", "gpt2"])
 def test_cost_in_parameters(
-    case: str, search: str, folders: dict[str, Path], plain_of: Callable[[str], Plain], tmp_path: Path
+    case: str, folders: dict[str, Path], plain_of: Callable[[str], Plain], tmp_path: Path
 ):
     plain = plain_of(case)
     expected = greedy(plain, 3, parameters=parameters_of(folders[case]))
-    options = {"cost": "parameters", "search": search, "confidence": 1 - 1e-12}
-    report, _ = applied(folders[case], tmp_path / "found", blocks=3, **options)
+    report, _ = applied(folders[case], tmp_path / "found", blocks=3, cost="parameters")
     assert_same(order(report), expected)
 
 
@@ -240,52 +237,3 @@ def test_the_last_attention_stays(folders: dict[str, Path], tmp_path: Path):
     with pytest.raises(BadInput, match="at most 2 attention blocks"):
         plan(folders["llama"], ratio=0.9, mode="attention")
     assert plan(folders["llama"], blocks=LAYERS, mode="mlp").num_layers == LAYERS
-
-
-# Racing.
-
-
-def test_racing_with_extreme_confidence_is_exact(
-    folders: dict[str, Path], three_removed: Removed, tmp_path: Path
-):
-    exact, _ = three_removed("llama")
-    options = {"search": "racing", "confidence": 1 - 1e-15}
-    raced, _ = applied(folders["llama"], tmp_path / "raced", blocks=3, **options)
-    assert_same(order(raced), order(exact))
-
-
-def test_racing_drops_the_hopeless_and_is_deterministic(
-    folders: dict[str, Path], likely: Windows, tmp_path: Path
-):
-    exact, _ = applied(folders["llama"], tmp_path / "exact", likely, blocks=2)
-    options = {"blocks": 2, "search": "racing", "confidence": 0.9}
-    raced, _ = applied(folders["llama"], tmp_path / "raced", likely, **options)
-    again, _ = applied(folders["llama"], tmp_path / "again", likely, **options)
-    assert raced == again
-    assert_same(order(raced), order(exact))
-    assert [removal["evaluated"] for removal in exact.details["removed"]] == [6 * 40, 5 * 40]
-    assert [removal["pairs"] for removal in raced.details["removed"]] == [6 * 40, 5 * 40]
-    assert sum(removal["evaluated"] for removal in raced.details["removed"]) < 0.8 * 11 * 40
-
-
-def test_who_is_out_of_the_race(monkeypatch: pytest.MonkeyPatch):
-    """Against Student's interval as scipy gives it for the paired differences."""
-    from scipy import stats
-
-    generator = torch.Generator().manual_seed(0)
-    rises = torch.randn(6, 10, generator=generator, dtype=torch.float64) + torch.arange(6)[:, None] / 3
-    seen = torch.tensor([3, 1, 8, 5])
-    best = int(rises[:, seen].mean(1).argmin())
-    losses = SimpleNamespace(
-        best=lambda alive, seen: best, rises=lambda alive, seen: rises[alive][:, seen], loss=rises
-    )
-    alive = [index for index in range(6) if index != 1 or best == 1]
-    for error in (0.4, 0.2, 0.05):
-        expected = []
-        for index in alive:
-            difference = (rises[index] - rises[best])[seen].numpy()
-            scale = stats.sem(difference) * math.sqrt(1 - 4 / 10)
-            if index == best or stats.t.ppf(error, 3, difference.mean(), scale) <= 0:
-                expected.append(index)
-        assert contenders(losses, alive, seen, error) == expected
-    assert len(contenders(losses, alive, seen, 0.4)) < len(alive)

@@ -18,6 +18,7 @@ from compress.storage.draft import Draft
 
 from ...common import random_windows
 
+PUBLISHED = {"width_multiple": 1}
 VOCAB, HIDDEN, LAYERS = 48, 16, 3
 LENGTHS = (16, 16, 11, 7, 16, 5, 16, 13, 9, 16, 2, 16)
 SIZE = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
@@ -105,4 +106,4 @@ def applied(
     checkpoint = Checkpoint.open(folder)
     run = StepContext(Draft(checkpoint, work), windows, 0, work, "cpu", progress)
     model = StreamedModel(checkpoint, progress=progress)
-    return Applied(run, Flap().apply(model, Flap.Options(**options), run))
+    return Applied(run, Flap().apply(model, Flap.Options(**PUBLISHED | options), run))

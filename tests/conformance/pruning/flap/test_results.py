@@ -20,7 +20,7 @@ from compress.storage.checkpoint import Checkpoint
 from compress.storage.draft import Draft
 
 from ...common import Killed, Moments, assert_same_draft
-from .common import FAMILIES, LAYERS, LENGTHS, WINDOWS, Applied, applied, windows_of
+from .common import FAMILIES, LAYERS, LENGTHS, PUBLISHED, WINDOWS, Applied, applied, windows_of
 
 # What holds for any result.
 
@@ -131,7 +131,7 @@ def test_a_pruned_model_is_pruned_again(folders: dict[str, Path], tmp_path: Path
         Draft(first.run.draft, tmp_path / "again"), WINDOWS, 0, tmp_path / "again", "cpu", print
     )
     model = StreamedModel(first.run.draft)
-    report = Flap().apply(model, Flap.Options(ratio=0.2, compensate="least-squares"), run)
+    report = Flap().apply(model, Flap.Options(ratio=0.2, compensate="least-squares", width_multiple=1), run)
 
     assert report.details["ratio_removed"] == pytest.approx(0.2, abs=0.08)
     assert all(
@@ -172,7 +172,7 @@ def test_a_killed_run_goes_on_to_the_same_result(
 
 
 def plan(folder: Path, **options: Any) -> ModelShape:
-    return Flap().plan(ModelShape.of(Checkpoint.open(folder)), Flap.Options(**options))
+    return Flap().plan(ModelShape.of(Checkpoint.open(folder)), Flap.Options(**PUBLISHED | options))
 
 
 @pytest.mark.parametrize("options", [{"structure": "UL-MM"}, {"shape": "uniform"}, {"structure": "UL-UM"}])

@@ -23,6 +23,7 @@ from compress.storage.draft import Draft
 
 LENGTHS = (12, 12, 7, 12, 9, 12, 3, 12, 11, 12)
 SEED = 5
+PUBLISHED = {"min_heads": 0, "width_multiple": 1}
 SIZE = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 20}
 SIZE |= {"vocab_size": 40, "max_position_embeddings": 20, "pad_token_id": 0, "bos_token_id": 1}
 DISTIL = {"dim": 16, "n_layers": 3, "n_heads": 4, "hidden_dim": 20, "vocab_size": 40}
@@ -62,7 +63,7 @@ def run(
     work.mkdir(exist_ok=True)
     draft = Draft(checkpoint, work)
     method = KPrune()
-    chosen = method.Options(**options)
+    chosen = method.Options(**PUBLISHED | options)
     method.plan(ModelShape.of(checkpoint), chosen)
     given = StepContext(draft, windows or windows_of(), SEED, work, "cpu", progress or (lambda *_: None))
     report = method.apply(StreamedModel(checkpoint, "cpu", given.progress), chosen, given)

@@ -21,7 +21,7 @@ from compress.engine.windows import Windows
 from compress.pruning.kprune import KPrune
 from compress.storage.checkpoint import Checkpoint
 
-from .common import SEED, Result, run, windows_of
+from .common import PUBLISHED, SEED, Result, run, windows_of
 
 # The restatement
 
@@ -184,10 +184,10 @@ def test_the_method_is_its_restatement(folders: dict[str, Path], tmp_path: Path,
 
 
 def assert_near_its_plan(found: Result, folder: Path, ratio: float) -> None:
-    planned = KPrune().plan(ModelShape.of(Checkpoint.open(folder)), KPrune.Options(ratio=ratio))
+    planned = KPrune().plan(ModelShape.of(Checkpoint.open(folder)), KPrune.Options(**PUBLISHED, ratio=ratio))
     assert planned.config["model_type"] == found.draft.config["model_type"]
     assert planned.config["model_type"].startswith("pruned_")
-    assert planned.parameters == pytest.approx(ModelShape.of(found.draft).parameters, rel=0.1)
+    assert planned.parameters == pytest.approx(ModelShape.of(found.draft).parameters, rel=0.12)
 
 
 # What does not matter

@@ -258,7 +258,11 @@ def check_devices(func: Any, args: Any, given: list[torch.Tensor]) -> None:
             )
         host = [values for values in args[2:3] if any(values is tensor for tensor in host)]
     writes = first if func._schema.is_mutable else None
-    strict = func in JOINING or any(writes is tensor for tensor in host)
+    strict = (
+        func in JOINING
+        or func._schema.name.startswith("aten::_fused")
+        or any(writes is tensor for tensor in host)
+    )
     if any(strict or tensor.dim() for tensor in host):
         raise RuntimeError(
             "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "

@@ -39,7 +39,7 @@ SHARE_OF_MEMORY = 1 / 4
 
 
 def in_words(who: LoadsWith) -> str:
-    """The promised programs with the versions that are installed: ``transformers 5.24.0 with peft 0.21.2``."""
+    """The promised programs with the versions that are installed: ``transformers 5.24.0 with ...``."""
     if who.compress_model_only:
         return f"compress-model {compress.__version__}"
     first, *others = [f"{name} {_version(name) or ''}".strip() for name in who.programs]
@@ -47,7 +47,7 @@ def in_words(who: LoadsWith) -> str:
 
 
 def obstacle(shape: ModelShape, device: str = "cpu") -> str | None:
-    """Why the promised programs cannot be tried with a model here, as the end of a sentence; None if they can."""
+    """Why the promised programs cannot be tried here, as the end of a sentence; None if they can."""
     who = shape.loads_with
     for name in () if who.compress_model_only else who.programs:
         found, wanted = _version(name), _wanted(name)

@@ -31,8 +31,8 @@ format that is misread, or a linear that is filled with random numbers, moves lo
 def reload_check(current: Checkpoint, folder: Path, device: str) -> ReloadCheck:
     """Compare the logits of the model before it was written with those of the folder, read afresh.
 
-    The folder is streamed from its files by this package, and then loaded by the programs that it promises, if
-    these are installed and the whole model takes a small share of the free memory.
+    The folder is streamed from its files by this package, and then loaded by the programs that it promises,
+    if these are installed and the whole model takes a small share of the free memory.
 
     Raises:
         CompressError: the folder computes something else, or the promised programs fail on it.

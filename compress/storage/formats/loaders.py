@@ -96,8 +96,8 @@ def loads_with(
         plain = not packed_embedding and all(form.symmetric for form in (first, *others))
         groups = quantization_config["config_groups"].values()
         inputs = any(group.get("input_activations") for group in groups)
-        # Its integer grid for inputs has steps of the largest one / 127.5 where ours has / 127. That is no more
-        # than what 8 bits lose anyway; with fewer bits (7.5 and 7) it is another model.
+        # Its integer grid for inputs has steps of the largest one / 127.5 where ours has / 127. That is no
+        # more than what 8 bits lose anyway; with fewer bits (7.5 and 7) it is another model.
         input_bits = {form.activation_bits for form in forms} - {None}
         if conv1d or (others and not plain) or (inputs and flat_inputs) or input_bits - {8}:
             return COMPRESS_MODEL_ONLY

@@ -8,6 +8,8 @@ both run native code that a processor may not know. None of that may reach a fin
 
 from __future__ import annotations
 
+import contextlib
+import io
 import subprocess
 import sys
 import tempfile
@@ -79,7 +81,8 @@ def promised_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     who = ModelShape.of(Checkpoint.open(folder)).loads_with
     if who.compress_model_only or set(who.programs) <= IN_THIS_PROCESS:
         try:
-            return _logits(folder, tokens)
+            with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+                return _logits(folder, tokens)
         except Exception as error:  # whatever foreign code raises
             raise CompressError(_failure(who, f"{type(error).__name__}: {error}")) from error
     return _logits_elsewhere(folder, tokens, who)

@@ -23,8 +23,8 @@ class LoadsWith:
         packages: what is needed besides transformers, or what loads the model without transformers. Empty
             without transformers: compress-model only.
         where: the machines on which that works, if not on all: `ON_A_GPU`, `NOT_AVX512` or empty.
-        in_half_precision: whether these programs compute with weights or activations rounded to 16 bits, even
-            if they are asked for float32.
+        in_half_precision: whether these programs round weights or activations in another way than we do, by
+            about as much as 16-bit floating point does, even if they are asked for float32.
         trust_remote_code: whether the model brings modelling code with it.
         adapter: whether peft is needed for an adapter.
         key_value_bits: bits of the keys and values, which are quantized in compress-model only; or None.
@@ -89,17 +89,21 @@ def loads_with(
             of one for each, so that its results depend on the batch and differ from ours.
         linears: (out_features, in_features) of those inside the layers.
     """
-    first, *others = (form for _, form in Formats(quantization_config).groups)
+    forms = [form for _, form in Formats(quantization_config).groups]
+    first, *others = forms
     if first.name == CompressedTensorsFormat.name:
         # Transformers decodes everything by the settings of one group, except plain symmetric linears.
         plain = not packed_embedding and all(form.symmetric for form in (first, *others))
         groups = quantization_config["config_groups"].values()
         inputs = any(group.get("input_activations") for group in groups)
-        if conv1d or (others and not plain) or (inputs and flat_inputs):
+        # Its integer grid for inputs has steps of the largest one / 127.5 where ours has / 127. That is no
+        # more than what 8 bits lose anyway; with fewer bits (7.5 and 7) it is another model.
+        input_bits = {form.activation_bits for form in forms} - {None}
+        if conv1d or (others and not plain) or (inputs and flat_inputs) or input_bits - {8}:
             return COMPRESS_MODEL_ONLY
         # Asked to unpack all weights at once, the library does so in 16 bits.
-        unpacked = bool(quantization_config.get("dequantize"))
-        return LoadsWith(packages=("compressed-tensors",), in_half_precision=unpacked)
+        rounded = bool(quantization_config.get("dequantize") or input_bits)
+        return LoadsWith(packages=("compressed-tensors",), in_half_precision=rounded)
     if first.name == NF4Format.name:
         # If blocks of NF4 run on from row to row, bitsandbytes takes scales from wrong blocks on CPUs with
         # AVX-512. Its kernel for bfloat16 fails there, and also without whole blocks of 32 rows.

@@ -123,6 +123,7 @@ def test_why_a_loader_is_not_tried(
     assert obstacle(shape) is None
     monkeypatch.setattr(promise, "available_memory", lambda: 4 * shape.parameters)
     assert "over a quarter of the free" in obstacle(shape)
+    monkeypatch.undo()
     assert "not tried here, because" not in str(
         read_lineage(made(model, {"method": "nested"}, tmp_path / "blocks")).reload.promised
     )
@@ -136,8 +137,8 @@ def test_a_loader_in_a_process_of_its_own_that_fails_says_why(
     here = promised_logits(folder, tokens)
     monkeypatch.setattr(promise, "IN_THIS_PROCESS", set())
     assert torch.equal(promised_logits(folder, tokens), here)
-    (folder / "model.safetensors").write_bytes(b"")
-    with pytest.raises(CompressError, match=r"does not load with transformers .*\("):
+    monkeypatch.setattr(promise.sys, "executable", "/bin/false")
+    with pytest.raises(CompressError, match=r"does not load with transformers .*\(exit code 1\)"):
         promised_logits(folder, tokens)
 
 
@@ -152,3 +153,16 @@ def test_the_anatomy_knows_which_linears_are_given_rows(architecture: str, share
     assert {path for path, ndim in seen.items() if ndim == 2} == (
         {anatomy.up, anatomy.down} if anatomy.flat_mlp else set()
     )
+
+
+@pytest.mark.parametrize(("bits", "who"), [(8, "transformers "), (6, "compress-model ")])
+def test_inputs_on_another_grid_are_promised_only_where_it_is_fine(
+    bits: int, who: str, shared_decoder: Decoder, tmp_path: Path
+) -> None:
+    model = shared_decoder()
+    step = {"method": "llm-qat", "steps": 0, "activation_bits": bits, "kv_bits": 4}
+    text = {"source": str(model.parent / "text.txt"), "nsamples": 2, "seqlen": 16}
+    lineage = compress.run({"model": str(model), "calibration": text, "steps": [step]}, tmp_path / "out")
+    trial = lineage.reload.promised
+    assert trial.loader.startswith(who)
+    assert trial.difference <= HALF_PRECISION

@@ -59,14 +59,8 @@ def test_windows_do_not_wait(method: str, waits: Callable[..., int]) -> None:
 
 
 def test_branches_stay_on_the_device(waits: Callable[..., int]) -> None:
-<<<<<<< HEAD
     """BlockPruner takes two branches for each layer through all layers behind it. If each were moved to the
     host behind every layer, the waits of three more layers would grow with the layers there are."""
     options = READING["blockpruner"]
     few, some, many = (waits("blockpruner", options, 1, num_hidden_layers=layers) for layers in (2, 5, 8))
     assert many - some < some - few + 9
-=======
-    """BlockPruner has two branches for each layer: twice the layers, four times the steps of branches."""
-    few, many = (waits("blockpruner", READING["blockpruner"], num_hidden_layers=layers) for layers in (3, 6))
-    assert many < 2.5 * few
->>>>>>> main

@@ -54,10 +54,10 @@ class Seen(NamedTuple):
     def windows(self, values: torch.Tensor) -> list[torch.Tensor]:
         """The real tokens of each window of ``values`` [B, S, C]: [tokens, C] each.
 
-        Padding is on the right, so this is known without waiting for the device.
+        Which these are is known on the CPU, so nothing waits for the device.
         """
-        counts = self.mask.sum(1).tolist()
-        return [window[:count] for window, count in zip(values, counts, strict=True)]
+        rows = (mask.nonzero()[:, 0].to(values.device) for mask in self.mask)
+        return [window[real] for window, real in zip(values, rows, strict=True)]
 
     def real(self, values: torch.Tensor) -> torch.Tensor:
         """The real tokens of ``values`` [B, S, C], window after window: [tokens, C]."""

@@ -189,7 +189,7 @@ def test_interrupted_and_resumed(house: House, commands: Commands, unbroken: Lin
     assert not output.exists()
     assert left_behind(output) == [".out.partial"]
 
-    other = ("run", house.recipe, "-o", output, "--set", "steps.1.bits=8")
+    other = ("run", house.recipe, "-o", output, "--set", "steps.0.epochs=3")
     for choice in ([], ["--resume"]):
         refused = commands.run(*other, *choice)
         assert refused.code == 2

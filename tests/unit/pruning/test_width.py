@@ -200,8 +200,11 @@ def assert_masked(source: Path, folder: Path, choose: Any, bias: float | None = 
     real = MASK if output.ndim == 3 and output.shape[:2] == MASK.shape else ...
     torch.testing.assert_close(output[real], expected[real], atol=1e-5, rtol=1e-5)
     check = reload_check(Checkpoint.open(folder), folder, "cpu")
-    assert check.loaded_by == "transformers"
     assert check.max_difference < 1e-5
+    assert check.promised is not None
+    assert check.promised.loader.startswith("transformers ")
+    assert check.promised.difference is not None
+    assert check.promised.difference < 1e-5
 
 
 def test_surgery_equals_masking_once_and_twice(source: Path, tmp_path: Path) -> None:

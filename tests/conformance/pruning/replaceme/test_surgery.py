@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from compress.engine.activations import Activations
+from compress.engine import activations
 from compress.engine.logits import streamed_logits
 from compress.engine.windows import Windows
 from compress.pruning.parts.depth import Cut
@@ -248,7 +248,7 @@ def test_a_killed_run_goes_on_to_the_same_result(
     monkeypatch: pytest.MonkeyPatch,
 ):
     if spilled:
-        monkeypatch.setattr(Activations.__init__, "__defaults__", (0,))
+        monkeypatch.setattr(activations, "MEMORY_LIMIT", 0)
     moments = Moments(monkeypatch)
 
     def run(name: str, deadly: int = 0) -> Applied:

@@ -214,6 +214,6 @@ def test_progress_is_told(llama: Subject, tmp_path: Path):
     model = StreamedModel(Checkpoint.open(llama.folder), progress=lambda *what: told.append(what))
     for _ in model.walk(Journal(tmp_path), label="looking"):
         pass
-    assert told == [("looking", 1 / 3), ("looking", 2 / 3), ("looking", 1.0)]
+    assert told == [("looking", 0.0), ("looking", 1 / 3), ("looking", 2 / 3), ("looking", 1.0)]
     assert json.loads((tmp_path / "progress.json").read_text())["finished"] == LAYERS
     assert list(model.walk(Journal(tmp_path))) == []

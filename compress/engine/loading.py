@@ -64,7 +64,7 @@ def load(
         weights = Weights(whole, model, device, dtype)
         for part in {model, model.base_model}:  # one of them in a model without a head
             assert isinstance(part, PreTrainedModel)
-            object.__setattr__(part, "save_pretrained", Save(part, weights))
+            object.__setattr__(part, "save_pretrained", Save(part, weights, whole=part is model))
     return model
 
 

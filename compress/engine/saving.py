@@ -43,10 +43,11 @@ class Save:
     Args:
         model: whose values are written. Its modules must stay those it has now.
         weights: of the checkpoint it was loaded from, which say how tensors are called there.
+        whole: whether it is the model that was loaded, and not its part below the head.
     """
 
-    def __init__(self, model: PreTrainedModel, weights: Weights) -> None:
-        self._model, self._weights = model, weights
+    def __init__(self, model: PreTrainedModel, weights: Weights, whole: bool = True) -> None:
+        self._model, self._weights, self._whole = model, weights, whole
         self._kinds = _kinds(model)
 
     def __call__(
@@ -76,6 +77,11 @@ class Save:
         if getattr(self._model, "_hf_peft_config_loaded", False):  # then transformers writes the adapter only
             PreTrainedModel.save_pretrained(self._model, save_directory, is_main_process, **others)
             return
+        if self._weights.checkpoint.config.get(QUANTIZATION) and not self._whole:
+            raise BadInput(
+                "The part of a packed model below its head cannot be saved alone, because config.json names "
+                "the linears as in the whole model; save the whole model."
+            )
         hub = _check_arguments(others, push_to_hub)
         tensors = self._tensors(state_dict)
         self._check_folder(Path(save_directory), tensors)

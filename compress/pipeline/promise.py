@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import subprocess
 import sys
 import tempfile
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import transformers
@@ -32,6 +33,8 @@ from compress.storage import adapter
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.formats.loaders import NOT_AVX512, ON_A_GPU, LoadsWith
 from compress.system.memory import available_memory
+
+log = logging.getLogger(__name__)
 
 IN_THIS_PROCESS = {"transformers", "compressed-tensors"}
 SHARE_OF_MEMORY = 1 / 4
@@ -81,7 +84,7 @@ def promised_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     who = ModelShape.of(Checkpoint.open(folder)).loads_with
     if who.compress_model_only or set(who.programs) <= IN_THIS_PROCESS:
         try:
-            with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+            with contextlib.redirect_stderr(_for_progress_bars()):
                 return _logits(folder, tokens)
         except Exception as error:  # whatever foreign code raises
             raise CompressError(_failure(who, f"{type(error).__name__}: {error}")) from error
@@ -100,6 +103,11 @@ def _logits_elsewhere(folder: Path, tokens: torch.Tensor, who: LoadsWith) -> tor
             said = done.stderr.strip().splitlines()
             raise CompressError(_failure(who, said[-1] if said else f"exit code {done.returncode}"))
         return load_file(file)["logits"]
+
+
+def _for_progress_bars() -> TextIO:
+    """Where the progress bars of transformers go: nowhere, unless the user wants to hear everything."""
+    return sys.stderr if log.isEnabledFor(logging.DEBUG) else io.StringIO()
 
 
 def _failure(who: LoadsWith, reason: str) -> str:
@@ -121,7 +129,7 @@ def _logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
         from gptqmodel import GPTQModel
 
         model = GPTQModel.load(str(folder), device="cpu").model
-    if who.adapter:
+    if who.adapter and not who.compress_model_only:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, folder / adapter.KEY)

@@ -377,7 +377,7 @@ def test_the_loss_of_blocks(model, aug_loss: bool, tmp_path) -> None:
 
     names = [name for name in dense.state_dict() if "layers" in name and name.endswith("proj.weight")]
     plain = {
-        n: quantize_weight(dense.state_dict()[n], 2, SIZE, False, torch.float16).dequantize() for n in names
+        n: quantize_weight(dense.state_dict()[n], 2, SIZE, False, torch.float32).dequantize() for n in names
     }
     draft = run.draft
     formats = Formats(draft.config["quantization_config"])

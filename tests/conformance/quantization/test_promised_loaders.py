@@ -96,6 +96,7 @@ def test_a_loader_that_reads_something_else_fails_the_run(
         files = write_model(checkpoint, source, folder, recipe)
         config = json.loads((folder / "config.json").read_text())
         config["quantization_config"]["ignore"] += ["re:.*"]
+        del config["quantization_config"]["dequantize"]  # with which transformers does not look at 'ignore'
         (folder / "config.json").write_text(json.dumps(config))
         return files
 

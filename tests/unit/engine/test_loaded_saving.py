@@ -66,13 +66,20 @@ def test_a_sentence_encoder(
     assert_same_files(tmp_path / "copy", folder)
 
 
+def test_the_model_below_the_head_can_be_saved_alone(artefact: Callable[..., Path], tmp_path: Path) -> None:
+    model = compress.load(artefact("blockpruner"), dtype="float32")
+    model.base_model.save_pretrained(tmp_path / "copy")
+    assert torch.equal(logits(compress.load(tmp_path / "copy")), logits(model.base_model))
+
+
 @pytest.mark.parametrize("name", ["packed-embedding", "apiq", "nested", "blockpruner-int4"])
-def test_the_model_below_the_head_can_be_saved_alone(
+def test_the_packed_model_below_the_head_cannot(
     name: str, artefact: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = compress.load(artefact(name), dtype="float32")
-    model.base_model.save_pretrained(tmp_path / "copy")
-    assert torch.equal(logits(compress.load(tmp_path / "copy")), logits(model.base_model))
+    with pytest.raises(BadInput, match="save the whole model"):
+        model.base_model.save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
 
 
 @pytest.mark.parametrize("name", ["flap", "blockpruner"])

@@ -25,6 +25,8 @@ class LoadsWith:
         where: the machines on which that works, if not on all: `ON_A_GPU`, `NOT_AVX512` or empty.
         in_half_precision: whether these programs round weights or activations in another way than we do, by
             about as much as 16-bit floating point does, even if they are asked for float32.
+        eight_bit_inputs: whether they round the inputs of linears to 8 bits. Where the last bit of an input
+            differs, its code may be another one, so differences grow from layer to layer.
         trust_remote_code: whether the model brings modelling code with it.
         adapter: whether peft is needed for an adapter.
         key_value_bits: bits of the keys and values, which are quantized in compress-model only; or None.
@@ -34,6 +36,7 @@ class LoadsWith:
     packages: tuple[str, ...] = ()
     where: str = ""
     in_half_precision: bool = False
+    eight_bit_inputs: bool = False
     trust_remote_code: bool = False
     adapter: bool = False
     key_value_bits: int | None = None
@@ -103,13 +106,20 @@ def loads_with(
             return COMPRESS_MODEL_ONLY
         # Asked to unpack all weights at once, the library does so in 16 bits.
         rounded = bool(quantization_config.get("dequantize") or input_bits)
-        return LoadsWith(packages=("compressed-tensors",), in_half_precision=rounded)
+        return LoadsWith(
+            packages=("compressed-tensors",), in_half_precision=rounded, eight_bit_inputs=bool(input_bits)
+        )
     if first.name == NF4Format.name:
         # If blocks of NF4 run on from row to row, bitsandbytes takes scales from wrong blocks on CPUs with
         # AVX-512. Its kernel for bfloat16 fails there, and also without whole blocks of 32 rows.
         whole = all(out % 32 == 0 and width % 64 == 0 for out, width in linears)
         where = "" if first.bits == 8 or whole else NOT_AVX512
-        return LoadsWith(packages=("bitsandbytes",), where=where, in_half_precision=True)
+        return LoadsWith(
+            packages=("bitsandbytes",),
+            where=where,
+            in_half_precision=True,
+            eight_bit_inputs=first.bits == 8,  # LLM.int8()
+        )
     if conv1d:
         return LoadsWith(transformers=False, packages=("gptqmodel",), in_half_precision=True)
     # The 4-bit kernel of GPTQModel for CPUs takes groups of 32 to 256 only.

@@ -30,8 +30,8 @@ standard deviation of the logits.
 
 Programs that compute in float32 with the same weights differ by rounding only. Those of `in_half_precision`
 round activations or weights to 16 bits in every linear, which adds up over the layers to some hundredths.
-With `eight_bit_inputs` it adds up to some tenths in a model of 30 layers. A format that is misread, or a linear
-that is filled with random numbers, moves logits by about their spread or more."""
+With `eight_bit_inputs` it adds up to some tenths in a model of 30 layers. A format that is misread, or a
+linear that is filled with random numbers, moves logits by about their spread or more."""
 
 
 def reload_check(current: Checkpoint, folder: Path, device: str) -> ReloadCheck:

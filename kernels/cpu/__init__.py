@@ -1,0 +1,1 @@
+"""The operators in C++ for CPUs."""

@@ -55,7 +55,7 @@ def packed_linear(
         scales: [out, groups], floating point.
         zeros: uint8 [out, groups]; None stands for 2^(bits−1) everywhere.
         bias: [out] in the dtype of ``input``, or None.
-        bits: 2, 3, 4 or 8.
+        bits: 2 to 8.
         group_size: values in a group along the input axis; −1 for a whole row.
 
     Returns:

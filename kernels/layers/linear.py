@@ -24,7 +24,7 @@ class PackedLinear(CodedLinear):
 
     Args:
         in_features, out_features: as in ``nn.Linear``.
-        bits: 2, 3, 4 or 8.
+        bits: 2 to 8.
         group_size: values in a group along the input axis; −1 for a whole row.
         symmetric: all zero points are 2^(bits−1) and not stored.
         bias: whether the layer has one.

@@ -35,16 +35,10 @@ def packed_linear(
     width = input.shape[-1]
     result = input.new_empty((*input.shape[:-1], out_features))
     bias = None if bias is None else bias.float()
+    kind = FP8 if packed.dtype == torch.float8_e4m3fn else INTEGER if table is None else TABLE
     linear = describe(
-        *(packed.dtype, table is not None, out_features, width, bits, group_size, scales.dtype, activations),
-        *(
-            input.dtype,
-            packed.data_ptr(),
-            scales.data_ptr(),
-            _address(zeros),
-            _address(table),
-            _address(bias),
-        ),
+        *(kind, out_features, width, bits, group_size, scales.dtype, activations, input.dtype),
+        *(packed.data_ptr(), scales.data_ptr(), _address(zeros), _address(table), _address(bias)),
     )
     if result.numel():
         native.compress_linear(linear, input.data_ptr(), result.data_ptr(), input.numel() // width)
@@ -58,8 +52,7 @@ def _address(tensor: torch.Tensor | None) -> int | None:
 # Every linear is described again at every token otherwise, which takes longer than a small product.
 @lru_cache(maxsize=4096)
 def describe(
-    packed_dtype: torch.dtype,
-    has_table: bool,
+    kind: int,
     out_features: int,
     width: int,
     bits: int,
@@ -74,7 +67,6 @@ def describe(
     bias: int | None,
 ) -> ctypes.Array[Linear]:
     """What the kernels want to know of a linear; ``packed`` and the rest are addresses."""
-    kind = FP8 if packed_dtype == torch.float8_e4m3fn else TABLE if has_table else INTEGER
     linear = Linear(
         kind=kind,
         rows=out_features,

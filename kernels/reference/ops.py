@@ -78,27 +78,24 @@ def packed_linear(
     activations: str,
 ) -> torch.Tensor:
     """Arguments and result as `compress.kernels.ops.packed_linear`."""
-    width, in_rows = input.shape[-1], packed.dtype == torch.int32
+    width = input.shape[-1]
 
     def dequantize_rows(rows: slice) -> torch.Tensor:
-        strips = slice(rows.start // STRIP, -(-rows.stop // STRIP))
-        some = rows if in_rows else strips
-        codes = (
-            unpack(packed[some], bits, width)
-            if in_rows
-            else rows_from_strips(packed, bits, group_size, width, rows)
-        )
-        per_group = [
-            tensor if tensor is None or in_rows else groups_from_strips(tensor, len(codes))
-            for tensor in (scales[some], None if zeros is None else zeros[some])
-        ]
-        return numbers_of(codes, per_group[1], table, bits, group_size) * spread(
-            per_group[0], width, group_size
-        )
+        if packed.dtype == torch.int32:
+            codes = unpack(packed[rows], bits, width)
+            per_group = [None if tensor is None else tensor[rows] for tensor in (zeros, scales)]
+        else:
+            codes = rows_from_strips(packed, bits, group_size, width, rows)
+            strips = slice(rows.start // STRIP, -(-rows.stop // STRIP))
+            per_group = [
+                None if tensor is None else groups_from_strips(tensor[strips], len(codes))
+                for tensor in (zeros, scales)
+            ]
+        numbers = numbers_of(codes, per_group[0], table, bits, group_size)
+        return numbers * spread(per_group[1], width, group_size)
 
-    return linear_by_rows(
-        round_inputs(input, activations, group_size), out_features, dequantize_rows, bias, STRIP
-    )
+    rounded = round_inputs(input, activations, group_size)
+    return linear_by_rows(rounded, out_features, dequantize_rows, bias, STRIP)
 
 
 def numbers_of(

@@ -106,7 +106,15 @@ class PackedLinear(CodedLinear):
     def product(self, input: torch.Tensor) -> torch.Tensor:
         """The result of `forward`, without gradient, by the operator."""
         return packed_linear(
-            input, self.packed, self.scales, self.zeros, self.bias, self.bits, self.group_size
+            input,
+            self.packed,
+            self.scales,
+            self.zeros,
+            None,
+            self.bias,
+            self.bits,
+            self.group_size,
+            self.out_features,
         )
 
     @property

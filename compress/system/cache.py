@@ -34,7 +34,7 @@ def cached(name: str, build: Callable[[Path], dict[str, Any]], *, about: str = "
     would take seconds for a model.
 
     Args:
-        name: of the folder.
+        name: of the folder; it may lie in another, as in ``kernels/avx2``.
         build: fills the folder it is given and returns metadata.
         about: name of the file of metadata.
 
@@ -48,7 +48,7 @@ def cached(name: str, build: Callable[[Path], dict[str, Any]], *, about: str = "
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / f".{name}.lock"):
+        with FileLock(folder.parent / f".{folder.name}.lock"):
             if not _is_whole(folder, about):
                 _build(folder, build, about)
     except OSError as error:

@@ -128,7 +128,7 @@ def test_the_largest_codes_and_activations_do_not_overflow(kernel: str) -> None:
             part.fill_(bits)
         layer.activations = "int8-token"
         x = torch.full((2, 40000), 3.0)
-        check(layer, x, x, factor=10)
+        check(layer, x, x, factor=50)
 
 
 def test_magnitudes_that_differ_much_between_groups(kernel: str) -> None:

@@ -1,12 +1,12 @@
 """The operators: their schemas and shape rules. Each backend implements them in a file of its own.
 
-``torch.ops.compress.packed_linear`` is x Ŵᵀ + bias, where Ŵ = s · (q − z) or s · table[q] stays packed. Weights
-come in one of two layouts, which the dtype of ``packed`` tells apart:
+``torch.ops.compress.packed_linear`` is x Ŵᵀ + bias, where Ŵ = s · (q − z) or s · table[q] stays packed.
+Weights come in one of two layouts, which the dtype of ``packed`` tells apart:
 
 - int32: canonical rows. The codes of an output row are a dense little-endian bit stream along the input axis
   (see `compress.kernels.codes.packing`). All devices read it, in plain torch.
-- uint8, or float8_e4m3fn for codes of E4M3: strips of 16 rows (see `compress.kernels.cpu.layout`), for the native
-  kernels of the CPU. The reference reads them as well.
+- uint8, or float8_e4m3fn for codes of E4M3: strips of 16 rows (see `compress.kernels.cpu.layout`), for the
+  native kernels of the CPU. The reference reads them as well.
 """
 
 from __future__ import annotations
@@ -94,13 +94,11 @@ def check_packed_linear(
         raise ValueError(f"The input is {input.dtype}, not floating point.")
 
 
-def _expect(
-    name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], *dtypes: torch.dtype
-) -> None:
+def _expect(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
     if tensor is None:
         return
     if tuple(tensor.shape) != shape:
-        raise ValueError(f"'{name}' has the shape {tuple(tensor.shape)}, but {shape} fits the other arguments.")
+        raise ValueError(f"'{name}' is {tuple(tensor.shape)}, but {shape} fits the other arguments.")
     if tensor.dtype not in dtypes:
         raise ValueError(f"'{name}' is {tensor.dtype}, but should be {' or '.join(map(str, dtypes))}.")
 

@@ -66,9 +66,10 @@ COMPRESS_INLINE Ints dot7(Ints acc, Words codes, Words x) {
 #elif defined(__ARM_FEATURE_DOTPROD)
   return (Ints)vdotq_s32((int32x4_t)acc, (int8x16_t)codes, (int8x16_t)x);
 #else
-  for (int byte = 0; byte < 4; byte++)
-    acc += (Ints)((codes >> (8 * byte)) & 255) * ((Ints)(x << (24 - 8 * byte)) >> 24);
-  return acc;
+  typedef int16_t Shorts __attribute__((vector_size(4 * LANES)));
+  Ints even = (Ints)((Shorts)(codes & 0x00ff00ff) * (((Shorts)x << 8) >> 8));  // all fit into 16 bits
+  Ints odd = (Ints)((Shorts)((codes >> 8) & 0x00ff00ff) * ((Shorts)x >> 8));
+  return acc + ((even << 16) >> 16) + (even >> 16) + ((odd << 16) >> 16) + (odd >> 16);
 #endif
 }
 

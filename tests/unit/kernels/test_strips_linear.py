@@ -157,7 +157,7 @@ def test_int8_activations_are_those_of_the_reference(kernel, kind, activations):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_group_with_an_outlier_keeps_its_small_inputs(kernel, dtype):
-    """As well as an input that is rounded to 16 bits at its largest value can; whole rows are cut into blocks."""
+    """Or as much of them as the type holds beside it."""
     case = make("int4", 64, 512, -1)
     input = torch.randn(3, 512)
     input[:, 7] = 100

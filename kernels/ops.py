@@ -154,11 +154,6 @@ def packed_linear(
     )
 
 
-def backend_of(device: str | torch.device, bits: int, strips: bool = False) -> str:
-    """The name of the backend that runs `packed_linear` for weights of ``bits`` bits on ``device``.
-
-    Args:
-        strips: whether the weight lies in strips, which the native kernels read, and not in canonical rows.
-    """
-    native = strips and torch.device(device).type == "cpu"
-    return kernel_name() if native else REFERENCE
+def backend_of(device: str | torch.device) -> str:
+    """The name of the backend that multiplies with codes on ``device``."""
+    return kernel_name() if torch.device(device).type == "cpu" else REFERENCE

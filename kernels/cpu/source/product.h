@@ -63,6 +63,9 @@ struct Kernel {
 
 extern Kernel kernels[KINDS];  // filled before main by the Register of each kind's file
 
+// The functions that multiply so many rows of activations fastest: those of the kind, or those of gemm.h.
+const Kernel& kernel_for(const Linear& linear, int count);
+
 struct Register {
   Register(Kind kind, Kernel kernel) { kernels[kind] = kernel; }
 };

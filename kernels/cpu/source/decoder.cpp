@@ -130,7 +130,7 @@ float activated(float x) {
     case GELU: return r(0.5f * x * (1.0f + error_function(x * 0.70710678f)));
     case GELU_TANH: return r(0.5f * x * (1.0f + hyperbolic_tangent(0.79788456f * (x + 0.044715f * x * x * x))));
     case GELU_NEW: {
-      const float inner = r(0.79788456f * r(x + r(0.044715f * r(x * x * x))));
+      const float inner = r(0.79788456f * r(x + r(0.044715f * r(r(x * x) * x))));
       return r(r(0.5f * x) * r(1.0f + r(hyperbolic_tangent(inner))));
     }
     case GELU_FAST: {

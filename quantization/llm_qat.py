@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from compress.engine.windows import Windows
     from compress.method import StepContext
 
-MinMaxBits = Literal[3, 4, 8]
+MinMaxBits = Literal[3, 4, 5, 6, 7, 8]
 """Bits of MinMax weights; for 2 and 1 bits the paper has other quantizers."""
 
 OFF = 16

@@ -38,6 +38,7 @@ def examine() -> dict[str, dict[str, Any]]:
     import torch
     from packaging.requirements import Requirement
 
+    from compress.kernels.codes.packing import BITS
     from compress.kernels.ops import backend_of
     from compress.system.cache import cache_folder
 
@@ -79,8 +80,6 @@ def examine() -> dict[str, dict[str, Any]]:
         "packages": packages,
         "devices": devices,
         "low-bit kernels": {
-            f"{bits} bits on {device}": backend_of(device, bits)
-            for device in devices
-            for bits in (2, 3, 4, 8)
+            f"{bits} bits on {device}": backend_of(device) for device in devices for bits in BITS
         },
     }

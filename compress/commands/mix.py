@@ -33,7 +33,12 @@ def _widths(ctx: click.Context, option: click.Parameter, text: str) -> list[int]
 @click.argument("recipe")
 @click.option("--memory", required=True, help="Largest size of all tensors together, for example 90MB.")
 @click.option(
-    "--bits", "widths", default="2,3,4,8", show_default=True, callback=_widths, help="Widths to choose from."
+    "--bits",
+    "widths",
+    default="2,3,4,5,6,8",
+    show_default=True,
+    callback=_widths,
+    help="Widths to choose from.",
 )
 @click.option("-m", "--model", help="Use this model instead of the recipe's.")
 @revision_option

@@ -19,6 +19,7 @@ from compress.engine.config import config_of
 from compress.engine.pruned_config import PRUNED_FILE, mark_pruned, modeling_source
 from compress.engine.weights import Weights
 from compress.errors import BadInput
+from compress.kernels.layers.base import CodedLinear
 from compress.kernels.layers.stacked import StackedLinear
 from compress.storage import adapter
 from compress.storage.checkpoint import Checkpoint
@@ -83,6 +84,7 @@ class Save:
                 "the linears as in the whole model; save the whole model."
             )
         hub = _check_arguments(others, push_to_hub)
+        _check_storable(self._model)
         tensors = self._tensors(state_dict)
         self._check_folder(Path(save_directory), tensors)
         if is_main_process:
@@ -157,6 +159,16 @@ class _Saved(Checkpoint):
 
     def read(self, name: str) -> torch.Tensor:
         return own(self._held[name])
+
+
+def _check_storable(model: nn.Module) -> None:
+    """Refuse (BadInput) a model with a weight that was rounded at loading."""
+    for name, module in model.named_modules():
+        if isinstance(module, CodedLinear) and module.storage is None:
+            raise BadInput(
+                f"'{name}' was rounded when this model was loaded, and no checkpoint format was chosen for "
+                "it; load the model without head_bits to save it."
+            )
 
 
 def _kinds(model: nn.Module) -> dict[str, type[nn.Module]]:

@@ -21,7 +21,7 @@ from compress.system.progress import Progress
 if TYPE_CHECKING:
     from compress.quantization.parts.mixing import Mix
 
-WIDTHS = (2, 3, 4, 8)
+WIDTHS = (2, 3, 4, 5, 6, 8)
 """Bits that a step may give to a linear."""
 
 

@@ -29,7 +29,7 @@ class QuantizedWeight(LowBitWeight):
         codes: uint8 [out, in], each below 2^bits.
         scales: [out, groups], in the dtype they are stored with.
         zeros: uint8 [out, groups], each below 2^bits; 2^(bits−1) everywhere if symmetric.
-        bits: 2, 3, 4 or 8.
+        bits: 2 to 8.
         group_size: values in a group along the input axis; −1 for a whole row.
         symmetric: whether all zero points are 2^(bits−1), so that formats need not store them.
     """
@@ -95,7 +95,7 @@ def quantize_weight(
 
     Args:
         weight: [out, in], any floating-point dtype; arithmetic is in float32.
-        bits: 2, 3, 4 or 8.
+        bits: 2 to 8.
         group_size: values in a group, a divisor of ``in``; −1 for one group per row.
         symmetric: see above.
         scale_dtype: float16, bfloat16 or float32.
@@ -108,7 +108,7 @@ def quantize_weight(
         ValueError: another number of bits.
     """
     if bits not in BITS:
-        raise ValueError(f"Weights have 2, 3, 4 or 8 bits, not {bits}.")
+        raise ValueError(f"Weights have {BITS[0]} to {BITS[-1]} bits, not {bits}.")
     out, width = weight.shape
     groups = number_of_groups(width, group_size, name)
     grouped = weight.float().reshape(out, groups, -1)

@@ -8,7 +8,7 @@ formats differ only in the orientation of the stream:
 - GPTQ ``qweight`` [in·b/32, out]: the same stream is a column. ``qzeros`` [groups, out·b/32]: each group has
   a stream along the output axis.
 
-To unpack, a run of whole bytes (one byte, or three at 3 bits) is put into an integer that has 8 bits for each
+To unpack, a run of codes that fills whole bytes (see `_Run`) is put into an integer that has 8 bits for each
 of its codes. Then its halves are moved apart until every code lies in a byte of its own. To pack, they are
 moved together. The host is assumed to be little-endian.
 """
@@ -16,19 +16,59 @@ moved together. The host is assumed to be little-endian.
 from __future__ import annotations
 
 from functools import cache
+from math import gcd
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 7, 8)
+"""The widths of codes."""
 
-# bits -> the dtype of the integer, how far halves move apart at each step, and the masks of the bits in use
-# before the first step and after each.
-_STEPS: dict[int, tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]] = {
-    2: (torch.int32, (12, 6), (0xFF, 0x000F000F, 0x03030303)),
-    3: (torch.int64, (20, 10, 5), (0xFFFFFF, 0x00000FFF00000FFF, 0x003F003F003F003F, 0x0707070707070707)),
-    4: (torch.int16, (4,), (0xFF, 0x0F0F)),
-}
+
+class _Step(NamedTuple):
+    """A step that moves the upper halves of parts of a run apart from the lower halves.
+
+    Attributes:
+        shift: how far they move.
+        together: the bits of the upper halves before.
+        apart: these bits after.
+    """
+
+    shift: int
+    together: int
+    apart: int
+
+
+class _Run(NamedTuple):
+    """The shortest run of codes that fills whole bytes: 8 codes in 3 bytes at 3 bits, 4 codes in 3 at 6 bits.
+
+    Attributes:
+        codes: how many codes it has.
+        nbytes: how many bytes they fill in the stream.
+        integer: the dtype that has 8 bits for each of the codes.
+        steps: what brings each of the codes into a byte of its own.
+    """
+
+    codes: int
+    nbytes: int
+    integer: torch.dtype
+    steps: list[_Step]
+
+
+@cache
+def _run(bits: int) -> _Run:
+    if bits not in BITS:
+        raise ValueError(f"Codes of {bits} bits cannot be packed; those of {BITS[0]} to {BITS[-1]} bits can.")
+    codes = 8 // gcd(8, bits)
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[codes]
+    steps, half = [], codes // 2  # codes in half a part
+    while half:
+        shift, upper = half * (8 - bits), (1 << half * bits) - 1 << half * bits
+        together = sum(upper << start * 8 for start in range(0, codes, 2 * half))
+        steps.append(_Step(shift, together, together << shift))
+        half //= 2
+    return _Run(codes, codes * bits // 8, integer, steps)
 
 
 def packed_width(count: int, bits: int) -> int:
@@ -41,23 +81,19 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
     Args:
         codes: uint8 [rows, count], each below 2^bits.
-        bits: 2, 3, 4 or 8.
+        bits: 2 to 8.
 
     Returns:
         int32 [rows, ceil(count·bits/32)]; the bits after the last code are 0.
     """
-    rows, count = codes.shape
+    run, (rows, count) = _run(bits), codes.shape
     # Flat, because "contiguous" tensors with an axis of length 1 may have strides that forbid such a view.
-    stream = F.pad(codes, (0, -count % 32)).reshape(-1)
-    if bits != 8:
-        integer, shifts, masks = _STEPS[bits]
-        runs = stream.view(integer)
-        for shift, mask in zip(reversed(shifts), reversed(masks[:-1]), strict=True):
-            runs = (runs | (runs >> shift)) & mask
-        if bits == 3:
-            runs = torch.stack((runs & 0xFF, (runs >> 8) & 0xFF, runs >> 16), dim=-1).view(-1)
-        stream = runs.to(torch.uint8)
-    return stream.view(torch.int32).view(rows, -1)[:, : packed_width(count, bits)].contiguous()
+    runs = F.pad(codes, (0, -count % 32)).reshape(-1).view(run.integer)
+    for shift, _, apart in reversed(run.steps):
+        # x 2^shift - x (2^shift - 1) = x: the upper halves come down.
+        runs = runs.sub((runs & apart) >> shift, alpha=(1 << shift) - 1)
+    stream = runs.view(torch.uint8).view(-1, run.codes)[:, : run.nbytes].contiguous()
+    return stream.view(-1).view(torch.int32).view(rows, -1)[:, : packed_width(count, bits)].contiguous()
 
 
 def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
@@ -65,27 +101,21 @@ def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
 
     Args:
         words: int32 [rows, ceil(count·bits/32)].
-        bits: 2, 3, 4 or 8.
+        bits: 2 to 8.
         count: codes in a row.
 
     Returns:
         uint8 [rows, count].
     """
-    rows, width = words.shape
-    if bits == 3:
-        words = F.pad(words, (0, -width % 3))
-    stream = words.reshape(-1).view(torch.uint8)
-    if bits != 8:
-        integer, shifts, masks = _STEPS[bits]
-        if bits == 3:
-            first, second, third = stream.view(-1, 3).unbind(-1)
-            runs = first.to(integer).bitwise_or_(second.to(integer) << 8).bitwise_or_(third.to(integer) << 16)
-        else:
-            runs = stream.to(integer)
-        for shift, mask in zip(shifts, masks[1:], strict=True):
-            runs.bitwise_or_(runs << shift).bitwise_and_(mask)
-        stream = runs.view(torch.uint8)
-    return stream.view(rows, -1)[:, :count]
+    run, (rows, width) = _run(bits), words.shape
+    if run.nbytes == 1:
+        runs = words.reshape(-1).view(torch.uint8).to(run.integer)
+    else:
+        stream = F.pad(words, (0, -width % run.nbytes)).reshape(-1).view(torch.uint8)
+        runs = F.pad(stream.view(-1, run.nbytes), (0, run.codes - run.nbytes)).view(run.integer)
+    for shift, together, _ in run.steps:
+        runs.add_(runs & together, alpha=(1 << shift) - 1)  # x + x (2^shift - 1) = x 2^shift
+    return runs.view(torch.uint8).view(rows, -1)[:, :count]
 
 
 def pack_gptq_zeros(zeros: torch.Tensor, bits: int, version: int) -> torch.Tensor:

@@ -105,6 +105,16 @@ def from_strips(packed: torch.Tensor, bits: int, group_size: int, out: int, widt
     return rows[:, _columns(width, bits, group_size, packed.device)].contiguous().view(packed.dtype)
 
 
+def rows_from_strips(
+    packed: torch.Tensor, bits: int, group_size: int, width: int, rows: slice
+) -> torch.Tensor:
+    """Some consecutive rows of the codes that `to_strips` has arranged: [rows, width]."""
+    start, stop, _ = rows.indices(len(packed) * STRIP)
+    some = packed[start // STRIP : -(-stop // STRIP)]
+    codes = from_strips(some, bits, group_size, len(some) * STRIP, width)
+    return codes[start % STRIP :][: stop - start]
+
+
 def groups_to_strips(values: torch.Tensor) -> torch.Tensor:
     """Arrange scales or zero points: [out, groups] -> [strips, groups, 16], with 0 in the added rows."""
     out, groups = values.shape

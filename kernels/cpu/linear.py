@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_float, c_int32, c_uint8, c_void_p
+from ctypes import c_int32, c_void_p
 
 import torch
 
@@ -20,7 +20,7 @@ ACTIVATIONS = {"floating": 0, "int8-block": 1, "int8-token": 2}
 class Linear(ctypes.Structure):
     """``Linear`` of source/product.h, which says what the fields mean."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("kind", c_int32),
         ("rows", c_int32),
         ("columns", c_int32),

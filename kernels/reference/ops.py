@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from compress.kernels.codes.packing import unpack
+from compress.kernels.cpu.layout import STRIP, groups_from_strips, rows_from_strips
 
 WEIGHTS_AT_ONCE = 1 << 18
 """Weights that are dequantized at once on a CPU: 1 MiB in float32, which stays in its second-level cache."""
@@ -69,14 +70,59 @@ def packed_linear(
     packed: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor | None,
+    table: torch.Tensor | None,
     bias: torch.Tensor | None,
     bits: int,
     group_size: int,
+    out_features: int,
+    activations: str,
 ) -> torch.Tensor:
     """Arguments and result as `compress.kernels.ops.packed_linear`."""
+    width = input.shape[-1]
 
     def dequantize_rows(rows: slice) -> torch.Tensor:
-        some = None if zeros is None else zeros[rows]
-        return dequantize(packed[rows], scales[rows], some, bits, input.shape[-1])
+        if packed.dtype == torch.int32:
+            codes = unpack(packed[rows], bits, width)
+            per_group = [None if tensor is None else tensor[rows] for tensor in (zeros, scales)]
+        else:
+            codes = rows_from_strips(packed, bits, group_size, width, rows)
+            strips = slice(rows.start // STRIP, -(-rows.stop // STRIP))
+            per_group = [
+                None if tensor is None else groups_from_strips(tensor[strips], len(codes))
+                for tensor in (zeros, scales)
+            ]
+        numbers = numbers_of(codes, per_group[0], table, bits, group_size)
+        return numbers * spread(per_group[1], width, group_size)
 
-    return linear_by_rows(input, packed.shape[0], dequantize_rows, bias)
+    rounded = round_inputs(input, activations, group_size)
+    return linear_by_rows(rounded, out_features, dequantize_rows, bias, STRIP)
+
+
+def numbers_of(
+    codes: torch.Tensor, zeros: torch.Tensor | None, table: torch.Tensor | None, bits: int, group_size: int
+) -> torch.Tensor:
+    """What codes [rows, in] stand for without their scale: float32 [rows, in]."""
+    if table is not None:
+        return table[codes.int()]
+    if codes.is_floating_point():
+        return codes.float()
+    offset = 2 ** (bits - 1) if zeros is None else spread(zeros, codes.shape[1], group_size)
+    return codes.float() - offset
+
+
+def spread(per_group: torch.Tensor, width: int, group_size: int) -> torch.Tensor:
+    """What each column has of the values of groups [rows, groups]: float32 [rows, width]."""
+    group_size = width if group_size == -1 else group_size
+    return per_group.float().repeat_interleave(group_size, 1)[:, :width]
+
+
+def round_inputs(input: torch.Tensor, activations: str, group_size: int) -> torch.Tensor:
+    """Round inputs [..., in] to int8 with a scale max|x| / 127 for each group or each token, if asked for."""
+    if activations == "floating":
+        return input
+    width = input.shape[-1]
+    group = width if activations == "int8-token" or group_size == -1 else group_size
+    grouped = F.pad(input.float(), (0, -width % group)).unflatten(-1, (-1, group))
+    scales = grouped.abs().amax(-1, keepdim=True) / 127
+    rounded = (grouped / torch.where(scales == 0, 1, scales)).round() * scales
+    return rounded.flatten(-2)[..., :width].to(input.dtype)

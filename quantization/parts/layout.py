@@ -10,7 +10,7 @@ import re
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -82,7 +82,8 @@ def plan_layout(shape: ModelShape, options: WeightOptions, activation_bits: int 
         symmetric = not one_width and table not in around
     widths = {name: size[1] for name, (size, _) in stored_weights(shape, [*bits, *around]).items()}
     size, form = options.group_length(widths), FORMATS[options.format]
-    formats: dict[Bits, Format] = {width: form(width, size, symmetric) for width in get_args(Bits)}
+    used = {options.bits, *bits.values(), *around.values()}
+    formats: dict[Bits, Format] = {width: form(width, size, symmetric) for width in used}
     inside = formats
     if activation_bits is not None:
         inside = {

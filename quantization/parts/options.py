@@ -14,8 +14,9 @@ from pydantic import Field, PositiveInt, model_validator
 from compress.errors import BadInput
 from compress.kernels.codes.integer import CHANNEL, divisors_near
 from compress.method import MethodOptions
+from compress.storage.formats.gptq import GPTQFormat
 
-Bits = Literal[2, 3, 4, 8]
+Bits = Literal[2, 3, 4, 5, 6, 7, 8]
 Width = TypeVar("Width")
 
 DEFAULT_BITS: Any = 4
@@ -106,7 +107,8 @@ class WeightOptions(IgnoreOptions, TableOptions, GroupOptions, BitsOptions[Bits]
     )
     format: Literal["compressed-tensors", "gptq"] = Field(
         "compressed-tensors",
-        description="how to store the codes; the layout of gptq has one width for all linears",
+        description="how to store the codes; the layout of gptq has one width for all linears, of 2, 3, 4 "
+        "or 8 bits",
     )
     mix: bool = Field(
         False,
@@ -115,11 +117,15 @@ class WeightOptions(IgnoreOptions, TableOptions, GroupOptions, BitsOptions[Bits]
     )
 
     @model_validator(mode="after")
-    def _mixable(self) -> Self:
+    def _stored(self) -> Self:
         if self.mix and self.set:
             raise ValueError("mix chooses the bits of every linear; leave out set")
         if self.mix and self.format == "gptq":
             raise ValueError("the format gptq has one width for all linears; leave out mix or the format")
+        if self.format == "gptq" and not {self.bits, *self.set.values()} <= set(GPTQFormat.widths):
+            raise ValueError(
+                "the format gptq has 2, 3, 4 or 8 bits; use one of these, or the format compressed-tensors"
+            )
         return self
 
 

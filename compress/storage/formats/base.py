@@ -31,7 +31,7 @@ class Format(ABC, Generic[Weight]):
     Two formats are equal if they are of the same class and have the same settings.
 
     Args:
-        bits: 2, 3, 4 or 8.
+        bits: one of ``widths``.
         group_size: values in a group along the input axis; −1 for a whole row.
         symmetric: all zero points are 2^(bits−1) and need not be stored.
 
@@ -45,12 +45,18 @@ class Format(ABC, Generic[Weight]):
     marker: ClassVar[str]
     """The tensor that every linear stored in this format has: ``{linear}.{marker}``."""
 
+    widths: ClassVar[tuple[int, ...]] = BITS
+    """The numbers of bits that it has."""
+
     activation_bits: int | None = None
     """Bits of the inputs of linears if these are quantized per token, else None."""
 
     def __init__(self, bits: int, group_size: int, symmetric: bool) -> None:
-        if bits not in BITS:
-            raise BadInput(f"Weights of {bits} bits are not supported; use 2, 3, 4 or 8.")
+        if bits not in self.widths:
+            *others, last = map(str, self.widths)
+            raise BadInput(
+                f"The format {self.name} has no weights of {bits} bits; use {', '.join(others)} or {last}."
+            )
         self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
 
     @abstractmethod

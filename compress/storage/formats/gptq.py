@@ -29,6 +29,7 @@ class GPTQFormat(IntegerFormat):
 
     name = "gptq"
     marker = "qweight"
+    widths = (2, 3, 4, 8)
 
     def __init__(self, bits: int, group_size: int, symmetric: bool, version: int | None = None) -> None:
         super().__init__(bits, group_size, symmetric)

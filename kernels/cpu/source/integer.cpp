@@ -16,7 +16,6 @@ namespace {
 
 constexpr int FINE = 128;     // most columns that share a scale of floating activations
 constexpr int LONG = 16384;   // most columns whose products surely fit into 32 bits
-constexpr float SMALL = 1e-30f;  // blocks of smaller activations count as 0: the inverse of their scale overflows
 
 constexpr int wide_plane(int bits) { return bits == 8 ? 8 : bits >= 4 ? 4 : bits >= 2 ? 2 : 1; }
 constexpr int chunk_of(int bits) { return wide_plane(bits) == bits ? 16 : 32; }
@@ -69,12 +68,6 @@ size_t scratch(const Linear& linear, int count) {
   return plan.head() + to_line(4 * plan.words * count);
 }
 
-float largest(const float* x, int count) {
-  uint32_t most = 0;  // compared as integers, NaN is above infinity, so it reaches the result
-  for (int i = 0; i < count; i++) most = std::max(most, as_bits(x[i]) & 0x7fffffff);
-  return as_float(most);
-}
-
 // Write one block of one row as digits, the highest first: x[word][digit][row of M].
 template <int DIGITS>
 void write_digits(const float* from, int columns, int chunk, float inverse, int M, int32_t* sums, uint32_t* x) {
@@ -108,9 +101,9 @@ constexpr float STEPS[] = {127, 127 * 256 + 127, 127 * 65536};
 // The largest magnitude among the activations that share a scale with those of a block.
 float magnitude(const Linear& linear, const Block& block, const float* x, float of_row) {
   if (linear.activations == INT8_TOKEN) return of_row;
-  if (linear.activations == FLOATING) return largest(x + block.column, block.columns);
+  if (linear.activations == FLOATING) return largest_magnitude(x + block.column, block.columns);
   int start = block.group * linear.group;
-  return largest(x + start, std::min(linear.group, linear.columns - start));
+  return largest_magnitude(x + start, std::min(linear.group, linear.columns - start));
 }
 
 template <int DIGITS>
@@ -118,10 +111,10 @@ void prepare_row(const Linear& linear, const Plan& plan, const float* x, int M, 
   int chunk = chunk_of(linear.bits);
   int32_t* sums = (int32_t*)scales + (size_t)plan.blocks * M;
   uint32_t* words = (uint32_t*)sums + (size_t)plan.blocks * DIGITS * M;
-  float of_row = linear.activations == INT8_TOKEN ? largest(x, linear.columns) : 0;
+  float of_row = linear.activations == INT8_TOKEN ? largest_magnitude(x, linear.columns) : 0;
   each_block(linear, [&](Block block) {
     float scale = magnitude(linear, block, x, of_row) / STEPS[DIGITS - 1];
-    if (scale < SMALL) scale = 0;
+    if (scale < SMALLEST_SCALE) scale = 0;
     write_digits<DIGITS>(x + block.column, block.columns, chunk, scale == 0 ? 0 : 1 / scale, M, sums, words);
     *scales = scale;
     scales += M, sums += DIGITS * M, words += (size_t)block.chunks * (chunk / 4) * DIGITS * M;
@@ -198,7 +191,7 @@ void multiply_strip(const Linear& linear, const Levels& levels, const Block* blo
         const uint8_t* chunk = lines + c * BYTES + v * 4 * LANES;
         const uint32_t* words = x + c * (CHUNK / 4) * X * M;
         if (v == 0)
-          for (int line = 0; line < BYTES; line += 64) __builtin_prefetch(chunk + 4096 + line);
+          for (int line = 0; line < BYTES; line += 64) __builtin_prefetch(chunk + AHEAD + line);
 #pragma GCC unroll 8
         for (int at = 0; at < CHUNK / 4; at++) {
           Words codes = codes_at<BITS, CHUNK>(chunk, at);

@@ -9,6 +9,8 @@ namespace compress {
 
 constexpr int STRIP = 16;  // rows
 constexpr int TILE = 4;    // most rows of activations that are multiplied at once
+constexpr int AHEAD = 4096;  // bytes that codes are fetched before they are needed
+constexpr float SMALLEST_SCALE = 1e-30f;  // of activations: the inverse of a smaller one overflows; they count as 0
 
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 inline size_t to_line(size_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -27,6 +29,12 @@ template <class Visit>
 void each_strip(const Linear& linear, int thread, int threads, Visit visit) {
   int64_t strips = ceil_div(linear.rows, STRIP);
   for (int strip = strips * thread / threads; strip < strips * (thread + 1) / threads; strip++) visit(strip);
+}
+
+inline float largest_magnitude(const float* x, int count) {
+  uint32_t most = 0;  // compared as integers, NaN is above infinity, so it reaches the result
+  for (int i = 0; i < count; i++) most = std::max(most, as_bits(x[i]) & 0x7fffffff);
+  return as_float(most);
 }
 
 // LANES scales, from number `at`.

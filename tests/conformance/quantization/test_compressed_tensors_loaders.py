@@ -25,6 +25,15 @@ STOCK, OURS = "transformers with compressed-tensors", "compress-model only"
 CASES: dict[str, tuple[str, dict, bool]] = {  # who loads it, options, whether head and embedding are tied
     "2 bits": (STOCK, {"bits": 2, "format": "compressed-tensors"}, False),
     "3 bits": (STOCK, {"bits": 3, "format": "compressed-tensors"}, False),
+    **{f"{bits} bits": (STOCK, {"bits": bits}, False) for bits in (5, 6, 7)},
+    "7 bits, zero points fixed": (STOCK, {"bits": 7, "symmetric": True}, False),
+    "5 bits in whole rows": (STOCK, {"bits": 5, "group_size": "channel"}, False),
+    "six widths": (STOCK, {"set": {**DOWN, "*.q_proj": 5, "*.k_proj": 6, "*.up_proj": 7}}, False),
+    "head and embedding at 6 bits": (
+        STOCK,
+        dict.fromkeys(("bits", "lm_head_bits", "embedding_bits"), 6),
+        False,
+    ),
     "mixed": (STOCK, {"set": DOWN}, False),
     "mixed, one kept": (STOCK, {"set": DOWN, "ignore": ["*.k_proj"]}, False),
     "mixed, the default unused": (STOCK, {"bits": 2, "set": {"*": 4, **DOWN}}, False),

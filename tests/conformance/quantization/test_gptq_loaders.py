@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from compress.kernels.codes.integer import quantize_weight
-from compress.kernels.codes.packing import BITS
 from compress.storage.formats.gptq import GPTQFormat
 
 pytest.importorskip("gptqmodel", reason="gptqmodel is not installed")
@@ -56,7 +55,7 @@ def write(folder: Path, form: GPTQFormat, keep: str | None) -> tuple[Path, Path]
 
 @pytest.mark.parametrize("keep", [None, "model.layers.0.mlp.up_proj"])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", GPTQFormat.widths)
 def test_stock_loaders_compute_the_same_logits(bits, symmetric, keep, tmp_path):
     dense, packed = write(tmp_path, GPTQFormat(bits, 32, symmetric), keep)
     tokens = torch.arange(24)[None]

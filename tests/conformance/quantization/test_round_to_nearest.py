@@ -155,7 +155,7 @@ def gptq_by_hand(tensors: dict[str, torch.Tensor], bits: int, version: int) -> l
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [GROUP, -1])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", GPTQFormat.widths)
 def test_gptq_tensors_mean_what_the_layout_says(bits, group_size, symmetric):
     form = GPTQFormat(bits, group_size, symmetric)
     weight: QuantizedWeight = quantize_weight(a_weight("shifted"), bits, group_size, symmetric, torch.float16)

@@ -123,17 +123,17 @@ def test_a_model_without_tokenizer_can_be_rounded_but_not_calibrated(command: Co
         (["quantize", *RTN, "-o", "out"], "Missing argument 'MODEL'"),
         (["quantize", "TINY", "TINY", *RTN, "-o", "out"], "unexpected extra argument"),
         (["quantize", "TINY", "-o", "out"], "Missing option '--method'"),
-        (["quantize", "TINY", *RTN, "--bits", "5", "-o", "out"], "'5' is not one of '2', '3', '4', '8'"),
+        (["quantize", "TINY", *RTN, "--bits", "9", "-o", "out"], "'9' is not one of '2', '3', '4', '5'"),
         (["quantize", "TINY", *RTN, "--set", "*.v_proj", "-o", "out"], "'*.v_proj' is not NAME=VALUE"),
         (
-            ["quantize", "TINY", *RTN, "--set", "*=5", "-o", "out"],
-            "set: Input should be 2, 3, 4 or 8 (got 5)",
+            ["quantize", "TINY", *RTN, "--set", "*=9", "-o", "out"],
+            "set: Input should be 2, 3, 4, 5, 6, 7 or 8 (got 9)",
         ),
         (
             ["quantize", "TINY", *RTN, "--set", "nosuch=8", "-o", "out"],
             "The pattern 'nosuch' in 'set' matches no linear",
         ),
-        (["quantize", "TINY", *RTN, "--lm-head-bits", "5", "-o", "out"], "'5' is not one of '2', '3', '4'"),
+        (["quantize", "TINY", *RTN, "--lm-head-bits", "9", "-o", "out"], "'9' is not one of '2', '3', '4'"),
         (
             ["quantize", "TINY", *RTN, "--format", "gptq", "--embedding-bits", "8", "-o", "out"],
             "use the format compressed-tensors",

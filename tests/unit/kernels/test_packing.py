@@ -17,6 +17,7 @@ from compress.kernels.codes.packing import (
     unpack,
     unpack_gptq_zeros,
 )
+from compress.storage.formats.gptq import GPTQFormat
 
 
 def codes_of(rows: int, count: int, bits: int, seed: int = 0) -> torch.Tensor:
@@ -78,7 +79,7 @@ def test_transposed_tensors_pack_and_unpack(bits, rows, count):
     assert torch.equal(unpack(stored.t(), bits, count), codes)
 
 
-@given(bits=st.sampled_from(BITS), version=st.sampled_from([1, 2]), seed=st.integers(0, 2**31))
+@given(bits=st.sampled_from(GPTQFormat.widths), version=st.sampled_from([1, 2]), seed=st.integers(0, 2**31))
 def test_gptq_zeros_round_trip(bits, version, seed):
     zeros = codes_of(32, 5, bits, seed)
     if version == 1:
@@ -88,7 +89,7 @@ def test_gptq_zeros_round_trip(bits, version, seed):
     assert torch.equal(unpack_gptq_zeros(qzeros, bits, 32, version), zeros)
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", GPTQFormat.widths)
 def test_version_1_stores_one_less_and_version_2_what_it_is(bits):
     zeros = codes_of(32, 1, bits).clamp(min=1)
     v1, v2 = (pack_gptq_zeros(zeros, bits, version) for version in (1, 2))
@@ -96,7 +97,7 @@ def test_version_1_stores_one_less_and_version_2_what_it_is(bits):
     assert unsigned(v2[0]) == words_of(zeros[:, 0].tolist(), bits)
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", GPTQFormat.widths)
 def test_version_1_refuses_a_zero_point_of_0_and_version_2_keeps_it(bits):
     zeros = codes_of(32, 2, bits).clamp(min=1)
     zeros[3, 1] = 0
@@ -125,6 +126,17 @@ def test_a_large_matrix_takes_well_under_a_second(bits):
     assert time.perf_counter() - start < 2
 
 
-def test_other_widths_are_refused():
-    with pytest.raises(KeyError):
-        pack(codes_of(1, 8, 3), 5)
+@pytest.mark.parametrize("bits", [1, 9])
+def test_other_widths_are_refused(bits):
+    with pytest.raises(ValueError, match="2 to 8 bits can"):
+        pack(codes_of(1, 8, 3), bits)
+
+
+@given(
+    bits=st.sampled_from(BITS), rows=st.integers(1, 4), count=st.integers(1, 130), seed=st.integers(0, 2**31)
+)
+def test_compressed_tensors_packs_the_same(bits, rows, count, seed):
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    codes = codes_of(rows, count, bits, seed)
+    signed = (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+    assert torch.equal(pack(codes, bits), helpers.pack_to_int32(signed, bits))

@@ -108,7 +108,7 @@ def test_a_folder_with_the_name_of_a_bundled_recipe_does_not_hide_it(tmp_path: P
         ({"steps": ["rtn"]}, "Step 0 of the recipe names no method"),
         ({"steps": [RTN, {"bits": 4}]}, "Step 1 of the recipe names no method"),
         ({"steps": [{"method": "replaceme"}]}, "the option 'layers' is required"),
-        ({"steps": [{**RTN, "bits": 5}]}, "bits: Input should be 2, 3, 4 or 8 (got 5)"),
+        ({"steps": [{**RTN, "bits": 9}]}, "bits: Input should be 2, 3, 4, 5, 6, 7 or 8 (got 9)"),
         (
             {"steps": [{**RTN, "group_size": 0}]},
             "group_size: Input should be greater than 0 or 'auto' or 'channel'",
@@ -222,7 +222,7 @@ def test_settings_change_one_place_and_are_yaml(setting: str, found):
         ("steps.one=4", "no 'steps.one' to set"),
         ("model.name=x", "no 'model.name' to set"),
         ("steps.0.bits.x=4", "no 'steps.0.bits.x' to set"),
-        ("steps.0.bits=5", "bits: Input should be 2, 3, 4 or 8"),
+        ("steps.0.bits=9", "bits: Input should be 2, 3, 4, 5, 6, 7 or 8"),
         ("calibraton.seed=5", "did you mean 'calibration'"),
     ],
 )

@@ -197,8 +197,8 @@ def test_bad_options(name: str, options: dict, message: str, tmp_path: Path) -> 
 
 
 def test_bits_that_do_not_exist() -> None:
-    with pytest.raises(BadInput, match=r"In steps.0 \(rtn\): set: Input should be 2, 3, 4 or 8 \(got 5\)"):
-        parse_recipe({"model": "m", "steps": [{"method": "rtn", "set": {"*": 5}}]})
+    with pytest.raises(BadInput, match=r"In steps.0 \(rtn\): set: Input should be 2, .* 7 or 8 \(got 9\)"):
+        parse_recipe({"model": "m", "steps": [{"method": "rtn", "set": {"*": 9}}]})
 
 
 @pytest.mark.parametrize(

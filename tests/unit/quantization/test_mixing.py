@@ -120,7 +120,7 @@ def test_ignored_linears_and_packed_tables_are_reckoned_with(tiny_decoder: Calla
     ("step", "widths", "said"),
     [
         ({"method": "rtn", "set": {"*.v_proj": 8}}, WIDTHS, "leave the option out"),
-        ({"method": "rtn"}, [3, 5], "bits: Input should be 2, 3, 4 or 8"),
+        ({"method": "rtn"}, [3, 9], "bits: Input should be 2, 3, 4, 5, 6, 7 or 8"),
         ({"method": "float"}, WIDTHS, "takes bits and a group size"),
     ],
 )

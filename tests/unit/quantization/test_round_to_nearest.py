@@ -17,10 +17,13 @@ import compress
 from compress.engine.shape import ModelShape
 from compress.engine.stream import StreamedModel
 from compress.errors import BadInput
+from compress.kernels.codes.packing import BITS
 from compress.method import StepContext
 from compress.quantization.round_to_nearest import RoundToNearest
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.draft import Draft
+from compress.storage.formats.compressed_tensors import CompressedTensorsFormat
+from compress.storage.formats.gptq import GPTQFormat
 from compress.storage.formats.table import format_of
 from compress.storage.lineage import Step
 
@@ -68,11 +71,11 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 GRIDS = [(32, True), (32, False), ("channel", True)]
 
 
-# Every grid in every architecture, with 4 and 8 bits in turns.
+# Every grid in every architecture, with 4 to 8 bits in turns.
 @pytest.mark.parametrize(
     ("name", "bits", "group_size", "symmetric"),
     [
-        (name, (4, 8)[(row + column) % 2], *grid)
+        (name, (4, 5, 6, 7, 8)[(row + column) % 5], *grid)
         for row, name in enumerate(STOCK)
         for column, grid in enumerate(GRIDS)
     ],
@@ -91,9 +94,9 @@ def test_stock_transformers_load_it_with_the_same_logits(
 @pytest.mark.parametrize(
     ("name", "form", "bits", "symmetric"),
     [
-        (name, form, (2, 3, 4, 8)[(row + 2 * column) % 4], symmetric)
+        (name, form.name, form.widths[row % len(form.widths)], symmetric)
         for row, name in enumerate(CASES)
-        for column, form in enumerate(("compressed-tensors", "gptq"))
+        for form in (CompressedTensorsFormat, GPTQFormat)
         for symmetric in (True, False)
     ],
 )
@@ -147,7 +150,7 @@ def test_linears_around_the_layers_are_kept(quantized: Quantize, dense):
 def test_the_report_tells_bits_and_errors(quantized: Quantize, dense):
     folder = dense("llama")
     errors = []
-    for bits in (2, 3, 4, 8):
+    for bits in BITS:
         _, report = quantized(folder, bits=bits, group_size=32, format="compressed-tensors")
         error = report.details["relative_error"]
         assert 0 < error["mean"] <= error["max"] < 1
@@ -216,7 +219,10 @@ def test_a_quantized_model_is_refused(quantized: Quantize, dense):
         METHOD.plan(ModelShape.of(Checkpoint.open(written)), METHOD.Options(group_size=32))
 
 
-@pytest.mark.parametrize("options", [{"bits": 5}, {"group_size": 0}, {"group_size": "row"}, {"grupo": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [{"bits": 9}, {"bits": 5, "format": "gptq"}, {"group_size": 0}, {"group_size": "row"}, {"grupo": 1}],
+)
 def test_options_that_do_not_exist(options):
     with pytest.raises(ValidationError):
         METHOD.Options(**options)

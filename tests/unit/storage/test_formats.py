@@ -18,7 +18,7 @@ NAME = "model.layers.0.mlp.up_proj"
 FORMS = [
     form(bits, group_size, symmetric)
     for form in (CompressedTensorsFormat, GPTQFormat)
-    for bits in BITS
+    for bits in form.widths
     for group_size in (32, -1)
     for symmetric in (True, False)
 ]

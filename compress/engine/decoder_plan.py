@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers import activations as hf
-from transformers.pytorch_utils import Conv1D
 
-from compress.anatomy import Anatomy, layer_shapes, projection_rows, sizes_of, weight
+from compress.anatomy import Anatomy, layer_shapes, projection_rows, sizes_of
 from compress.kernels.cpu import decoder as native
-from compress.kernels.cpu.dense import dense_linear
 from compress.kernels.cpu.library import library
-from compress.kernels.cpu.linear import TYPES, Linear
+from compress.kernels.cpu.linear import TYPES
+from compress.kernels.layers.base import CodedLinear
+from compress.kernels.layers.native import native_linear
 
 ACTIVATIONS: dict[type[nn.Module], int] = {
     hf.SiLUActivation: native.SILU,
@@ -50,6 +50,8 @@ class Snapshot:
         self._sized: list[Any] = [*map(vars, self.modules), *hooks]
         self._values = list(chain.from_iterable(map(dict.values, self._parts)))
         self._sizes = list(map(len, self._sized))
+        self._linears = [module for module in self.modules if isinstance(module, CodedLinear)]
+        self._activations = [linear.activations for linear in self._linears]
         self.tensors = [value for value in self._values if isinstance(value, Tensor)]
         self._pointers = list(map(Tensor.data_ptr, self.tensors))
         self._attention = config._attn_implementation
@@ -63,6 +65,7 @@ class Snapshot:
             and all(map(is_, values, self._values))
             and list(map(len, self._sized)) == self._sizes
             and list(map(Tensor.data_ptr, self.tensors)) == self._pointers
+            and [linear.activations for linear in self._linears] == self._activations
             and config._attn_implementation == self._attention
         )
 
@@ -247,14 +250,6 @@ class DecoderPlan:
         if tensor.dtype != self.dtype or tensor.shape != (length,) or not tensor.is_contiguous():
             raise Unfusable("Its norms and biases are not vectors of one dtype.")
         return tensor.data_ptr()
-
-
-def native_linear(module: nn.Module, dtype: torch.dtype) -> Linear | None:
-    """How the kernels see a linear whose inputs have ``dtype``; None if they cannot run it."""
-    if type(module) in (nn.Linear, Conv1D):
-        linear = dense_linear(weight(module))
-        return linear if linear is not None and linear.type == TYPES[dtype] else None
-    return None
 
 
 def _check_modules(modules: Iterable[nn.Module]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from operator import is_
 from typing import Any
 
 import torch
@@ -39,35 +38,42 @@ class Unfusable(Exception):
 
 
 class Snapshot:
-    """What layers consist of, to notice when anything is replaced, moved, hooked or wrapped."""
+    """What layers consist of, to notice when anything is replaced, moved, hooked or wrapped.
+
+    It is compared at every token, so it is made of few lists that Python compares without running code of ours.
+    The memory of buffers is not looked at, because modules that move theirs replace them.
+    """
 
     def __init__(self, config: PretrainedConfig, layers: nn.ModuleList) -> None:
         self.layers = layers
         self.modules = list(layers.modules())
-        parts = [part for m in self.modules for part in (m._modules, m._parameters, m._buffers) if part]
-        hooks = [part for m in self.modules for part in (m._forward_hooks, m._forward_pre_hooks)]
-        self._parts: list[dict[str, Any]] = parts  # type: ignore[assignment]
-        self._sized: list[Any] = [*map(vars, self.modules), *hooks]
-        self._values = list(chain.from_iterable(map(dict.values, self._parts)))
+        self._parts = [part for m in self.modules for part in (m._modules, m._parameters, m._buffers) if part]
+        self._values = [dict(part) for part in self._parts]
+        self._sized = [part for m in self.modules for part in (vars(m), m._forward_hooks, m._forward_pre_hooks)]
         self._sizes = list(map(len, self._sized))
         self._linears = [module for module in self.modules if isinstance(module, CodedLinear)]
         self._activations = [linear.activations for linear in self._linears]
-        self.tensors = [value for value in self._values if isinstance(value, Tensor)]
-        self._pointers = list(map(Tensor.data_ptr, self.tensors))
+        self.parameters = [p for m in self.modules for p in m._parameters.values() if p is not None]
+        self.tensors = [*self.parameters, *(b for m in self.modules for b in m._buffers.values() if b is not None)]
+        self._pointers = list(map(Tensor.data_ptr, self.parameters))
         self._attention = config._attn_implementation
 
     def same(self, config: PretrainedConfig, layers: nn.ModuleList) -> bool:
         """Whether everything is as it was."""
-        values = list(chain.from_iterable(map(dict.values, self._parts)))
         return (
             layers is self.layers
-            and len(values) == len(self._values)
-            and all(map(is_, values, self._values))
+            and self._same_values()
             and list(map(len, self._sized)) == self._sizes
-            and list(map(Tensor.data_ptr, self.tensors)) == self._pointers
+            and list(map(Tensor.data_ptr, self.parameters)) == self._pointers
             and [linear.activations for linear in self._linears] == self._activations
             and config._attn_implementation == self._attention
         )
+
+    def _same_values(self) -> bool:
+        try:
+            return self._parts == self._values  # values that are the same object are not compared
+        except (RuntimeError, TypeError):  # tensors that are not the same
+            return False
 
 
 class DecoderPlan:
@@ -113,10 +119,12 @@ class DecoderPlan:
             and hidden.shape[1:] == (1, self.native.width)
             and hidden.device.type == "cpu"
             and hidden.is_contiguous()
-            and not (torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *self._snapshot.tensors)))
+            and not (torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *self._snapshot.parameters)))
         )
 
     def _build(self, config: PretrainedConfig, layers: nn.ModuleList) -> None:
+        if any(tensor.device.type != "cpu" for tensor in self._snapshot.tensors):
+            raise Unfusable("Its weights are not on the CPU.")
         _check_modules(self._snapshot.modules)
         found = library()
         if found is None:
@@ -257,8 +265,6 @@ def _check_modules(modules: Iterable[nn.Module]) -> None:
         hooks = chain(module._forward_hooks.values(), module._forward_pre_hooks.values())
         if any(getattr(hook, "__module__", "") != PASSIVE for hook in hooks) or "forward" in vars(module):
             raise Unfusable(f"Something watches or wraps a {type(module).__name__}.")
-        if any(tensor.device.type != "cpu" for tensor in chain(module._parameters.values(), module._buffers.values()) if tensor is not None):
-            raise Unfusable("Its weights are not on the CPU.")
 
 
 def _number(module: nn.Module, *names: str) -> float:

@@ -102,7 +102,7 @@ class Fusion:
         if name is None and (runner.config.use_cache if use_cache is None else use_cache) and not args[1:]:
             name = next(name for name in CACHE_NAMES if name in inspect.signature(runner.forward).parameters)
             kwargs = {**kwargs, name: DynamicCache(config=runner.config)}
-        if name is None or runner.training or not _on_cpu(runner) or not let_grow(kwargs[name], len(layers)):
+        if name is None or runner.training or not let_grow(kwargs[name], len(layers)):
             return args, kwargs
         if _is_one_step(args, kwargs) and not _is_watched(runner.config, kwargs):
             plan = self._current(runner.config, layers)
@@ -124,10 +124,6 @@ class Fusion:
             if plan.reason is not None:
                 log.info("Decoding is not fused: %s", plan.reason)
         return plan
-
-
-def _on_cpu(runner: nn.Module) -> bool:
-    return next(runner.parameters()).device.type == "cpu"
 
 
 def _is_one_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

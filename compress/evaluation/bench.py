@@ -42,6 +42,10 @@ class Contestant:
     folder: Path
     settings: Settings
 
+    def process(self) -> ModelProcess:
+        """A process for it, which starts in a ``with`` statement."""
+        return ModelProcess(self.folder, self.settings, self.name)
+
 
 class Times(Document):
     """One kind of work by one model."""
@@ -147,7 +151,7 @@ def bench(
         models: list[Timeable] = []
         for place, each in enumerate(contestants):
             progress("loading", place / len(contestants))
-            models.append(processes.enter_context(ModelProcess(each.folder, each.settings, each.name)))
+            models.append(processes.enter_context(each.process()))
         progress("loading", 1.0)
         prompt = max(model.prompt_tokens for model in models)
         prefill_tokens = min(prefill_tokens, *(model.longest for model in models))

@@ -357,8 +357,4 @@ def _kernel(checkpoint: Checkpoint, device: str) -> str:
     quantization = checkpoint.config.get("quantization_config")
     if quantization is None:
         return "torch"
-    if quantization.get("quant_method") in STACKS:
-        return REFERENCE
-    from compress.storage.formats.table import Formats
-
-    return ", ".join(dict.fromkeys(backend_of(device, bits) for bits in Formats(quantization).bits))
+    return REFERENCE if quantization.get("quant_method") in STACKS else backend_of(device)

@@ -47,6 +47,7 @@ struct Linear {
   const uint8_t* zeros;              // [strips, groups, 16]; null: 2^(bits-1)
   const float* table;                // TABLE: 2^bits values
   const float* bias;                 // [rows], or null
+  int32_t bias_type;                 // Type of bias: compress_linear makes float32 of it, which all kernels take
 };
 
 // The functions of one kind. A product has two phases, so that products which share their input prepare it once

@@ -39,7 +39,7 @@ def arguments(bits: int, symmetric: bool, device: str, dtype: torch.dtype = torc
     q, bias = make(bits, symmetric)
     layer = PackedLinear.from_quantized(q, bias.to(dtype)).to(device)
     input = torch.randn(3, 5, 96, generator=torch.Generator().manual_seed(1)).to(device, dtype)
-    return input, layer.packed, layer.scales, layer.zeros, layer.bias, bits, 32
+    return input, layer.packed, layer.scales, layer.zeros, None, layer.bias, bits, 32, 40, "floating"
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -57,7 +57,7 @@ def test_it_multiplies_with_the_dequantized_weight(bits, symmetric, dtype, devic
     """Rounded to the dtype of the input, as stock loaders do; only the order of summing may differ."""
     given = arguments(bits, symmetric, device, dtype)
     weight = make(bits, symmetric)[0].dequantize().to(dtype)
-    expected = F.linear(given[0].double(), weight.to(device).double(), given[4].double())
+    expected = F.linear(given[0].double(), weight.to(device).double(), given[5].double())
     got = packed_linear(*given)
     assert got.dtype == dtype
     assert got.device.type == device
@@ -109,7 +109,7 @@ def test_a_layer_says_what_it_is():
     assert repr(layer) == (
         "PackedLinear(in_features=96, out_features=40, bits=3, group_size=32, symmetric=True, bias=True)"
     )
-    assert layer.kernel == backend_of("cpu", 3) == "reference"
+    assert layer.kernel == backend_of("meta") == "reference"  # as long as its codes lie in rows
     assert list(layer.state_dict()) == ["bias"]  # how a weight is stored is known to the checkpoint only
     assert list(layer.parameters()) == []
 

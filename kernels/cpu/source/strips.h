@@ -1,0 +1,55 @@
+// What the kernels over strips of 16 rows share: tiles of activations, a thread's strips, scales, results.
+#pragma once
+#include <algorithm>
+
+#include "isa.h"
+#include "product.h"
+
+namespace compress {
+
+constexpr int STRIP = 16;  // rows
+constexpr int TILE = 4;    // most rows of activations that are multiplied at once
+constexpr int AHEAD = 4096;  // bytes that codes are fetched before they are needed
+constexpr float SMALLEST_SCALE = 1e-30f;  // of activations: the inverse of a smaller one overflows; they count as 0
+
+inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+inline size_t to_line(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// The size of the next tile of so many rows of activations: 4, 2 or 1.
+inline int tile_of(int rows) { return rows >= 4 ? 4 : rows >= 2 ? 2 : 1; }
+
+// Call visit(first row, rows) for every tile.
+template <class Visit>
+void each_tile(int count, Visit visit) {
+  for (int row = 0; row < count; row += tile_of(count - row)) visit(row, tile_of(count - row));
+}
+
+// Call visit(strip) for the share of one thread.
+template <class Visit>
+void each_strip(const Linear& linear, int thread, int threads, Visit visit) {
+  int64_t strips = ceil_div(linear.rows, STRIP);
+  for (int strip = strips * thread / threads; strip < strips * (thread + 1) / threads; strip++) visit(strip);
+}
+
+inline float largest_magnitude(const float* x, int count) {
+  uint32_t most = 0;  // compared as integers, NaN is above infinity, so it reaches the result
+  for (int i = 0; i < count; i++) most = std::max(most, as_bits(x[i]) & 0x7fffffff);
+  return as_float(most);
+}
+
+// LANES scales, from number `at`.
+COMPRESS_INLINE Floats scales_at(const Linear& linear, size_t at) {
+  if (linear.scale_type == FLOAT16) return from_halves((const uint16_t*)linear.scales + at);
+  if (linear.scale_type == BFLOAT16) return from_bfloats((const uint16_t*)linear.scales + at);
+  return load<Floats>((const float*)linear.scales + at);
+}
+
+// Write one row of a strip's results, with the bias.
+COMPRESS_INLINE void finish(const Linear& linear, int strip, const Floats* total, float* y) {
+  float results[STRIP];
+  for (int v = 0; v < VECTORS; v++) store(results + v * LANES, total[v]);
+  int first = strip * STRIP, rows = std::min(STRIP, linear.rows - first);
+  for (int row = 0; row < rows; row++) y[first + row] = results[row] + (linear.bias ? linear.bias[first + row] : 0);
+}
+
+}  // namespace compress

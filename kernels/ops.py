@@ -1,12 +1,12 @@
 """The operators: their schemas and shape rules. Each backend implements them in a file of its own.
 
-``torch.ops.compress.packed_linear`` is x Ŵᵀ + bias, where Ŵ = s · (q − z) or s · table[q] stays packed. Weights
-come in one of two layouts, which the dtype of ``packed`` tells apart:
+``torch.ops.compress.packed_linear`` is x Ŵᵀ + bias, where Ŵ = s · (q − z) or s · table[q] stays packed.
+Weights come in one of two layouts, which the dtype of ``packed`` tells apart:
 
 - int32: canonical rows. The codes of an output row are a dense little-endian bit stream along the input axis
   (see `compress.kernels.codes.packing`). All devices read it, in plain torch.
-- uint8, or float8_e4m3fn for codes of E4M3: strips of 16 rows (see `compress.kernels.cpu.layout`), for the native
-  kernels of the CPU. The reference reads them as well.
+- uint8, or float8_e4m3fn for codes of E4M3: strips of 16 rows (see `compress.kernels.cpu.layout`), for the
+  native kernels of the CPU. The reference reads them as well.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from compress.anatomy import anatomy_of
 from compress.anatomy import weight as weight_of
 from compress.engine.config import config_of
+from compress.engine.decoding import fuse
 from compress.engine.opening import open_checkpoint
 from compress.engine.saving import QUANTIZATION, Save
 from compress.engine.skeleton import skeleton
@@ -87,6 +88,7 @@ def load(
         model.generation_config = GenerationConfig.from_pretrained(path)
     if (quantization := checkpoint.config.get(QUANTIZATION)) is not None:
         setattr(model.config, QUANTIZATION, quantization)
+    fuse(model)
     linears = [module for module in model.modules() if isinstance(module, StackedLinear)]
     if linears:
         object.__setattr__(model, "resize", Resize(whole, linears, dtype, model.config))

@@ -1,8 +1,8 @@
 """The operators on keys and values in few bits.
 
-``torch.ops.compress.kv_quantize`` rounds the vectors of tokens, and ``kv_attention`` computes the attention of
-a few new tokens to all cached ones. The native kernels of the CPU read codes of 4 and 8 bits, and make no dense
-copy of them.
+``torch.ops.compress.kv_quantize`` rounds the vectors of tokens, and ``kv_attention`` computes the attention
+of a few new tokens to all cached ones. The native kernels of the CPU read codes of 4 and 8 bits, and make no
+dense copy of them.
 """
 
 from __future__ import annotations

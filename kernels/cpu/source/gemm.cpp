@@ -74,8 +74,8 @@ void widen(const void* x, Type type, size_t start, int count, float* to) {
 float round_int8(float* x, int count, bool sums) {
   float scale = largest_magnitude(x, count) / 127;
   if (scale < SMALLEST_SCALE) scale = 0;
-  float inverse = scale == 0 ? 0 : 1 / scale;
-  for (int i = 0; i < count; i++) x[i] = std::rint(x[i] * inverse) * (sums ? 1 : scale);
+  const float divisor = scale == 0 ? 1 : scale;  // divided as the reference does: inverses round ties another way
+  for (int i = 0; i < count; i++) x[i] = std::rint(x[i] / divisor) * (sums ? 1 : scale);
   return scale;
 }
 
@@ -316,7 +316,9 @@ void multiply_floats(const Linear& linear, const void* memory, int count, float*
 
 extern const Kernel gemm{scratch, prepare_floats, multiply_floats};
 
-bool many_rows(const Linear& linear, int count) { return dequantisers[linear.kind].write && count > 8; }
+bool many_rows(const Linear& linear, int count) {
+  return dequantisers[linear.kind].write && count > (linear.kind == FACTORS ? 5 : 8);
+}
 
 void gemm_product(const Linear& linear, const void* x, void* y, int count, void* memory) {
   const Type type = (Type)linear.type;

@@ -23,17 +23,10 @@ constexpr int WIDTH = 1, HEIGHT = 6;
 constexpr int WIDTH = 1, HEIGHT = 2;
 #endif
 
-constexpr int DEPTH = 512;      // columns of a block, which stays in the second-level cache
+constexpr int DEPTH = 256;      // columns of a block, which stays in the second-level cache
 constexpr int MOST_ROWS = 240;  // whose sums stay there as well
 constexpr int WIDE = WIDTH * STRIP;
 constexpr int UNIT = 16;  // rows of a tile
-
-Form form_of(const Linear& linear) {
-#if defined(COMPRESS_PAIRS)
-  if (linear.type == BFLOAT16) return PAIRS;
-#endif
-  return SINGLES;
-}
 
 // How the columns are padded, and how the scratch memory is laid out: rows of activations, then a scale for each row.
 struct Layout {
@@ -314,9 +307,14 @@ void multiply_floats(const Linear& linear, const void* memory, int count, float*
 
 }  // namespace
 
-extern const Kernel gemm{scratch, prepare_floats, multiply_floats};
+Form form_of([[maybe_unused]] const Linear& linear) {
+#if defined(COMPRESS_PAIRS)
+  if (linear.type == BFLOAT16) return PAIRS;
+#endif
+  return SINGLES;
+}
 
-bool many_rows(const Linear& linear, int count) { return dequantisers[linear.kind].write && count > 8; }
+extern const Kernel gemm{scratch, prepare_floats, multiply_floats};
 
 void gemm_product(const Linear& linear, const void* x, void* y, int count, void* memory) {
   const Type type = (Type)linear.type;

@@ -15,7 +15,8 @@ namespace compress {
 Kernel kernels[KINDS];
 
 const Kernel& kernel_for(const Linear& linear, int count) {
-  return many_rows(linear, count) ? gemm : kernels[linear.kind];
+  const auto pays = dequantisers[linear.kind].pays;
+  return pays && pays(linear, count) ? gemm : kernels[linear.kind];
 }
 
 namespace {

@@ -80,6 +80,6 @@ def examine() -> dict[str, dict[str, Any]]:
         "packages": packages,
         "devices": devices,
         "low-bit kernels": {
-            f"{bits} bits on {device}": backend_of(device, bits) for device in devices for bits in BITS
+            f"{bits} bits on {device}": backend_of(device) for device in devices for bits in BITS
         },
     }

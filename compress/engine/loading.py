@@ -6,11 +6,13 @@ import math
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from compress.anatomy import anatomy_of
 from compress.anatomy import weight as weight_of
 from compress.engine.config import config_of
+from compress.engine.decoding import fuse
 from compress.engine.opening import open_checkpoint
 from compress.engine.saving import QUANTIZATION, Save
 from compress.engine.skeleton import skeleton
@@ -18,6 +20,8 @@ from compress.engine.weights import Weights
 from compress.errors import BadInput
 from compress.kernels.codes.integer import CHANNEL, quantize_weight
 from compress.kernels.codes.packing import BITS
+from compress.kernels.cpu.library import AUTO, use
+from compress.kernels.layers.adapted import AdaptedLinear
 from compress.kernels.layers.base import LowBitLinear
 from compress.kernels.layers.embedding import PackedEmbedding
 from compress.kernels.layers.linear import PackedLinear
@@ -37,6 +41,8 @@ def load(
     dtype: str | torch.dtype | None = None,
     memory: str | int | None = None,
     *,
+    kernel: str = AUTO,
+    activation_bits: int = 16,
     head_bits: int | None = None,
 ) -> PreTrainedModel:
     """Load a model folder, quantized or not, ready for ``generate``.
@@ -49,6 +55,11 @@ def load(
         dtype: of activations and of the weights that are not packed; None takes the one in config.json.
         memory: the largest size of the whole model, such as "90MB" or a number of bytes, for a model that is
             stored in blocks (bitstack, nested): as many blocks are read as fit. None reads all blocks.
+        kernel: what multiplies with packed weights on a CPU, in this process from now on: ``auto`` (the
+            fastest that works), ``reference`` (plain torch), ``cpu``, or ``cpu:`` and a path, such as
+            ``cpu:avx2``; ``compress-model doctor`` lists those of a machine.
+        activation_bits: 8 lets the native kernels round inputs of packed linears to 8 bits, with one scale
+            for each group of the weight; 16 keeps them as they are.
         head_bits: round the head, if it is stored dense, to so many bits; and with it the token embedding,
             if they are one table. The head is half the work of a small model at every new token. Such a
             model cannot be saved.
@@ -60,8 +71,10 @@ def load(
 
     Raises:
         BadInput: the folder is not a model, its files are damaged, the anatomy table does not know its
-            architecture, or no size of the model fits into ``memory``.
+            architecture, no size of the model fits into ``memory``, or there is no such kernel here.
+        CompressError: a kernel that was asked for by name cannot be compiled.
     """
+    use(kernel)
     whole = checkpoint = open_checkpoint(path)
     dtype = _dtype(dtype or config_of(whole).dtype or torch.float32)
     if memory is not None:
@@ -69,11 +82,13 @@ def load(
     model = assemble(checkpoint, device, dtype)
     if head_bits is not None:
         pack_head(model, head_bits)
+    round_activations(model, activation_bits)
     model.config._name_or_path = model.name_or_path = str(path)
     if (Path(path) / "generation_config.json").exists() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(path)
     if (quantization := checkpoint.config.get(QUANTIZATION)) is not None:
         setattr(model.config, QUANTIZATION, quantization)
+    fuse(model)
     linears = [module for module in model.modules() if isinstance(module, StackedLinear)]
     if linears:
         object.__setattr__(model, "resize", Resize(whole, linears, dtype, model.config))
@@ -122,12 +137,28 @@ def pack_head(model: PreTrainedModel, bits: int) -> None:
     packed = PackedLinear.from_quantized(
         quantize_weight(weight, bits, group, False, torch.float16, path), bias
     ).to(dtype=weight.dtype)
+    packed.arrange()
     embedding = model.get_input_embeddings()
     if embedding.weight is head.weight:
         scale = getattr(embedding, "embed_scale", None)
         model.set_input_embeddings(PackedEmbedding(packed, weight.dtype, scale))
     model.set_submodule(path, packed)
     _forget_packed_ties(model)
+
+
+def round_activations(model: nn.Module, bits: int) -> None:
+    """Let the native kernels of integer weights round inputs to ``bits`` bits: 8, or 16 for not at all.
+
+    Linears that round their inputs anyway, as they were trained, stay as they are.
+
+    Raises:
+        BadInput: another number.
+    """
+    if bits not in (8, 16):
+        raise BadInput(f"Inputs can have 8 or 16 bits, not {bits}.")
+    for module in model.modules():
+        if type(module) in (PackedLinear, AdaptedLinear):
+            module.activations = "int8-block" if bits == 8 else "floating"
 
 
 def _forget_packed_ties(model: PreTrainedModel) -> None:

@@ -245,6 +245,7 @@ class Weights:
             new = PackedEmbedding(packed, self.dtype, getattr(module, "embed_scale", None))
         elif (bias := self._read_bias(full, module)) is not None:
             packed.bias = bias
+        packed.arrange()
         new._forward_hooks.update(module._forward_hooks)  # such as those that quantize keys and values
         object.__setattr__(new, "stands_for", module)
         return new
@@ -261,7 +262,9 @@ class Weights:
         out, width = weight(linear).shape
         new = self.stacks.module(stored, (out, width), self.checkpoint, self._read_bias(full, linear))
         object.__setattr__(new, "stands_for", linear)
-        return new.to(self.device, self.dtype)
+        new = new.to(self.device, self.dtype)
+        new.arrange()
+        return new
 
     def _read_bias(self, full: str, linear: nn.Module) -> torch.Tensor | None:
         if not isinstance(linear.bias, torch.Tensor):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import nn
 
 from compress.kernels.codes.weight import LowBitWeight
+from compress.kernels.cpu.layout import STRIP
+from compress.kernels.cpu.library import kernel_name, library
 from compress.kernels.layers.absent import AbsentWeight
 from compress.kernels.ops import REFERENCE
 from compress.kernels.reference.ops import linear_by_rows, row_slices
@@ -118,6 +120,12 @@ class LowBitLinear(nn.Linear, ABC):
         """The rows that are dequantized together on ``device``."""
         return row_slices(self.out_features, self.in_features, device, self.row_multiple)
 
+    def arrange(self) -> None:
+        """Lay the weight out as the native kernels read it, where they are in use; nothing if it lies so.
+
+        What the layer represents, computes and stores stays the same.
+        """
+
     @property
     def weight_bytes(self) -> int:
         """Bytes that the weight takes in memory: all buffers but the bias."""
@@ -166,19 +174,57 @@ class _Product(torch.autograd.Function):
 class CodedLinear(LowBitLinear):
     """A linear whose weight is one `LowBitWeight`.
 
+    Its codes lie in rows, or, once `arrange` was called for a CPU with native kernels, in strips of 16 rows
+    (see `compress.kernels.cpu.layout`).
+
     Attributes:
         storage: how the checkpoint stores the weight; without it the state dict does not hold the weight.
+        in_strips: whether the codes lie in strips.
+        activations: how inputs are rounded before they are multiplied, where they lie so: "floating" (not
+            below their dtype), "int8-block" (int8, one scale for each group of the weight) or "int8-token"
+            (int8, one scale for each token).
     """
 
+    row_multiple = STRIP
+
     storage: Storage | None = None
+    in_strips = False
+    activations = "floating"
+
+    def arrange(self) -> None:
+        if not self.in_strips and self.device.type == "cpu" and library() is not None:
+            self.in_strips = self.to_strips()
+
+    @property
+    def kernel(self) -> str:
+        if not self.in_strips:
+            return REFERENCE
+        rounded = {"floating": "", "int8-block": " with int8 inputs", "int8-token": " with int8 tokens"}
+        return kernel_name() + rounded[self.activations]
 
     @abstractmethod
-    def quantized(self) -> LowBitWeight:
-        """The weight as codes and scales."""
+    def to_strips(self) -> bool:
+        """Put the codes into strips. False if the kernels cannot read this weight, which stays as it is."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        # Strips are for the CPU, and a function may move the weight elsewhere.
+        if arranged := self.in_strips:
+            self.fill(self.quantized())
+        super()._apply(fn, recurse)
+        if arranged:
+            self.arrange()
+        return self
+
+    @abstractmethod
+    def quantized(self, rows: slice = slice(None)) -> LowBitWeight:
+        """The weight, or some consecutive rows of it, as codes and scales."""
+
+    def dequantize_rows(self, rows: slice) -> torch.Tensor:
+        return self.quantized(rows).dequantize()
 
     @abstractmethod
     def fill(self, weight: Any) -> None:
-        """Take over a weight of the same kind and shape.
+        """Take over a weight of the same kind and shape. Its codes lie in rows then.
 
         Raises:
             ValueError: it is of another kind or shape.
@@ -190,7 +236,10 @@ class CodedLinear(LowBitLinear):
     def from_storage(self, name: str, get: Callable[[str], torch.Tensor]) -> None:
         if self.storage is not None:
             get(f"{name}.{self.storage.marker}")  # KeyError if nothing is there
+            arranged = self.in_strips
             self.fill(self.storage.read(name, get))
+            if arranged:
+                self.arrange()
 
 
 def restore_dtypes(module: nn.Module, before: Mapping[str, torch.Tensor]) -> None:

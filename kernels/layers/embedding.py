@@ -52,7 +52,7 @@ class PackedEmbedding(nn.Embedding):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Token ids [...] -> their rows [..., embedding_dim], dequantized in float32 and then rounded."""
-        rows = self.table.dequantize_rows(input.reshape(-1))
+        rows = self.table.rows_of(input.reshape(-1))
         rows = rows.to(self.like.dtype).view(*input.shape, self.embedding_dim)
         return rows if self.embed_scale is None else rows * self.embed_scale.to(rows.dtype)
 

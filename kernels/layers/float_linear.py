@@ -5,14 +5,19 @@ from __future__ import annotations
 import torch
 
 from compress.kernels.codes.floating import (
+    E2M1,
     E4M3,
     E4M3_MAX,
+    GROUP_SIZES,
     FloatType,
     FloatWeight,
     pack_nibbles,
+    real_scales,
     unpack_nibbles,
 )
+from compress.kernels.cpu.layout import groups_to_strips, rows_from_strips, to_strips
 from compress.kernels.layers.base import CodedLinear, as_bytes, check_same
+from compress.kernels.ops import packed_linear
 
 
 class FloatLinear(CodedLinear):
@@ -26,12 +31,14 @@ class FloatLinear(CodedLinear):
     codes: torch.Tensor
     scales: torch.Tensor
     global_scale: torch.Tensor | None
+    strip_scales: torch.Tensor | None
+    table: torch.Tensor | None
 
     def __init__(self, weight: FloatWeight, bias: torch.Tensor | None = None) -> None:
         out, width = weight.shape
         super().__init__(width, out, bias)
         self.float_type: FloatType = weight.type
-        for name in ("codes", "scales", "global_scale"):
+        for name in ("codes", "scales", "global_scale", "strip_scales", "table"):
             self.register_buffer(name, None, persistent=False)
         self.fill(weight)
 
@@ -41,19 +48,41 @@ class FloatLinear(CodedLinear):
         codes = weight.codes.view(torch.uint8) if weight.type == "fp8" else pack_nibbles(weight.codes)
         self.codes, self.scales = codes.contiguous(), as_bytes(weight.scales)
         self.global_scale = None if weight.global_scale is None else as_bytes(weight.global_scale)
+        self.strip_scales, self.table, self.in_strips = None, None, False
+
+    def to_strips(self) -> bool:
+        weight = self.quantized()
+        self.codes = to_strips(weight.codes.view(torch.uint8), self.bits, GROUP_SIZES[self.float_type])
+        self.strip_scales = groups_to_strips(real_scales(weight.scales, weight.global_scale))
+        self.table = None if self.float_type == "fp8" else E2M1.clone()
+        return True
 
     def quantized(self, rows: slice = slice(None)) -> FloatWeight:
         """The weight, or some rows of it."""
-        codes = self.codes[rows]
-        codes = codes.view(E4M3) if self.float_type == "fp8" else unpack_nibbles(codes)
+        if self.in_strips:
+            rows = slice(*rows.indices(self.out_features))
+            group_size = GROUP_SIZES[self.float_type]
+            codes = rows_from_strips(self.codes, self.bits, group_size, self.in_features, rows)
+        else:
+            codes = self.codes[rows] if self.float_type == "fp8" else unpack_nibbles(self.codes[rows])
+        codes = codes.view(E4M3) if self.float_type == "fp8" else codes
         global_scale = None if self.global_scale is None else self.global_scale.view(torch.float32)
         return FloatWeight(self.float_type, codes, self.scales[rows].view(self.scale_dtype), global_scale)
 
-    def dequantize_rows(self, rows: slice) -> torch.Tensor:
-        return self.quantized(rows).dequantize()
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return 8 if self.float_type == "fp8" else 4
 
     def product(self, input: torch.Tensor) -> torch.Tensor:
-        return super().product(round_tokens(input) if self.float_type == "fp8" else input)
+        input = round_tokens(input) if self.float_type == "fp8" else input
+        if self.strip_scales is None:
+            return super().product(input)
+        codes = self.codes.view(E4M3) if self.float_type == "fp8" else self.codes
+        return packed_linear(
+            *(input, codes, self.strip_scales, None, self.table, self.bias),
+            *(self.bits, GROUP_SIZES[self.float_type], self.out_features, self.activations),
+        )
 
     def details(self) -> dict[str, object]:
         return {"type": self.float_type}

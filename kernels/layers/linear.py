@@ -10,8 +10,16 @@ import torch
 from compress.kernels.codes.integer import CHANNEL, QuantizedWeight, number_of_groups
 from compress.kernels.codes.minmax import fake_quantize
 from compress.kernels.codes.packing import pack, packed_width, unpack
+from compress.kernels.cpu.layout import (
+    STRIP,
+    from_strips,
+    groups_from_strips,
+    groups_to_strips,
+    rows_from_strips,
+    to_strips,
+)
 from compress.kernels.layers.base import CodedLinear, restore_dtypes
-from compress.kernels.ops import backend_of, packed_linear
+from compress.kernels.ops import packed_linear
 from compress.kernels.reference.ops import dequantize
 
 
@@ -86,41 +94,57 @@ class PackedLinear(CodedLinear):
         given = (*weight.shape, weight.bits, weight.group_size, weight.symmetric)
         if mine != given:
             raise ValueError(f"A layer of (out, in, bits, group size, symmetric) {mine} was given {given}.")
-        self.packed = pack(weight.codes, self.bits)
+        self.packed, self.in_strips = pack(weight.codes, self.bits), False
         self.scales = weight.scales.contiguous()
         self.zeros = None if self.symmetric else weight.zeros.contiguous()
 
-    def quantized(self) -> QuantizedWeight:
-        """The weight as codes, scales and zero points."""
-        zeros = self.zeros
-        if zeros is None:
-            zeros = torch.full_like(self.scales, 2 ** (self.bits - 1), dtype=torch.uint8)
-        codes = unpack(self.packed, self.bits, self.in_features).contiguous()
-        return QuantizedWeight(codes, self.scales, zeros, self.bits, self.group_size, self.symmetric)
+    def to_strips(self) -> bool:
+        codes = unpack(self.packed, self.bits, self.in_features)
+        self.packed = to_strips(codes, self.bits, self.group_size)
+        self.scales = groups_to_strips(self.scales)
+        self.zeros = None if self.zeros is None else groups_to_strips(self.zeros)
+        return True
 
-    def dequantize_rows(self, rows: slice | torch.Tensor) -> torch.Tensor:
-        """Some rows of the weight, given as a slice or by their numbers: float32 [rows, in]."""
-        zeros = None if self.zeros is None else self.zeros[rows]
-        return dequantize(self.packed[rows], self.scales[rows], zeros, self.bits, self.in_features)
+    def quantized(self, rows: slice = slice(None)) -> QuantizedWeight:
+        """The weight, or some rows of it, as codes, scales and zero points."""
+        scales, zeros, width = self.scales, self.zeros, self.in_features
+        if self.in_strips:
+            rows = slice(*rows.indices(self.out_features))
+            codes = rows_from_strips(self.packed, self.bits, self.group_size, width, rows)
+            scales = groups_from_strips(scales, self.out_features)
+            zeros = None if zeros is None else groups_from_strips(zeros, self.out_features)
+        else:
+            codes = unpack(self.packed[rows], self.bits, width).contiguous()
+        scales = scales[rows]
+        if zeros is None:
+            zeros = torch.full_like(scales, 2 ** (self.bits - 1), dtype=torch.uint8)
+        else:
+            zeros = zeros[rows]
+        return QuantizedWeight(codes, scales, zeros, self.bits, self.group_size, self.symmetric)
+
+    def rows_of(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The rows of the weight with these numbers [n]: float32 [n, in]."""
+        if not self.in_strips:
+            zeros = None if self.zeros is None else self.zeros[numbers]
+            return dequantize(self.packed[numbers], self.scales[numbers], zeros, self.bits, self.in_features)
+        strips, lanes = numbers // STRIP, numbers % STRIP
+        count, chosen = len(numbers), torch.arange(len(numbers), device=numbers.device)
+        shape = (count, STRIP, self.in_features)
+        codes = from_strips(
+            self.packed[strips], self.bits, self.group_size, count * STRIP, self.in_features
+        ).view(shape)[chosen, lanes]
+        zeros = None if self.zeros is None else self.zeros[strips, :, lanes]
+        scales = self.scales[strips, :, lanes]
+        if zeros is None:
+            zeros = torch.full_like(scales, 2 ** (self.bits - 1), dtype=torch.uint8)
+        return QuantizedWeight(codes, scales, zeros, self.bits, self.group_size, self.symmetric).dequantize()
 
     def product(self, input: torch.Tensor) -> torch.Tensor:
         """The result of `forward`, without gradient, by the operator."""
         return packed_linear(
-            input,
-            self.packed,
-            self.scales,
-            self.zeros,
-            None,
-            self.bias,
-            self.bits,
-            self.group_size,
-            self.out_features,
+            *(input, self.packed, self.scales, self.zeros, None, self.bias),
+            *(self.bits, self.group_size, self.out_features, self.activations),
         )
-
-    @property
-    def kernel(self) -> str:
-        """The backend that runs this layer where it is."""
-        return backend_of(self.packed.device, self.bits)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         before = {"scales": self.scales}
@@ -143,8 +167,15 @@ class TokenQuantizedLinear(PackedLinear):
 
     activation_bits: int
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return super().forward(fake_quantize(input, self.activation_bits))
+    def to_strips(self) -> bool:
+        if self.activation_bits == 8:
+            self.activations = "int8-token"
+        return super().to_strips()
+
+    def product(self, input: torch.Tensor) -> torch.Tensor:
+        if not self.in_strips or self.activations == "floating":  # else the kernel rounds them
+            input = fake_quantize(input, self.activation_bits)
+        return super().product(input)
 
     def details(self) -> dict[str, object]:
         return {**super().details(), "activation_bits": self.activation_bits}

@@ -11,7 +11,12 @@ from compress.kernels.codes.nf4 import (
     pack_high_first,
     unpack_high_first,
 )
+from compress.kernels.cpu.layout import groups_to_strips, rows_from_strips, to_strips
 from compress.kernels.layers.base import CodedLinear, as_bytes, check_same
+from compress.kernels.ops import packed_linear
+
+BITS = 4
+"""Bits of a code."""
 
 NESTED = ("nested_absmax", "nested_levels", "nested_mean")
 """Buffers that say how scales are decoded which are quantized themselves."""
@@ -24,16 +29,16 @@ class NF4Linear(CodedLinear):
     them as they are. Scales that are quantized themselves stay so.
     """
 
-    row_multiple = 2  # because a byte holds two codes, and an odd row may end inside one
-
     codes: torch.Tensor
     absmax: torch.Tensor
     levels: torch.Tensor
+    strip_scales: torch.Tensor | None
+    table: torch.Tensor | None
 
     def __init__(self, weight: NF4Weight, bias: torch.Tensor | None = None) -> None:
         out, width = weight.shape
         super().__init__(width, out, bias)
-        for name in ("codes", "absmax", "levels", *NESTED):
+        for name in ("codes", "absmax", "levels", "strip_scales", "table", *NESTED):
             self.register_buffer(name, None, persistent=False)
         self.fill(weight)
 
@@ -44,12 +49,34 @@ class NF4Linear(CodedLinear):
         self.absmax, self.levels = as_bytes(weight.absmax), as_bytes(weight.levels)
         for name, tensor in zip(NESTED, weight.nested or (None, None, None), strict=True):
             setattr(self, name, None if tensor is None else as_bytes(tensor))
+        self.strip_scales, self.table, self.in_strips = None, None, False
+
+    def to_strips(self) -> bool:
+        if self.in_features % BLOCK_SIZE:  # then a block lies in two rows
+            return False
+        weight = self.quantized()
+        self.codes = to_strips(weight.codes, BITS, BLOCK_SIZE)
+        self.strip_scales = groups_to_strips(weight.scales.view(self.out_features, -1))
+        self.table = weight.levels.clone()
+        return True
+
+    def product(self, input: torch.Tensor) -> torch.Tensor:
+        if self.strip_scales is None:
+            return super().product(input)
+        return packed_linear(
+            *(input, self.codes, self.strip_scales, None, self.table, self.bias),
+            *(BITS, BLOCK_SIZE, self.out_features, self.activations),
+        )
 
     def quantized(self, rows: slice = slice(None)) -> NF4Weight:
         """The weight, or some rows of it, which begin with an even one."""
         start, stop, _ = rows.indices(self.out_features)
         first, last = start * self.in_features, stop * self.in_features
-        codes = unpack_high_first(self.codes[first // 2 : -(-last // 2)], (stop - start, self.in_features))
+        if self.in_strips:
+            codes = rows_from_strips(self.codes, BITS, BLOCK_SIZE, self.in_features, slice(start, stop))
+        else:
+            shape = (stop - start, self.in_features)
+            codes = unpack_high_first(self.codes[first // 2 : -(-last // 2)], shape)
         blocks = slice(first // BLOCK_SIZE, -(-last // BLOCK_SIZE))
         nested = self._nested(blocks)
         absmax = self.absmax.view(torch.float32) if nested is None else self.absmax
@@ -69,6 +96,3 @@ class NF4Linear(CodedLinear):
             return None
         scales, levels, mean = (self.get_buffer(name).view(torch.float32) for name in NESTED)
         return scales[blocks.start // NESTED_BLOCK_SIZE : -(-blocks.stop // NESTED_BLOCK_SIZE)], levels, mean
-
-    def dequantize_rows(self, rows: slice) -> torch.Tensor:
-        return self.quantized(rows).dequantize()

@@ -9,15 +9,15 @@ constexpr int chunk_of(int bits) { return wide_plane(bits) == bits ? 16 : 32; }
 constexpr uint32_t in_each_byte(int value) { return value * 0x01010101u; }
 
 // The codes of columns 4 at to 4 at + 3 of a chunk, one row in a lane, each shifted left by SHIFT.
-template <int BITS, int CHUNK, int SHIFT = 0>
-COMPRESS_INLINE Words codes_at(const uint8_t* lines, int at) {
+template <int BITS, int CHUNK, int SHIFT = 0, class Lines>
+COMPRESS_INLINE Words codes_at(const Lines& line, int at, int first = 0) {
   constexpr int WIDE = wide_plane(BITS), FIELDS = 8 / WIDE;
-  Words word = load<Words>(lines + 64 * (at / FIELDS));
+  Words word = line(first + at / FIELDS);
   int right = WIDE * (at % FIELDS) - SHIFT;
   word = right > 0 ? word >> right : word << -right;
   word &= in_each_byte(((1 << WIDE) - 1) << SHIFT);
   if constexpr (WIDE < BITS)
-    word |= codes_at<BITS - WIDE, CHUNK, SHIFT + WIDE>(lines + 64 * (CHUNK / (4 * FIELDS)), at);
+    word |= codes_at<BITS - WIDE, CHUNK, SHIFT + WIDE>(line, at, first + CHUNK / (4 * FIELDS));
   return word;
 }
 

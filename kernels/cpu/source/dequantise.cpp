@@ -91,7 +91,7 @@ void write_form(const Linear& linear, int strip, int from, int to, char* block) 
       }
 #pragma GCC unroll 8
       for (int at = 0; at < CHUNK / 4; at++) {
-        Words codes = codes_at<Values::WIDTH, CHUNK>(chunk, at);
+        Words codes = codes_at<Values::WIDTH, CHUNK>([&](int line) { return load<Words>(chunk + 64 * line); }, at);
         Floats four[4] = {scales * values.template value<0>(codes), scales * values.template value<1>(codes),
                           scales * values.template value<2>(codes), scales * values.template value<3>(codes)};
         store_four<form>(four, line);

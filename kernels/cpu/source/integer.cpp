@@ -55,28 +55,29 @@ size_t scratch(const Linear& linear, int count) {
 // Write one block of one row as digits, the highest first: x[word][digit][row of M].
 template <int DIGITS>
 void write_digits(const float* from, int columns, int chunk, float inverse, int M, int32_t* sums, uint32_t* x) {
-  typedef int8_t Bytes __attribute__((vector_size(LANES)));
   Ints total[DIGITS] = {};
   for (int at = 0; at < columns; at += chunk) {
-    float padded[32] = {};
-    std::memcpy(padded, from + at, 4 * std::min(chunk, columns - at));
+    float padded[32];
+    const float* source = from + at;
+    if (columns - at < chunk) {
+      std::fill(padded, padded + chunk, 0.0f);
+      source = std::copy(source, from + columns, padded) - (columns - at);
+    }
     for (int i = 0; i < chunk; i += LANES, x += LANES / 4 * DIGITS * M) {
-      Ints whole = rounded(load<Floats>(padded + i) * inverse);
+      Ints whole = rounded(load<Floats>(source + i) * inverse);
+#pragma GCC unroll 3
       for (int digit = DIGITS - 1; digit >= 0; digit--) {
         Ints low = (whole << 24) >> 24;
         total[digit] += low;
         whole = (whole - low) >> 8;
-        Bytes bytes = __builtin_convertvector(low, Bytes);
         uint32_t words[LANES / 4];
-        store(words, bytes);
+        store_bytes(words, low);
+#pragma GCC unroll 4
         for (int word = 0; word < LANES / 4; word++) x[(word * DIGITS + digit) * M] = words[word];
       }
     }
   }
-  for (int digit = 0; digit < DIGITS; digit++) {
-    sums[digit * M] = 0;
-    for (int lane = 0; lane < LANES; lane++) sums[digit * M] += total[digit][lane];
-  }
+  for (int digit = 0; digit < DIGITS; digit++) sums[digit * M] = sum_of(total[digit]);
 }
 
 // What the largest activation becomes. With three digits it stays below the limit, because the quotient is rounded.
@@ -164,21 +165,22 @@ void multiply_strip(const Linear& linear, const Levels& levels, const Block* blo
     const size_t row = (strip * groups + blocks[b].group) * STRIP;
     for (int v = 0; v < VECTORS; v++) {
       Ints zeros = Ints{} + (L ? levels.zero : 1 << (BITS - 1));
-      if (!L && linear.zeros) {
-        typedef uint8_t Bytes __attribute__((vector_size(LANES)));
-        zeros = __builtin_convertvector(load<Bytes>(linear.zeros + row + v * LANES), Ints);
-      }
+      if (!L && linear.zeros) zeros = from_bytes(linear.zeros + row + v * LANES);
       Ints acc[COPIES][D][X][M] = {};
       for (int j = 0; j < X; j++)
         for (int m = 0; m < M; m++) acc[0][0][j][m] = zeros * -sums[(b * X + j) * M + m];
       for (int c = 0; c < chunks; c++) {
-        const uint8_t* chunk = lines + c * BYTES + v * 4 * LANES;
+        const uint8_t* from = lines + c * BYTES + v * 4 * LANES;
         const uint32_t* words = x + c * (CHUNK / 4) * X * M;
-        if (v == 0)
-          for (int line = 0; line < BYTES; line += 64) __builtin_prefetch(chunk + AHEAD + line);
+        Words chunk[BYTES / 64];
+#pragma GCC unroll 8
+        for (int line = 0; line < BYTES / 64; line++) {
+          chunk[line] = load<Words>(from + 64 * line);
+          if (v == 0) __builtin_prefetch(from + AHEAD + 64 * line);
+        }
 #pragma GCC unroll 8
         for (int at = 0; at < CHUNK / 4; at++) {
-          Words codes = codes_at<BITS, CHUNK>(chunk, at);
+          Words codes = codes_at<BITS, CHUNK>([&](int line) { return chunk[line]; }, at);
 #pragma GCC unroll 3
           for (int i = 0; i < D; i++) {
             Words level = L ? look_up(levels.digit[i], codes) : codes;

@@ -34,7 +34,8 @@ constexpr int MOST_BLOCKS = 32;
 struct Linear {
   int32_t kind, rows, columns;
   int32_t bits;                      // of a code
-  int32_t group;                     // columns that share a scale; the last group may be shorter
+  int32_t group;                     // columns that share a scale; the last group may be shorter. DENSE: how far
+                                     // columns are apart: 1, or `rows` if the weight is stored [columns, rows]
   int32_t scale_type;                // Type of scales, or of the weight itself if it is DENSE
   int32_t activations;               // Activations
   int32_t type;                      // Type of the model: inputs have it, and results are rounded to it by the caller

@@ -109,7 +109,7 @@ def test_a_layer_says_what_it_is():
     assert repr(layer) == (
         "PackedLinear(in_features=96, out_features=40, bits=3, group_size=32, symmetric=True, bias=True)"
     )
-    assert layer.kernel == backend_of("cpu", 3) == "reference"
+    assert layer.kernel == backend_of("meta") == "reference"  # as long as its codes lie in rows
     assert list(layer.state_dict()) == ["bias"]  # how a weight is stored is known to the checkpoint only
     assert list(layer.parameters()) == []
 

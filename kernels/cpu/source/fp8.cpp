@@ -17,8 +17,7 @@ constexpr float UNIT = 256;
 COMPRESS_INLINE Floats numbers_at(Words words, int at) {
   Words top = words << (24 - 8 * at);
   Floats normal = (Floats)(((top >> 4) & 0x07f00000) | 0x38000000);
-  Floats subnormal = normal * 2 - 0x1p-14f;
-  Floats magnitude = subnormal < normal ? subnormal : normal;
+  Floats magnitude = smaller(normal, normal * 2 - 0x1p-14f);
   return (Floats)((Words)magnitude | (top & 0x80000000));
 }
 

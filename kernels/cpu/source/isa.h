@@ -116,6 +116,16 @@ COMPRESS_INLINE Ints rounded(Floats x) {
 #endif
 }
 
+COMPRESS_INLINE Floats smaller(Floats a, Floats b) {
+#if defined(COMPRESS_AVX512)
+  return (Floats)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(COMPRESS_AVX2)
+  return (Floats)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 COMPRESS_INLINE int32_t sum_of(Ints values) {
 #if defined(COMPRESS_AVX512)
   return _mm512_reduce_add_epi32((__m512i)values);

@@ -1,7 +1,7 @@
 """Products with many rows, whose blocks are dequantised first: every path of this machine against float64.
 
-``compress_linear_by`` runs them for any number of rows; which of the kernels `packed_linear` takes is a question of
-speed. AMX is tried with tiles made of plain memory where the processor has AVX-512 but no tiles.
+``compress_linear_by`` runs them for any number of rows; which of the kernels `packed_linear` takes is a
+question of speed. AMX is tried with tiles made of plain memory.
 """
 
 from __future__ import annotations

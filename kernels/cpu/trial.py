@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -43,14 +44,14 @@ def try_path(path: str) -> None:
         use(AUTO)
 
 
-def _cases() -> Iterator[tuple[str, tuple[torch.Tensor | int | None, ...], torch.dtype, int]]:
+def _cases() -> Iterator[tuple[str, tuple[Any, ...], torch.dtype, int]]:
     for name, weight in _weights():
         for dtype in TOLERANCE:
             for rows in ROWS:
                 yield name, weight, dtype, rows
 
 
-def _weights() -> Iterator[tuple[str, tuple[torch.Tensor | int | None, ...]]]:
+def _weights() -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Names and weights, as `packed_linear` takes them: codes, scales, zero points, table, bias, bits."""
     generator = torch.Generator().manual_seed(0)
     per_group = (OUT, groups_of(WIDTH, GROUP_SIZE))

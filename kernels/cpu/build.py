@@ -77,8 +77,10 @@ def find_compiler() -> tuple[str, ...] | None:
 def compiler_version() -> str | None:
     """The C++ compiler and what it says about itself; None if there is none that runs."""
     compiler = find_compiler()
+    if compiler is None:
+        return None
     try:
-        return compiler and f"{' '.join(compiler)}: {_version(compiler)}"
+        return f"{' '.join(compiler)}: {_version(compiler)}"
     except NotBuilt:
         return None
 

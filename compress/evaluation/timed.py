@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from compress.errors import BadInput, CompressError
-from compress.system.memory import parse_memory, peak_memory
+from compress.errors import CompressError
+from compress.system.memory import peak_memory
 
 if TYPE_CHECKING:
     import torch
@@ -56,15 +56,8 @@ class Settings(BaseModel):
     def load(self, folder: str | Path) -> PreTrainedModel:
         """The model of a folder, loaded and run in this way by this process."""
         import compress
-        from compress.kernels.cpu.library import use
 
-        if self.activation_bits != 16:
-            raise BadInput("The kernels of this version take inputs of 16 bits only.")
-        use(self.kernel)
-        memory = None if self.memory is None else parse_memory(self.memory)
-        return compress.load(
-            folder, device=self.device, dtype=self.dtype, memory=memory, head_bits=self.head_bits
-        )
+        return compress.load(folder, **self.model_dump(exclude={"threads"}))
 
 
 class Timed:

@@ -26,7 +26,7 @@ ACTIVATIONS = {"floating": 0, "int8-block": 1, "int8-token": 2}
 class Linear(ctypes.Structure):
     """``Linear`` of source/product.h, which says what the fields mean."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("kind", c_int32),
         ("rows", c_int32),
         ("columns", c_int32),
@@ -154,6 +154,6 @@ def product_of(check: Callable[..., None], input: torch.Tensor, packed: torch.Te
         return found[0]
     check(input, packed, *rest)
     product = Product(input, packed, *rest)
-    # No other tensor can get one of these ids: the others live as long as the entry, and that as the packed one.
+    # No other tensor can get one of these ids: the entry goes with the packed tensor, and holds the others.
     _PRODUCTS[key] = product, (rest[:4], weakref.ref(packed, lambda _: _PRODUCTS.pop(key)))
     return product

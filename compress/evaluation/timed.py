@@ -54,10 +54,19 @@ class Settings(BaseModel):
     threads: PositiveInt | None = Field(None, description="None: torch decides")
 
     def load(self, folder: str | Path) -> PreTrainedModel:
-        """The model of a folder, loaded and run in this way by this process."""
-        import compress
+        """The model of a folder, loaded and run in this way by this process.
 
-        return compress.load(folder, **self.model_dump(exclude={"threads"}))
+        With ``auto``, a model without packed weights runs as stock transformers runs it, so that what is packed
+        is compared with what users have today. A kernel that is named runs in any case.
+        """
+        import compress
+        from compress.engine.opening import open_checkpoint
+
+        given = self.model_dump(exclude={"threads"})
+        packed = self.head_bits is not None or "quantization_config" in open_checkpoint(folder).config
+        if self.kernel == "auto" and not packed:
+            given["kernel"] = "reference"
+        return compress.load(folder, **given)
 
 
 class Timed:

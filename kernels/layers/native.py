@@ -37,7 +37,9 @@ def native_linear(module: nn.Module, dtype: torch.dtype) -> Linear | None:
     ):
         tensors = (module.packed, module.scales, module.zeros, None)
         return _strips(module, tensors, module.bits, module.group_size, dtype)
-    if isinstance(module, FloatLinear) and module.float_type != "fp8":  # else inputs are rounded to E4M3 before
+    if (
+        isinstance(module, FloatLinear) and module.float_type != "fp8"
+    ):  # else inputs are rounded to E4M3 before
         tensors = (module.codes, module.strip_scales, None, module.table)
         return _strips(module, tensors, module.bits, GROUP_SIZES[module.float_type], dtype)
     if isinstance(module, NF4Linear):

@@ -153,11 +153,13 @@ class DecoderPlan:
         anatomy, shape = self._anatomy, self._shapes[index]
         to.kind, to.norm_first, to.parallel = self.kinds[index], anatomy.norm_first, anatomy.parallel_residual
         to.groups, to.width = self.cached[index]
-        rows = projection_rows(config, index)
+        rows, hidden = projection_rows(config, index), sizes_of(config).hidden_size
+        for name in ("attention_norm", "mlp_norm"):
+            setattr(to, name, self._norm(layer, getattr(anatomy, name), hidden))
         if shape.num_attention_heads:
-            self._describe_attention(to, layer, rows, sizes_of(config).hidden_size)
+            self._describe_attention(to, layer, rows, hidden)
         if shape.intermediate_size:
-            self._describe_mlp(to, layer, rows, sizes_of(config).hidden_size)
+            self._describe_mlp(to, layer, rows, hidden)
 
     def _describe_attention(
         self, to: native.Layer, layer: nn.Module, rows: dict[str, Tensor], hidden: int
@@ -176,7 +178,6 @@ class DecoderPlan:
         self._describe_inputs(to, layer, roles, rows, hidden, ("project", "project_bias", "projections"))
         self._describe_output(to, layer, anatomy.attention_output, rows["query"].numel(), hidden, "output")
         for name, width in (
-            ("attention_norm", hidden),
             ("post_attention_norm", hidden),
             ("query_norm", self.head_dim),
             ("key_norm", self.head_dim),
@@ -194,7 +195,6 @@ class DecoderPlan:
         roles = ("up",) if anatomy.gate is None else ("gate", "up")
         self._describe_inputs(to, layer, roles, rows, hidden, ("input", "input_bias", "inputs"))
         self._describe_output(to, layer, anatomy.down, to.neurons, hidden, "down")
-        to.mlp_norm = self._norm(layer, anatomy.mlp_norm, hidden)
         to.post_mlp_norm = self._norm(layer, anatomy.post_mlp_norm, hidden)
 
     def _describe_inputs(

@@ -226,9 +226,11 @@ class Worker {
   void pass(const Layer& layer, int index) {
     if (layer.parallel) return pass_parallel(layer, index);
     attention(layer, index);
-    if (layer.heads) join(layer.attention_norm, layer.norm_first);
+    if (layer.heads) add(hidden_, branch_);
+    if (!layer.norm_first) normalize_rows(layer.attention_norm, hidden_, hidden_);  // also where its block was removed
     mlp(layer);
-    if (layer.neurons) join(layer.mlp_norm, layer.norm_first);
+    if (layer.neurons) add(hidden_, branch_);
+    if (!layer.norm_first) normalize_rows(layer.mlp_norm, hidden_, hidden_);
   }
 
   void pass_parallel(const Layer& layer, int index) {
@@ -237,12 +239,6 @@ class Worker {
     mlp(layer);
     if (layer.heads && layer.neurons) add(branch_, kept_);
     add(hidden_, layer.neurons ? branch_ : kept_);
-  }
-
-  // The residual sum behind a block.
-  void join(const Norm& norm, bool norm_first) {
-    add(hidden_, branch_);
-    if (!norm_first) normalize_rows(norm, hidden_, hidden_);
   }
 
   void add(float* to, const float* what) {

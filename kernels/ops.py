@@ -1,27 +1,25 @@
 """The operators: their schemas and shape rules. Each backend implements them in a file of its own.
 
-``torch.ops.compress.packed_linear`` is x Ŵᵀ + bias, where Ŵ = s · (q − z), or s · table[q], stays packed. The
-dtype of ``packed`` says how the codes lie:
+``torch.ops.compress.packed_linear`` is x Ŵᵀ + bias, where Ŵ = s · (q − z) or s · table[q] stays packed.
+Weights come in one of two layouts, which the dtype of ``packed`` tells apart:
 
-- int32: in rows. The codes of an output row are a dense little-endian bit stream along the input axis (see
-  `compress.kernels.codes.packing`). Every device multiplies with these, in plain torch.
-- uint8, or float8_e4m3fn for numbers in E4M3: in strips of 16 rows (see `compress.kernels.cpu.layout`), which
-  the native kernels of CPUs read.
+- int32: canonical rows. The codes of an output row are a dense little-endian bit stream along the input axis
+  (see `compress.kernels.codes.packing`). All devices read it, in plain torch.
+- uint8, or float8_e4m3fn for codes of E4M3: strips of 16 rows (see `compress.kernels.cpu.layout`), for the
+  native kernels of the CPU. The reference reads them as well.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from compress.kernels.codes.packing import packed_width
-from compress.kernels.cpu import ops as cpu
+from compress.kernels.codes.packing import BITS, packed_width
+from compress.kernels.cpu import linear as cpu
 from compress.kernels.cpu.layout import STRIP, groups_of, strip_bytes, strips_of
-from compress.kernels.cpu.library import REFERENCE, kernel_name
+from compress.kernels.cpu.library import REFERENCE, kernel_name, library
 from compress.kernels.reference import ops as reference
-
-ACTIVATIONS = ("floating", "int8-block", "int8-token")
-"""How inputs are rounded before they are multiplied: not below their dtype; to int8 with one scale for each
-group of the weight; to int8 with one scale for each token."""
 
 # Library.define costs half as much per call as custom_op. That matters: every token goes through 200 linears.
 LIBRARY = torch.library.Library("compress", "DEF")
@@ -44,11 +42,13 @@ def _packed_linear_shape(
     out_features: int,
     activations: str,
 ) -> torch.Tensor:
-    _check(input, packed, scales, zeros, table, bias, bits, group_size, out_features, activations)
+    check_packed_linear(
+        input, packed, scales, zeros, table, bias, bits, group_size, out_features, activations
+    )
     return input.new_empty((*input.shape[:-1], out_features))
 
 
-def _check(
+def check_packed_linear(
     input: torch.Tensor,
     packed: torch.Tensor,
     scales: torch.Tensor,
@@ -60,50 +60,62 @@ def _check(
     out_features: int,
     activations: str,
 ) -> None:
-    """Raise a ValueError if the arguments of `packed_linear` do not fit together."""
-    width, groups = input.shape[-1], groups_of(input.shape[-1], group_size)
-    in_rows = packed.dtype == torch.int32
-    strips = strips_of(out_features)
-    codes = (
-        (out_features, packed_width(width, bits))
-        if in_rows
-        else (strips, strip_bytes(width, bits, group_size))
-    )
-    per_group = (out_features, groups) if in_rows else (strips, groups, STRIP)
-    if not 2 <= bits <= 8 or activations not in ACTIVATIONS or not input.is_floating_point():
-        raise ValueError(f"There is no product of {input.dtype} and {bits} bits with {activations} inputs.")
-    for name, tensor, shape, dtypes in (
-        ("packed", packed, codes, (torch.int32, torch.uint8, torch.float8_e4m3fn)),
-        ("scales", scales, per_group, (torch.float16, torch.bfloat16, torch.float32)),
-        ("zeros", zeros, per_group, (torch.uint8,)),
-        ("table", table, (2**bits,), (torch.float32,)),
-        ("bias", bias, (out_features,), (input.dtype,)),
-    ):
-        if tensor is not None and (tensor.shape != shape or tensor.dtype not in dtypes):
-            raise ValueError(
-                f"'{name}' is {tensor.dtype} {list(tensor.shape)} where {' or '.join(map(str, dtypes))} "
-                f"{list(shape)} was expected."
-            )
+    """Make sure that the arguments of `packed_linear` fit together.
+
+    Raises:
+        ValueError: they do not.
+    """
+    width = input.shape[-1]
+    e4m3 = packed.dtype == torch.float8_e4m3fn
+    if activations not in cpu.ACTIVATIONS:
+        raise ValueError(f"Activations are one of {', '.join(cpu.ACTIVATIONS)}, not '{activations}'.")
+    if bits not in BITS or (e4m3 and bits != 8) or (table is not None and bits not in (2, 4)):
+        kind = "E4M3" if e4m3 else "integers" if table is None else "a table"
+        raise ValueError(f"There are no codes of {bits} bits for {kind}.")
+    if group_size != -1 and group_size < 1:
+        raise ValueError(f"A group has at least one column, not {group_size}; −1 stands for a whole row.")
+    if table is not None and zeros is not None:
+        raise ValueError("A table has no zero points.")
+    groups = groups_of(width, group_size)
+    if packed.dtype == torch.int32:
+        if width % groups:
+            raise ValueError(f"Groups of {group_size} do not divide rows of {width} columns.")
+        expect("packed", packed, (out_features, packed_width(width, bits)), torch.int32)
+        per_group: tuple[int, ...] = (out_features, groups)
+    else:
+        shape = (strips_of(out_features), strip_bytes(width, bits, group_size))
+        expect("packed", packed, shape, torch.uint8, torch.float8_e4m3fn)
+        per_group = (strips_of(out_features), groups, STRIP)
+    expect("scales", scales, per_group, *cpu.TYPES)
+    expect("zeros", zeros, per_group, torch.uint8)
+    expect("table", table, (2**bits,), torch.float32)
+    expect("bias", bias, (out_features,), *cpu.TYPES, input.dtype)
+    if not input.is_floating_point():
+        raise ValueError(f"The input is {input.dtype}, not floating point.")
 
 
-def _packed_linear_cpu(
-    input: torch.Tensor,
-    packed: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    table: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    bits: int,
-    group_size: int,
-    out_features: int,
-    activations: str,
-) -> torch.Tensor:
-    """The native kernels where they are in use, for strips; else plain torch."""
-    arguments = (input, packed, scales, zeros, table, bias, bits, group_size, out_features, activations)
-    if packed.dtype != torch.int32 and kernel_name() != REFERENCE and cpu.can_multiply(input.dtype):
-        _check(*arguments)
-        return cpu.packed_linear(*arguments)
-    return reference.packed_linear(*arguments)
+def expect(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
+    """Make sure that a tensor, if there is one, has a shape and one of some dtypes.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if tensor is None:
+        return
+    if tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"'{name}' has the shape {tuple(tensor.shape)}, but {shape} fits the other arguments."
+        )
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"'{name}' is {tensor.dtype}, but should be {' or '.join(map(str, dtypes))}.")
+
+
+def _packed_linear_cpu(input: torch.Tensor, packed: torch.Tensor, *rest: Any) -> torch.Tensor:
+    native = library() if packed.dtype != torch.int32 and input.dtype in cpu.TYPES else None
+    if native is None:
+        check_packed_linear(input, packed, *rest)
+        return reference.packed_linear(input, packed, *rest)
+    return cpu.product_of(check_packed_linear, input, packed, *rest)(input, native)
 
 
 LIBRARY.impl("packed_linear", reference.packed_linear, "CompositeExplicitAutograd")
@@ -126,18 +138,23 @@ def packed_linear(
 
     Args:
         input: [..., in], floating point; the result has its dtype.
-        packed: the codes: in rows, int32 [out, ceil(in·bits/32)], or in strips, [strips, bytes of a strip].
-        scales: floating point, [out, groups]; of strips [strips, groups, 16].
-        zeros: uint8 in the shape of ``scales``; None stands for 2^(bits−1) everywhere.
-        table: float32 [2^bits], the numbers that codes stand for, in place of q − z.
+        packed: int32 [out, ceil(in·bits/32)], or [strips, bytes of a strip] in uint8 or float8_e4m3fn.
+        scales: floating point [out, groups], or [strips, groups, 16].
+        zeros: uint8, in the shape of ``scales``; None stands for 2^(bits−1) everywhere.
+        table: the numbers that the codes stand for, float32 [2^bits], for codes of 2 and 4 bits; or None.
         bias: [out] in the dtype of ``input``, or None.
-        bits: 2 to 8.
-        group_size: values in a group along the input axis; −1 for a whole row.
-        out_features: rows of the weight.
-        activations: how inputs are rounded, see `ACTIVATIONS`.
+        bits: of a code, from 2 to 8.
+        group_size: columns that share a scale; −1 for a whole row. It divides ``in`` in canonical rows; in
+            strips the last group may be shorter.
+        out_features: out.
+        activations: ``floating``, or how inputs are rounded to int8 first, with a scale max|x| / 127 for each
+            group of the weight (``int8-block``) or for each row (``int8-token``).
 
     Returns:
         [..., out].
+
+    Raises:
+        ValueError: the arguments do not fit together.
     """
     return torch.ops.compress.packed_linear(
         input, packed, scales, zeros, table, bias, bits, group_size, out_features, activations
@@ -145,5 +162,5 @@ def packed_linear(
 
 
 def backend_of(device: str | torch.device) -> str:
-    """The name of the backend that runs linears over codes on ``device``."""
+    """The name of the backend that multiplies with codes on ``device``."""
     return kernel_name() if torch.device(device).type == "cpu" else REFERENCE

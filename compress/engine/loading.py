@@ -21,10 +21,9 @@ from compress.errors import BadInput
 from compress.kernels.codes.integer import CHANNEL, quantize_weight
 from compress.kernels.codes.packing import BITS
 from compress.kernels.cpu.library import AUTO, use
-from compress.kernels.layers.adapted import AdaptedLinear
 from compress.kernels.layers.base import LowBitLinear
 from compress.kernels.layers.embedding import PackedEmbedding
-from compress.kernels.layers.linear import PackedLinear
+from compress.kernels.layers.linear import PackedLinear, TokenQuantizedLinear
 from compress.kernels.layers.stacked import StackedLinear
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.formats.stacks import counts_after, prefix, sizes, stack_of, steps_within
@@ -157,7 +156,7 @@ def round_activations(model: nn.Module, bits: int) -> None:
     if bits not in (8, 16):
         raise BadInput(f"Inputs can have 8 or 16 bits, not {bits}.")
     for module in model.modules():
-        if type(module) in (PackedLinear, AdaptedLinear):
+        if isinstance(module, PackedLinear) and not isinstance(module, TokenQuantizedLinear):
             module.activations = "int8-block" if bits == 8 else "floating"
 
 

@@ -76,9 +76,7 @@ def load(path: str) -> ctypes.CDLL:
         if path not in _State.loaded:
             try:
                 with built(path) as file:
-                    found = ctypes.CDLL(str(file))
-                found.compress_linear.argtypes = (ctypes.c_void_p,) * 3 + (ctypes.c_int32,)
-                _State.loaded[path] = found
+                    _State.loaded[path] = ctypes.CDLL(str(file))
             except (OSError, CompressError) as error:  # as in a folder from which nothing may be executed
                 _State.loaded[path] = NotBuilt(str(error).rstrip("."))
         found = _State.loaded[path]

@@ -236,7 +236,10 @@ class CodedLinear(LowBitLinear):
     def from_storage(self, name: str, get: Callable[[str], torch.Tensor]) -> None:
         if self.storage is not None:
             get(f"{name}.{self.storage.marker}")  # KeyError if nothing is there
+            arranged = self.in_strips
             self.fill(self.storage.read(name, get))
+            if arranged:
+                self.arrange()
 
 
 def restore_dtypes(module: nn.Module, before: Mapping[str, torch.Tensor]) -> None:

@@ -52,7 +52,7 @@ class FloatLinear(CodedLinear):
 
     def to_strips(self) -> bool:
         weight = self.quantized()
-        self.codes = to_strips(weight.codes, self.bits, GROUP_SIZES[self.float_type])
+        self.codes = to_strips(weight.codes.view(torch.uint8), self.bits, GROUP_SIZES[self.float_type])
         self.strip_scales = groups_to_strips(real_scales(weight.scales, weight.global_scale))
         self.table = None if self.float_type == "fp8" else E2M1.clone()
         return True
@@ -64,8 +64,8 @@ class FloatLinear(CodedLinear):
             group_size = GROUP_SIZES[self.float_type]
             codes = rows_from_strips(self.codes, self.bits, group_size, self.in_features, rows)
         else:
-            codes = self.codes[rows]
-            codes = codes.view(E4M3) if self.float_type == "fp8" else unpack_nibbles(codes)
+            codes = self.codes[rows] if self.float_type == "fp8" else unpack_nibbles(self.codes[rows])
+        codes = codes.view(E4M3) if self.float_type == "fp8" else codes
         global_scale = None if self.global_scale is None else self.global_scale.view(torch.float32)
         return FloatWeight(self.float_type, codes, self.scales[rows].view(self.scale_dtype), global_scale)
 
@@ -78,8 +78,9 @@ class FloatLinear(CodedLinear):
         input = round_tokens(input) if self.float_type == "fp8" else input
         if self.strip_scales is None:
             return super().product(input)
+        codes = self.codes.view(E4M3) if self.float_type == "fp8" else self.codes
         return packed_linear(
-            *(input, self.codes, self.strip_scales, None, self.table, self.bias),
+            *(input, codes, self.strip_scales, None, self.table, self.bias),
             *(self.bits, GROUP_SIZES[self.float_type], self.out_features, self.activations),
         )
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from compress.kernels.codes.packing import unpack
-from compress.kernels.cpu.layout import STRIP, groups_from_strips, rows_from_strips
+from compress.kernels.cpu.layout import STRIP, from_strips, groups_from_strips
 
 WEIGHTS_AT_ONCE = 1 << 18
 """Weights that are dequantized at once on a CPU: 1 MiB in float32, which stays in its second-level cache."""
@@ -56,13 +56,68 @@ def linear_by_rows(
 
 
 def dequantize(
-    packed: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bits: int, width: int
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bits: int,
+    width: int,
+    table: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """s · (q − z) in float32 [out, width], from the canonical layout (see `compress.kernels.ops`)."""
+    """s · (q − z), or s · table[q], in float32 [out, width], from the canonical layout.
+
+    Arguments as for `compress.kernels.ops.packed_linear`.
+    """
     out, groups = scales.shape
-    levels = unpack(packed, bits, width).to(torch.float32).view(out, groups, -1)
-    levels.sub_(2 ** (bits - 1) if zeros is None else zeros.float().unsqueeze(-1))
+    codes = unpack(packed, bits, width)
+    levels = _levels(codes, bits, None if zeros is None else zeros.unsqueeze(-1), table, (out, groups, -1))
     return levels.mul_(scales.float().unsqueeze(-1)).view(out, width)
+
+
+def dequantize_strips(
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    width: int,
+    table: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The same from strips (see `compress.kernels.cpu.layout`): float32 [strips · 16, width]."""
+    rows = packed.shape[0] * STRIP
+    codes = from_strips(packed, bits, group_size, rows, width)
+    size = width if group_size == -1 else group_size
+
+    def spread(values: torch.Tensor) -> torch.Tensor:
+        return groups_from_strips(values, rows).repeat_interleave(size, dim=1)[:, :width]
+
+    zeros = None if zeros is None else spread(zeros)
+    return _levels(codes, bits, zeros, table, codes.shape).mul_(spread(scales).float())
+
+
+def _levels(
+    codes: torch.Tensor,
+    bits: int,
+    zeros: torch.Tensor | None,
+    table: torch.Tensor | None,
+    shape: tuple[int, ...],
+) -> torch.Tensor:
+    """What the codes stand for before they are scaled, as a new float32 tensor of the given shape."""
+    if table is not None:
+        return table[codes.int()].view(shape)
+    levels = codes.to(torch.float32).view(shape)
+    if codes.dtype != torch.uint8:
+        return levels
+    return levels.sub_(2 ** (bits - 1) if zeros is None else zeros.float())
+
+
+def round_to_int8(input: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Activations [..., in] rounded to int8 with the scale max|x| / 127 of each group, as float32."""
+    wide, width = input.float(), input.shape[-1]
+    size = width if group_size == -1 else group_size
+    groups = F.pad(wide, (0, -width % size)).unflatten(-1, (-1, size))
+    scales = groups.abs().amax(-1, keepdim=True) / 127
+    codes = (groups / torch.where(scales == 0, 1, scales)).round_()
+    return (codes * scales).flatten(-2)[..., :width]
 
 
 def packed_linear(
@@ -78,51 +133,20 @@ def packed_linear(
     activations: str,
 ) -> torch.Tensor:
     """Arguments and result as `compress.kernels.ops.packed_linear`."""
-    width = input.shape[-1]
+    width, rounded = input.shape[-1], input
 
     def dequantize_rows(rows: slice) -> torch.Tensor:
-        if packed.dtype == torch.int32:
-            codes = unpack(packed[rows], bits, width)
-            per_group = [None if tensor is None else tensor[rows] for tensor in (zeros, scales)]
-        else:
-            codes = rows_from_strips(packed, bits, group_size, width, rows)
-            strips = slice(rows.start // STRIP, -(-rows.stop // STRIP))
-            per_group = [
-                None if tensor is None else groups_from_strips(tensor[strips], len(codes))
-                for tensor in (zeros, scales)
-            ]
-        numbers = numbers_of(codes, per_group[0], table, bits, group_size)
-        return numbers * spread(per_group[1], width, group_size)
+        some = None if zeros is None else zeros[rows]
+        return dequantize(packed[rows], scales[rows], some, bits, width, table)
 
-    rounded = round_inputs(input, activations, group_size)
-    return linear_by_rows(rounded, out_features, dequantize_rows, bias, STRIP)
+    def dequantize_some_strips(rows: slice) -> torch.Tensor:
+        strips = slice(rows.start // STRIP, -(-rows.stop // STRIP))
+        some = None if zeros is None else zeros[strips]
+        weight = dequantize_strips(packed[strips], scales[strips], some, bits, group_size, width, table)
+        return weight[: rows.stop - rows.start]
 
-
-def numbers_of(
-    codes: torch.Tensor, zeros: torch.Tensor | None, table: torch.Tensor | None, bits: int, group_size: int
-) -> torch.Tensor:
-    """What codes [rows, in] stand for without their scale: float32 [rows, in]."""
-    if table is not None:
-        return table[codes.int()]
-    if codes.is_floating_point():
-        return codes.float()
-    offset = 2 ** (bits - 1) if zeros is None else spread(zeros, codes.shape[1], group_size)
-    return codes.float() - offset
-
-
-def spread(per_group: torch.Tensor, width: int, group_size: int) -> torch.Tensor:
-    """What each column has of the values of groups [rows, groups]: float32 [rows, width]."""
-    group_size = width if group_size == -1 else group_size
-    return per_group.float().repeat_interleave(group_size, 1)[:, :width]
-
-
-def round_inputs(input: torch.Tensor, activations: str, group_size: int) -> torch.Tensor:
-    """Round inputs [..., in] to int8 with a scale max|x| / 127 for each group or each token, if asked for."""
-    if activations == "floating":
-        return input
-    width = input.shape[-1]
-    group = width if activations == "int8-token" or group_size == -1 else group_size
-    grouped = F.pad(input.float(), (0, -width % group)).unflatten(-1, (-1, group))
-    scales = grouped.abs().amax(-1, keepdim=True) / 127
-    rounded = (grouped / torch.where(scales == 0, 1, scales)).round() * scales
-    return rounded.flatten(-2)[..., :width].to(input.dtype)
+    if activations != "floating":
+        rounded = round_to_int8(input, group_size if activations == "int8-block" else -1)
+    in_strips = packed.dtype != torch.int32
+    get = dequantize_some_strips if in_strips else dequantize_rows
+    return linear_by_rows(rounded, out_features, get, bias, STRIP if in_strips else 1).to(input.dtype)

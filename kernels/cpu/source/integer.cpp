@@ -9,6 +9,7 @@
 // The numbers of a table become unsigned integers as well, with one to three digits of base 128 (see Levels).
 #include <cfloat>
 
+#include "codes.h"
 #include "strips.h"
 
 namespace compress {
@@ -16,23 +17,6 @@ namespace {
 
 constexpr int FINE = 128;     // most columns that share a scale of floating activations
 constexpr int LONG = 16384;   // most columns whose products surely fit into 32 bits
-
-constexpr int wide_plane(int bits) { return bits == 8 ? 8 : bits >= 4 ? 4 : bits >= 2 ? 2 : 1; }
-constexpr int chunk_of(int bits) { return wide_plane(bits) == bits ? 16 : 32; }
-constexpr uint32_t in_each_byte(int value) { return value * 0x01010101u; }
-
-// The codes of columns 4 at to 4 at + 3 of a chunk, one row in a lane, each shifted left by SHIFT.
-template <int BITS, int CHUNK, int SHIFT = 0>
-COMPRESS_INLINE Words codes_at(const uint8_t* lines, int at) {
-  constexpr int WIDE = wide_plane(BITS), FIELDS = 8 / WIDE;
-  Words word = load<Words>(lines + 64 * (at / FIELDS));
-  int right = WIDE * (at % FIELDS) - SHIFT;
-  word = right > 0 ? word >> right : word << -right;
-  word &= in_each_byte(((1 << WIDE) - 1) << SHIFT);
-  if constexpr (WIDE < BITS)
-    word |= codes_at<BITS - WIDE, CHUNK, SHIFT + WIDE>(lines + 64 * (CHUNK / (4 * FIELDS)), at);
-  return word;
-}
 
 // Columns that are summed up in integers: a group, or a part of one.
 struct Block {
@@ -71,28 +55,29 @@ size_t scratch(const Linear& linear, int count) {
 // Write one block of one row as digits, the highest first: x[word][digit][row of M].
 template <int DIGITS>
 void write_digits(const float* from, int columns, int chunk, float inverse, int M, int32_t* sums, uint32_t* x) {
-  typedef int8_t Bytes __attribute__((vector_size(LANES)));
   Ints total[DIGITS] = {};
   for (int at = 0; at < columns; at += chunk) {
-    float padded[32] = {};
-    std::memcpy(padded, from + at, 4 * std::min(chunk, columns - at));
+    float padded[32];
+    const float* source = from + at;
+    if (columns - at < chunk) {
+      std::fill(padded, padded + chunk, 0.0f);
+      source = std::copy(source, from + columns, padded) - (columns - at);
+    }
     for (int i = 0; i < chunk; i += LANES, x += LANES / 4 * DIGITS * M) {
-      Ints whole = rounded(load<Floats>(padded + i) * inverse);
+      Ints whole = rounded(load<Floats>(source + i) * inverse);
+#pragma GCC unroll 3
       for (int digit = DIGITS - 1; digit >= 0; digit--) {
         Ints low = (whole << 24) >> 24;
         total[digit] += low;
         whole = (whole - low) >> 8;
-        Bytes bytes = __builtin_convertvector(low, Bytes);
         uint32_t words[LANES / 4];
-        store(words, bytes);
+        store_bytes(words, low);
+#pragma GCC unroll 4
         for (int word = 0; word < LANES / 4; word++) x[(word * DIGITS + digit) * M] = words[word];
       }
     }
   }
-  for (int digit = 0; digit < DIGITS; digit++) {
-    sums[digit * M] = 0;
-    for (int lane = 0; lane < LANES; lane++) sums[digit * M] += total[digit][lane];
-  }
+  for (int digit = 0; digit < DIGITS; digit++) sums[digit * M] = sum_of(total[digit]);
 }
 
 // What the largest activation becomes. With three digits it stays below the limit, because the quotient is rounded.
@@ -180,21 +165,22 @@ void multiply_strip(const Linear& linear, const Levels& levels, const Block* blo
     const size_t row = (strip * groups + blocks[b].group) * STRIP;
     for (int v = 0; v < VECTORS; v++) {
       Ints zeros = Ints{} + (L ? levels.zero : 1 << (BITS - 1));
-      if (!L && linear.zeros) {
-        typedef uint8_t Bytes __attribute__((vector_size(LANES)));
-        zeros = __builtin_convertvector(load<Bytes>(linear.zeros + row + v * LANES), Ints);
-      }
+      if (!L && linear.zeros) zeros = from_bytes(linear.zeros + row + v * LANES);
       Ints acc[COPIES][D][X][M] = {};
       for (int j = 0; j < X; j++)
         for (int m = 0; m < M; m++) acc[0][0][j][m] = zeros * -sums[(b * X + j) * M + m];
       for (int c = 0; c < chunks; c++) {
-        const uint8_t* chunk = lines + c * BYTES + v * 4 * LANES;
+        const uint8_t* from = lines + c * BYTES + v * 4 * LANES;
         const uint32_t* words = x + c * (CHUNK / 4) * X * M;
-        if (v == 0)
-          for (int line = 0; line < BYTES; line += 64) __builtin_prefetch(chunk + AHEAD + line);
+        Words chunk[BYTES / 64];
+#pragma GCC unroll 8
+        for (int line = 0; line < BYTES / 64; line++) {
+          chunk[line] = load<Words>(from + 64 * line);
+          if (v == 0) __builtin_prefetch(from + AHEAD + 64 * line);
+        }
 #pragma GCC unroll 8
         for (int at = 0; at < CHUNK / 4; at++) {
-          Words codes = codes_at<BITS, CHUNK>(chunk, at);
+          Words codes = codes_at<BITS, CHUNK>([&](int line) { return chunk[line]; }, at);
 #pragma GCC unroll 3
           for (int i = 0; i < D; i++) {
             Words level = L ? look_up(levels.digit[i], codes) : codes;

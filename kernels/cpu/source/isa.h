@@ -66,9 +66,10 @@ COMPRESS_INLINE Ints dot7(Ints acc, Words codes, Words x) {
 #elif defined(__ARM_FEATURE_DOTPROD)
   return (Ints)vdotq_s32((int32x4_t)acc, (int8x16_t)codes, (int8x16_t)x);
 #else
-  for (int byte = 0; byte < 4; byte++)
-    acc += (Ints)((codes >> (8 * byte)) & 255) * ((Ints)(x << (24 - 8 * byte)) >> 24);
-  return acc;
+  typedef int16_t Shorts __attribute__((vector_size(4 * LANES)));
+  Ints even = (Ints)((Shorts)(codes & 0x00ff00ff) * (((Shorts)x << 8) >> 8));  // all fit into 16 bits
+  Ints odd = (Ints)((Shorts)((codes >> 8) & 0x00ff00ff) * ((Shorts)x >> 8));
+  return acc + ((even << 16) >> 16) + (even >> 16) + ((odd << 16) >> 16) + (odd >> 16);
 #endif
 }
 
@@ -115,6 +116,26 @@ COMPRESS_INLINE Ints rounded(Floats x) {
 #endif
 }
 
+COMPRESS_INLINE int32_t sum_of(Ints values) {
+#if defined(COMPRESS_AVX512)
+  return _mm512_reduce_add_epi32((__m512i)values);
+#else
+  int32_t sum = 0;
+  for (int lane = 0; lane < LANES; lane++) sum += values[lane];
+  return sum;
+#endif
+}
+
+COMPRESS_INLINE int32_t largest_of(Ints values) {
+#if defined(COMPRESS_AVX512)
+  return _mm512_reduce_max_epi32((__m512i)values);
+#else
+  int32_t largest = values[0];
+  for (int lane = 1; lane < LANES; lane++) largest = values[lane] > largest ? values[lane] : largest;
+  return largest;
+#endif
+}
+
 inline float from_half(uint16_t half) {
   uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7fff;
   if (rest >= 0x7c00) return as_float(sign | 0x7f800000 | rest << 13);
@@ -155,9 +176,44 @@ COMPRESS_INLINE Floats from_halves(const uint16_t* from) {
 #endif
 }
 
+// LANES numbers of bfloat16.
 COMPRESS_INLINE Floats from_bfloats(const uint16_t* from) {
+#if defined(COMPRESS_AVX512)
+  Words bits = (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+#elif defined(COMPRESS_AVX2)
+  Words bits = (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from));
+#else
   typedef uint16_t Shorts __attribute__((vector_size(2 * LANES)));
-  return (Floats)(__builtin_convertvector(load<Shorts>(from), Words) << 16);
+  Words bits = __builtin_convertvector(load<Shorts>(from), Words);
+#endif
+  return (Floats)(bits << 16);
+}
+
+// LANES unsigned bytes. Compilers widen and narrow long vectors piece by piece if they are not told how.
+COMPRESS_INLINE Ints from_bytes(const uint8_t* from) {
+#if defined(COMPRESS_AVX512)
+  return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+#elif defined(COMPRESS_AVX2)
+  return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#else
+  typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+  return __builtin_convertvector(load<Bytes>(from), Ints);
+#endif
+}
+
+// The lowest byte of each lane.
+COMPRESS_INLINE void store_bytes(void* to, Ints values) {
+#if defined(COMPRESS_AVX512)
+  _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)values));
+#elif defined(COMPRESS_AVX2)
+  const __m256i lowest = _mm256_set1_epi32(0x0c080400);
+  __m256i bytes = _mm256_shuffle_epi8((__m256i)values, lowest);
+  bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4));
+  _mm_storel_epi64((__m128i*)to, _mm256_castsi256_si128(bytes));
+#else
+  typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+  store(to, __builtin_convertvector(values, Bytes));
+#endif
 }
 
 }  // namespace compress

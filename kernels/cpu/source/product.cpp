@@ -7,11 +7,16 @@
 #include <cstdlib>
 #include <memory>
 
+#include "gemm.h"
 #include "isa.h"
 
 namespace compress {
 
 Kernel kernels[KINDS];
+
+const Kernel& kernel_for(const Linear& linear, int count) {
+  return many_rows(linear, count) ? gemm : kernels[linear.kind];
+}
 
 namespace {
 
@@ -40,35 +45,35 @@ void narrow(const float* from, int32_t type, size_t start, size_t end, void* to)
   for (size_t i = start; i < end; i++) values[i] = type == BFLOAT16 ? to_bfloat(from[i]) : to_half(from[i]);
 }
 
-size_t to_line(size_t bytes) { return (bytes + 63) / 64 * 64; }
-
 }  // namespace
 }  // namespace compress
 
 using namespace compress;
 
 // y = x W^T + bias. x [rows, columns of the layer] and y [rows, rows of the layer] have the type of the layer.
-extern "C" void compress_linear(const Linear* linear, const void* x, void* y, int32_t rows) {
-  const Kernel& kernel = kernels[linear->kind];
-  const bool same = linear->type == FLOAT32;
-  const size_t inputs = (size_t)rows * linear->columns, outputs = (size_t)rows * linear->rows;
-  const size_t wide_x = same ? 0 : to_line(4 * inputs), wide_y = same ? 0 : to_line(4 * outputs);
-  char* memory = workspace(wide_x + wide_y + to_line(kernel.scratch(*linear, rows)));
-  char* scratch = memory + wide_x + wide_y;
-  float* to = same ? (float*)y : (float*)(memory + wide_x);
-#pragma omp parallel if ((int64_t)outputs * linear->columns >= ALONE)
+extern "C" void compress_linear(const Linear* layer, const void* x, void* y, int32_t rows) {
+  Linear linear = *layer;
+  const Kernel& kernel = kernel_for(linear, rows);
+  const bool many = &kernel == &gemm;  // which reads and writes any type
+  const bool wide = many || linear.type == FLOAT32, wide_bias = linear.bias_type == FLOAT32 || !linear.bias;
+  const size_t inputs = (size_t)rows * linear.columns, outputs = (size_t)rows * linear.rows;
+  const size_t x_bytes = wide ? 0 : to_line(4 * inputs), y_bytes = wide ? 0 : to_line(4 * outputs);
+  const size_t bias_bytes = wide_bias ? 0 : to_line(4 * (size_t)linear.rows);
+  char* memory = workspace(x_bytes + y_bytes + bias_bytes + kernel.scratch(linear, rows));
+  float *from = wide ? (float*)x : (float*)memory, *to = wide ? (float*)y : (float*)(memory + x_bytes);
+  float* bias = (float*)(memory + x_bytes + y_bytes);
+  char* scratch = memory + x_bytes + y_bytes + bias_bytes;
+  if (!wide) widen(x, linear.type, inputs, from);
+  if (!wide_bias) widen(linear.bias, linear.bias_type, linear.rows, bias), linear.bias = bias;
+  if (many) return gemm_product(linear, x, y, rows, scratch);
+  kernel.prepare(linear, from, rows, scratch);
+#pragma omp parallel if ((int64_t)outputs * linear.columns >= ALONE)
   {
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-#pragma omp master
-    {
-      if (!same) widen(x, linear->type, inputs, (float*)memory);
-      kernel.prepare(*linear, same ? (const float*)x : (const float*)memory, rows, scratch);
-    }
+    kernel.multiply(linear, scratch, rows, to, thread, threads);
+    if (!wide) {
 #pragma omp barrier
-    kernel.multiply(*linear, scratch, rows, to, thread, threads);
-    if (!same) {
-#pragma omp barrier
-      narrow(to, linear->type, outputs * thread / threads, outputs * (thread + 1) / threads, y);
+      narrow(to, linear.type, outputs * thread / threads, outputs * (thread + 1) / threads, y);
     }
   }
 }

@@ -48,6 +48,7 @@ struct Linear {
   const uint8_t* zeros;              // [strips, groups, 16]; null: 2^(bits-1)
   const float* table;                // TABLE: 2^bits values
   const float* bias;                 // [rows], or null
+  int32_t bias_type;                 // Type of bias: compress_linear makes float32 of it, which all kernels take
 };
 
 // The functions of one kind. A product has two phases, so that products which share their input prepare it once
@@ -62,6 +63,9 @@ struct Kernel {
 };
 
 extern Kernel kernels[KINDS];  // filled before main by the Register of each kind's file
+
+// The functions that multiply so many rows of activations fastest: those of the kind, or those of gemm.h.
+const Kernel& kernel_for(const Linear& linear, int count);
 
 struct Register {
   Register(Kind kind, Kernel kernel) { kernels[kind] = kernel; }

@@ -32,9 +32,15 @@ void each_strip(const Linear& linear, int thread, int threads, Visit visit) {
 }
 
 inline float largest_magnitude(const float* x, int count) {
-  uint32_t most = 0;  // compared as integers, NaN is above infinity, so it reaches the result
-  for (int i = 0; i < count; i++) most = std::max(most, as_bits(x[i]) & 0x7fffffff);
-  return as_float(most);
+  Ints most = {};  // compared as integers, NaN is above infinity, so it reaches the result
+  int i = 0;
+  for (; i + LANES <= count; i += LANES) {
+    Ints magnitude = load<Ints>(x + i) & 0x7fffffff;
+    most = magnitude > most ? magnitude : most;
+  }
+  int32_t largest = largest_of(most);
+  for (; i < count; i++) largest = std::max(largest, (int32_t)(as_bits(x[i]) & 0x7fffffff));
+  return as_float(largest);
 }
 
 // LANES scales, from number `at`.
@@ -46,10 +52,11 @@ COMPRESS_INLINE Floats scales_at(const Linear& linear, size_t at) {
 
 // Write one row of a strip's results, with the bias.
 COMPRESS_INLINE void finish(const Linear& linear, int strip, const Floats* total, float* y) {
-  float results[STRIP];
-  for (int v = 0; v < VECTORS; v++) store(results + v * LANES, total[v]);
-  int first = strip * STRIP, rows = std::min(STRIP, linear.rows - first);
-  for (int row = 0; row < rows; row++) y[first + row] = results[row] + (linear.bias ? linear.bias[first + row] : 0);
+  const int first = strip * STRIP, rows = std::min(STRIP, linear.rows - first);
+  float bias[STRIP] = {}, results[STRIP];
+  if (linear.bias) std::memcpy(bias, linear.bias + first, 4 * rows);
+  for (int v = 0; v < VECTORS; v++) store(results + v * LANES, total[v] + load<Floats>(bias + v * LANES));
+  std::memcpy(y + first, results, 4 * rows);
 }
 
 }  // namespace compress

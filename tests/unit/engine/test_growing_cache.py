@@ -117,7 +117,11 @@ def test_gradients_flow_through_it() -> None:
 
 
 def test_only_an_empty_dynamic_cache_grows() -> None:
-    for cache in (DynamicCache(), DynamicCache(config=CONFIG), DynamicCache(config=MistralConfig(num_hidden_layers=3))):
+    for cache in (
+        DynamicCache(),
+        DynamicCache(config=CONFIG),
+        DynamicCache(config=MistralConfig(num_hidden_layers=3)),
+    ):
         assert let_grow(cache, 3)
         assert [type(layer) for layer in cache.layers] == [GrowingLayer] * 3
         assert let_grow(cache, 3)

@@ -177,8 +177,8 @@ def test_strips_still_multiply_where_the_kernels_are_gone() -> None:
 def test_wrong_shapes_are_errors_before_native_code() -> None:
     layer = integer(4)
     layer.arrange()
-    with pytest.raises(ValueError, match="'packed' is"):
-        layer(torch.randn(1, WIDTH - 1))
-    with pytest.raises(ValueError, match="'scales' is"):
-        layer.scales = layer.scales[:1]
+    with pytest.raises(ValueError, match="'packed' has the shape"):
+        layer(torch.randn(1, WIDTH // 2))
+    layer.scales = layer.scales[:1]
+    with pytest.raises(ValueError, match="'scales' has the shape"):
         layer(torch.randn(1, WIDTH))

@@ -80,12 +80,12 @@ def test_codes_of_e4m3_keep_their_type():
     codes = torch.randn(20, 40).to(torch.float8_e4m3fn)
     packed = to_strips(codes, 8, -1)
     assert packed.dtype == torch.float8_e4m3fn
-    assert torch.equal(
-        from_strips(packed, 8, -1, 20, 40).view(torch.uint8), codes.view(torch.uint8)
-    )
+    assert torch.equal(from_strips(packed, 8, -1, 20, 40).view(torch.uint8), codes.view(torch.uint8))
 
 
-@pytest.mark.parametrize(("bits", "planes"), [(2, [2]), (3, [2, 1]), (5, [4, 1]), (6, [4, 2]), (7, [4, 2, 1])])
+@pytest.mark.parametrize(
+    ("bits", "planes"), [(2, [2]), (3, [2, 1]), (5, [4, 1]), (6, [4, 2]), (7, [4, 2, 1])]
+)
 def test_planes_go_from_wide_to_narrow(bits, planes):
     assert planes_of(bits) == planes
     assert (groups_of(100, 32), groups_of(100, -1)) == (4, 1)

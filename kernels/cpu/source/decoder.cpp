@@ -61,7 +61,7 @@ bool agree(const Linear& a, const Linear& b) {
 
 size_t scratch_of(const Group& group, int rows) {
   size_t total = 0;
-  for (int i = 0; i < group.count; i++) total += lines(kernels[group.linear[i]->kind].scratch(*group.linear[i], rows));
+  for (int i = 0; i < group.count; i++) total += lines(kernel_for(*group.linear[i], rows).scratch(*group.linear[i], rows));
   return total;
 }
 
@@ -264,7 +264,7 @@ class Worker {
     char *next = scratch_, *prepared = scratch_;
     for (int i = 0; i < group.count; i++) {
       const Linear& linear = *group.linear[i];
-      const Kernel& kernel = kernels[linear.kind];
+      const Kernel& kernel = kernel_for(linear, rows_);
       if (i == 0 || !agree(linear, *group.linear[i - 1])) {
         prepared = next;
         kernel.prepare(linear, x, rows_, prepared);

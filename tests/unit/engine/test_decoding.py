@@ -72,7 +72,9 @@ def packed(artefact: Callable[..., Path]) -> Callable[..., Any]:
 
     def load(case: str = "llama", dtype: str = "float32", plain: bool = False, name: str = "int4") -> Any:
         architecture, settings = DECODERS[case]
-        model = compress.load(artefact(name, architecture, **{"num_hidden_layers": 2, **settings}), dtype=dtype)
+        model = compress.load(
+            artefact(name, architecture, **{"num_hidden_layers": 2, **settings}), dtype=dtype
+        )
         return unfused(model) if plain else model
 
     return load
@@ -85,7 +87,9 @@ def runner_of(model: Any) -> Any:
 def unfused(model: Any) -> Any:
     runner = runner_of(model)
     for hooks in (runner._forward_hooks, runner._forward_pre_hooks):
-        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Fusion)]:
+        for key in [
+            key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Fusion)
+        ]:
             del hooks[key]
     return model
 
@@ -178,7 +182,9 @@ def test_pruned_layers(name: str, artefact: Callable[..., Path], steps: list[int
             steps.clear()
 
 
-@pytest.mark.parametrize("name", ["int4-asymmetric", "int8", "packed-embedding", "gptq", "mxfp4", "nvfp4", "nf4"])
+@pytest.mark.parametrize(
+    "name", ["int4-asymmetric", "int8", "packed-embedding", "gptq", "mxfp4", "nvfp4", "nf4"]
+)
 def test_every_packed_linear(name: str, packed: Callable[..., Any], steps: list[int]) -> None:
     model, plain = (packed("llama, wide", name=name, plain=plain) for plain in (False, True))
     torch.testing.assert_close(logits_of(model, PADDED), logits_of(plain, PADDED), rtol=0, atol=1e-3)
@@ -239,7 +245,9 @@ CHANGES = [change_norm, change_parameter, change_packed, change_linear, change_d
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_changes_between_two_steps_count(change: Callable[[Any], None], packed: Callable[..., Any], steps: list[int]) -> None:
+def test_changes_between_two_steps_count(
+    change: Callable[[Any], None], packed: Callable[..., Any], steps: list[int]
+) -> None:
     model = packed()
     before = logits_of(model, PROMPT)
     torch.manual_seed(1)
@@ -272,7 +280,9 @@ def test_states_between_layers_can_be_asked_for(packed: Callable[..., Any], step
     assert len(states) == 3
     assert not torch.equal(states[0], states[1])
     assert not steps
-    assert torch.equal(generate(model), generate(packed(plain=True)))  # with the hooks that this has left behind
+    assert torch.equal(
+        generate(model), generate(packed(plain=True))
+    )  # with the hooks that this has left behind
     assert steps
 
 
@@ -304,7 +314,9 @@ def test_threads_that_share_a_model(packed: Callable[..., Any]) -> None:
             assert all(map(torch.equal, found, wanted))
 
 
-def test_an_error_in_a_step_leaves_the_layers(packed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_a_step_leaves_the_layers(
+    packed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = packed()
     wanted = generate(model)
 
@@ -319,7 +331,9 @@ def test_an_error_in_a_step_leaves_the_layers(packed: Callable[..., Any], monkey
     assert torch.equal(generate(model), wanted)
 
 
-def test_large_batches_and_training_are_left_to_the_layers(packed: Callable[..., Any], steps: list[int]) -> None:
+def test_large_batches_and_training_are_left_to_the_layers(
+    packed: Callable[..., Any], steps: list[int]
+) -> None:
     model = packed()
     rows = PROMPT.expand(MOST_ROWS + 1, -1)
     assert torch.equal(generate(model, rows), generate(packed(plain=True), rows))
@@ -360,7 +374,9 @@ def test_models_are_fused_once(packed: Callable[..., Any]) -> None:
     assert len(runner_of(model)._forward_hooks) == 1
 
 
-def test_saved_models_do_not_know_of_it(packed: Callable[..., Any], tmp_path: Path, artefact: Callable[..., Path]) -> None:
+def test_saved_models_do_not_know_of_it(
+    packed: Callable[..., Any], tmp_path: Path, artefact: Callable[..., Path]
+) -> None:
     model = packed()
     wanted = generate(model)
     model.save_pretrained(tmp_path / "copy")

@@ -261,7 +261,8 @@ def size(path: Path) -> int:
 
 def figures(row: TimedModel, path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"size": {"value": size(path), "unit": "bytes"}}
-    found["memory"] = row.peak_memory.model_dump(mode="json")
+    if path.is_dir():  # that of llama.cpp has torch in it for nothing
+        found["memory"] = row.peak_memory.model_dump(mode="json")
     for kind, times in (("prefill", row.prefill), ("decode", row.decode)):
         assert times is not None
         found[kind] = times.speed.model_dump(mode="json")

@@ -80,25 +80,32 @@ def check_packed_linear(
     if packed.dtype == torch.int32:
         if width % groups:
             raise ValueError(f"Groups of {group_size} do not divide rows of {width} columns.")
-        _expect("packed", packed, (out_features, packed_width(width, bits)), torch.int32)
+        expect("packed", packed, (out_features, packed_width(width, bits)), torch.int32)
         per_group: tuple[int, ...] = (out_features, groups)
     else:
         shape = (strips_of(out_features), strip_bytes(width, bits, group_size))
-        _expect("packed", packed, shape, torch.uint8, torch.float8_e4m3fn)
+        expect("packed", packed, shape, torch.uint8, torch.float8_e4m3fn)
         per_group = (strips_of(out_features), groups, STRIP)
-    _expect("scales", scales, per_group, *cpu.TYPES)
-    _expect("zeros", zeros, per_group, torch.uint8)
-    _expect("table", table, (2**bits,), torch.float32)
-    _expect("bias", bias, (out_features,), *cpu.TYPES, input.dtype)
+    expect("scales", scales, per_group, *cpu.TYPES)
+    expect("zeros", zeros, per_group, torch.uint8)
+    expect("table", table, (2**bits,), torch.float32)
+    expect("bias", bias, (out_features,), *cpu.TYPES, input.dtype)
     if not input.is_floating_point():
         raise ValueError(f"The input is {input.dtype}, not floating point.")
 
 
-def _expect(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
+def expect(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
+    """Make sure that a tensor, if there is one, has a shape and one of some dtypes.
+
+    Raises:
+        ValueError: it has not.
+    """
     if tensor is None:
         return
     if tuple(tensor.shape) != shape:
-        raise ValueError(f"'{name}' is {tuple(tensor.shape)}, but {shape} fits the other arguments.")
+        raise ValueError(
+            f"'{name}' has the shape {tuple(tensor.shape)}, but {shape} fits the other arguments."
+        )
     if tensor.dtype not in dtypes:
         raise ValueError(f"'{name}' is {tensor.dtype}, but should be {' or '.join(map(str, dtypes))}.")
 

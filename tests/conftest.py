@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import gc
-import io
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 
@@ -209,21 +206,23 @@ def carry_out(tmp_path: Path) -> Callable[..., tuple[Path, Step]]:
 
 @pytest.fixture
 def measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models are measured by the program that a fresh process would run, but in this one, and not for long.
+    """Models are measured by what a fresh process would run, but in this one, and not for long.
 
     What a fresh process is for, memory, is in tests/unit/evaluation/test_measure.py.
     """
-    from compress.evaluation import measure
+    from compress.evaluation import bench, measure
+    from compress.evaluation.timed import Settings, Timed
 
-    start = subprocess.run
+    class InThisProcess(Timed):
+        def __init__(self, folder: str | Path, settings: Settings, name: str = "") -> None:
+            super().__init__(lambda: settings.load(folder), settings.device)
 
-    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess:
-        if command[:4] != [sys.executable, "-P", "-m", "compress.evaluation.measure"]:
-            return start(command, **options)
-        with monkeypatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
-            patch.setattr(sys, "argv", command[3:])
-            patch.setattr(measure, "BUDGET_SECONDS", 0.1)
-            code = measure.main()
-        return subprocess.CompletedProcess(command, code, out.getvalue(), "")
+        def __enter__(self) -> Self:
+            return self
 
-    monkeypatch.setattr(measure.subprocess, "run", run)
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(measure, "BUDGET_SECONDS", 0.1)
+    for module in (measure, bench):
+        monkeypatch.setattr(module, "ModelProcess", InThisProcess)

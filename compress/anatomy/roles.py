@@ -43,6 +43,7 @@ class Anatomy:
     gate: str | None = None  # a fused gate and up is stacked, gate first
     up: str
     down: str
+    activation: str  # the module between up (or gate) and down
     # Rows of a fused projection: "stacked" is all of q, then k, then v; "interleaved" is q, k and v of head
     # 0, then of head 1, and so on.
     qkv_layout: Literal["separate", "stacked", "interleaved"] = "separate"
@@ -59,6 +60,8 @@ class Anatomy:
     norm_first: bool = True
     norm_offset: float = 0.0  # norms multiply by this plus their weight
     parallel_residual: bool = False  # attention and MLP both read the layer's input
+    scales_query: bool = False  # attention scales the query itself, and not its products with keys
+    softcap: str | None = None  # the attribute of attention that limits the products, if it has one
     flat_mlp: bool = False  # the MLP is given all tokens of a batch as rows, [N·S, D]
 
     # Names in the config. Without ``head_dim`` in it, a head can only have the width hidden_size / heads. A

@@ -62,6 +62,15 @@ seed_option = click.option("--seed", type=int, default=None, help="Seed of every
 device_option = click.option(
     "--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1."
 )
+kernel_option = click.option(
+    "--kernel",
+    default="auto",
+    show_default=True,
+    metavar="auto|reference|cpu[:PATH]",
+    help="What multiplies packed weights: the best that works here, plain torch, or the native code of one "
+    "path ('compress-model doctor' lists them). A model without packed weights is timed in stock transformers, "
+    "unless a kernel is named.",
+)
 dtype_option = click.option(
     "--dtype",
     type=click.Choice(DTYPES),

@@ -13,6 +13,7 @@ import compress
 from compress.commands.common import (
     check_file,
     device_option,
+    kernel_option,
     logging_options,
     print_json,
     progress_shown,
@@ -67,6 +68,7 @@ from compress.commands.common import (
     metavar="[FILE]",
     help="Write the result as JSON to FILE, or to stdout.",
 )
+@kernel_option
 @device_option
 @logging_options
 def evaluate(
@@ -82,6 +84,7 @@ def evaluate(
     memory: str | None,
     json_file: str | None,
     device: str,
+    kernel: str,
 ) -> None:
     """Measure MODEL: perplexity, divergence from the dense model, bytes, memory, speed.
 
@@ -120,6 +123,7 @@ def evaluate(
             windows=windows,
             memory=memory,
             device=device,
+            kernel=kernel,
             progress=progress,
         )
     document = [card.model_dump(mode="json") for card in scorecards]

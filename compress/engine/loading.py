@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from compress.anatomy import anatomy_of
 from compress.anatomy import weight as weight_of
 from compress.engine.config import config_of
+from compress.engine.decoding import fuse
 from compress.engine.opening import open_checkpoint
 from compress.engine.saving import QUANTIZATION, Save
 from compress.engine.skeleton import skeleton
@@ -20,10 +21,9 @@ from compress.errors import BadInput
 from compress.kernels.codes.integer import CHANNEL, quantize_weight
 from compress.kernels.codes.packing import BITS
 from compress.kernels.cpu.library import AUTO, use
-from compress.kernels.layers.adapted import AdaptedLinear
 from compress.kernels.layers.base import LowBitLinear
 from compress.kernels.layers.embedding import PackedEmbedding
-from compress.kernels.layers.linear import PackedLinear
+from compress.kernels.layers.linear import PackedLinear, TokenQuantizedLinear
 from compress.kernels.layers.stacked import StackedLinear
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.formats.stacks import counts_after, prefix, sizes, stack_of, steps_within
@@ -87,6 +87,7 @@ def load(
         model.generation_config = GenerationConfig.from_pretrained(path)
     if (quantization := checkpoint.config.get(QUANTIZATION)) is not None:
         setattr(model.config, QUANTIZATION, quantization)
+    fuse(model)
     linears = [module for module in model.modules() if isinstance(module, StackedLinear)]
     if linears:
         object.__setattr__(model, "resize", Resize(whole, linears, dtype, model.config))
@@ -155,7 +156,7 @@ def round_activations(model: nn.Module, bits: int) -> None:
     if bits not in (8, 16):
         raise BadInput(f"Inputs can have 8 or 16 bits, not {bits}.")
     for module in model.modules():
-        if type(module) in (PackedLinear, AdaptedLinear):
+        if isinstance(module, PackedLinear) and not isinstance(module, TokenQuantizedLinear):
             module.activations = "int8-block" if bits == 8 else "floating"
 
 

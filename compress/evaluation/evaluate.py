@@ -28,6 +28,8 @@ from compress.evaluation.fidelity import FidelityAccumulator
 from compress.evaluation.measure import measure
 from compress.evaluation.task import TaskEvaluation
 from compress.evaluation.task_score import score
+from compress.evaluation.timed import Settings
+from compress.kernels.cpu.library import use
 from compress.kernels.ops import REFERENCE, backend_of
 from compress.report.card import add_evaluations
 from compress.report.scorecard import Cost, ModelIdentity, Protocol, Scorecard
@@ -63,6 +65,7 @@ def evaluate(
     windows: int | None = 32,
     device: str = "cpu",
     memory: str | int | None = None,
+    kernel: str = "auto",
     progress: Progress = lambda text, share: None,
 ) -> list[Scorecard]:
     """Evaluate a model against the dense model.
@@ -85,6 +88,8 @@ def evaluate(
         device: where to compute and to measure.
         memory: evaluate the largest version that fits into this much memory, for example "90MB" (models
             stored in blocks only).
+        kernel: what multiplies packed weights: "auto" (the best that works here), "reference" (plain torch),
+            "cpu", or "cpu:" and a path.
         progress: called with a text and the share that is done.
 
     Returns:
@@ -93,10 +98,11 @@ def evaluate(
     Raises:
         BadInput: the model is not a causal language model (with ``task_file``: not an encoder with a task
             head), vocabularies or labels differ, the file is not valid, the model was calibrated on this
-            text, or no version of it fits into ``memory``.
+            text, no version of it fits into ``memory``, or there is no such kernel here.
         CompressError: text or model cannot be downloaded, or the model puts out NaN.
     """
     check_device(device)
+    use(kernel)
     source = find_model(model, revision)
     dense_source = find_model(baseline, baseline_revision) if baseline else source
     checkpoint, dense = open_checkpoint(source.folder), open_checkpoint(dense_source.folder)
@@ -110,6 +116,7 @@ def evaluate(
             )
         else:
             found = _score_task(source, checkpoint, dense, task_file, device, progress)
+    settings = Settings(device=device, kernel=kernel)
     dense_identity = ModelIdentity(name=_name(dense_source), sha256=dense.sha256)
 
     def scorecard(
@@ -121,7 +128,7 @@ def evaluate(
             baseline=dense_identity,
             loads_with=str(ModelShape.of(opened).loads_with),
             **scores,
-            cost=_cost(of, opened, device, progress, found.timed, size),
+            cost=_cost(of, opened, settings.model_copy(update={"memory": size}), progress, found.timed),
             when=now(),
             versions=versions(),
         )
@@ -232,22 +239,20 @@ def _known(source: ModelSource, identity: ModelIdentity, scores: dict[str, Any])
 def _cost(
     source: ModelSource,
     checkpoint: Checkpoint,
-    device: str,
+    settings: Settings,
     progress: Progress,
     timed: dict[str, int],
-    memory: str | int | None,
 ) -> Cost:
     label = f"measuring memory and speed of {_name(source)}"
     progress(label, 0.0)
     files = {item.file for item in checkpoint.sources.values()}
-    wanted = None if memory is None else parse_memory(memory)
     cost = Cost(
         # The files hold more than a prefix, so its tensors are counted.
         weight_bytes=checkpoint.nbytes
-        if memory is not None
+        if settings.memory is not None
         else sum(Path(file).stat().st_size for file in files),
         parameters=ModelShape.of(checkpoint).parameters,
-        measured=measure(source.folder, device=device, memory=wanted, **timed),
+        measured=measure(source.folder, settings, **timed),
     )
     progress(label, 1.0)
     return cost

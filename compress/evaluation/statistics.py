@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,6 +23,20 @@ def wilson(successes: int, total: int) -> Figure:
     )
     # At 0 % and 100 %, rounding may put an end beyond the estimate.
     return Figure(value=share, low=min(interval.low, share), high=max(interval.high, share), unit="fraction")
+
+
+def median_of_pairs(values: list[float], unit: UnitName = "") -> Figure:
+    """The median of independent values, with the interval of the sign test, which needs six of them.
+
+    The interval goes from the k-th smallest value to the k-th largest, with the largest k for which it misses
+    the true median in at most 5 % of all cases. It assumes nothing about how the values are distributed.
+    """
+    from scipy.stats import binom
+
+    ordered = sorted(values)
+    middle, k = statistics.median(ordered), int(binom.ppf((1 - CONFIDENCE) / 2, len(ordered), 0.5))
+    ends = {"low": ordered[k - 1], "high": ordered[-k]} if k else {}
+    return Figure(value=middle, unit=unit, **ends)
 
 
 class MeanByWindow(NamedTuple):

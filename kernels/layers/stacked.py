@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import reduce
 from typing import Self, cast
 
 import torch
 from torch import nn
 
-from compress.kernels.codes.packing import unpack_signs
 from compress.kernels.layers.base import LowBitLinear, restore_dtypes
+from compress.kernels.ops import backend_of
+from compress.kernels.reference.stacks import dequantize_factors, dequantize_planes, spread
+from compress.kernels.stack_ops import factor_linear, plane_linear
+
+__all__ = ["FactorStack", "PlaneStack", "StackBlock", "StackedLinear", "spread"]
 
 
 class StackBlock(nn.Module):
@@ -43,8 +46,8 @@ class StackBlock(nn.Module):
 class StackedLinear(LowBitLinear):
     """``nn.Linear`` whose weight is the sum of some blocks, for inference.
 
-    A forward pass over T tokens dequantizes a few rows of the weight at once and never holds all of it dense.
-    It reads the bytes of the blocks once, and costs 2 · T · out · in FLOPs besides what each block costs.
+    The native kernels multiply straight from the bits of the blocks. Plain torch dequantizes a few rows of
+    the weight at once and never holds all of it dense.
 
     Args:
         in_features, out_features: as in ``nn.Linear``.
@@ -98,6 +101,14 @@ class StackedLinear(LowBitLinear):
         slices = self.row_slices(self.stack()[0].part("signs").device)
         return torch.cat([self.dequantize_rows(rows, blocks) for rows in slices])
 
+    @property
+    def kernel(self) -> str:
+        return backend_of(self.device)
+
+    def parts_of(self, name: str) -> list[torch.Tensor]:
+        """The tensors of that name of all blocks."""
+        return [block.part(name) for block in self.stack()]
+
     def add(self, blocks: Iterable[StackBlock]) -> None:
         """Put blocks on top, on the device of the others."""
         device = self.stack()[0].part("signs").device
@@ -112,50 +123,45 @@ class FactorStack(StackedLinear):
     """Ŵ = Σ_i S_i ⊙ (a_i b_i): the blocks of BitStack (see `compress.quantization.bitstack`).
 
     The parts of a block are ``signs`` uint8 [out, ceil(in/8)] (S), ``left`` float16 [out, k] (a) and
-    ``right`` float16 [k, in] (b). Each block costs (2k + 2) · out · in FLOPs in a forward pass.
+    ``right`` float16 [k, in] (b). Each block costs (2k + 2) · out · in FLOPs where it is dequantized.
+    The native kernels add k numbers for every four signs and token instead.
     """
 
     @staticmethod
     def parts(index: int) -> tuple[str, ...]:
         return ("signs", "left", "right")
 
-    def dequantize_rows(self, rows: slice, blocks: slice = slice(None)) -> torch.Tensor:
-        return reduce(torch.Tensor.add_, (self._product(block, rows) for block in self.stack()[blocks]))
+    def product(self, input: torch.Tensor) -> torch.Tensor:
+        parts = [self.parts_of(name) for name in self.parts(0)]
+        return factor_linear(input, *parts, self.bias)
 
-    def _product(self, block: StackBlock, rows: slice) -> torch.Tensor:
-        product = block.part("left")[rows].float() @ block.part("right").float()
-        return product.mul_(unpack_signs(block.part("signs")[rows], self.in_features))
+    def dequantize_rows(self, rows: slice, blocks: slice = slice(None)) -> torch.Tensor:
+        signs, left, right = (self.parts_of(name)[blocks] for name in self.parts(0))
+        return dequantize_factors([block[rows] for block in signs], [block[rows] for block in left], right)
 
 
 class PlaneStack(StackedLinear):
     """Ŵ = s ⊙ Σ_j 2^-j S_j: nested codes (see `compress.quantization.nested`).
 
     The parts of the first block are ``signs`` uint8 [2, out, ceil(in/8)] (S_0 and S_1) and ``scales`` float16
-    [out, groups] (s). Every other block has only ``signs`` uint8 [out, ceil(in/8)] (S_j). Each plane costs
-    2 · out · in FLOPs in a forward pass.
+    [out, groups] (s). Every other block has only ``signs`` uint8 [out, ceil(in/8)] (S_j).
+
+    Attributes:
+        activations: how inputs are rounded before they are multiplied (see
+            `compress.kernels.stack_ops.plane_linear`).
     """
+
+    activations = "floating"
 
     @staticmethod
     def parts(index: int) -> tuple[str, ...]:
         return ("signs",) if index else ("signs", "scales")
 
+    def product(self, input: torch.Tensor) -> torch.Tensor:
+        scales = self.stack()[0].part("scales")
+        return plane_linear(input, self.parts_of("signs"), scales, self.bias, self.activations)
+
     def dequantize_rows(self, rows: slice, blocks: slice = slice(None)) -> torch.Tensor:
-        stack = self.stack()
-        scales = spread(stack[0].part("scales")[rows].float(), self.in_features)
-        total = torch.zeros_like(scales)
-        for index in range(len(stack))[blocks]:
-            signs = stack[index].part("signs")
-            if index == 0:
-                major, minor = unpack_signs(signs[:, rows], self.in_features)
-                total.add_(major).add_(minor, alpha=0.5)
-            else:
-                total.add_(unpack_signs(signs[rows], self.in_features), alpha=2.0 ** -(index + 1))
-        return total.mul_(scales)
-
-
-def spread(scales: torch.Tensor, width: int) -> torch.Tensor:
-    """The scale of each weight [out, width] from those of the groups [out, groups].
-
-    All groups but the last are ceil(width / groups) wide.
-    """
-    return scales.repeat_interleave(-(-width // scales.shape[1]), 1)[:, :width]
+        start, _, _ = blocks.indices(len(self.blocks))
+        signs = [block[..., rows, :] for block in self.parts_of("signs")[blocks]]
+        return dequantize_planes(signs, self.stack()[0].part("scales")[rows], self.in_features, start)

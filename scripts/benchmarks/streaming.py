@@ -46,28 +46,34 @@ RECIPES: dict[str, tuple[int, list[dict[str, Any]]]] = {  # name -> (calibration
 }
 
 
-def write_model(folder: Path, layers: int) -> int:
-    """Write the random model with one layer in memory; returns its size in bytes."""
+SIZES = {
+    "vocab_size": 32000,
+    "hidden_size": 2560,
+    "intermediate_size": 6912,
+    "num_attention_heads": 20,
+    "num_key_value_heads": 20,
+}
+
+
+def write_model(folder: Path, layers: int, sizes: dict[str, int] = SIZES) -> int:
+    """Write a random Llama in bfloat16 with one layer in memory; returns its size in bytes."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
     config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=2560,
-        intermediate_size=6912,
         num_hidden_layers=layers,
-        num_attention_heads=20,
-        num_key_value_heads=20,
         tie_word_embeddings=False,
         architectures=["LlamaForCausalLM"],
         dtype="bfloat16",
+        **sizes,
     )
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     generator = torch.Generator().manual_seed(0)
     width, inner = config.hidden_size, config.intermediate_size
-    linears = dict.fromkeys((f"self_attn.{p}_proj" for p in "qkvo"), (width, width)) | {
+    few = width * config.num_key_value_heads // config.num_attention_heads
+    linears = {f"self_attn.{p}_proj": (few if p in "kv" else width, width) for p in "qkvo"} | {
         "mlp.gate_proj": (inner, width),
         "mlp.up_proj": (inner, width),
         "mlp.down_proj": (width, inner),

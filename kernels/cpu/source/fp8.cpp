@@ -1,9 +1,5 @@
 // Products of E4M3 codes with activations: FP8.
-//
-// A code is a sign, four bits of exponent (bias 7) and three of mantissa. They are put where float32 has them, and
-// multiplied in float32. With the float32 exponent 112 + e, a normal number becomes g, 2^-8 times what it is. For the
-// numbers with e = 0, which have no leading one, 2 g - 2^-14 is right, and for all others it is larger than g. So the
-// smaller of the two is right for all codes, and no arithmetic meets a subnormal number.
+#include "codes.h"
 #include "strips.h"
 
 namespace compress {
@@ -11,15 +7,6 @@ namespace {
 
 constexpr int CHUNK = 16;  // columns
 constexpr int BYTES = CHUNK * STRIP;
-constexpr float UNIT = 256;
-
-// 2^-8 times the numbers of the codes in byte `at` of every word.
-COMPRESS_INLINE Floats numbers_at(Words words, int at) {
-  Words top = words << (24 - 8 * at);
-  Floats normal = (Floats)(((top >> 4) & 0x07f00000) | 0x38000000);
-  Floats magnitude = smaller(normal, normal * 2 - 0x1p-14f);
-  return (Floats)((Words)magnitude | (top & 0x80000000));
-}
 
 int chunks_of(const Linear& linear) {
   int full = linear.columns / linear.group, rest = linear.columns % linear.group;
@@ -68,12 +55,12 @@ void multiply_strip(const Linear& linear, const float* x, int strip, float* y) {
         Words words = in_register(load<Words>(from));
 #pragma GCC unroll 4
         for (int at = 0; at < 4; at++) {
-          Floats numbers = numbers_at(words, at);
+          Floats numbers = e4m3_at(words, at);
 #pragma GCC unroll 4
           for (int m = 0; m < M; m++) acc[at % COPIES][m] += numbers * x[(4 * line + at) * M + m];
         }
       }
-      Floats scales = scales_at(linear, (strip * groups + group) * STRIP + v * LANES) * UNIT;
+      Floats scales = scales_at(linear, (strip * groups + group) * STRIP + v * LANES) * E4M3_UNIT;
       for (int m = 0; m < M; m++) {
         for (int copy = 1; copy < COPIES; copy++) acc[0][m] += acc[copy][m];
         total[m][v] += scales * acc[0][m];

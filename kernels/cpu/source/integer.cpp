@@ -9,6 +9,7 @@
 // The numbers of a table become unsigned integers as well, with one to three digits of base 128 (see Levels).
 #include <cfloat>
 
+#include "codes.h"
 #include "strips.h"
 
 namespace compress {
@@ -16,23 +17,6 @@ namespace {
 
 constexpr int FINE = 128;     // most columns that share a scale of floating activations
 constexpr int LONG = 16384;   // most columns whose products surely fit into 32 bits
-
-constexpr int wide_plane(int bits) { return bits == 8 ? 8 : bits >= 4 ? 4 : bits >= 2 ? 2 : 1; }
-constexpr int chunk_of(int bits) { return wide_plane(bits) == bits ? 16 : 32; }
-constexpr uint32_t in_each_byte(int value) { return value * 0x01010101u; }
-
-// The codes of columns 4 at to 4 at + 3 of a chunk, one row in a lane, each shifted left by SHIFT.
-template <int BITS, int CHUNK, int SHIFT = 0>
-COMPRESS_INLINE Words codes_at(const Words* lines, int at) {
-  constexpr int WIDE = wide_plane(BITS), FIELDS = 8 / WIDE;
-  Words word = lines[at / FIELDS];
-  int right = WIDE * (at % FIELDS) - SHIFT;
-  word = right > 0 ? word >> right : word << -right;
-  word &= in_each_byte(((1 << WIDE) - 1) << SHIFT);
-  if constexpr (WIDE < BITS)
-    word |= codes_at<BITS - WIDE, CHUNK, SHIFT + WIDE>(lines + CHUNK / (4 * FIELDS), at);
-  return word;
-}
 
 // Columns that are summed up in integers: a group, or a part of one.
 struct Block {
@@ -192,7 +176,7 @@ void multiply_strip(const Linear& linear, const Levels& levels, const Block* blo
         }
 #pragma GCC unroll 8
         for (int at = 0; at < CHUNK / 4; at++) {
-          Words codes = codes_at<BITS, CHUNK>(chunk, at);
+          Words codes = codes_at<BITS, CHUNK>([&](int line) { return chunk[line]; }, at);
 #pragma GCC unroll 3
           for (int i = 0; i < D; i++) {
             Words level = L ? look_up(levels.digit[i], codes) : codes;

@@ -34,7 +34,8 @@ constexpr int MOST_BLOCKS = 32;
 struct Linear {
   int32_t kind, rows, columns;
   int32_t bits;                      // of a code
-  int32_t group;                     // columns that share a scale; the last group may be shorter
+  int32_t group;                     // columns that share a scale; the last group may be shorter. DENSE: how far
+                                     // columns are apart: 1, or `rows` if the weight is stored [columns, rows]
   int32_t scale_type;                // Type of scales, or of the weight itself if it is DENSE
   int32_t activations;               // Activations
   int32_t type;                      // Type of the model: inputs have it, and results are rounded to it by the caller
@@ -62,6 +63,9 @@ struct Kernel {
 };
 
 extern Kernel kernels[KINDS];  // filled before main by the Register of each kind's file
+
+// The functions that multiply so many rows of activations fastest: those of the kind, or those of gemm.h.
+const Kernel& kernel_for(const Linear& linear, int count);
 
 struct Register {
   Register(Kind kind, Kernel kernel) { kernels[kind] = kernel; }

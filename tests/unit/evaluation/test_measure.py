@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import logging
-import subprocess
+import signal
 import sys
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ import transformers
 
 from compress.errors import BadInput, CompressError
 from compress.evaluation import measure as module
-from compress.evaluation.measure import kernels_of, measure, measure_model, repeat, storage_dtype
+from compress.evaluation import timed
+from compress.evaluation.measure import ModelProcess, measure, measured, repeat, time_decode, time_prefill
+from compress.evaluation.timed import Settings, Timed, kernels_of, storage_dtype
 from compress.system.memory import peak_memory
 
 
@@ -37,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_fresh_process_states_speed_and_memory(folder: Path):
     ballast = torch.ones(2**28)  # 1 GiB here, of which the child must know nothing
-    found = measure(folder, prefill_tokens=512, decode_tokens=8, repetitions=3, threads=1)
+    found = measure(folder, Settings(threads=1), 512, 8, repetitions=3)
     assert found.prefill_tokens == 128  # the model has no more positions
     assert found.prefill_repetitions == 3
     assert found.prefill.low <= found.prefill.value <= found.prefill.high
@@ -52,34 +55,75 @@ def test_a_fresh_process_states_speed_and_memory(folder: Path):
     assert found.peak_resident_bytes < ballast.nbytes < peak_memory()
 
 
-def test_a_failing_child_is_one_sentence(monkeypatch: pytest.MonkeyPatch):
-    run = subprocess.run
-    for error in (BadInput, CompressError):
-        code = f"import sys; print('noise\\nNo such model.', file=sys.stderr); sys.exit({error.exit_code})"
-        child = [sys.executable, "-c", code]
-        monkeypatch.setattr(module.subprocess, "run", lambda _, child=child, **more: run(child, **more))
-        with pytest.raises(CompressError) as caught:
-            measure("model")
-        assert type(caught.value) is error
-        assert str(caught.value) == "Measuring model failed: No such model."
+def child(monkeypatch: pytest.MonkeyPatch, code: str) -> ModelProcess:
+    process = ModelProcess("model", Settings())
+    monkeypatch.setattr(process, "_command", [sys.executable, "-c", f"import os, signal, sys, time\n{code}"])
+    return process
 
 
-def test_what_a_child_says_when_it_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.setattr(sys, "argv", ["measure", str(tmp_path / "nowhere"), "--json"])
-    assert module.main() == BadInput.exit_code
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err == f"There is no model folder '{tmp_path / 'nowhere'}'.\n"
+READY = """print('{"longest": 8, "generates": true, "prompt_tokens": 4}', flush=True)\n"""
 
 
-def test_a_killed_child_says_so(monkeypatch: pytest.MonkeyPatch):
-    run = subprocess.run
-    suicide = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
-    monkeypatch.setattr(module.subprocess, "run", lambda _, **options: run(suicide, **options))
-    with pytest.raises(CompressError, match="killed by signal 9"):
-        measure("model")
+@pytest.mark.parametrize("error", [BadInput, CompressError])
+def test_a_failing_child_is_one_sentence(error: type[CompressError], monkeypatch: pytest.MonkeyPatch):
+    code = f"print('noise\\nNo such model.', file=sys.stderr); sys.exit({error.exit_code})"
+    with pytest.raises(CompressError) as caught, child(monkeypatch, code):
+        pass
+    assert type(caught.value) is error
+    assert str(caught.value) == "Measuring model failed: No such model."
+
+
+def test_what_a_child_says_when_it_fails(tmp_path: Path):
+    with pytest.raises(BadInput) as caught:
+        measure(tmp_path / "nowhere")
+    assert str(caught.value) == (
+        f"Measuring {tmp_path / 'nowhere'} failed: There is no model folder '{tmp_path / 'nowhere'}'."
+    )
+
+
+def test_a_child_that_is_killed_between_two_questions_says_so(monkeypatch: pytest.MonkeyPatch):
+    with child(monkeypatch, f"{READY}sys.stdin.readline()\nos.kill(os.getpid(), signal.SIGKILL)") as model:
+        assert (model.longest, model.prompt_tokens) == (8, 4)
+        with pytest.raises(CompressError, match=r"killed by signal 9 .* it gave no reason"):
+            model.prefill(4)
+        with pytest.raises(CompressError, match="killed by signal 9"):  # the pipe to it is broken now
+            model.decode(4)
+
+
+def test_half_an_answer_is_none(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(CompressError, match="it gave no reason"), child(monkeypatch, "sys.stdout.write('[')"):
+        pass
+
+
+def test_no_child_outlives_its_use(monkeypatch: pytest.MonkeyPatch):
+    """Not even one that does not listen; one that says more than a pipe holds is not held up."""
+    babbling = f"print('x' * 2**20, file=sys.stderr)\n{READY}time.sleep(600)"
+    with pytest.raises(KeyboardInterrupt), child(monkeypatch, babbling) as model:
+        raise KeyboardInterrupt
+    assert model._child.returncode == -signal.SIGKILL
+    loading = child(monkeypatch, "time.sleep(600)")
+    monkeypatch.setattr(loading, "_answer", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt), loading:
+        pass
+    assert loading._child.returncode == -signal.SIGKILL
+
+
+def test_a_child_ends_with_its_questions(folder: Path):
+    with ModelProcess(folder, Settings(threads=1)) as model:
+        model._child.stdin.close()
+        assert model._child.wait(60) == 0
+
+
+def test_libraries_that_print_do_not_disturb_the_answers(monkeypatch: pytest.MonkeyPatch, folder: Path):
+    code = "os.environ['X'] = '1'; from compress.evaluation import timed\n"
+    code += "load = timed.Settings.load\n"
+    code += "timed.Settings.load = lambda *of: (print('loud'), os.write(1, b'louder'), load(*of))[-1]\n"
+    code += (
+        f"sys.argv = ['', {str(folder)!r}, {Settings(threads=1).model_dump_json()!r}]\nsys.exit(timed.main())"
+    )
+    with child(monkeypatch, code) as model:
+        assert model.longest == 128
+        assert model.prefill(4) > 0
 
 
 def test_numbers_below_one_are_refused():
@@ -97,7 +141,7 @@ def test_an_encoder_is_only_prefilled():
         max_position_embeddings=42,
         pad_token_id=1,
     )
-    found = measure_model(lambda: transformers.RobertaModel(config), repetitions=3)
+    found = measured(Timed(lambda: transformers.RobertaModel(config)), repetitions=3)
     assert (found.decode, found.decode_tokens, found.decode_repetitions) == (None, None, None)
     assert found.prefill_tokens == 40  # two of the 42 positions are for padding
 
@@ -117,8 +161,8 @@ def test_a_slow_kernel_stays_near_the_budget(
         clock[0] += inputs["input_ids"].shape[1] / tokens_per_second
 
     model.register_forward_hook(turn, with_kwargs=True)
-    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
-    found = measure_model(lambda: model, prefill_tokens=128, decode_tokens=100, repetitions=5)
+    monkeypatch.setattr(timed.time, "perf_counter", lambda: clock[0])
+    found = measured(Timed(lambda: model), prefill_tokens=128, decode_tokens=100, repetitions=5)
     assert (found.prefill_tokens, found.prefill_repetitions) == prefill
     assert (found.decode_tokens, found.decode_repetitions) == decode
     assert found.prefill.value == pytest.approx(tokens_per_second)
@@ -142,8 +186,7 @@ def test_decode_is_greedy_and_uses_the_cache():
         cached.append(0 if cache is None else cache.get_seq_length())
 
     model.register_forward_pre_hook(watch, with_kwargs=True)
-    with torch.inference_mode():
-        _, tokens = module.time_decode(model, torch.device("cpu"), 6, repetitions=1)
+    _, tokens = time_decode(Timed(lambda: model), 6, repetitions=1)
     assert tokens == 6
     assert [ids.shape[1] for ids in seen[-7:]] == [32, 1, 1, 1, 1, 1, 1]
     assert cached[-7:] == [0, 32, 33, 34, 35, 36, 37]
@@ -158,9 +201,9 @@ def test_decode_is_greedy_and_uses_the_cache():
 def test_decode_uses_nothing_that_transformers_warns_of(caplog: pytest.LogCaptureFixture, monkeypatch):
     transformers.logging.warning_once.cache_clear()
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    with torch.inference_mode(), warnings.catch_warnings(record=True) as warned, caplog.at_level("WARNING"):
+    with warnings.catch_warnings(record=True) as warned, caplog.at_level("WARNING"):
         warnings.simplefilter("always")
-        module.time_decode(tiny_llama(), torch.device("cpu"), 6, repetitions=1)
+        time_decode(Timed(tiny_llama), 6, repetitions=1)
     assert [str(warning.message) for warning in warned] == []
     assert caplog.messages == []
 
@@ -168,10 +211,18 @@ def test_decode_uses_nothing_that_transformers_warns_of(caplog: pytest.LogCaptur
 def test_prefill_computes_the_head_for_the_last_position_only():
     model, shapes = tiny_llama(), []
     model.lm_head.register_forward_hook(lambda _m, _i, output: shapes.append(output.shape))
-    with torch.inference_mode():
-        _, tokens = module.time_prefill(model, torch.device("cpu"), 100, repetitions=2)
+    _, tokens = time_prefill(Timed(lambda: model), 100, repetitions=2)
     assert tokens == 100
     assert set(shapes) == {(1, 1, 64)}
+
+
+def test_a_dense_model_runs_as_transformers_runs_it(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Unless a kernel is named, or its head is packed."""
+    used: list[str] = []
+    monkeypatch.setattr("compress.load", lambda folder, **given: used.append(given["kernel"]))
+    for settings in (Settings(), Settings(kernel="cpu"), Settings(head_bits=8)):
+        settings.load(folder)
+    assert used == ["reference", "cpu", "auto"]
 
 
 def test_what_ran_and_what_is_stored_are_named():

@@ -18,7 +18,7 @@ from compress.engine.shape import ModelShape
 from compress.engine.stream import StreamedModel
 from compress.engine.windows import Windows
 from compress.errors import BadInput
-from compress.evaluation.measure import token_ids
+from compress.evaluation.timed import token_ids
 from compress.kernels.layers.embedding import PackedEmbedding
 from compress.kernels.layers.linear import PackedLinear
 from compress.method import StepContext

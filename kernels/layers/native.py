@@ -1,0 +1,94 @@
+"""How the native kernels see a linear layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from compress.kernels.codes.floating import GROUP_SIZES
+from compress.kernels.codes.nf4 import BLOCK_SIZE
+from compress.kernels.cpu.linear import ACTIVATIONS, DENSE, INTEGER, TABLE, TYPES, Linear
+from compress.kernels.layers.float_linear import FloatLinear
+from compress.kernels.layers.linear import PackedLinear, TokenQuantizedLinear
+from compress.kernels.layers.nf4_linear import NF4Linear
+
+
+def native_linear(module: nn.Module, dtype: torch.dtype) -> Linear | None:
+    """The native description of a linear without its bias, which points to the memory of its tensors.
+
+    Args:
+        module: of any class.
+        dtype: of its inputs.
+
+    Returns:
+        None if the kernels cannot do exactly what the layer does, where its weight is.
+    """
+    kind = type(module)
+    if dtype not in TYPES:
+        return None
+    if isinstance(module, nn.Linear | Conv1D) and kind in (nn.Linear, Conv1D):
+        weight = module.weight.detach()
+        return _dense(weight.T if kind is Conv1D else weight, dtype)
+    if not getattr(module, "in_strips", False):
+        return None
+    if isinstance(module, PackedLinear) and (
+        kind is PackedLinear or (kind is TokenQuantizedLinear and module.activations == "int8-token")
+    ):
+        tensors = (module.packed, module.scales, module.zeros, None)
+        return _strips(module, tensors, module.bits, module.group_size, dtype)
+    if (
+        isinstance(module, FloatLinear) and module.float_type != "fp8"
+    ):  # else inputs are rounded to E4M3 before
+        tensors = (module.codes, module.strip_scales, None, module.table)
+        return _strips(module, tensors, module.bits, GROUP_SIZES[module.float_type], dtype)
+    if isinstance(module, NF4Linear):
+        return _strips(module, (module.codes, module.strip_scales, None, module.table), 4, BLOCK_SIZE, dtype)
+    return None
+
+
+def _dense(weight: Tensor, dtype: torch.dtype) -> Linear | None:
+    """Of a dense weight [out, in], which may be a transpose."""
+    rows, columns = weight.shape
+    if weight.dtype != dtype or weight.device.type != "cpu" or type(weight) is not Tensor:
+        return None
+    if not (weight.is_contiguous() or weight.T.is_contiguous()):
+        return None
+    return Linear(
+        kind=DENSE,
+        rows=rows,
+        columns=columns,
+        group=1 if weight.is_contiguous() else rows,
+        scale_type=TYPES[dtype],
+        type=TYPES[dtype],
+        blocks=1,
+        codes=(weight.data_ptr(),),
+    )
+
+
+def _strips(
+    module: PackedLinear | FloatLinear | NF4Linear,
+    tensors: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Linear | None:
+    """Of codes, scales, zero points and table of a weight in strips."""
+    codes, scales, zeros, table = tensors
+    if scales is None or codes.device.type != "cpu":
+        return None
+    return Linear(
+        kind=INTEGER if table is None else TABLE,
+        rows=module.out_features,
+        columns=module.in_features,
+        bits=bits,
+        group=module.in_features if group_size == -1 else min(group_size, module.in_features),
+        scale_type=TYPES[scales.dtype],
+        activations=ACTIVATIONS[module.activations],
+        type=TYPES[dtype],
+        blocks=1,
+        codes=(codes.data_ptr(),),
+        scales=scales.data_ptr(),
+        zeros=None if zeros is None else zeros.data_ptr(),
+        table=None if table is None else table.data_ptr(),
+    )

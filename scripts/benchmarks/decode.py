@@ -1,0 +1,332 @@
+#!/usr/bin/env python
+"""How fast compressed models decode and prefill, beside the dense model in transformers and llama.cpp.
+
+All rows of a model and a number of threads are timed in one run of `compress.evaluation.bench`: each in a
+process of its own, taking turns, so that a busy machine hits all of them alike.
+
+    python scripts/benchmarks/decode.py [--models demo random] [--threads 1 2] [--activation-bits 16 8]
+
+- dense: bfloat16, as transformers runs it;
+- ours: round-to-nearest at 4 bits in groups of 64; the head (of the demo model also the token table, which is
+  the same) at 8 bits;
+- llama.cpp: Q4_0 by its own quantizer, made of the same dense weights. It runs where llama-cpp-python is
+  installed: here, or in ``--llama-cpp FOLDER``, which ``pip install --no-deps --target FOLDER
+  llama-cpp-python diskcache`` has filled. On processors with AMX its own build crashes; give it
+  ``CMAKE_ARGS="-DGGML_NATIVE=OFF"`` and the instructions to use, such as ``-DGGML_AVX512=ON
+  -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON``. Where it is not, its rows are left out and a line says so.
+
+An interrupted benchmark goes on: what is in --folder already is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from common import Sheet, compressed, dense_model, parser
+from streaming import write_model
+
+from compress.evaluation.bench import Bench, Contestant, TimedModel, bench
+from compress.evaluation.measure import ModelProcess
+from compress.evaluation.timed import PROMPT_TOKENS, Settings, device_name, serve
+from compress.system.memory import peak_memory
+
+# The shape of TinyLlama.
+RANDOM_LAYERS = 22
+RANDOM = {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+}
+STEP = {"method": "rtn", "bits": 4, "group_size": 64}
+HEAD = {"demo": {"embedding_bits": 8}, "random": {"lm_head_bits": 8}}
+NAMES = {"demo": "SmolLM2-135M", "random": "random Llama, 1.1 B"}
+
+
+def random_model(folder: Path) -> Path:
+    """The random model in bfloat16, made once in ``folder``."""
+    output = folder / "random"
+    if not (output / "tokenizer.json").exists():  # which is written last
+        write_model(output, RANDOM_LAYERS, RANDOM)
+    return output
+
+
+DENSE: dict[str, Callable[[Path], Path]] = {"demo": dense_model, "random": random_model}
+
+
+@dataclass(frozen=True)
+class LlamaCpp(Contestant):
+    """A GGUF file, run by llama.cpp in a process of its own."""
+
+    packages: Path | None = None
+
+    def process(self) -> ModelProcess:
+        found = ModelProcess(self.folder, self.settings, self.name)
+        found._command = [sys.executable, __file__, "--serve", str(self.folder)]
+        found._command += [f"--threads={self.settings.threads}"]
+        found._command += [f"--llama-cpp={self.packages}"] if self.packages else []
+        return found
+
+
+class InLlamaCpp:
+    """A GGUF file in this process: the same questions and answers as `compress.evaluation.timed.Timed`."""
+
+    longest, generates, prompt_tokens = 2048, True, PROMPT_TOKENS
+
+    def __init__(self, file: Path, threads: int) -> None:
+        import llama_cpp
+
+        self._baseline, self._threads = peak_memory(), threads
+        self._library = llama_cpp
+        size = {"n_ctx": self.longest, "n_batch": self.longest, "n_ubatch": 512}
+        self._model = llama_cpp.Llama(
+            str(file), n_threads=threads, n_threads_batch=threads, verbose=False, **size
+        )
+        self._tokens = llama_cpp.llama_vocab_n_tokens(self._model._model.vocab)
+
+    def prefill(self, tokens: int) -> float:
+        self._forget()
+        return self._seconds(lambda: self._run(self._prompt(tokens)))
+
+    def decode(self, tokens: int) -> float:
+        self._forget()
+        token = self._run(self._prompt(self.prompt_tokens))
+
+        def generate() -> None:
+            nonlocal token
+            for _ in range(tokens):
+                token = self._run([token])
+
+        return self._seconds(generate)
+
+    def state(self) -> dict[str, Any]:
+        import torch
+
+        return {
+            "peak_resident_bytes": peak_memory(),
+            "baseline_resident_bytes": self._baseline,
+            "threads": self._threads,
+            "device": device_name(torch.device("cpu")),
+            "kernel": f"llama.cpp ({self._library.__version__} of llama-cpp-python)",
+            "storage_dtype": "Q4_0",
+        }
+
+    def _prompt(self, count: int) -> list[int]:
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(self._tokens, (count,), generator=generator).tolist()
+
+    def _forget(self) -> None:
+        context = self._model._ctx.ctx
+        self._library.llama_memory_clear(self._library.llama_get_memory(context), True)
+
+    def _run(self, tokens: list[int]) -> int:
+        """The likeliest token after ``tokens``; only the last position gets logits."""
+        import numpy as np
+
+        context, given = self._model._ctx.ctx, (self._library.llama_token * len(tokens))(*tokens)
+        if self._library.llama_decode(context, self._library.llama_batch_get_one(given, len(tokens))):
+            raise RuntimeError("llama.cpp cannot run these tokens")
+        logits = self._library.llama_get_logits_ith(context, -1)
+        return int(np.ctypeslib.as_array(logits, (self._tokens,)).argmax())
+
+    @staticmethod
+    def _seconds(work: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+
+def write_gguf(dense: Path, file: Path) -> None:
+    """Write a Llama folder as a GGUF file in float16 that has no vocabulary: it is given token ids."""
+    import torch
+    from gguf import GGUFWriter
+
+    from compress.storage.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(dense)
+    config = checkpoint.config
+    heads, width = config["num_attention_heads"], config["hidden_size"]
+    few = config["num_key_value_heads"]
+    writer = GGUFWriter(file, "llama")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(width)
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(few)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_dimension_count(width // heads)
+    writer.add_rope_freq_base(rope_base(config))
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_file_type(1)  # mostly float16
+    for name in checkpoint.tensors:
+        if (theirs := gguf_name(name)) is None:
+            continue
+        weight = checkpoint.read(name).float()
+        for projection, count in (("q_proj", heads), ("k_proj", few)):
+            if projection in name:  # llama.cpp turns neighbours, where transformers turns halves
+                weight = weight.view(count, 2, -1, width).transpose(1, 2).reshape(weight.shape)
+        writer.add_tensor(theirs, (weight if weight.ndim == 1 else weight.to(torch.float16)).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def rope_base(config: dict[str, Any]) -> float:
+    """The base of the rotary embedding, which transformers 5 stores with its other settings."""
+    return config.get("rope_theta") or config.get("rope_parameters", {}).get("rope_theta") or 10_000.0
+
+
+THEIRS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+AROUND = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def gguf_name(name: str) -> str | None:
+    """The name of a Llama's tensor in a GGUF file."""
+    module, _, kind = name.rpartition(".")
+    if module in AROUND:
+        return f"{AROUND[module]}.{kind}"
+    _, layers, number, *path = module.split(".", 3)
+    return f"blk.{number}.{THEIRS[path[0]]}.{kind}" if layers == "layers" else None
+
+
+def q4_0(dense: Path, folder: Path, packages: Path | None) -> Path:
+    """The GGUF file in Q4_0 of a dense folder, made once in ``folder``."""
+    file, wide = folder / f"{dense.name}.Q4_0.gguf", folder / f"{dense.name}.F16.gguf"
+    if not file.exists():
+        write_gguf(dense, wide)
+        # In a process of its own, because its libraries have threads of their own.
+        quantize = [sys.executable, __file__, "--quantize", wide, file]
+        quantize += [f"--llama-cpp={packages}"] if packages else []
+        subprocess.run(list(map(str, quantize)), check=True, stdout=sys.stderr)
+        wide.unlink()
+    return file
+
+
+def quantize(wide: Path, file: Path) -> None:
+    import llama_cpp
+
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0
+    partial = file.with_suffix(".partial")
+    if llama_cpp.llama_model_quantize(str(wide).encode(), str(partial).encode(), parameters):
+        raise RuntimeError(f"llama.cpp cannot make {file}")
+    partial.replace(file)
+
+
+def contestants(kind: str, threads: int, folder: Path, arguments: argparse.Namespace) -> Iterator[Contestant]:
+    """The rows of one model; the dense one is the first, which the others are compared with."""
+    dense = DENSE[kind](folder)
+    yield Contestant("dense, bfloat16", dense, Settings(threads=threads))
+    ours = folder / f"{kind}-int4"
+    compressed(ours, dense, [{**STEP, **HEAD[kind]}])
+    for bits in arguments.activation_bits:
+        name = "4 bits, head 8" + (", inputs 8" if bits == 8 else "")
+        yield Contestant(name, ours, Settings(threads=threads, kernel=arguments.kernel, activation_bits=bits))
+    if find_spec("llama_cpp"):  # --llama-cpp is on the path by now
+        file = q4_0(dense, folder, arguments.llama_cpp)
+        yield LlamaCpp("llama.cpp Q4_0", file, Settings(threads=threads), arguments.llama_cpp)
+    else:
+        print("llama-cpp-python is not here, so its rows are left out (see --help).", file=sys.stderr)
+
+
+def size(path: Path) -> int:
+    """Bytes of the weights: of a GGUF file, or of the safetensors of a folder."""
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.glob("*.safetensors")))
+
+
+def figures(row: TimedModel, path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {"size": {"value": size(path), "unit": "bytes"}}
+    found["memory"] = row.peak_memory.model_dump(mode="json")
+    for kind, times in (("prefill", row.prefill), ("decode", row.decode)):
+        assert times is not None
+        found[kind] = times.speed.model_dump(mode="json")
+        if times.ratio is not None:
+            found[f"{kind}_ratio"] = times.ratio.model_dump(mode="json")
+    return found
+
+
+def main() -> None:
+    options = parser(__doc__, "decode")
+    options.add_argument("--models", nargs="+", default=["demo", "random"], choices=list(DENSE))
+    options.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    options.add_argument("--activation-bits", type=int, nargs="+", default=[16], choices=[16, 8])
+    options.add_argument("--kernel", default="auto", help="of ours")
+    options.add_argument("--prefill-tokens", type=int, default=512)
+    options.add_argument("--decode-tokens", type=int, default=64)
+    options.add_argument("--repetitions", type=int, default=9)
+    options.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help="where pip --target put it")
+    options.add_argument("--serve", type=Path, metavar="FILE", help=argparse.SUPPRESS)
+    options.add_argument("--quantize", type=Path, nargs=2, metavar="FILE", help=argparse.SUPPRESS)
+    arguments = options.parse_args()
+    if arguments.llama_cpp:
+        sys.path.append(str(arguments.llama_cpp))
+    if arguments.serve:
+        answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+        serve(InLlamaCpp(arguments.serve, *arguments.threads), sys.stdin, answers)
+    elif arguments.quantize:
+        quantize(*arguments.quantize)
+    else:
+        run(arguments)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    sheet = Sheet(arguments, "decode")
+    for kind in arguments.models:
+        for threads in arguments.threads:
+            rows = list(contestants(kind, threads, sheet.folder, arguments))
+            title = f"{NAMES[kind]}, {threads} thread{'s' if threads > 1 else ''}"
+            found = timed(f"{kind}-{threads}", rows, sheet.folder, arguments)
+            for row, contestant in zip(found.models, rows, strict=True):
+                measured = {
+                    "figures": figures(row, contestant.folder),
+                    "facts": {"kernel": row.kernel},
+                }
+                sheet.row(f"{title}: {row.name}", lambda measured=measured: measured)
+    sheet.show()
+
+
+def timed(name: str, rows: list[Contestant], folder: Path, arguments: argparse.Namespace) -> Bench:
+    """The rows timed side by side, as far as that has not been done yet."""
+    file = folder / f"{name}.bench.json"
+    if file.exists():
+        found = Bench.model_validate_json(file.read_text())
+        if [row.name for row in found.models] == [row.name for row in rows]:
+            return found
+
+    def progress(text: str, share: float) -> None:
+        print(f"{name}: {text} {share:.0%}", file=sys.stderr, flush=True)
+
+    sizes = (arguments.prefill_tokens, arguments.decode_tokens, arguments.repetitions)
+    found = bench(rows, *sizes, progress)
+    file.write_text(found.model_dump_json())
+    return found
+
+
+if __name__ == "__main__":
+    main()

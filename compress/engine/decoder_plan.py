@@ -49,12 +49,17 @@ class Snapshot:
         self.modules = list(layers.modules())
         self._parts = [part for m in self.modules for part in (m._modules, m._parameters, m._buffers) if part]
         self._values = [dict(part) for part in self._parts]
-        self._sized = [part for m in self.modules for part in (vars(m), m._forward_hooks, m._forward_pre_hooks)]
+        self._sized = [
+            part for m in self.modules for part in (vars(m), m._forward_hooks, m._forward_pre_hooks)
+        ]
         self._sizes = list(map(len, self._sized))
         self._linears = [module for module in self.modules if isinstance(module, CodedLinear)]
         self._activations = [linear.activations for linear in self._linears]
         self.parameters = [p for m in self.modules for p in m._parameters.values() if p is not None]
-        self.tensors = [*self.parameters, *(b for m in self.modules for b in m._buffers.values() if b is not None)]
+        self.tensors = [
+            *self.parameters,
+            *(b for m in self.modules for b in m._buffers.values() if b is not None),
+        ]
         self._pointers = list(map(Tensor.data_ptr, self.parameters))
         self._attention = config._attn_implementation
 
@@ -119,7 +124,9 @@ class DecoderPlan:
             and hidden.shape[1:] == (1, self.native.width)
             and hidden.device.type == "cpu"
             and hidden.is_contiguous()
-            and not (torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *self._snapshot.parameters)))
+            and not (
+                torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *self._snapshot.parameters))
+            )
         )
 
     def _build(self, config: PretrainedConfig, layers: nn.ModuleList) -> None:
@@ -212,7 +219,9 @@ class DecoderPlan:
         unique = list(dict.fromkeys(paths))
         setattr(to, count, len(unique))
         for number, path in enumerate(unique):
-            wanted = sum(rows[role].numel() for role, other in zip(roles, paths, strict=True) if other == path)
+            wanted = sum(
+                rows[role].numel() for role, other in zip(roles, paths, strict=True) if other == path
+            )
             linear, bias = self._linear(layer, path, (wanted, hidden))
             getattr(to, linears)[number], getattr(to, biases)[number] = linear, bias
         for role, path in zip(roles, paths, strict=True):
@@ -247,7 +256,9 @@ class DecoderPlan:
             bias = module.bias
             weight, bias = (None if part is None else self._vector(part, width) for part in (weight, bias))
             return native.Norm(native.LAYER_NORM, epsilon, 0, weight, bias)
-        if not type(module).__name__.endswith("RMSNorm") or not type(module).__module__.startswith("transformers."):
+        if not type(module).__name__.endswith("RMSNorm") or not type(module).__module__.startswith(
+            "transformers."
+        ):
             raise Unfusable(f"There is no native norm '{type(module).__name__}'.")
         assert isinstance(weight, Tensor)
         offset = self._anatomy.norm_offset

@@ -54,7 +54,9 @@ def fuse(model: PreTrainedModel) -> str | None:
     anatomy = anatomy_of(model.config)
     path, _, name = anatomy.layers.rpartition(".")
     runner = model.base_model.get_submodule(path)
-    if not any(isinstance(getattr(hook, "__self__", None), Fusion) for hook in runner._forward_hooks.values()):
+    if not any(
+        isinstance(getattr(hook, "__self__", None), Fusion) for hook in runner._forward_hooks.values()
+    ):
         fusion = Fusion(anatomy, name)
         runner.register_forward_pre_hook(fusion.before, with_kwargs=True)
         runner.register_forward_hook(fusion.after, always_call=True)

@@ -241,8 +241,7 @@ def quantize(wide: Path, file: Path) -> None:
 def contestants(kind: str, threads: int, folder: Path, arguments: argparse.Namespace) -> Iterator[Contestant]:
     """The rows of one model; the dense one is the first, which the others are compared with."""
     dense = DENSE[kind](folder)
-    # The reference kernel: nothing of ours takes part.
-    yield Contestant("dense, bfloat16", dense, Settings(threads=threads, kernel="reference"))
+    yield Contestant("dense, bfloat16", dense, Settings(threads=threads))
     ours = folder / f"{kind}-int4"
     compressed(ours, dense, [{**STEP, **HEAD[kind]}])
     for bits in arguments.activation_bits:

@@ -56,8 +56,8 @@ void widen(const void* x, Type type, size_t start, int count, float* to) {
 float round_int8(float* x, int count, bool sums) {
   float scale = largest_magnitude(x, count) / 127;
   if (scale < SMALLEST_SCALE) scale = 0;
-  float inverse = scale == 0 ? 0 : 1 / scale;
-  for (int i = 0; i < count; i++) x[i] = std::rint(x[i] * inverse) * (sums ? 1 : scale);
+  const float divisor = scale == 0 ? 1 : scale;  // divided as the reference does: inverses round ties another way
+  for (int i = 0; i < count; i++) x[i] = std::rint(x[i] / divisor) * (sums ? 1 : scale);
   return scale;
 }
 

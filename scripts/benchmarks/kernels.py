@@ -85,9 +85,15 @@ class Kernel:
 
 
 def pool(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
-    """Copies of the tensors of one weight, `POOL` bytes in all."""
+    """Copies of the tensors of one weight, `POOL` bytes in all.
+
+    They are parts of one allocation, as what the loop reads is, so that no kernel has more luck with its pages.
+    """
+    import torch
+
     copies = -(-POOL // sum(tensor.nbytes for tensor in tensors))
-    return [tuple(tensor.clone() for tensor in tensors) for _ in range(copies)]
+    repeated = (torch.stack([tensor] * copies).unbind() for tensor in tensors)
+    return list(zip(*repeated, strict=True))
 
 
 def ours(out: int, width: int, input: torch.Tensor) -> Iterator[tuple[str, Kernel]]:

@@ -82,6 +82,15 @@ def test_every_shape_against_float64(
     assert bool(((got.double() - expected).abs() <= PRECISION[dtype] * size).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_number_of_rows(path, dtype):
+    case = as_multiplied(path, make("int4", 83, 600, 64), dtype)
+    input = torch.randn(300, 600).to(dtype)
+    expected = case.exact(input)
+    for rows in ROWS:
+        assert error(multiply(path, case, input[:rows]), expected[:rows]) < PRECISION[dtype]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_kernels_agree_where_several_blocks_of_columns_meet(path, kind):
     case = make(kind, 83, 1100, 64, bias=torch.float32)

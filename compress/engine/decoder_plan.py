@@ -16,7 +16,6 @@ from compress.anatomy import Anatomy, layer_shapes, projection_rows, sizes_of
 from compress.kernels.cpu import decoder as native
 from compress.kernels.cpu.library import library
 from compress.kernels.cpu.linear import TYPES
-from compress.kernels.layers.base import CodedLinear
 from compress.kernels.layers.native import native_linear
 
 ACTIVATIONS: dict[type[nn.Module], int] = {
@@ -49,12 +48,17 @@ class Snapshot:
         self.modules = list(layers.modules())
         self._parts = [part for m in self.modules for part in (m._modules, m._parameters, m._buffers) if part]
         self._values = [dict(part) for part in self._parts]
-        self._sized = [part for m in self.modules for part in (vars(m), m._forward_hooks, m._forward_pre_hooks)]
+        self._sized = [
+            part for m in self.modules for part in (vars(m), m._forward_hooks, m._forward_pre_hooks)
+        ]
         self._sizes = list(map(len, self._sized))
-        self._linears = [module for module in self.modules if isinstance(module, CodedLinear)]
+        self._linears: list[Any] = [module for module in self.modules if hasattr(module, "activations")]
         self._activations = [linear.activations for linear in self._linears]
         self.parameters = [p for m in self.modules for p in m._parameters.values() if p is not None]
-        self.tensors = [*self.parameters, *(b for m in self.modules for b in m._buffers.values() if b is not None)]
+        self.tensors = [
+            *self.parameters,
+            *(b for m in self.modules for b in m._buffers.values() if b is not None),
+        ]
         self._pointers = list(map(Tensor.data_ptr, self.parameters))
         self._attention = config._attn_implementation
 
@@ -119,7 +123,9 @@ class DecoderPlan:
             and hidden.shape[1:] == (1, self.native.width)
             and hidden.device.type == "cpu"
             and hidden.is_contiguous()
-            and not (torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *self._snapshot.parameters)))
+            and not (
+                torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *self._snapshot.parameters))
+            )
         )
 
     def _build(self, config: PretrainedConfig, layers: nn.ModuleList) -> None:
@@ -153,11 +159,13 @@ class DecoderPlan:
         anatomy, shape = self._anatomy, self._shapes[index]
         to.kind, to.norm_first, to.parallel = self.kinds[index], anatomy.norm_first, anatomy.parallel_residual
         to.groups, to.width = self.cached[index]
-        rows = projection_rows(config, index)
+        rows, hidden = projection_rows(config, index), sizes_of(config).hidden_size
+        for name in ("attention_norm", "mlp_norm"):
+            setattr(to, name, self._norm(layer, getattr(anatomy, name), hidden))
         if shape.num_attention_heads:
-            self._describe_attention(to, layer, rows, sizes_of(config).hidden_size)
+            self._describe_attention(to, layer, rows, hidden)
         if shape.intermediate_size:
-            self._describe_mlp(to, layer, rows, sizes_of(config).hidden_size)
+            self._describe_mlp(to, layer, rows, hidden)
 
     def _describe_attention(
         self, to: native.Layer, layer: nn.Module, rows: dict[str, Tensor], hidden: int
@@ -176,7 +184,6 @@ class DecoderPlan:
         self._describe_inputs(to, layer, roles, rows, hidden, ("project", "project_bias", "projections"))
         self._describe_output(to, layer, anatomy.attention_output, rows["query"].numel(), hidden, "output")
         for name, width in (
-            ("attention_norm", hidden),
             ("post_attention_norm", hidden),
             ("query_norm", self.head_dim),
             ("key_norm", self.head_dim),
@@ -194,7 +201,6 @@ class DecoderPlan:
         roles = ("up",) if anatomy.gate is None else ("gate", "up")
         self._describe_inputs(to, layer, roles, rows, hidden, ("input", "input_bias", "inputs"))
         self._describe_output(to, layer, anatomy.down, to.neurons, hidden, "down")
-        to.mlp_norm = self._norm(layer, anatomy.mlp_norm, hidden)
         to.post_mlp_norm = self._norm(layer, anatomy.post_mlp_norm, hidden)
 
     def _describe_inputs(
@@ -212,7 +218,9 @@ class DecoderPlan:
         unique = list(dict.fromkeys(paths))
         setattr(to, count, len(unique))
         for number, path in enumerate(unique):
-            wanted = sum(rows[role].numel() for role, other in zip(roles, paths, strict=True) if other == path)
+            wanted = sum(
+                rows[role].numel() for role, other in zip(roles, paths, strict=True) if other == path
+            )
             linear, bias = self._linear(layer, path, (wanted, hidden))
             getattr(to, linears)[number], getattr(to, biases)[number] = linear, bias
         for role, path in zip(roles, paths, strict=True):
@@ -247,7 +255,9 @@ class DecoderPlan:
             bias = module.bias
             weight, bias = (None if part is None else self._vector(part, width) for part in (weight, bias))
             return native.Norm(native.LAYER_NORM, epsilon, 0, weight, bias)
-        if not type(module).__name__.endswith("RMSNorm") or not type(module).__module__.startswith("transformers."):
+        if not type(module).__name__.endswith("RMSNorm") or not type(module).__module__.startswith(
+            "transformers."
+        ):
             raise Unfusable(f"There is no native norm '{type(module).__name__}'.")
         assert isinstance(weight, Tensor)
         offset = self._anatomy.norm_offset

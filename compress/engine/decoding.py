@@ -54,11 +54,20 @@ def fuse(model: PreTrainedModel) -> str | None:
     anatomy = anatomy_of(model.config)
     path, _, name = anatomy.layers.rpartition(".")
     runner = model.base_model.get_submodule(path)
-    if not any(isinstance(getattr(hook, "__self__", None), Fusion) for hook in runner._forward_hooks.values()):
+    if fusion_of(model) is None:
         fusion = Fusion(anatomy, name)
         runner.register_forward_pre_hook(fusion.before, with_kwargs=True)
         runner.register_forward_hook(fusion.after, always_call=True)
     return None
+
+
+def fusion_of(model: PreTrainedModel) -> Fusion | None:
+    """What `fuse` has put on a model."""
+    if getattr(ROWS.get(model.config.model_type), "kind", None) != "decoder":
+        return None
+    runner = model.base_model.get_submodule(anatomy_of(model.config).layers.rpartition(".")[0])
+    owners = (getattr(hook, "__self__", None) for hook in runner._forward_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, Fusion)), None)
 
 
 def _obstacle(model: PreTrainedModel) -> str | None:
@@ -88,6 +97,10 @@ class Fusion:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "plan": None}  # it points to the memory of one model
+
+    def forget(self) -> None:
+        """Give up the plan, and with it the memory of weights that the model does not have any more."""
+        self.plan = None
 
     def before(
         self, runner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

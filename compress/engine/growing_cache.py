@@ -78,7 +78,9 @@ class GrowingLayer(DynamicLayer):
         """Rooms with space for ``count`` more tokens. There must be some already."""
         keys, values = self.keys, self.values
         assert keys is not None and values is not None
-        return self._room_for(keys[:, :, :1].expand(-1, -1, count, -1), values[:, :, :1].expand(-1, -1, count, -1))
+        return self._room_for(
+            keys[:, :, :1].expand(-1, -1, count, -1), values[:, :, :1].expand(-1, -1, count, -1)
+        )
 
     def _room_for(self, keys: Tensor, values: Tensor) -> Pair:
         """Rooms that these states fit into behind the tokens that are there; old ones where possible."""

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from compress.anatomy import anatomy_of
 from compress.anatomy import weight as weight_of
 from compress.engine.config import config_of
-from compress.engine.decoding import fuse
+from compress.engine.decoding import Fusion, fuse, fusion_of
 from compress.engine.opening import open_checkpoint
 from compress.engine.saving import QUANTIZATION, Save
 from compress.engine.skeleton import skeleton
@@ -90,7 +90,7 @@ def load(
     fuse(model)
     linears = [module for module in model.modules() if isinstance(module, StackedLinear)]
     if linears:
-        object.__setattr__(model, "resize", Resize(whole, linears, dtype, model.config))
+        object.__setattr__(model, "resize", Resize(whole, linears, dtype, model.config, fusion_of(model)))
     if quantization is not None or head_bits is not None or "pruned" in checkpoint.config:
         weights = Weights(whole, model, device, dtype)
         for part in {model, model.base_model}:  # one of them in a model without a head
@@ -181,6 +181,7 @@ class Resize:
         linears: the linears of the model that have blocks.
         dtype: of the weights that are not packed, which count too.
         config: of the model. Its quantization section says which blocks there are.
+        fusion: of the model, if it decodes natively.
     """
 
     def __init__(
@@ -189,7 +190,9 @@ class Resize:
         linears: list[StackedLinear],
         dtype: torch.dtype,
         config: PretrainedConfig,
+        fusion: Fusion | None = None,
     ) -> None:
+        self._fusion = fusion
         self._checkpoint, self._linears, self._dtype, self._config = checkpoint, linears, dtype, config
 
     def __call__(self, memory: str | int | None) -> int:
@@ -208,6 +211,8 @@ class Resize:
         steps = steps_within(self._checkpoint, wanted, self._dtype)
         counts = counts_after(self._checkpoint, steps)
         form = stack_of(self._checkpoint)
+        if self._fusion is not None:
+            self._fusion.forget()
         # Blocks are dropped first, so that the model never takes more than the larger of both sizes.
         for linear in self._linears:
             del linear.blocks[counts[linear.stored] :]

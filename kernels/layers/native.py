@@ -9,9 +9,11 @@ from transformers.pytorch_utils import Conv1D
 from compress.kernels.codes.floating import GROUP_SIZES
 from compress.kernels.codes.nf4 import BLOCK_SIZE
 from compress.kernels.cpu.linear import ACTIVATIONS, DENSE, INTEGER, TABLE, TYPES, Linear
+from compress.kernels.cpu.stacks import MOST_BLOCKS, MOST_PLANES, factors, planes
 from compress.kernels.layers.float_linear import FloatLinear
 from compress.kernels.layers.linear import PackedLinear, TokenQuantizedLinear
 from compress.kernels.layers.nf4_linear import NF4Linear
+from compress.kernels.layers.stacked import FactorStack, PlaneStack, StackedLinear
 
 
 def native_linear(module: nn.Module, dtype: torch.dtype) -> Linear | None:
@@ -30,6 +32,8 @@ def native_linear(module: nn.Module, dtype: torch.dtype) -> Linear | None:
     if isinstance(module, nn.Linear | Conv1D) and kind in (nn.Linear, Conv1D):
         weight = module.weight.detach()
         return _dense(weight.T if kind is Conv1D else weight, dtype)
+    if isinstance(module, StackedLinear):
+        return _stack(module, dtype)
     if not getattr(module, "in_strips", False):
         return None
     if isinstance(module, PackedLinear) and (
@@ -37,7 +41,9 @@ def native_linear(module: nn.Module, dtype: torch.dtype) -> Linear | None:
     ):
         tensors = (module.packed, module.scales, module.zeros, None)
         return _strips(module, tensors, module.bits, module.group_size, dtype)
-    if isinstance(module, FloatLinear) and module.float_type != "fp8":  # else inputs are rounded to E4M3 before
+    if (
+        isinstance(module, FloatLinear) and module.float_type != "fp8"
+    ):  # else inputs are rounded to E4M3 before
         tensors = (module.codes, module.strip_scales, None, module.table)
         return _strips(module, tensors, module.bits, GROUP_SIZES[module.float_type], dtype)
     if isinstance(module, NF4Linear):
@@ -62,6 +68,18 @@ def _dense(weight: Tensor, dtype: torch.dtype) -> Linear | None:
         blocks=1,
         codes=(weight.data_ptr(),),
     )
+
+
+def _stack(module: StackedLinear, dtype: torch.dtype) -> Linear | None:
+    if module.device.type != "cpu" or not all(t.is_contiguous() for t in module.buffers()):
+        return None
+    if isinstance(module, PlaneStack) and len(module.blocks) < MOST_PLANES:
+        scales, signs = module.stack()[0].part("scales"), module.parts_of("signs")
+        return planes(signs, scales, None, module.in_features, module.activations, dtype)
+    if isinstance(module, FactorStack) and len(module.blocks) <= MOST_BLOCKS:
+        signs, left, right = (module.parts_of(name) for name in module.parts(0))
+        return factors(signs, left, right, None, dtype)
+    return None
 
 
 def _strips(

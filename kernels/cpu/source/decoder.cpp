@@ -61,7 +61,7 @@ bool agree(const Linear& a, const Linear& b) {
 
 size_t scratch_of(const Group& group, int rows) {
   size_t total = 0;
-  for (int i = 0; i < group.count; i++) total += lines(kernels[group.linear[i]->kind].scratch(*group.linear[i], rows));
+  for (int i = 0; i < group.count; i++) total += lines(kernel_for(*group.linear[i], rows).scratch(*group.linear[i], rows));
   return total;
 }
 
@@ -226,9 +226,11 @@ class Worker {
   void pass(const Layer& layer, int index) {
     if (layer.parallel) return pass_parallel(layer, index);
     attention(layer, index);
-    if (layer.heads) join(layer.attention_norm, layer.norm_first);
+    if (layer.heads) add(hidden_, branch_);
+    if (!layer.norm_first) normalize_rows(layer.attention_norm, hidden_, hidden_);  // also where its block was removed
     mlp(layer);
-    if (layer.neurons) join(layer.mlp_norm, layer.norm_first);
+    if (layer.neurons) add(hidden_, branch_);
+    if (!layer.norm_first) normalize_rows(layer.mlp_norm, hidden_, hidden_);
   }
 
   void pass_parallel(const Layer& layer, int index) {
@@ -237,12 +239,6 @@ class Worker {
     mlp(layer);
     if (layer.heads && layer.neurons) add(branch_, kept_);
     add(hidden_, layer.neurons ? branch_ : kept_);
-  }
-
-  // The residual sum behind a block.
-  void join(const Norm& norm, bool norm_first) {
-    add(hidden_, branch_);
-    if (!norm_first) normalize_rows(norm, hidden_, hidden_);
   }
 
   void add(float* to, const float* what) {
@@ -268,7 +264,7 @@ class Worker {
     char *next = scratch_, *prepared = scratch_;
     for (int i = 0; i < group.count; i++) {
       const Linear& linear = *group.linear[i];
-      const Kernel& kernel = kernels[linear.kind];
+      const Kernel& kernel = kernel_for(linear, rows_);
       if (i == 0 || !agree(linear, *group.linear[i - 1])) {
         prepared = next;
         kernel.prepare(linear, x, rows_, prepared);

@@ -148,12 +148,15 @@ void write(const Linear& linear, int strip, int from, int to, Form form, void* b
   (form == PAIRS ? Pairs : Singles)(linear, strip, from, to, (char*)block);
 }
 
+bool many_planes(const Linear&, int count) { return count > 8; }
+bool many_factors(const Linear&, int count) { return count > 5; }
+
 #if defined(COMPRESS_PAIRS)
-const RegisterDequantiser planes(PLANES, {chunk, write<write_planes<SINGLES>, write_planes<PAIRS>>});
-const RegisterDequantiser factors(FACTORS, {chunk, write<write_factors<SINGLES>, write_factors<PAIRS>>});
+const RegisterDequantiser planes(PLANES, {chunk, write<write_planes<SINGLES>, write_planes<PAIRS>>, many_planes});
+const RegisterDequantiser factors(FACTORS, {chunk, write<write_factors<SINGLES>, write_factors<PAIRS>>, many_factors});
 #else
-const RegisterDequantiser planes(PLANES, {chunk, write<write_planes<SINGLES>, write_planes<SINGLES>>});
-const RegisterDequantiser factors(FACTORS, {chunk, write<write_factors<SINGLES>, write_factors<SINGLES>>});
+const RegisterDequantiser planes(PLANES, {chunk, write<write_planes<SINGLES>, write_planes<SINGLES>>, many_planes});
+const RegisterDequantiser factors(FACTORS, {chunk, write<write_factors<SINGLES>, write_factors<SINGLES>>, many_factors});
 #endif
 
 }  // namespace

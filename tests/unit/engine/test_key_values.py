@@ -13,6 +13,7 @@ import transformers as hf
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import compress
+from compress.engine import key_values
 from compress.engine.key_values import (
     KEY,
     KeyValueSettings,
@@ -21,6 +22,7 @@ from compress.engine.key_values import (
     quantize_key_values,
 )
 from compress.errors import BadInput, CompressError
+from compress.kernels.cpu.library import library
 from compress.pipeline.recipe import parse_recipe
 from compress.pipeline.run import execute
 
@@ -198,3 +200,30 @@ def test_a_section_that_is_none(shared_decoder: Callable[..., Path]) -> None:
         setattr(config, KEY, {"bits": 4, "scale": "head", "position": "after-rope", **wrong})
         with pytest.raises(BadInput, match=KEY):
             KeyValueSettings.of(config)
+
+
+@pytest.mark.parametrize(("scale", "position"), WAYS)
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GPTNeoXForCausalLM", "GPT2LMHeadModel"])
+def test_new_tokens_attend_to_codes(
+    quantized: Callable[..., PreTrainedModel],
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    scale: str,
+    position: str,
+) -> None:
+    """Where native kernels run, and with the same result as over dense keys and values."""
+    model = quantized(architecture, scale=scale, position=position)
+    attended: list[int] = []
+    attend = key_values.CodedStates.attend
+
+    def counted(self: Any, query: torch.Tensor, *rest: Any) -> torch.Tensor:
+        attended.append(query.shape[2])
+        return attend(self, query, *rest)
+
+    monkeypatch.setattr(key_values.CodedStates, "attend", counted)
+    found, _ = in_parts(model)
+    assert attended == ([] if library() is None else [1, 1, 3, 3, 1, 1])
+    monkeypatch.setattr(key_values.AttentionBlock, "attends_to_codes", lambda *_: False)
+    expected, _ = in_parts(model)
+    off = (found - expected).abs().amax(-1)  # as above, a code of a later layer may move
+    assert (off < 1e-4).double().mean() > 0.8

@@ -11,16 +11,14 @@ from compress.kernels.codes.integer import CHANNEL, QuantizedWeight, number_of_g
 from compress.kernels.codes.minmax import fake_quantize
 from compress.kernels.codes.packing import pack, packed_width, unpack
 from compress.kernels.cpu.layout import (
-    STRIP,
-    from_strips,
     groups_from_strips,
     groups_to_strips,
     rows_from_strips,
     to_strips,
 )
+from compress.kernels.embedding_ops import packed_embedding
 from compress.kernels.layers.base import CodedLinear, restore_dtypes
 from compress.kernels.ops import packed_linear
-from compress.kernels.reference.ops import dequantize
 
 
 class PackedLinear(CodedLinear):
@@ -124,20 +122,10 @@ class PackedLinear(CodedLinear):
 
     def rows_of(self, numbers: torch.Tensor) -> torch.Tensor:
         """The rows of the weight with these numbers [n]: float32 [n, in]."""
-        if not self.in_strips:
-            zeros = None if self.zeros is None else self.zeros[numbers]
-            return dequantize(self.packed[numbers], self.scales[numbers], zeros, self.bits, self.in_features)
-        strips, lanes = numbers // STRIP, numbers % STRIP
-        count, chosen = len(numbers), torch.arange(len(numbers), device=numbers.device)
-        shape = (count, STRIP, self.in_features)
-        codes = from_strips(
-            self.packed[strips], self.bits, self.group_size, count * STRIP, self.in_features
-        ).view(shape)[chosen, lanes]
-        zeros = None if self.zeros is None else self.zeros[strips, :, lanes]
-        scales = self.scales[strips, :, lanes]
-        if zeros is None:
-            zeros = torch.full_like(scales, 2 ** (self.bits - 1), dtype=torch.uint8)
-        return QuantizedWeight(codes, scales, zeros, self.bits, self.group_size, self.symmetric).dequantize()
+        return packed_embedding(
+            *(numbers, self.packed, self.scales, self.zeros),
+            *(self.bits, self.group_size, self.out_features, self.in_features),
+        )
 
     def product(self, input: torch.Tensor) -> torch.Tensor:
         """The result of `forward`, without gradient, by the operator."""

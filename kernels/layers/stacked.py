@@ -132,8 +132,8 @@ class FactorStack(StackedLinear):
         return ("signs", "left", "right")
 
     def product(self, input: torch.Tensor) -> torch.Tensor:
-        parts = [self.parts_of(name) for name in self.parts(0)]
-        return factor_linear(input, *parts, self.bias)
+        signs, left, right = (self.parts_of(name) for name in self.parts(0))
+        return factor_linear(input, signs, left, right, self.bias)
 
     def dequantize_rows(self, rows: slice, blocks: slice = slice(None)) -> torch.Tensor:
         signs, left, right = (self.parts_of(name)[blocks] for name in self.parts(0))

@@ -1,0 +1,115 @@
+"""``torch.ops.compress.packed_embedding``: some rows of a packed table, dequantized."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_int64, c_void_p
+
+import torch
+
+from compress.kernels.cpu.library import library
+from compress.kernels.cpu.linear import strips_linear
+from compress.kernels.ops import LIBRARY, check_packed_linear
+from compress.kernels.reference import embedding as reference
+
+LIBRARY.define(
+    "packed_embedding(Tensor rows, Tensor packed, Tensor scales, Tensor? zeros, int bits, int group_size, "
+    "int out_features, int width) -> Tensor"
+)
+
+
+def check_packed_embedding(
+    rows: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    width: int,
+) -> None:
+    """Make sure that the arguments of `packed_embedding` fit together.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if rows.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"The numbers of rows are {rows.dtype}, not whole numbers of 32 or 64 bits.")
+    like = scales.new_empty((0, width), dtype=torch.float32)
+    check_packed_linear(like, packed, scales, zeros, None, None, bits, group_size, out_features, "floating")
+
+
+@torch.library.register_fake("compress::packed_embedding", lib=LIBRARY)
+def _packed_embedding_shape(
+    rows: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    width: int,
+) -> torch.Tensor:
+    check_packed_embedding(rows, packed, scales, zeros, bits, group_size, out_features, width)
+    return scales.new_empty((*rows.shape, width), dtype=torch.float32)
+
+
+def _packed_embedding_cpu(
+    rows: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    width: int,
+) -> torch.Tensor:
+    check_packed_embedding(rows, packed, scales, zeros, bits, group_size, out_features, width)
+    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < out_features:
+        raise IndexError(f"A table of {out_features} rows was asked for others.")
+    native = library() if packed.dtype == torch.uint8 else None
+    if native is None:
+        return reference.packed_embedding(rows, packed, scales, zeros, bits, group_size, out_features, width)
+    tensors = [tensor if tensor is None else tensor.contiguous() for tensor in (packed, scales, zeros)]
+    linear = strips_linear(
+        *tensors, None, None, bits, group_size, (out_features, width), "floating", torch.float32
+    )
+    numbers = rows.to(torch.int64).contiguous()
+    found = torch.empty((*rows.shape, width), dtype=torch.float32)
+    function = native.compress_rows
+    function.argtypes, function.restype = (c_void_p, c_void_p, c_int64, c_void_p), None
+    function(ctypes.addressof(linear), numbers.data_ptr(), numbers.numel(), found.data_ptr())
+    return found
+
+
+LIBRARY.impl("packed_embedding", reference.packed_embedding, "CompositeExplicitAutograd")
+LIBRARY.impl("packed_embedding", _packed_embedding_cpu, "CPU")
+
+
+def packed_embedding(
+    rows: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    width: int,
+) -> torch.Tensor:
+    """Some rows of a packed table of integer codes.
+
+    Args:
+        rows: their numbers, int64 or int32 [...].
+        packed, scales, zeros, bits, group_size, out_features: as for `compress.kernels.ops.packed_linear`.
+        width: columns of the table.
+
+    Returns:
+        float32 [..., width].
+
+    Raises:
+        ValueError: the arguments do not fit together.
+        IndexError: there is no such row (on the CPU).
+    """
+    return torch.ops.compress.packed_embedding(
+        rows, packed, scales, zeros, bits, group_size, out_features, width
+    )

@@ -1,16 +1,17 @@
 """The layout that the kernels of all CPU paths read: strips of 16 rows, which lie next to each other.
 
-A row of a strip is a lane of the vectors that multiply it. So a line of 64 bytes holds codes of 16 rows, scales
-are vectors, and sums stay in their lanes. One layout serves all widths of vectors and types of activations.
+A row of a strip is a lane of the vectors that multiply it. So a line of 64 bytes holds codes of 16 rows,
+scales are vectors, and sums stay in their lanes. One layout serves all widths of vectors and types of
+activations.
 
 - Rows are filled up to a multiple of 16. The rows that are added have scales of 0.
 - Each group of columns is filled up to a multiple of a chunk: 16 columns for codes of 2, 4 and 8 bits, 32 for
   the others. A group therefore starts with a line.
-- A strip holds its groups one after the other, a group its chunks, and a chunk its planes. Codes of 2, 4 and 8
-  bits are one plane. The others are cut into planes of 4, 2 and 1 bits, of which the widest has the low bits and
-  comes first: 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2, 7 = 4 + 2 + 1.
-- A plane of b bits is a number of lines. Word r of a line, of four bytes, belongs to row r. Byte c of the word
-  holds 8/b fields, and field j, from bit b·j, belongs to column 4·(8/b)·line + 4·j + c of the chunk.
+- A strip holds its groups one after the other, a group its chunks, and a chunk its planes. Codes of 2, 4 and
+  8 bits are one plane. The others are cut into planes of 4, 2 and 1 bits, of which the widest has the low
+  bits and comes first: 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2, 7 = 4 + 2 + 1.
+- A plane of b bits is a number of lines. Word r of a line, of four bytes, belongs to row r. Byte c of the
+  word holds 8/b fields, and field j, from bit b·j, belongs to column 4·(8/b)·line + 4·j + c of the chunk.
 
 So four consecutive columns are one field of a word, and a shift and a mask give them as four bytes.
 """

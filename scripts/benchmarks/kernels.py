@@ -2,9 +2,9 @@
 """Time the CPU kernels against the speed of reading, and against the kernels of others, in one process.
 
 Every kernel multiplies with the weights of a pool that is larger than all caches, so each weight comes from
-memory. The kernels of one shape, number of rows and number of threads take turns, and between them a loop only
-reads. A row holds the median and the quartiles of the times, the share of the speed of reading that the bytes of
-the weight arrived at, and the ratios to torch's int4 and bfloat16 products.
+memory. The kernels of one shape, number of rows and number of threads take turns, and between them a loop
+only reads. A row holds the median and the quartiles of the times, the share of the speed of reading at which
+the bytes of the weight arrived, and the ratios to torch's int4 and bfloat16 products.
 
     python scripts/benchmarks/kernels.py [--shapes 4096x14336] [--rows 1] [--threads 2] [--seconds 20]
 """
@@ -87,7 +87,7 @@ class Kernel:
 def pool(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
     """Copies of the tensors of one weight, `POOL` bytes in all.
 
-    They are parts of one allocation, as what the loop reads is, so that no kernel has more luck with its pages.
+    They are parts of one allocation, as what the loop reads is, so that all have the same kind of pages.
     """
     import torch
 
@@ -250,6 +250,11 @@ def names(rows: int) -> list[str]:
     return [*peers, *integers, "NF4", "FP8", *avx2]
 
 
+def counted(number: str, noun: str) -> str:
+    """``1 row``, ``2 rows``."""
+    return f"{number} {noun}" + ("" if number == "1" else "s")
+
+
 def arguments_of() -> argparse.Namespace:
     options = parser(__doc__, "kernels")
     options.add_argument("--shapes", default="576x1536,2048x8192,4096x14336", help="out x in")
@@ -266,7 +271,7 @@ def main() -> None:
     for shape, rows, threads in product(*settings):
         for kernel in names(int(rows)):
             sheet.row(
-                f"{shape}, {rows} rows, {threads} threads: {kernel}",
+                f"{shape}, {counted(rows, 'row')}, {counted(threads, 'thread')}: {kernel}",
                 lambda shape=shape, rows=rows, threads=threads, kernel=kernel: timed(
                     shape, int(rows), int(threads), arguments.seconds
                 ).get(kernel, {}),

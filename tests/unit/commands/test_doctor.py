@@ -9,6 +9,7 @@ from compress.commands import doctor
 from compress.errors import CompressError
 from compress.kernels.cpu import build, library, processor, trial
 from compress.kernels.reference import ops as reference
+
 from .common import Command
 
 

@@ -70,9 +70,19 @@ def _packed_embedding_cpu(
     native = library() if packed.dtype == torch.uint8 else None
     if native is None:
         return reference.packed_embedding(rows, packed, scales, zeros, bits, group_size, out_features, width)
-    tensors = [tensor if tensor is None else tensor.contiguous() for tensor in (packed, scales, zeros)]
+    packed, scales = packed.contiguous(), scales.contiguous()
+    zeros = None if zeros is None else zeros.contiguous()
     linear = strips_linear(
-        *tensors, None, None, bits, group_size, (out_features, width), "floating", torch.float32
+        packed,
+        scales,
+        zeros,
+        table=None,
+        bias=None,
+        bits=bits,
+        group_size=group_size,
+        shape=(out_features, width),
+        activations="floating",
+        dtype=torch.float32,
     )
     numbers = rows.to(torch.int64).contiguous()
     found = torch.empty((*rows.shape, width), dtype=torch.float32)

@@ -328,15 +328,20 @@ class CodedStates:
 
     def attend(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float | None) -> torch.Tensor:
         """The attention of queries [B, heads, T, head_dim]: [B, T, heads, head_dim]."""
-        layer, bits = self.layer, self.layer.block.settings.bits
+        packed, scales = self.layer.packed, self.layer.scales
+        cosines, sines = self.rotation or (None, None)
         return kv_attention(
             query,
-            *(layer.packed["key"], layer.scales["key"], layer.packed["value"], layer.scales["value"]),
-            *(self.rotation or (None, None)),
+            packed["key"],
+            scales["key"],
+            packed["value"],
+            scales["value"],
+            cosines,
+            sines,
             mask,
-            self.heads,
-            bits,
-            query.shape[-1] ** -0.5 if scaling is None else scaling,
+            heads=self.heads,
+            bits=self.layer.block.settings.bits,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         )
 
 

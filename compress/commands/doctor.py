@@ -12,16 +12,37 @@ from typing import Any
 import rich_click as click
 
 from compress.commands.common import common_options, make_table, print_json, stdout
+from compress.errors import CompressError
+
+FAILED = "fails: "
+
+
+BFLOAT16 = {
+    True: "fast: the processor multiplies it",
+    False: "slow: this processor has no instructions for it, so dense models are faster with --dtype float32",
+    None: "not known",
+}
 
 
 @click.command()
+@click.option(
+    "--build", is_flag=True, help="Compile the kernels of all paths of this CPU now, and try each of them."
+)
 @common_options
-def doctor(as_json: bool) -> None:
+def doctor(build: bool, as_json: bool) -> None:
     """Show versions, devices, the cache, and what can be loaded and run here."""
     document = examine()
+    document["CPU kernels"] = cpu_kernels(build)
     if as_json:
         print_json(document)
-        return
+    else:
+        _print_tables(document)
+    failed = [text for text in document["CPU kernels"].values() if text.startswith(FAILED)]
+    if failed:
+        raise CompressError(failed[0].removeprefix(FAILED))
+
+
+def _print_tables(document: dict[str, dict[str, Any]]) -> None:
     console = stdout()
     for title, values in document.items():
         table = make_table(title=title)
@@ -30,6 +51,35 @@ def doctor(as_json: bool) -> None:
         for key, value in values.items():
             table.add_row(key, str(value))
         console.print(table)
+
+
+def cpu_kernels(build: bool = False) -> dict[str, str]:
+    """What the native kernels need, which paths this processor can run, and which one is in use.
+
+    Args:
+        build: compile and try all of the paths; a path that fails has a text that begins with `FAILED`.
+    """
+    from compress.kernels.cpu.build import compiler_version
+    from compress.kernels.cpu.library import kernel_name, paths
+    from compress.kernels.cpu.processor import multiplies_bfloat16
+
+    tried = {f"path {path}": _try(path) if build else "can run" for path in paths()}
+    return {
+        "C++ compiler": compiler_version() or "none found",
+        **tried,
+        "in use": kernel_name(),
+        "bfloat16": BFLOAT16[multiplies_bfloat16()],
+    }
+
+
+def _try(path: str) -> str:
+    from compress.kernels.cpu.trial import try_path
+
+    try:
+        try_path(path)
+    except CompressError as error:
+        return f"{FAILED}{error}"
+    return "compiled; its results are right"
 
 
 def examine() -> dict[str, dict[str, Any]]:
@@ -71,10 +121,6 @@ def examine() -> dict[str, dict[str, Any]]:
             "cores": os.cpu_count(),
             "memory available": f"{psutil.virtual_memory().available / 1e9:.1f} GB",
             "cache": f"{cache} ({'there' if cache.exists() else 'not made yet'})",
-            "C++ compiler": shutil.which("c++")
-            or shutil.which("g++")
-            or shutil.which("clang++")
-            or "none found",
             "nvcc": shutil.which("nvcc") or "none found",
         },
         "packages": packages,

@@ -9,6 +9,9 @@
 The quantizer is that of `compress.kernels.codes.minmax`. A token has one scale for its whole key vector and
 one for its whole value vector (``token``), or one for each of their heads (``head``).
 
+Where the native kernels of the CPU are in use, a few new tokens attend to the codes themselves. Everywhere
+else the cached keys and values of a layer are dequantized in every pass.
+
 Keys are quantized before the rotary embedding, as published, or after it. Codes from before it are rotated
 when they are read, by the model's own function and with the cosines and sines that the model used, of which
 the cache keeps one copy for all layers. So a pass with a cache computes with the same keys and values as a
@@ -26,13 +29,16 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from compress.anatomy import anatomy_of, projection_rows, sizes_of
 from compress.errors import BadInput, CompressError
-from compress.kernels.codes.minmax import fake_quantize, quantize
-from compress.kernels.codes.packing import pack, unpack
+from compress.kernels.cache_ops import NATIVE_BITS, kv_attention, kv_quantize
+from compress.kernels.codes.minmax import fake_quantize
+from compress.kernels.cpu.library import library
+from compress.kernels.reference.cache import dequantize, rotated
 
 KEY = "quantized_kv_cache"
 """The section of config.json that says how keys and values are quantized. Other programs ignore it, and cache
@@ -40,6 +46,10 @@ them in full precision."""
 
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
 """Names of the cache among the arguments of transformers models; they differ by release and class."""
+
+
+FEW_TOKENS = 8
+"""The most new tokens that attend to codes. For more, dense products pay for dequantizing."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +122,7 @@ def quantize_key_values(model: PreTrainedModel, settings: KeyValueSettings, cut:
     # The module that runs the layers; it is not always the base model (OPT).
     runner = model.base_model.get_submodule(anatomy.layers.rpartition(".")[0])
     runner.register_forward_pre_hook(partial(_give_cache, blocks), with_kwargs=True)
+    AttentionInterface.register("sdpa", _attention)
 
 
 class AttentionBlock:
@@ -127,9 +138,10 @@ class AttentionBlock:
     Attributes:
         projections: paths in the attention module of the linears whose outputs are quantized.
         cached: whether the pass that is running has a cache.
-        codes: role -> codes and scales of the tokens in this pass, if keys are quantized before the rotary
-            embedding.
+        codes: role -> packed codes and scales of the tokens in this pass, if keys are quantized before the
+            rotary embedding.
         rotation: cosines and sines of these tokens, [B or 1, T, width] each.
+        turns_halves: whether the rotary embedding pairs the halves of a vector; None while it is not known.
     """
 
     def __init__(
@@ -149,6 +161,7 @@ class AttentionBlock:
         self.cached = False
         self.codes: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.rotation: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.turns_halves: bool | None = None
         attention.register_forward_pre_hook(self._before, with_kwargs=True)
 
     @property
@@ -172,21 +185,21 @@ class AttentionBlock:
         """A hook behind a projection, fused or not: quantize the ``rows`` [heads, head_dim] of its output."""
         rows = rows.to(output.device)
         vectors = self.grouped(output[..., rows])
-        if self.cached:
-            self.codes[role] = quantize(vectors, self.settings.bits)
-            quantized = _dequantize(*self.codes[role]).to(output.dtype)
-        else:
-            quantized = fake_quantize(vectors, self.settings.bits, cut=self.cut)
+        if self.cached:  # the cache takes these and looks at nothing that comes of the output
+            self.codes[role] = kv_quantize(vectors.detach(), self.settings.bits)
+            return output
+        quantized = fake_quantize(vectors, self.settings.bits, cut=self.cut)
         return output.index_copy(-1, rows.flatten(), quantized.flatten(-2))
 
     def take(self, keys: torch.Tensor, values: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Codes and scales, by role, of the keys and values [B, heads, T, head_dim] that a cache is given."""
+        """Packed codes and scales, by role, of the keys and values [B, heads, T, head_dim] that a cache is
+        given."""
         if self.before_rope:
             codes, self.codes = self.codes, {}
             return codes
         both = {"key": keys, "value": values}
         return {
-            role: quantize(self.grouped(states.transpose(1, 2)), self.settings.bits)
+            role: kv_quantize(self.grouped(states.transpose(1, 2)), self.settings.bits)
             for role, states in both.items()
         }
 
@@ -196,6 +209,34 @@ class AttentionBlock:
             keys = self.key_norm(keys)
         keys = keys.transpose(1, 2)
         return keys if rotation is None or self.rotate is None else self.rotate(keys, keys, *rotation)[1]
+
+    def attends_to_codes(
+        self, states: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> bool:
+        """Whether the native kernels can compute the attention of new tokens with these states
+        [B, heads, T, head_dim], whose keys are rotated by ``rotation``."""
+        config = getattr(self.attention, "config", None)
+        return (
+            states.device.type == "cpu"
+            and states.shape[-2] <= FEW_TOKENS
+            and self.settings.bits in NATIVE_BITS
+            and not (self.before_rope and self.key_norm is not None)
+            and not self.attention.training
+            and getattr(config, "_attn_implementation", None) == "sdpa"
+            and (rotation is None or self._turns_halves(rotation[0]))
+            and library() is not None
+        )
+
+    def _turns_halves(self, cosines: torch.Tensor) -> bool:
+        """Whether the model's rotary embedding is the one of the kernels; tried out once."""
+        if self.turns_halves is None:
+            assert self.rotate is not None
+            numbers = torch.linspace(-1, 2, self.head_dim + 2 * cosines.shape[-1])
+            parts = numbers.split([self.head_dim, cosines.shape[-1], cosines.shape[-1]])
+            states, angles = parts[0].view(1, 1, 1, -1), [part.view(1, 1, -1) for part in parts[1:]]
+            theirs, ours = self.rotate(states, states, *angles)[1], rotated(states, angles[0], angles[1])
+            self.turns_halves = theirs.shape == ours.shape and torch.allclose(theirs, ours, atol=1e-6)
+        return self.turns_halves
 
     def _fake(self, states: torch.Tensor) -> torch.Tensor:
         vectors = states.transpose(1, 2)
@@ -259,6 +300,60 @@ class Rotations:
         return sum(part.nbytes for part in self.parts or ())
 
 
+class CodedStates:
+    """The keys and values of all cached tokens of a layer, for one pass.
+
+    Args:
+        layer: the cache.
+        heads: of keys and values.
+        dtype: of the model.
+        rotation: cosines and sines by which the keys are rotated; None if they are not.
+    """
+
+    def __init__(
+        self,
+        layer: QuantizedLayer,
+        heads: int,
+        dtype: torch.dtype,
+        rotation: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> None:
+        self.layer, self.heads, self.dtype, self.rotation = layer, heads, dtype, rotation
+
+    def dense(self, role: str) -> torch.Tensor:
+        """Keys or values [B, heads, T, head_dim]."""
+        layer, block = self.layer, self.layer.block
+        packed, scales = layer.packed[role], layer.scales[role]
+        vectors = dequantize(packed, scales, self.heads, block.head_dim, block.settings.bits).to(self.dtype)
+        return block.finish(vectors, self.rotation) if role == "key" else vectors.transpose(1, 2)
+
+    def attend(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float | None) -> torch.Tensor:
+        """The attention of queries [B, heads, T, head_dim]: [B, T, heads, head_dim]."""
+        layer, bits = self.layer, self.layer.block.settings.bits
+        return kv_attention(
+            query,
+            *(layer.packed["key"], layer.scales["key"], layer.packed["value"], layer.scales["value"]),
+            *(self.rotation or (None, None)),
+            mask,
+            self.heads,
+            bits,
+            query.shape[-1] ** -0.5 if scaling is None else scaling,
+        )
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: Any,
+    value: Any,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What transformers calls for attention, in place of its own function, which gets all that is dense."""
+    if not isinstance(key, CodedStates):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return key.attend(query, attention_mask, kwargs.get("scaling")), None
+
+
 class QuantizedLayer(DynamicLayer):
     """The cache of one attention block: packed codes and scales.
 
@@ -285,24 +380,20 @@ class QuantizedLayer(DynamicLayer):
     @torch.no_grad()
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append new tokens [B, heads, T, head_dim], and return the keys and values of all cached tokens."""
-        block, bits = self.block, self.block.settings.bits
-        heads, head_dim, dtype = key_states.shape[1], block.head_dim, key_states.dtype
-        found = {}
-        for role, (codes, scales) in block.take(key_states, value_states).items():
-            batch, tokens = codes.shape[:2]
-            rows = (codes + 2 ** (bits - 1)).to(torch.uint8).reshape(batch * tokens, -1)
-            packed = pack(rows, bits).view(batch, tokens, -1)
+    ) -> tuple[Any, Any]:
+        """Append new tokens [B, heads, T, head_dim], and return the keys and values of all cached tokens:
+        dense, or as `CodedStates`."""
+        block = self.block
+        for role, (packed, scales) in block.take(key_states, value_states).items():
             if self.length:
                 packed = torch.cat([self.packed[role], packed], dim=1)
                 scales = torch.cat([self.scales[role], scales], dim=1)
             self.packed[role], self.scales[role] = packed, scales
-            rows = unpack(packed.flatten(0, 1), bits, heads * head_dim).view(*scales.shape[:3], -1)
-            vectors = _dequantize(rows.float() - 2 ** (bits - 1), scales)
-            found[role] = vectors.reshape(*scales.shape[:2], heads, head_dim).to(dtype)
         self.length += key_states.shape[-2]
-        return block.finish(found["key"], self._rotation()), found["value"].transpose(1, 2)
+        coded = CodedStates(self, key_states.shape[1], key_states.dtype, self._rotation())
+        if block.attends_to_codes(key_states, coded.rotation):
+            return coded, coded
+        return coded.dense("key"), coded.dense("value")
 
     def _rotation(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         new = self.block.rotation
@@ -387,10 +478,6 @@ def _hold_codes(cache: Any, blocks: list[AttentionBlock | None]) -> None:
     rotations: list[Rotations] = []
     cache.layers = [QuantizedLayer(block, rotations) if block else DynamicLayer() for block in blocks]
     cache.layer_class_to_replicate = None
-
-
-def _dequantize(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    return codes * scales
 
 
 def _name_in(parameters: Mapping[str, Any]) -> str:

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from compress.errors import BadInput, CompressError
-from compress.system.memory import parse_memory, peak_memory
+from compress.errors import CompressError
+from compress.system.memory import peak_memory
 
 if TYPE_CHECKING:
     import torch
@@ -54,17 +54,19 @@ class Settings(BaseModel):
     threads: PositiveInt | None = Field(None, description="None: torch decides")
 
     def load(self, folder: str | Path) -> PreTrainedModel:
-        """The model of a folder, loaded and run in this way by this process."""
-        import compress
-        from compress.kernels.cpu.library import use
+        """The model of a folder, loaded and run in this way by this process.
 
-        if self.activation_bits != 16:
-            raise BadInput("The kernels of this version take inputs of 16 bits only.")
-        use(self.kernel)
-        memory = None if self.memory is None else parse_memory(self.memory)
-        return compress.load(
-            folder, device=self.device, dtype=self.dtype, memory=memory, head_bits=self.head_bits
-        )
+        With ``auto``, a model without packed weights runs as stock transformers runs it, so that what is packed
+        is compared with what users have today. A kernel that is named runs in any case.
+        """
+        import compress
+        from compress.engine.opening import open_checkpoint
+
+        given = self.model_dump(exclude={"threads"})
+        packed = self.head_bits is not None or "quantization_config" in open_checkpoint(folder).config
+        if self.kernel == "auto" and not packed:
+            given["kernel"] = "reference"
+        return compress.load(folder, **given)
 
 
 class Timed:

@@ -74,6 +74,17 @@ def find_compiler() -> tuple[str, ...] | None:
     return next(((found,) for name in COMPILERS if (found := shutil.which(name))), None)
 
 
+def compiler_version() -> str | None:
+    """The C++ compiler and what it says about itself; None if there is none that runs."""
+    compiler = find_compiler()
+    if compiler is None:
+        return None
+    try:
+        return f"{' '.join(compiler)}: {_version(compiler)}"
+    except NotBuilt:
+        return None
+
+
 def _cached(path: str, compiler: tuple[str, ...]) -> Path | None:
     """The file in the cache, compiled if it is not there yet; None if it cannot be there."""
 

@@ -72,5 +72,12 @@ def features() -> frozenset[str]:
     return frozenset()
 
 
+def multiplies_bfloat16() -> bool | None:
+    """Whether the processor has instructions for products of bfloat16; None where that is not known."""
+    found = features()
+    known = found and sys.platform == "linux"
+    return bool(found & {"avx512_bf16", "amx_bf16", "bf16"}) if known else None
+
+
 def _may_use_tiles() -> bool:
     return ctypes.CDLL(None).syscall(*AMX_PERMISSION) == 0

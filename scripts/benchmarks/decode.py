@@ -241,8 +241,7 @@ def quantize(wide: Path, file: Path) -> None:
 def contestants(kind: str, threads: int, folder: Path, arguments: argparse.Namespace) -> Iterator[Contestant]:
     """The rows of one model; the dense one is the first, which the others are compared with."""
     dense = DENSE[kind](folder)
-    # The reference kernel: nothing of ours takes part.
-    yield Contestant("dense, bfloat16", dense, Settings(threads=threads, kernel="reference"))
+    yield Contestant("dense, bfloat16", dense, Settings(threads=threads))
     ours = folder / f"{kind}-int4"
     compressed(ours, dense, [{**STEP, **HEAD[kind]}])
     for bits in arguments.activation_bits:
@@ -262,7 +261,8 @@ def size(path: Path) -> int:
 
 def figures(row: TimedModel, path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"size": {"value": size(path), "unit": "bytes"}}
-    found["memory"] = row.peak_memory.model_dump(mode="json")
+    if path.is_dir():  # that of llama.cpp has torch in it for nothing
+        found["memory"] = row.peak_memory.model_dump(mode="json")
     for kind, times in (("prefill", row.prefill), ("decode", row.decode)):
         assert times is not None
         found[kind] = times.speed.model_dump(mode="json")

@@ -32,8 +32,7 @@ constexpr float E4M3_UNIT = 256;
 COMPRESS_INLINE Floats e4m3_at(Words words, int at) {
   Words top = words << (24 - 8 * at);
   Floats normal = (Floats)(((top >> 4) & 0x07f00000) | 0x38000000);
-  Floats subnormal = normal * 2 - 0x1p-14f;
-  Floats magnitude = subnormal < normal ? subnormal : normal;
+  Floats magnitude = smaller(normal, normal * 2 - 0x1p-14f);
   return (Floats)((Words)magnitude | (top & 0x80000000));
 }
 

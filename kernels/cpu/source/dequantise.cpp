@@ -101,6 +101,34 @@ void write_form(const Linear& linear, int strip, int from, int to, char* block) 
   }
 }
 
+// What 32 weights cost, in cycles of a core: a dot product of one digit of the codes with one of the activations (see
+// integer.cpp), for each row; the way into a block; and the product with the block, for each row.
+struct Costs {
+  float dot, block, row;
+};
+
+Costs costs_of([[maybe_unused]] const Linear& linear) {
+  [[maybe_unused]] const bool pairs = form_of(linear) == PAIRS;
+#if defined(__AMX_BF16__)
+  return {0.6, 7.5, pairs ? 0.1f : 1.9f};
+#elif defined(COMPRESS_AVX512)
+  return {0.6, 7.5, pairs ? 1.0f : 1.9f};
+#elif defined(COMPRESS_AVX2)
+  return {linear.bits == 8 ? 3.0f : 1.5f, 11.5, 2.4};
+#elif defined(__ARM_FEATURE_DOTPROD)
+  return {1, 16, 4};
+#else
+  return {20, 16, 8};
+#endif
+}
+
+bool pays(const Linear& linear, int count) {
+  const int digits = linear.activations != FLOATING ? 1 : linear.type == FLOAT32 ? 3 : 2;
+  const int dots = linear.kind == INTEGER ? digits : digits == 1 ? 2 : digits * (digits + 1) / 2;
+  const Costs costs = costs_of(linear);
+  return count * costs.dot * dots > costs.block + count * costs.row;
+}
+
 template <class Values>
 void write(const Linear& linear, int strip, int from, int to, Form form, void* block) {
 #if defined(COMPRESS_PAIRS)
@@ -121,9 +149,9 @@ void write_numbers(const Linear& linear, int strip, int from, int to, Form form,
   of_bits(linear, strip, from, to, form, block);
 }
 
-const RegisterDequantiser integers(INTEGER, {chunk, write_integers});
-const RegisterDequantiser numbers(TABLE, {chunk, write_numbers});
-const RegisterDequantiser eights(FP8, {chunk, write<Eights>});
+const RegisterDequantiser integers(INTEGER, {chunk, write_integers, pays});
+const RegisterDequantiser numbers(TABLE, {chunk, write_numbers, pays});
+const RegisterDequantiser eights(FP8, {chunk, write<Eights>, [](const Linear&, int count) { return count >= 8; }});
 
 }  // namespace
 }  // namespace compress

@@ -52,7 +52,7 @@ void multiply_strip(const Linear& linear, const float* x, int strip, float* y) {
       for (int line = 0; line < 4 * chunks; line++) {
         const uint8_t* from = lines + 64 * line + 4 * LANES * v;
         if (v == 0) __builtin_prefetch(from + AHEAD);
-        Words words = load<Words>(from);
+        Words words = in_register(load<Words>(from));
 #pragma GCC unroll 4
         for (int at = 0; at < 4; at++) {
           Floats numbers = e4m3_at(words, at);

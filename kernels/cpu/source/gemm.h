@@ -23,6 +23,8 @@ struct Dequantiser {
   int (*chunk)(const Linear&);
   // Write the columns [from, to) of a strip, counted with the padding; both are multiples of the chunk.
   void (*write)(const Linear&, int strip, int from, int to, Form form, void* block);
+  // Whether so many rows are multiplied faster this way than by the kernel of the kind.
+  bool (*pays)(const Linear&, int count);
 };
 
 extern Dequantiser dequantisers[KINDS];  // null where a kind has none
@@ -31,8 +33,8 @@ struct RegisterDequantiser {
   RegisterDequantiser(Kind kind, Dequantiser dequantiser) { dequantisers[kind] = dequantiser; }
 };
 
-// Whether so many rows are multiplied faster here than by the kernel of the kind.
-bool many_rows(const Linear& linear, int count);
+// The form of the blocks of a layer.
+Form form_of(const Linear& linear);
 
 // The functions for many rows of every kind that has a dequantiser.
 extern const Kernel gemm;

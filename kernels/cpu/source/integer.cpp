@@ -164,18 +164,14 @@ void multiply_strip(const Linear& linear, const Levels& levels, const Block* blo
     const int chunks = blocks[b].chunks;
     const size_t row = (strip * groups + blocks[b].group) * STRIP;
     for (int v = 0; v < VECTORS; v++) {
-      Ints zeros = Ints{} + (L ? levels.zero : 1 << (BITS - 1));
-      if (!L && linear.zeros) zeros = from_bytes(linear.zeros + row + v * LANES);
       Ints acc[COPIES][D][X][M] = {};
-      for (int j = 0; j < X; j++)
-        for (int m = 0; m < M; m++) acc[0][0][j][m] = zeros * -sums[(b * X + j) * M + m];
       for (int c = 0; c < chunks; c++) {
         const uint8_t* from = lines + c * BYTES + v * 4 * LANES;
         const uint32_t* words = x + c * (CHUNK / 4) * X * M;
         Words chunk[BYTES / 64];
 #pragma GCC unroll 8
         for (int line = 0; line < BYTES / 64; line++) {
-          chunk[line] = load<Words>(from + 64 * line);
+          chunk[line] = in_register(load<Words>(from + 64 * line));
           if (v == 0) __builtin_prefetch(from + AHEAD + 64 * line);
         }
 #pragma GCC unroll 8
@@ -195,6 +191,8 @@ void multiply_strip(const Linear& linear, const Levels& levels, const Block* blo
           }
         }
       }
+      Ints zeros = Ints{} + (L ? levels.zero : 1 << (BITS - 1));
+      if (!L && linear.zeros) zeros = from_bytes(linear.zeros + row + v * LANES);
       Floats scales = scales_at(linear, row + v * LANES) * levels.unit;
       for (int m = 0; m < M; m++) {
         Floats product{};
@@ -202,6 +200,7 @@ void multiply_strip(const Linear& linear, const Levels& levels, const Block* blo
           for (int j = 0; j < X; j++) {
             Ints sum = acc[0][i][j][m];
             for (int copy = 1; copy < COPIES; copy++) sum += acc[copy][i][j][m];
+            if (i == 0) sum -= zeros * sums[(b * X + j) * M + m];
             product += __builtin_convertvector(sum, Floats) * (1 / weight_of(D - 1 - i, X - 1 - j));
           }
         total[m][v] += scales * tile[b * M + m] * product;

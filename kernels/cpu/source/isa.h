@@ -56,6 +56,16 @@ COMPRESS_INLINE uint32_t as_bits(float value) {
   return bits;
 }
 
+// Keep a vector that was loaded in a register. Compilers load it again for every use, but loads are what is scarce.
+COMPRESS_INLINE Words in_register(Words vector) {
+#if defined(COMPRESS_AVX512)
+  asm("" : "+v"(vector));
+#elif defined(__x86_64__)
+  asm("" : "+x"(vector));
+#endif
+  return vector;
+}
+
 // acc + the products of four unsigned bytes below 128 with four signed bytes.
 COMPRESS_INLINE Ints dot7(Ints acc, Words codes, Words x) {
 #if defined(COMPRESS_AVX512)
@@ -113,6 +123,16 @@ COMPRESS_INLINE Ints rounded(Floats x) {
   Ints whole;
   for (int lane = 0; lane < LANES; lane++) whole[lane] = (int32_t)std::lrintf(x[lane]);
   return whole;
+#endif
+}
+
+COMPRESS_INLINE Floats smaller(Floats a, Floats b) {
+#if defined(COMPRESS_AVX512)
+  return (Floats)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(COMPRESS_AVX2)
+  return (Floats)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
 #endif
 }
 

@@ -15,7 +15,8 @@ namespace compress {
 Kernel kernels[KINDS];
 
 const Kernel& kernel_for(const Linear& linear, int count) {
-  return many_rows(linear, count) ? gemm : kernels[linear.kind];
+  const auto pays = dequantisers[linear.kind].pays;
+  return pays && pays(linear, count) ? gemm : kernels[linear.kind];
 }
 
 namespace {
@@ -45,15 +46,8 @@ void narrow(const float* from, int32_t type, size_t start, size_t end, void* to)
   for (size_t i = start; i < end; i++) values[i] = type == BFLOAT16 ? to_bfloat(from[i]) : to_half(from[i]);
 }
 
-}  // namespace
-}  // namespace compress
-
-using namespace compress;
-
-// y = x W^T + bias. x [rows, columns of the layer] and y [rows, rows of the layer] have the type of the layer.
-extern "C" void compress_linear(const Linear* layer, const void* x, void* y, int32_t rows) {
-  Linear linear = *layer;
-  const Kernel& kernel = kernel_for(linear, rows);
+// y = x W^T + bias by one kernel. x and y have the type of the layer.
+void multiply(const Kernel& kernel, Linear linear, const void* x, void* y, int rows) {
   const bool many = &kernel == &gemm;  // which reads and writes any type
   const bool wide = many || linear.type == FLOAT32, wide_bias = linear.bias_type == FLOAT32 || !linear.bias;
   const size_t inputs = (size_t)rows * linear.columns, outputs = (size_t)rows * linear.rows;
@@ -63,9 +57,9 @@ extern "C" void compress_linear(const Linear* layer, const void* x, void* y, int
   float *from = wide ? (float*)x : (float*)memory, *to = wide ? (float*)y : (float*)(memory + x_bytes);
   float* bias = (float*)(memory + x_bytes + y_bytes);
   char* scratch = memory + x_bytes + y_bytes + bias_bytes;
-  if (!wide) widen(x, linear.type, inputs, from);
   if (!wide_bias) widen(linear.bias, linear.bias_type, linear.rows, bias), linear.bias = bias;
   if (many) return gemm_product(linear, x, y, rows, scratch);
+  if (!wide) widen(x, linear.type, inputs, from);
   kernel.prepare(linear, from, rows, scratch);
 #pragma omp parallel if ((int64_t)outputs * linear.columns >= ALONE)
   {
@@ -76,4 +70,19 @@ extern "C" void compress_linear(const Linear* layer, const void* x, void* y, int
       narrow(to, linear.type, outputs * thread / threads, outputs * (thread + 1) / threads, y);
     }
   }
+}
+
+}  // namespace
+}  // namespace compress
+
+using namespace compress;
+
+// y = x W^T + bias. x [rows, columns of the layer] and y [rows, rows of the layer] have the type of the layer.
+extern "C" void compress_linear(const Linear* linear, const void* x, void* y, int32_t rows) {
+  multiply(kernel_for(*linear, rows), *linear, x, y, rows);
+}
+
+// The same by the kernel for few rows or by that for many, whichever is faster. For tests and benchmarks.
+extern "C" void compress_linear_by(const Linear* linear, const void* x, void* y, int32_t rows, int32_t many) {
+  multiply(many ? gemm : kernels[linear->kind], *linear, x, y, rows);
 }

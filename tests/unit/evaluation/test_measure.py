@@ -216,6 +216,15 @@ def test_prefill_computes_the_head_for_the_last_position_only():
     assert set(shapes) == {(1, 1, 64)}
 
 
+def test_a_dense_model_runs_as_transformers_runs_it(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Unless a kernel is named, or its head is packed."""
+    used: list[str] = []
+    monkeypatch.setattr("compress.load", lambda folder, **given: used.append(given["kernel"]))
+    for settings in (Settings(), Settings(kernel="cpu"), Settings(head_bits=8)):
+        settings.load(folder)
+    assert used == ["reference", "cpu", "auto"]
+
+
 def test_what_ran_and_what_is_stored_are_named():
     model = tiny_llama()
     model.model.layers[0].mlp.gate_proj.kernel = "cpu"

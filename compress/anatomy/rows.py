@@ -80,7 +80,8 @@ _DISTILBERT = replace(
     layers="transformer.layer", embeddings=_BERT.embeddings[:2], head="vocab_projector",
     query="attention.q_lin", key="attention.k_lin", value="attention.v_lin",
     attention_output="attention.out_lin", attention_core=None,
-    mlp="ffn", up="ffn.lin1", down="ffn.lin2", activation="ffn.activation", intermediate_size_key="hidden_dim",
+    mlp="ffn", up="ffn.lin1", down="ffn.lin2", activation="ffn.activation",
+    intermediate_size_key="hidden_dim",
     attention_norm="sa_layer_norm", mlp_norm="output_layer_norm",
 )
 _SAME = (

@@ -39,7 +39,7 @@ class Unfusable(Exception):
 class Snapshot:
     """What layers consist of, to notice when anything is replaced, moved, hooked or wrapped.
 
-    It is compared at every token, so it is made of few lists that Python compares without running code of ours.
+    It is compared at every token, so it is made of few lists that Python compares without running our code.
     The memory of buffers is not looked at, because modules that move theirs replace them.
     """
 
@@ -88,14 +88,14 @@ class DecoderPlan:
         layers: of the model.
 
     Attributes:
-        reason: why these layers cannot run natively, in a sentence; None if they can. Only then the others are
-            there.
+        reason: why these layers cannot run natively, in a sentence; None if they can. Only then the others
+            are there.
         native: the description.
         library: that runs it.
         dtype: of hidden states, keys and values.
         head_dim: width of a head.
         cached: for each layer the heads and the width of the keys in its cache.
-        kinds: for each layer the number of its kind. Layers of one kind are given the same masks and rotations.
+        kinds: for each layer the number of its kind. Layers of one kind are given the same mask and rotation.
         first: for each kind its first layer.
         stand_ins: layers from the first one on that cover all kinds.
         argument_names: of a layer after the hidden states, in the order of positions.
@@ -170,7 +170,8 @@ class DecoderPlan:
     def _describe_attention(
         self, to: native.Layer, layer: nn.Module, rows: dict[str, Tensor], hidden: int
     ) -> None:
-        anatomy, attention = self._anatomy, layer.get_submodule(self._anatomy.attention)
+        anatomy = self._anatomy
+        attention: Any = layer.get_submodule(anatomy.attention)
         to.heads, to.scales_query = len(rows["query"]), anatomy.scales_query
         to.scaling = _number(attention, "scaling")
         to.softcap = (getattr(attention, anatomy.softcap) or 0) if anatomy.softcap else 0
@@ -212,7 +213,7 @@ class DecoderPlan:
         hidden: int,
         names: tuple[str, str, str],
     ) -> None:
-        """The linears that read the input of a block, and where the vectors of its roles are among their outputs."""
+        """Linears that read the input of a block, and where the vectors of its roles are in their results."""
         linears, biases, count = names
         paths = [getattr(self._anatomy, role) for role in roles]
         unique = list(dict.fromkeys(paths))
@@ -242,29 +243,28 @@ class DecoderPlan:
         if (linear.rows, linear.columns) != shape:
             raise Unfusable(f"'{path}' does not have the size that the config gives.")
         self._kept.append(linear)
-        bias = module.bias
-        return native.LinearPointer(linear), None if bias is None else self._vector(bias, shape[0])
+        return native.LinearPointer(linear), self._vector(module.bias, shape[0])
 
     def _norm(self, layer: nn.Module, path: str | None, width: int) -> native.Norm:
         module = None if path is None else layer.get_submodule(path)
         if module is None or isinstance(module, nn.Identity):
             return native.Norm()
-        weight = getattr(module, "weight", None)
-        epsilon = _number(module, "variance_epsilon", "eps")
+        epsilon, weight = _number(module, "variance_epsilon", "eps"), self._vector(module.weight, width)
         if type(module) is nn.LayerNorm:
-            bias = module.bias
-            weight, bias = (None if part is None else self._vector(part, width) for part in (weight, bias))
-            return native.Norm(native.LAYER_NORM, epsilon, 0, weight, bias)
-        if not type(module).__name__.endswith("RMSNorm") or not type(module).__module__.startswith(
-            "transformers."
+            return native.Norm(native.LAYER_NORM, epsilon, 0, weight, self._vector(module.bias, width))
+        kind, offset = type(module), self._anatomy.norm_offset
+        if (
+            not kind.__name__.endswith("RMSNorm")
+            or not kind.__module__.startswith("transformers.")
+            or not weight
         ):
-            raise Unfusable(f"There is no native norm '{type(module).__name__}'.")
-        assert isinstance(weight, Tensor)
-        offset = self._anatomy.norm_offset
-        kind = native.RMS_OFFSET if offset else native.RMS
-        return native.Norm(kind, epsilon, offset, self._vector(weight, width), None)
+            raise Unfusable(f"There is no native norm '{kind.__name__}'.")
+        return native.Norm(native.RMS_OFFSET if offset else native.RMS, epsilon, offset, weight, None)
 
-    def _vector(self, tensor: Tensor, length: int) -> int:
+    def _vector(self, tensor: Any, length: int) -> int | None:
+        """The address of a norm's weight or of a bias, if there is one."""
+        if tensor is None:
+            return None
         if tensor.dtype != self.dtype or tensor.shape != (length,) or not tensor.is_contiguous():
             raise Unfusable("Its norms and biases are not vectors of one dtype.")
         return tensor.data_ptr()

@@ -1,12 +1,12 @@
 """Decoding without Python for every layer: one native call runs all layers for a new token in each row.
 
-`fuse` puts two hooks on the module that runs the layers. Everything around the layers (embeddings, masks, rotary
-cosines and sines, the last norm, the head) stays transformers' own. When a step qualifies, the module finds in
-place of its layers a few stand-ins that take what the layers would be given, and the last of them runs all of
-them natively. Any other step, and any step that turns out to be unusual, runs the layers themselves.
+`fuse` puts two hooks on the module that runs the layers. Everything around the layers (embeddings, masks,
+rotary cosines and sines, the last norm, the head) stays transformers' own. When a step qualifies, the module
+finds in place of its layers a few stand-ins that take what the layers would be given, and the last of them
+runs all layers natively. Any other step, and any that turns out to be unusual, runs the layers themselves.
 
-What is native is described by a plan (`compress.engine.decoder_plan`), which is made at the first step, compared
-with the model at every step, and made again when anything in the layers has changed.
+What is native is described by a plan (`compress.engine.decoder_plan`), which is made at the first step,
+compared with the model at every step, and made again when anything in the layers has changed.
 """
 
 from __future__ import annotations
@@ -105,11 +105,12 @@ class Fusion:
     def before(
         self, runner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Before the module that runs the layers: give it a cache that grows, and stand-ins if it is one step."""
+        """Before the module that runs the layers: give it a cache that grows, and stand-ins for one step."""
         if torch.compiler.is_compiling():
             return None
         layers = runner._modules[self.name]
-        assert isinstance(layers, nn.ModuleList) and isinstance(runner, PreTrainedModel)
+        assert isinstance(layers, nn.ModuleList)
+        assert isinstance(runner, PreTrainedModel)
         name = next((name for name in CACHE_NAMES if kwargs.get(name) is not None), None)
         use_cache = kwargs.get("use_cache")
         if name is None and (runner.config.use_cache if use_cache is None else use_cache) and not args[1:]:
@@ -185,7 +186,7 @@ class StandIns(list[nn.Module]):
 
 
 class Step:
-    """Takes what the layers are given, one after the other, and runs all of them at the last one that is asked for.
+    """Takes what the layers are given, one after the other, and runs all layers at the last stand-in.
 
     Args:
         plan: of the layers.

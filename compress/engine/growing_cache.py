@@ -19,13 +19,13 @@ class GrowingLayer(DynamicLayer):
     """A ``DynamicLayer`` whose keys and values are the beginnings of larger tensors, its rooms.
 
     With sliding attention all tokens are kept, and the mask hides those outside the window, so attention sees
-    the same tokens as in a cache of transformers. What others put into ``keys`` or ``values`` is never written
-    to: the next token moves it to a new room.
+    the same tokens as in a cache of transformers. What others put into ``keys`` or ``values`` is never
+    written to: the next token moves it to a new room.
 
     Attributes:
         length: tokens in it.
-        rooms: keys and values [B, heads, capacity, head_dim] each, contiguous; None before the first token, and
-            while it holds what others have put into it.
+        rooms: keys and values [B, heads, capacity, head_dim] each, contiguous; None before the first token,
+            and while it holds what others have put into it.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class GrowingLayer(DynamicLayer):
         self._held: tuple[Tensor | None, Tensor | None] = (None, None)
 
     @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
+    def keys(self) -> Tensor | None:
         """[B, heads, T, head_dim]."""
         return self._held[0] if self.rooms is None else self.rooms[0][:, :, : self.length]
 
@@ -48,7 +48,7 @@ class GrowingLayer(DynamicLayer):
         self._put(keys, self.values)
 
     @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
+    def values(self) -> Tensor | None:
         """[B, heads, T, head_dim]."""
         return self._held[1] if self.rooms is None else self.rooms[1][:, :, : self.length]
 
@@ -77,7 +77,8 @@ class GrowingLayer(DynamicLayer):
     def reserve(self, count: int) -> Pair:
         """Rooms with space for ``count`` more tokens. There must be some already."""
         keys, values = self.keys, self.values
-        assert keys is not None and values is not None
+        assert keys is not None
+        assert values is not None
         return self._room_for(
             keys[:, :, :1].expand(-1, -1, count, -1), values[:, :, :1].expand(-1, -1, count, -1)
         )
@@ -128,7 +129,7 @@ def let_grow(cache: Any, layers: int) -> bool:
     if cache.layers and all(type(layer) is GrowingLayer for layer in cache.layers):
         return True
     plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
-    if not plain or any(layer.is_initialized for layer in cache.layers):
+    if not plain or cache.get_seq_length():
         return False
     cache.layers = [GrowingLayer() for _ in range(layers)]
     cache.layer_class_to_replicate = None

@@ -39,8 +39,8 @@ def native_linear(module: nn.Module, dtype: torch.dtype) -> Linear | None:
     if isinstance(module, PackedLinear) and (
         kind is PackedLinear or (kind is TokenQuantizedLinear and module.activations == "int8-token")
     ):
-        tensors = (module.packed, module.scales, module.zeros, None)
-        return _strips(module, tensors, module.bits, module.group_size, dtype)
+        packed = (module.packed, module.scales, module.zeros, None)
+        return _strips(module, packed, module.bits, module.group_size, dtype)
     if (
         isinstance(module, FloatLinear) and module.float_type != "fp8"
     ):  # else inputs are rounded to E4M3 before

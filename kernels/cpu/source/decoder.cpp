@@ -88,12 +88,45 @@ struct Sizes {
   }
 };
 
+// Dot products of a query with `count` keys that follow each other.
 template <class T>
-float dot(const float* q, const T* k, int width) {
-  float total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int d = 0; d < width; d++) total += q[d] * load(k[d]);
-  return total;
+void dots(const float* query, const T* keys, int width, int count, float* products) {
+  constexpr int TOGETHER = 4;
+  int t = 0;
+  for (; t + TOGETHER <= count; t += TOGETHER, keys += TOGETHER * size_t(width)) {
+    Floats total[TOGETHER] = {};
+    int d = 0;
+    for (; d + LANES <= width; d += LANES) {
+      const Floats q = load_lanes(query + d);
+      for (int i = 0; i < TOGETHER; i++) total[i] += q * load_lanes(keys + size_t(i) * width + d);
+    }
+    for (int i = 0; i < TOGETHER; i++) {
+      products[t + i] = sum(total[i]);
+      for (int rest = d; rest < width; rest++) products[t + i] += query[rest] * load(keys[size_t(i) * width + rest]);
+    }
+  }
+  for (; t < count; t++, keys += width) {
+    products[t] = 0;
+    for (int d = 0; d < width; d++) products[t] += query[d] * load(keys[d]);
+  }
+}
+
+// to += the sum of `count` values that follow each other, each times its share.
+template <class T>
+void add_shares(const float* shares, const T* values, int width, int count, float* to) {
+  constexpr int LINES = 4;
+  int d = 0;
+  for (; d + LINES * LANES <= width; d += LINES * LANES) {
+    Floats total[LINES];
+    for (int l = 0; l < LINES; l++) total[l] = load_lanes(to + d + l * LANES);
+    for (int t = 0; t < count; t++) {
+      if (shares[t] == 0) continue;  // outside a window
+      for (int l = 0; l < LINES; l++) total[l] += shares[t] * load_lanes(values + size_t(t) * width + d + l * LANES);
+    }
+    for (int l = 0; l < LINES; l++) store(to + d + l * LANES, total[l]);
+  }
+  for (int t = 0; t < count && d < width; t++)
+    for (int rest = d; rest < width; rest++) to[rest] += shares[t] * load(values[size_t(t) * width + rest]);
 }
 
 template <class T>
@@ -373,22 +406,17 @@ class Worker {
     for (int d = 0; d < width; d++) store(to[size_t(step_.length) * width + d], vector[d]);
   }
 
-  bool hidden(const Given& given, int b, int t) const {
-    return given.mask_kind == BOOLEAN && !static_cast<const bool*>(given.mask)[b * given.mask_stride + t];
-  }
-
   void scores(const Layer& layer, const Given& given, const T* keys, int b) {
     const float scaling = layer.scales_query ? 1.0f : layer.scaling;
-    for (int t = 0; t <= step_.length; t++) {
-      if (hidden(given, b, t)) {
-        scores_[t] = -INFINITY;
-        continue;
-      }
-      const float product = t < step_.length ? dot(query_, keys + size_t(t) * layer.width, layer.width)
-                                             : dot(query_, key_, layer.width);
-      scores_[t] = layer.eager ? rounded<T>(rounded<T>(product) * scaling) : product * scaling;
-    }
+    dots(query_, keys, layer.width, step_.length, scores_);
+    dots(query_, key_, layer.width, 1, scores_ + step_.length);
+    for (int t = 0; t <= step_.length; t++)
+      scores_[t] = layer.eager ? rounded<T>(rounded<T>(scores_[t]) * scaling) : scores_[t] * scaling;
     if (layer.softcap != 0) cap(layer.softcap);
+    if (given.mask_kind == BOOLEAN) {
+      const bool* seen = static_cast<const bool*>(given.mask) + b * given.mask_stride;
+      for (int t = 0; t <= step_.length; t++) scores_[t] = seen[t] ? scores_[t] : -INFINITY;
+    }
     if (given.mask_kind == ADDITIVE) {
       const T* mask = static_cast<const T*>(given.mask) + b * given.mask_stride;
       for (int t = 0; t <= step_.length; t++) {
@@ -420,12 +448,7 @@ class Worker {
   void mix(const T* values, int width, float scale, float* out) {
     const float last = scores_[step_.length];
     for (int d = 0; d < width; d++) sum_[d] = last * value_[d];
-    for (int t = 0; t < step_.length; t++) {
-      const float share = scores_[t];
-      if (share == 0) continue;
-      const T* value = values + size_t(t) * width;
-      for (int d = 0; d < width; d++) sum_[d] += share * load(value[d]);
-    }
+    add_shares(scores_, values, width, step_.length, sum_);
     for (int d = 0; d < width; d++) out[d] = rounded<T>(sum_[d] * scale);
   }
 };

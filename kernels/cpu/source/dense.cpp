@@ -9,18 +9,6 @@ namespace {
 
 constexpr int TOGETHER = 4;  // rows of activations that share a load of the weight
 
-inline Floats load_lanes(const float* at) { return load<Floats>(at); }
-inline Floats load_lanes(const bfloat16* at) { return from_bfloats(&at->bits); }
-inline Floats load_lanes(const float16* at) { return from_halves(&at->bits); }
-
-inline float sum(Floats lanes) {
-  float parts[LANES];
-  store(parts, lanes);
-  for (int half = LANES / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; i++) parts[i] += parts[i + half];
-  return parts[0];
-}
-
 // Dot products of ROWS rows of the weight, `columns` apart, with COUNT rows of activations.
 template <class T, int ROWS, int COUNT>
 void dots(const T* weight, int columns, const float* x, float* y, int stride) {

@@ -30,6 +30,19 @@ inline float rounded(float x) {
   return load(y);
 }
 
+// LANES numbers.
+inline Floats load_lanes(const float* at) { return load<Floats>(at); }
+inline Floats load_lanes(const bfloat16* at) { return from_bfloats(&at->bits); }
+inline Floats load_lanes(const float16* at) { return from_halves(&at->bits); }
+
+inline float sum(Floats lanes) {
+  float parts[LANES];
+  store(parts, lanes);
+  for (int half = LANES / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) parts[i] += parts[i + half];
+  return parts[0];
+}
+
 // e^x, to 2 units in the last place; 0 below the smallest normal number.
 inline float exponential(float x) {
   const float kept = x < -87.0f ? -87.0f : x > 88.5f ? 88.5f : x;

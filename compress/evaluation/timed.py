@@ -56,8 +56,8 @@ class Settings(BaseModel):
     def load(self, folder: str | Path) -> PreTrainedModel:
         """The model of a folder, loaded and run in this way by this process.
 
-        With ``auto``, a model without packed weights runs as stock transformers runs it, so that what is packed
-        is compared with what users have today. A kernel that is named runs in any case.
+        With ``auto``, a model without packed weights runs as stock transformers runs it, so that what is
+        packed is compared with what users have today. A kernel that is named runs in any case.
         """
         import compress
         from compress.engine.opening import open_checkpoint

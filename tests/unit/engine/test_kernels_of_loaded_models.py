@@ -47,7 +47,7 @@ def test_every_path_computes_what_the_reference_computes(
     assert kernels(reference) == {"reference"}
     expected = logprobs(reference)
     model = compress.load(folder, dtype="float32", kernel=f"cpu:{path}")
-    # In this model, blocks of NF4 in the down projections lie in two rows, which the native kernels cannot read.
+    # Blocks of NF4 in the down projections of this model lie in two rows, which native kernels cannot read.
     others = {"reference"} if name.startswith("nf4") else set()
     assert all(kernel.startswith(f"cpu:{path}") for kernel in kernels(model) - others)
     assert kernels(model) != {"reference"}

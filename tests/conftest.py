@@ -6,7 +6,7 @@ import atexit
 import gc
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -38,6 +38,14 @@ def same_random_numbers() -> None:
     """No test's random numbers depend on the tests before it."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def same_kernel() -> Iterator[None]:
+    """No test leaves the process with another kernel than the best."""
+    yield
+    if library := sys.modules.get("compress.kernels.cpu.library"):
+        library.use("auto")
 
 
 @pytest.fixture(autouse=True)

@@ -29,6 +29,7 @@ from compress.engine.loading import load
 from compress.engine.logits import first_output
 from compress.engine.shape import ModelShape
 from compress.errors import CompressError
+from compress.kernels.cpu.library import REFERENCE
 from compress.storage import adapter
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.formats.loaders import NOT_AVX512, ON_A_GPU, LoadsWith
@@ -120,7 +121,7 @@ def _logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     shape = ModelShape.of(Checkpoint.open(folder))
     who = shape.loads_with
     if who.compress_model_only:
-        model: Any = load(folder, dtype=torch.float32)
+        model: Any = load(folder, dtype=torch.float32, kernel=REFERENCE)
     elif who.transformers:
         model = _class(shape, folder).from_pretrained(
             folder, dtype=torch.float32, trust_remote_code=who.trust_remote_code

@@ -13,6 +13,7 @@ from compress.engine.remote_code import code_copied_into
 from compress.engine.shape import ModelShape
 from compress.engine.windows import Windows
 from compress.errors import CompressError
+from compress.kernels.cpu.library import REFERENCE, using
 from compress.pipeline.promise import in_words, obstacle, promised_logits
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.lineage import LoaderTrial, ReloadCheck
@@ -40,9 +41,17 @@ def reload_check(current: Checkpoint, folder: Path, device: str) -> ReloadCheck:
     The folder is streamed from its files by this package, and then loaded by the programs that it promises,
     if these are installed and the whole model takes a small share of the free memory.
 
+    Everything of this package runs in plain torch, whose sums do not depend on how many tokens there are: the
+    check is of what was written, and models that round inputs to 8 bits enlarge any other difference.
+
     Raises:
         CompressError: the folder computes something else, or the promised programs fail on it.
     """
+    with using(REFERENCE):
+        return _compared(current, folder, device)
+
+
+def _compared(current: Checkpoint, folder: Path, device: str) -> ReloadCheck:
     reloaded, probe = Checkpoint.open(folder), _probe(current)
     before = streamed_logits(current, probe, device)
     difference = float((before - streamed_logits(reloaded, probe, device)).abs().max())

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import RLock
 
 from compress.errors import BadInput, CompressError
@@ -15,7 +17,7 @@ from compress.kernels.cpu import processor
 from compress.kernels.cpu.build import NotBuilt, built
 from compress.kernels.cpu.processor import paths
 
-__all__ = ["AUTO", "CPU", "REFERENCE", "kernel_name", "library", "load", "paths", "use"]
+__all__ = ["AUTO", "CPU", "REFERENCE", "kernel_name", "library", "load", "paths", "use", "using"]
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +49,19 @@ def use(name: str) -> None:
             _decide(None)
         else:
             _decide(_best() if name == CPU else _named(name))
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Use a kernel for the length of a ``with`` block. Argument and errors are those of `use`."""
+    with _State.lock:
+        before = _State.decided, _State.path, _State.library
+    use(name)
+    try:
+        yield
+    finally:
+        with _State.lock:
+            _State.decided, _State.path, _State.library = before
 
 
 def library() -> ctypes.CDLL | None:

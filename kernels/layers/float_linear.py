@@ -15,7 +15,12 @@ from compress.kernels.codes.floating import (
     real_scales,
     unpack_nibbles,
 )
-from compress.kernels.cpu.layout import groups_to_strips, rows_from_strips, to_strips
+from compress.kernels.cpu.layout import (
+    groups_from_strips,
+    groups_to_strips,
+    rows_from_strips,
+    to_strips,
+)
 from compress.kernels.layers.base import CodedLinear, as_bytes, check_same
 from compress.kernels.ops import packed_linear
 
@@ -31,14 +36,13 @@ class FloatLinear(CodedLinear):
     codes: torch.Tensor
     scales: torch.Tensor
     global_scale: torch.Tensor | None
-    strip_scales: torch.Tensor | None
     table: torch.Tensor | None
 
     def __init__(self, weight: FloatWeight, bias: torch.Tensor | None = None) -> None:
         out, width = weight.shape
         super().__init__(width, out, bias)
         self.float_type: FloatType = weight.type
-        for name in ("codes", "scales", "global_scale", "strip_scales", "table"):
+        for name in ("codes", "scales", "global_scale", "table"):
             self.register_buffer(name, None, persistent=False)
         self.fill(weight)
 
@@ -48,14 +52,26 @@ class FloatLinear(CodedLinear):
         codes = weight.codes.view(torch.uint8) if weight.type == "fp8" else pack_nibbles(weight.codes)
         self.codes, self.scales = codes.contiguous(), as_bytes(weight.scales)
         self.global_scale = None if weight.global_scale is None else as_bytes(weight.global_scale)
-        self.strip_scales, self.table, self.in_strips = None, None, False
+        self.table, self.in_strips = None, False
 
     def to_strips(self) -> bool:
         weight = self.quantized()
         self.codes = to_strips(weight.codes.view(torch.uint8), self.bits, GROUP_SIZES[self.float_type])
-        self.strip_scales = groups_to_strips(real_scales(weight.scales, weight.global_scale))
-        self.table = None if self.float_type == "fp8" else E2M1.clone()
+        # Powers of two and E4M3 are exact in bfloat16. The scale that NVFP4 has for all goes into the table.
+        scales = weight.scales if self.float_type == "fp8" else real_scales(weight.scales, None).bfloat16()
+        self.scales = groups_to_strips(scales)
+        if self.float_type != "fp8":
+            self.table = E2M1 if weight.global_scale is None else E2M1 / weight.global_scale
         return True
+
+    def _scales_in_rows(self) -> torch.Tensor:
+        """The scales as they are stored, [out, groups]."""
+        if not self.in_strips:
+            return self.scales.view(self.scale_dtype)
+        scales = groups_from_strips(self.scales, self.out_features)
+        if self.float_type == "mxfp4":
+            return (torch.log2(scales.float()) + 127).to(self.scale_dtype)
+        return scales.to(self.scale_dtype)
 
     def quantized(self, rows: slice = slice(None)) -> FloatWeight:
         """The weight, or some rows of it."""
@@ -67,7 +83,7 @@ class FloatLinear(CodedLinear):
             codes = self.codes[rows] if self.float_type == "fp8" else unpack_nibbles(self.codes[rows])
         codes = codes.view(E4M3) if self.float_type == "fp8" else codes
         global_scale = None if self.global_scale is None else self.global_scale.view(torch.float32)
-        return FloatWeight(self.float_type, codes, self.scales[rows].view(self.scale_dtype), global_scale)
+        return FloatWeight(self.float_type, codes, self._scales_in_rows()[rows], global_scale)
 
     @property
     def bits(self) -> int:
@@ -76,11 +92,11 @@ class FloatLinear(CodedLinear):
 
     def product(self, input: torch.Tensor) -> torch.Tensor:
         input = round_tokens(input) if self.float_type == "fp8" else input
-        if self.strip_scales is None:
+        if not self.in_strips:
             return super().product(input)
         codes = self.codes.view(E4M3) if self.float_type == "fp8" else self.codes
         return packed_linear(
-            *(input, codes, self.strip_scales, None, self.table, self.bias),
+            *(input, codes, self.scales, None, self.table, self.bias),
             *(self.bits, GROUP_SIZES[self.float_type], self.out_features, self.activations),
         )
 

@@ -44,7 +44,7 @@ def native_linear(module: nn.Module, dtype: torch.dtype) -> Linear | None:
     if (
         isinstance(module, FloatLinear) and module.float_type != "fp8"
     ):  # else inputs are rounded to E4M3 before
-        tensors = (module.codes, module.strip_scales, None, module.table)
+        tensors = (module.codes, module.scales, None, module.table)
         return _strips(module, tensors, module.bits, GROUP_SIZES[module.float_type], dtype)
     if isinstance(module, NF4Linear):
         return _strips(module, (module.codes, module.strip_scales, None, module.table), 4, BLOCK_SIZE, dtype)

@@ -11,7 +11,12 @@ from compress.kernels.codes.nf4 import (
     pack_high_first,
     unpack_high_first,
 )
-from compress.kernels.cpu.layout import groups_to_strips, rows_from_strips, to_strips
+from compress.kernels.cpu.layout import (
+    groups_from_strips,
+    groups_to_strips,
+    rows_from_strips,
+    to_strips,
+)
 from compress.kernels.layers.base import CodedLinear, as_bytes, check_same
 from compress.kernels.ops import packed_linear
 
@@ -30,7 +35,7 @@ class NF4Linear(CodedLinear):
     """
 
     codes: torch.Tensor
-    absmax: torch.Tensor
+    absmax: torch.Tensor | None
     levels: torch.Tensor
     strip_scales: torch.Tensor | None
     table: torch.Tensor | None
@@ -57,6 +62,8 @@ class NF4Linear(CodedLinear):
         weight = self.quantized()
         self.codes = to_strips(weight.codes, BITS, BLOCK_SIZE)
         self.strip_scales = groups_to_strips(weight.scales.view(self.out_features, -1))
+        if weight.nested is None:
+            self.absmax = None  # the scales in strips are the same
         self.table = weight.levels.clone()
         return True
 
@@ -79,7 +86,11 @@ class NF4Linear(CodedLinear):
             codes = unpack_high_first(self.codes[first // 2 : -(-last // 2)], shape)
         blocks = slice(first // BLOCK_SIZE, -(-last // BLOCK_SIZE))
         nested = self._nested(blocks)
-        absmax = self.absmax.view(torch.float32) if nested is None else self.absmax
+        if self.absmax is None:
+            assert self.strip_scales is not None
+            absmax = groups_from_strips(self.strip_scales, self.out_features).reshape(-1)
+        else:
+            absmax = self.absmax.view(torch.float32) if nested is None else self.absmax
         return NF4Weight(
             codes,
             absmax[blocks],

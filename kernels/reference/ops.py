@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
+from compress.kernels.codes.minmax import fake_quantize
 from compress.kernels.codes.packing import unpack
 from compress.kernels.cpu.layout import STRIP, from_strips, groups_from_strips
 
@@ -110,8 +111,16 @@ def _levels(
     return levels.sub_(2 ** (bits - 1) if zeros is None else zeros.float())
 
 
-def round_to_int8(input: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Activations [..., in] rounded to int8 with the scale max|x| / 127 of each group, as float32."""
+def round_to_int8(input: torch.Tensor, activations: str, group_size: int) -> torch.Tensor:
+    """Activations [..., in] rounded to int8, as float32.
+
+    Args:
+        activations: ``int8-block`` for the scale max|x| / 127 of each group, or ``int8-token`` for the scale
+            (max|x| + 1e-6) / 127 of each row (see `compress.kernels.codes.minmax`).
+        group_size: columns in a group; −1 for a whole row.
+    """
+    if activations == "int8-token":
+        return fake_quantize(input.float(), 8)
     wide, width = input.float(), input.shape[-1]
     size = width if group_size == -1 else group_size
     groups = F.pad(wide, (0, -width % size)).unflatten(-1, (-1, size))
@@ -146,7 +155,7 @@ def packed_linear(
         return weight[: rows.stop - rows.start]
 
     if activations != "floating":
-        rounded = round_to_int8(input, group_size if activations == "int8-block" else -1)
+        rounded = round_to_int8(input, activations, group_size)
     in_strips = packed.dtype != torch.int32
     get = dequantize_some_strips if in_strips else dequantize_rows
     return linear_by_rows(rounded, out_features, get, bias, STRIP if in_strips else 1).to(input.dtype)

@@ -66,7 +66,7 @@ def plane_linear(
     rounded = input
     if activations != "floating":
         group = -(-width // scales.shape[1])
-        rounded = round_to_int8(input, group if activations == "int8-block" else -1)
+        rounded = round_to_int8(input, activations, group)
     return linear_by_rows(rounded, out, dequantize_rows, bias).to(input.dtype)
 
 

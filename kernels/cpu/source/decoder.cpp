@@ -271,7 +271,7 @@ class Worker {
     std::copy(branch_, branch_ + residual(), kept_);
     mlp(layer);
     if (layer.heads && layer.neurons) add(branch_, kept_);
-    add(hidden_, layer.neurons ? branch_ : kept_);
+    if (layer.heads || layer.neurons) add(hidden_, layer.neurons ? branch_ : kept_);
   }
 
   void add(float* to, const float* what) {

@@ -19,7 +19,7 @@ size_t scratch(const Linear& linear, int count) {
 
 // x [columns, M], with each group filled up to a multiple of a chunk.
 void prepare_row(const Linear& linear, const float* from, int M, float* x) {
-  float of_row = linear.activations == INT8_TOKEN ? largest_magnitude(from, linear.columns) : 0;
+  float of_row = linear.activations == INT8_TOKEN ? largest_magnitude(from, linear.columns) + TOKEN_EPSILON : 0;
   for (int start = 0; start < linear.columns; start += linear.group) {
     int columns = std::min(linear.group, linear.columns - start), padded = ceil_div(columns, CHUNK) * CHUNK;
     float of_group = linear.activations == INT8_BLOCK ? largest_magnitude(from + start, columns) : of_row;

@@ -52,9 +52,10 @@ void widen(const void* x, Type type, size_t start, int count, float* to) {
   }
 }
 
-// Round some activations to int8. They stay multiplied with their scale, unless it is left to the `sums`.
+// Round some activations to int8. They stay multiplied with their scale, unless it is left to the `sums`, which is
+// so for whole rows.
 float round_int8(float* x, int count, bool sums) {
-  float scale = largest_magnitude(x, count) / 127;
+  float scale = (largest_magnitude(x, count) + (sums ? TOKEN_EPSILON : 0)) / 127;
   if (scale < SMALLEST_SCALE) scale = 0;
   const float divisor = scale == 0 ? 1 : scale;  // divided as the reference does: inverses round ties another way
   for (int i = 0; i < count; i++) x[i] = std::rint(x[i] / divisor) * (sums ? 1 : scale);

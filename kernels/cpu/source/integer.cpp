@@ -54,7 +54,8 @@ size_t scratch(const Linear& linear, int count) {
 
 // Write one block of one row as digits, the highest first: x[word][digit][row of M].
 template <int DIGITS>
-void write_digits(const float* from, int columns, int chunk, float inverse, int M, int32_t* sums, uint32_t* x) {
+void write_digits(const float* from, int columns, int chunk, float scale, int M, int32_t* sums, uint32_t* x) {
+  const float inverse = scale == 0 ? 0 : 1 / scale, divisor = scale == 0 ? FLT_MAX : scale;
   Ints total[DIGITS] = {};
   for (int at = 0; at < columns; at += chunk) {
     float padded[32];
@@ -64,7 +65,8 @@ void write_digits(const float* from, int columns, int chunk, float inverse, int 
       source = std::copy(source, from + columns, padded) - (columns - at);
     }
     for (int i = 0; i < chunk; i += LANES, x += LANES / 4 * DIGITS * M) {
-      Ints whole = rounded(load<Floats>(source + i) * inverse);
+      // With one digit ties are as frequent as in the reference, so they are rounded alike.
+      Ints whole = rounded(DIGITS == 1 ? load<Floats>(source + i) / divisor : load<Floats>(source + i) * inverse);
 #pragma GCC unroll 3
       for (int digit = DIGITS - 1; digit >= 0; digit--) {
         Ints low = (whole << 24) >> 24;
@@ -96,11 +98,11 @@ void prepare_row(const Linear& linear, const Plan& plan, const float* x, int M, 
   int chunk = chunk_of(linear.bits);
   int32_t* sums = (int32_t*)scales + (size_t)plan.blocks * M;
   uint32_t* words = (uint32_t*)sums + (size_t)plan.blocks * DIGITS * M;
-  float of_row = linear.activations == INT8_TOKEN ? largest_magnitude(x, linear.columns) : 0;
+  float of_row = linear.activations == INT8_TOKEN ? largest_magnitude(x, linear.columns) + TOKEN_EPSILON : 0;
   each_block(linear, [&](Block block) {
     float scale = magnitude(linear, block, x, of_row) / STEPS[DIGITS - 1];
     if (scale < SMALLEST_SCALE) scale = 0;
-    write_digits<DIGITS>(x + block.column, block.columns, chunk, scale == 0 ? 0 : 1 / scale, M, sums, words);
+    write_digits<DIGITS>(x + block.column, block.columns, chunk, scale, M, sums, words);
     *scales = scale;
     scales += M, sums += DIGITS * M, words += (size_t)block.chunks * (chunk / 4) * DIGITS * M;
   });
@@ -134,7 +136,10 @@ struct Levels {
     }
     if (largest == 0) return;
     bool whole = largest / smallest <= 63;
-    for (int i = 0; i < count; i++) whole &= table[i] / smallest == std::rint(table[i] / smallest);
+    for (int i = 0; i < count; i++) {
+      float multiple = table[i] / smallest;  // of numbers that have been divided by a scale, as those of NVFP4
+      whole &= std::fabs(multiple - std::rint(multiple)) <= 1e-6f * std::fabs(multiple);
+    }
     digits = whole ? 1 : most_digits;
     zero = whole ? (int32_t)std::rint(-lowest / smallest) : 64;
     int low = 7 * (digits - 1);

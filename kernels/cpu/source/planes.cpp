@@ -104,7 +104,7 @@ constexpr float STEPS[] = {127, 127 * 256 + 127, 127 * 65536};
 
 template <int DIGITS>
 void prepare_row(const Linear& linear, const float* x, int8_t* digits, float* scales, float* sums) {
-  const float of_row = linear.activations == INT8_TOKEN ? largest(x, linear.columns) : 0;
+  const float of_row = linear.activations == INT8_TOKEN ? largest(x, linear.columns) + TOKEN_EPSILON : 0;
   each_block(linear, [&](Block block) {
     const float scale = magnitude(linear, block, x, of_row) / STEPS[DIGITS - 1];
     const bool zero = scale < SMALL;

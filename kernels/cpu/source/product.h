@@ -24,8 +24,10 @@ enum Type : int32_t { FLOAT32, BFLOAT16, FLOAT16 };
 enum Activations : int32_t {
   FLOATING,    // not below the type they come in
   INT8_BLOCK,  // int8, one scale max|x| / 127 for each group of the weight
-  INT8_TOKEN   // int8, one scale for each row
+  INT8_TOKEN   // int8, one scale (max|x| + TOKEN_EPSILON) / 127 for each row, as in the training of LLM-QAT
 };
+
+constexpr float TOKEN_EPSILON = 1e-6f;
 
 constexpr int MOST_BLOCKS = 32;
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,11 @@ import torch
 
 import compress
 from compress.errors import BadInput
-from compress.kernels.cpu.library import kernel_name, paths, use
+from compress.kernels.cpu.library import kernel_name, paths
 from compress.kernels.layers.base import LowBitLinear
 from tests.unit.engine.conftest import PACKED
 
 TOKENS = torch.randint(1, 257, (2, 14), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    yield
-    use("auto")
 
 
 def kernels(model: Any) -> set[str]:

@@ -303,7 +303,7 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Stands in for the child process that is timed (test_measure.py), and holds what it was asked."""
     asked: list[dict[str, Any]] = []
 
-    def measure(folder: Path, **wanted: Any) -> Measurement:
+    def measure(folder: Path, settings: Any, **wanted: Any) -> Measurement:
         asked.append(wanted)
         return Measurement(
             peak_resident_bytes=2,

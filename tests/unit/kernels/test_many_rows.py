@@ -105,7 +105,7 @@ def test_both_kernels_agree_where_several_blocks_of_columns_meet(path, kind):
 def test_int8_activations_are_those_of_the_reference(path, kind, activations, dtype):
     case = as_multiplied(path, make(kind, 33, 200, 64, bias=dtype), dtype)
     input = (torch.randn(19, 200) * torch.logspace(-3, 3, 200)).to(dtype)
-    rounded = round_to_int8(input, 64 if activations == "int8-block" else -1)
+    rounded = round_to_int8(input, activations, 64)
     got = multiply(path, case, input, activations)
     assert error(got, case.exact(rounded)) < (2e-6 if dtype == torch.float32 else 4e-3)
 

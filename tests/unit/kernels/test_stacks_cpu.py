@@ -131,8 +131,7 @@ def test_planes_with_int8_activations(
     x = torch.randn(tokens, 250)
     x[1] = 0
     x[2] = torch.randint(-127, 128, (250,))  # many codes lie between two numbers
-    size = -(-250 // groups) if activations == "int8-block" else -1
-    check(layer, x, round_to_int8(x, size))
+    check(layer, x, round_to_int8(x, activations, -(-250 // groups)))
 
 
 def test_more_rows_than_run_through_a_table_at_once(kernel: str) -> None:

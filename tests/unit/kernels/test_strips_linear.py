@@ -150,7 +150,7 @@ def test_every_shape_against_float64(
 def test_int8_activations_are_those_of_the_reference(kernel, kind, activations):
     case = make(kind, 33, 200, 64, bias=torch.float32)
     input = torch.randn(5, 200) * torch.logspace(-3, 3, 200)
-    rounded = round_to_int8(input, 64 if activations == "int8-block" else -1)
+    rounded = round_to_int8(input, activations, 64)
     assert error(rounded, input.double()) < (0.01 if activations == "int8-block" else 0.1)
     assert error(case.multiply(input, activations), case.exact(rounded)) < (1e-4 if kind == "nf4" else 2e-6)
 

@@ -64,6 +64,7 @@ def test_stock_transformers_compute_the_same(
     assert float((stock - without).abs().max()) > 2e-2 * float(stock.abs().max())
 
 
+@pytest.mark.parametrize("kernel", ["reference", "cpu"])
 @pytest.mark.parametrize("type", TYPES)
 @pytest.mark.parametrize("name", CASES)
 def test_we_load_it_packed(
@@ -71,15 +72,18 @@ def test_we_load_it_packed(
     dense: Callable[..., Path],
     name: str,
     type: str,
+    kernel: str,
 ) -> None:
     folder = dense(name, torch.float32)
     written, report = rounded(folder, type=type)
-    model = compress.load(written)
+    model = compress.load(written, kernel=kernel)
     linears = {n: part for n, part in model.named_modules() if part.__class__.__name__ == "FloatLinear"}
     assert len(linears) == report.details["linears"] > 0
-    assert sum(part.weight_bytes for part in linears.values()) * 8 == pytest.approx(
-        report.details["bits_per_weight"] * sum(p.out_features * p.in_features for p in linears.values()),
-        rel=1e-3,
+    bits = sum(p.weight_bytes for p in linears.values()) * 8
+    bits /= sum(p.out_features * p.in_features for p in linears.values())
+    # Native kernels take scales of 16 bits, which may be stored in 8; and tiny rows are filled up.
+    assert bits == pytest.approx(
+        report.details["bits_per_weight"], rel=1e-3 if kernel == "reference" else 0.3
     )
     reference = hf.AutoModelForCausalLM.from_pretrained(folder)
     for path, part in linears.items():

@@ -8,19 +8,18 @@ and 2 threads. A row shows medians and their ratio, of which at least 2 is asked
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
-from itertools import cycle
+from functools import partial
+from itertools import cycle, product
+from typing import Any
 
 import torch
-from common import stamp
-from records import FOLDER, Record, Results
+from common import Sheet, parser
 
 from compress.kernels.cpu.library import kernel_name, use
 from compress.kernels.layers.stacked import FactorStack, PlaneStack, StackBlock, StackedLinear
-from compress.report.scorecard import Figure
 
 SHAPES = [(2048, 8192), (4096, 4096)]
 BLOCKS = range(1, 5)
@@ -74,41 +73,36 @@ def measure(layers: list[StackedLinear], dtype: torch.dtype, kernels: tuple[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--kernel", default="cpu", help="as for compress-model bench")
-    arguments = parser.parse_args()
-    results = Results.read(FOLDER / "stacks.json")
-    for threads in arguments.threads:
-        torch.set_num_threads(threads)
-        for shape in SHAPES:
-            for kind, make in (("nested", planes), ("BitStack", factors)):
-                for blocks in BLOCKS:
-                    found = measure(
-                        pool(make, shape, blocks), torch.bfloat16, (arguments.kernel, "reference")
-                    )
-                    use(arguments.kernel)
-                    record = row(f"{kind}, {blocks} block{'s' * (blocks > 1)}", shape, threads, found)
-                    print(
-                        record.name, {key: round(figure.value, 1) for key, figure in record.figures.items()}
-                    )
-                    results.put(record)
-                    results.write(FOLDER / "stacks.json")
+    options = parser(__doc__, "stacks")
+    options.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    options.add_argument("--kernel", default="cpu", help="as for compress-model bench")
+    arguments = options.parse_args()
+    sheet = Sheet(arguments, "stacks")
+    kinds = (("nested", planes), ("BitStack", factors))
+    for threads, shape, (kind, make), blocks in product(arguments.threads, SHAPES, kinds, BLOCKS):
+        name = f"{kind}, {blocks} block{'s' * (blocks > 1)}, {shape[0]}x{shape[1]}"
+        name += f", {threads} thread{'s' * (threads > 1)}"
+        sheet.row(name, partial(figures, make, shape, blocks, threads, arguments.kernel))
+    sheet.show()
 
 
-def row(name: str, shape: tuple[int, int], threads: int, seconds: dict[str, float]) -> Record:
+def figures(
+    make: Callable[[int, int, int], StackedLinear],
+    shape: tuple[int, int],
+    blocks: int,
+    threads: int,
+    kernel: str,
+) -> dict[str, Any]:
+    """What a row shows."""
+    torch.set_num_threads(threads)
+    seconds = measure(pool(make, shape, blocks), torch.bfloat16, (kernel, "reference"))
+    use(kernel)
     fast, slow = seconds.values()
-    figures = {
-        "bits": Figure(value=1e6 * fast),
-        "rebuilt": Figure(value=1e6 * slow),
-        "ratio": Figure(value=slow / fast),
+    found = {"bits": 1e6 * fast, "rebuilt": 1e6 * slow, "ratio": slow / fast}
+    return {
+        "figures": {key: {"value": value} for key, value in found.items()},
+        "facts": {"kernel": kernel_name()},
     }
-    return Record(
-        name=f"{name}, {shape[0]}x{shape[1]}, {threads} thread{'s' * (threads > 1)}",
-        figures=figures,
-        facts={"kernel": kernel_name()},
-        **stamp(),
-    )
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ def stock_inputs(model: torch.nn.Module) -> None:
 
     for module in model.modules():
         if isinstance(module, TokenQuantizedLinear):
-            module.activation_bits = None
+            module.activation_bits, module.activations = None, "floating"
             module.register_forward_pre_hook(hook)
             module.product = super(TokenQuantizedLinear, module).product
 

@@ -101,12 +101,12 @@ def _cached(path: str, compiler: tuple[str, ...]) -> Path | None:
     except NotBuilt:
         raise
     except CompressError as error:
-        _warn(f"{error} Until then, every process compiles the CPU kernels anew.")
+        warn_once(f"{error} Until then, every process compiles the CPU kernels anew.")
         return None
 
 
 @cache
-def _warn(sentence: str) -> None:
+def warn_once(sentence: str) -> None:
     log.warning("%s", sentence)  # each once
 
 

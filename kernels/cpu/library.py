@@ -7,19 +7,17 @@ otherwise plain torch (``reference``), saying once why. What is asked for by nam
 from __future__ import annotations
 
 import ctypes
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import RLock
 
 from compress.errors import BadInput, CompressError
 from compress.kernels.cpu import processor
-from compress.kernels.cpu.build import NotBuilt, built
+from compress.kernels.cpu.build import NotBuilt, built, warn_once
 from compress.kernels.cpu.processor import paths
 
 __all__ = ["AUTO", "CPU", "REFERENCE", "kernel_name", "library", "load", "paths", "use", "using"]
 
-log = logging.getLogger(__name__)
 
 AUTO, CPU, REFERENCE = "auto", "cpu", "reference"
 
@@ -109,7 +107,7 @@ def _decide_by_itself() -> None:
     try:
         _decide(_best())
     except CompressError as error:
-        log.warning("%s Packed layers run in plain torch, which is slower.", error)
+        warn_once(f"{error} Packed layers run in plain torch, which is slower.")
         _decide(None)
 
 
@@ -127,7 +125,7 @@ def _best() -> str:
             reasons.append(error)
             continue
         if reasons:
-            log.warning("%s The path %s is used instead.", reasons[0], path)
+            warn_once(f"{reasons[0]} The path {path} is used instead.")
         return path
     raise reasons[0]
 

@@ -324,9 +324,10 @@ def _written(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
 
 
 def _ours(func: Any) -> Callable[..., torch.Tensor]:
-    from compress.kernels.reference import ops
+    from compress.kernels.reference import cache, embedding, ops, stacks
 
-    return getattr(ops, func._schema.name.partition("::")[2])
+    name = func._schema.name.partition("::")[2]
+    return next(getattr(module, name) for module in (ops, stacks, embedding, cache) if hasattr(module, name))
 
 
 class ByName(TorchFunctionMode):

@@ -85,17 +85,22 @@ def generate(script: str, model: Path, *settings: str) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("model", "dtype", "kernel"),
-    # In bfloat16 stock loaders round dequantized weights, as plain torch does here. Native kernels do not.
-    [("dense", "bfloat16", "auto"), ("small", "bfloat16", "reference"), ("small", "float32", "auto")],
+    ("model", "dtype", "kernel", "difference"),
+    # The stock loader rounds dequantized weights to bfloat16, the dtype of the scales, whatever is asked for. So
+    # does plain torch here in bfloat16, but native kernels never do.
+    [
+        ("dense", "bfloat16", "auto", 1e-3),
+        ("small", "bfloat16", "reference", 1e-3),
+        ("small", "float32", "auto", 0.1),
+    ],
 )
 def test_stock_transformers_generates_the_same_text(
-    folder: Path, model: str, dtype: str, kernel: str
+    folder: Path, model: str, dtype: str, kernel: str, difference: float
 ) -> None:
     stock = generate(WITHOUT_COMPRESS, folder / model, dtype)
     ours = generate(WITH_COMPRESS, folder / model, dtype, kernel)
     assert stock["texts"] == ours["texts"]
-    assert stock["logits"] == pytest.approx(ours["logits"], abs=1e-3)
+    assert stock["logits"] == pytest.approx(ours["logits"], abs=difference)
     assert stock["texts"][0].startswith(PROMPTS[0])
     assert model != "dense" or "Paris" in stock["texts"][0]
 

@@ -86,8 +86,8 @@ def generate(script: str, model: Path, *settings: str) -> dict:
 
 @pytest.mark.parametrize(
     ("model", "dtype", "kernel", "difference"),
-    # The stock loader rounds dequantized weights to bfloat16, the dtype of the scales, whatever is asked for. So
-    # does plain torch here in bfloat16, but native kernels never do.
+    # The stock loader rounds dequantized weights to bfloat16, the dtype of the scales, whatever is asked for.
+    # So does plain torch here in bfloat16, but native kernels never do.
     [
         ("dense", "bfloat16", "auto", 1e-3),
         ("small", "bfloat16", "reference", 1e-3),

@@ -74,7 +74,7 @@ class TimedModel(Document):
 
     @property
     def peak_memory(self) -> Figure:
-        """Of the process, libraries included; on a GPU, of what is allocated there."""
+        """What the process takes with its libraries; on a GPU, what is allocated there."""
         found = self.peak_resident_bytes if self.peak_device_bytes is None else self.peak_device_bytes
         return Figure(value=found, unit="bytes")
 
@@ -176,7 +176,7 @@ def bench(
 
 
 Seconds = tuple[list[float], list[float]]
-"""Of every prefill and of every decode of one model."""
+"""What every prefill and every decode of one model took."""
 
 
 def _interleaved(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from compress.kernels.codes.floating import (
@@ -37,6 +39,7 @@ class FloatLinear(CodedLinear):
     scales: torch.Tensor
     global_scale: torch.Tensor | None
     table: torch.Tensor | None
+    _strips: torch.Tensor | None
 
     def __init__(self, weight: FloatWeight, bias: torch.Tensor | None = None) -> None:
         out, width = weight.shape
@@ -52,7 +55,7 @@ class FloatLinear(CodedLinear):
         codes = weight.codes.view(torch.uint8) if weight.type == "fp8" else pack_nibbles(weight.codes)
         self.codes, self.scales = codes.contiguous(), as_bytes(weight.scales)
         self.global_scale = None if weight.global_scale is None else as_bytes(weight.global_scale)
-        self.table, self.in_strips = None, False
+        self.table, self.in_strips, self._strips = None, False, None
 
     def to_strips(self) -> bool:
         weight = self.quantized()
@@ -94,11 +97,15 @@ class FloatLinear(CodedLinear):
         input = round_tokens(input) if self.float_type == "fp8" else input
         if not self.in_strips:
             return super().product(input)
-        codes = self.codes.view(E4M3) if self.float_type == "fp8" else self.codes
+        if self._strips is None:  # kept, because the operator describes a weight once for each tensor
+            self._strips = self.codes.view(E4M3) if self.float_type == "fp8" else self.codes
         return packed_linear(
-            *(input, codes, self.scales, None, self.table, self.bias),
+            *(input, self._strips, self.scales, None, self.table, self.bias),
             *(self.bits, GROUP_SIZES[self.float_type], self.out_features, self.activations),
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_strips": None}  # E4M3 cannot be pickled
 
     def details(self) -> dict[str, object]:
         return {"type": self.float_type}

@@ -52,7 +52,7 @@ def native_linear(module: nn.Module, dtype: torch.dtype) -> Linear | None:
 
 
 def _dense(weight: Tensor, dtype: torch.dtype) -> Linear | None:
-    """Of a dense weight [out, in], which may be a transpose."""
+    """Describe a dense weight [out, in], which may be a transpose."""
     rows, columns = weight.shape
     if weight.dtype != dtype or weight.device.type != "cpu" or type(weight) is not Tensor:
         return None
@@ -89,7 +89,7 @@ def _strips(
     group_size: int,
     dtype: torch.dtype,
 ) -> Linear | None:
-    """Of codes, scales, zero points and table of a weight in strips."""
+    """Describe a weight in strips by its codes, scales, zero points and table."""
     codes, scales, zeros, table = tensors
     if scales is None or codes.device.type != "cpu":
         return None

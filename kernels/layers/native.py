@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compress.kernels.codes.floating import GROUP_SIZES
 from compress.kernels.codes.nf4 import BLOCK_SIZE
-from compress.kernels.cpu.linear import ACTIVATIONS, DENSE, INTEGER, TABLE, TYPES, Linear
+from compress.kernels.cpu.linear import DENSE, TYPES, Linear, strips_linear
 from compress.kernels.cpu.stacks import MOST_BLOCKS, MOST_PLANES, factors, planes
 from compress.kernels.layers.float_linear import FloatLinear
 from compress.kernels.layers.linear import PackedLinear, TokenQuantizedLinear
@@ -93,18 +93,7 @@ def _strips(
     codes, scales, zeros, table = tensors
     if scales is None or codes.device.type != "cpu":
         return None
-    return Linear(
-        kind=INTEGER if table is None else TABLE,
-        rows=module.out_features,
-        columns=module.in_features,
-        bits=bits,
-        group=module.in_features if group_size == -1 else min(group_size, module.in_features),
-        scale_type=TYPES[scales.dtype],
-        activations=ACTIVATIONS[module.activations],
-        type=TYPES[dtype],
-        blocks=1,
-        codes=(codes.data_ptr(),),
-        scales=scales.data_ptr(),
-        zeros=None if zeros is None else zeros.data_ptr(),
-        table=None if table is None else table.data_ptr(),
+    shape = module.out_features, module.in_features
+    return strips_linear(
+        codes, scales, zeros, table, None, bits, group_size, shape, module.activations, dtype
     )

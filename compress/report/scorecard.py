@@ -225,6 +225,68 @@ class TaskScore(Document):
     flops: Figure = Field(description="FLOPs of one input of mean length")
 
 
+class TaskAsked(Document):
+    """One task of the harness: which questions were asked, and how."""
+
+    task: str = Field(min_length=1, description="its name in lm-eval")
+    sha256: Sha256 = Field(description="hash of its prompts and right answers, in order")
+    questions: PositiveInt
+    fewshot: NonNegativeInt = Field(description="number of examples in front of each question")
+    metric: str = Field(description="what decides: a question's score is between 0 and 1, and more is better")
+    chance: FiniteFloat | None = Field(None, description="score of a guess, where the task has one")
+
+
+class HarnessProtocol(Document):
+    """How the tasks were asked. Scorecards can be compared task by task where these agree (the kernel may
+    differ)."""
+
+    suite: str | None = Field(description="name of the suite, or None where tasks were named one by one")
+    tasks: tuple[TaskAsked, ...] = Field(min_length=1)
+    chat_template: bool
+    seed: int
+    lm_eval: str = Field(description="version of the harness")
+    kernel: str = Field(description="the kernel of the low-bit layers")
+
+
+class TaskResult(Document):
+    """How one model answered one task, and how that differs from the dense model's answers.
+
+    The fields after ``others`` are None on the dense model's own scorecard. ``compress.evaluation.pairs``
+    describes the intervals and tests.
+    """
+
+    task: str
+    score: Figure = Field(description="mean score of a question")
+    others: dict[str, Figure] = Field(default_factory=dict, description="further metrics, by name")
+    change: Figure | None = Field(None, description="score minus the dense model's on the same questions")
+    lost: NonNegativeInt | None = Field(None, description="harmful flips: right before, wrong now")
+    gained: NonNegativeInt | None = Field(None, description="lucky flips: wrong before, right now")
+    p: Figure | None = Field(None, description="two-sided p that the scores differ")
+    holm_p: Figure | None = Field(None, description="the same, corrected for the number of tasks (Holm)")
+    matching: bool | None = Field(None, description="LLM-KICK's matching: a drop of at most 5 % of the score")
+
+
+class Verdict(Document):
+    """One sentence over all tasks, and the numbers behind it."""
+
+    kind: Literal["worse", "not worse", "undecided"]
+    margin: FiniteFloat = Field(description="the loss that does not matter, as a share of all questions")
+    change: Figure = Field(description="pooled score minus the dense model's")
+    worse_p: Figure = Field(description="one-sided pooled p that the model is worse")
+    margin_p: Figure = Field(description="one-sided p that it is not worse by more than the margin")
+    questions: PositiveInt = Field(description="number of questions in all tasks")
+    needed: PositiveInt | None = Field(None, description="how many questions would decide, if undecided")
+    sentence: str
+
+
+class Harness(Document):
+    """The answers to all tasks, the verdict against the dense model, and what makes the numbers doubtful."""
+
+    tasks: tuple[TaskResult, ...] = Field(min_length=1)
+    verdict: Verdict | None = Field(None, description="None on the dense model's own scorecard")
+    warnings: tuple[str, ...] = ()
+
+
 class Measurement(Document):
     """Speed and memory of a model that is alone in a fresh process, at batch size 1."""
 
@@ -292,7 +354,7 @@ class Scorecard(Document):
     """One evaluation of one model.
 
     ``protocol`` and ``fidelity`` are None if no text was scored, ``task_protocol`` and ``task`` if no
-    labelled file was.
+    labelled file was, and ``harness_protocol`` and ``harness`` if no task of lm-eval was.
     """
 
     schema_version: Literal[1] = 1
@@ -303,6 +365,8 @@ class Scorecard(Document):
     fidelity: Fidelity | None = None
     task_protocol: TaskProtocol | None = None
     task: TaskScore | None = None
+    harness_protocol: HarnessProtocol | None = None
+    harness: Harness | None = None
     cost: Cost
     when: AwareDatetime
     versions: dict[str, str]
@@ -313,6 +377,8 @@ class Scorecard(Document):
             raise ValueError("fidelity and protocol come together")
         if (self.task_protocol is None) != (self.task is None):
             raise ValueError("task and task_protocol come together")
+        if (self.harness_protocol is None) != (self.harness is None):
+            raise ValueError("harness and harness_protocol come together")
         return self
 
     @property

@@ -1,0 +1,1 @@
+"""The harness: lm-eval asks a model questions, and each answer keeps its score."""

@@ -60,7 +60,7 @@ class Moments:
 
     @property
     def standard_error(self) -> float:
-        """sqrt(sum d^2 - (sum d)^2 / N) / N: with b lost and c gained answers, sqrt(b + c - (b - c)^2 / N) / N."""
+        """sqrt(sum d^2 - (sum d)^2 / N) / N, so sqrt(b + c - (b - c)^2 / N) / N for b lost and c gained."""
         return math.sqrt(max(0.0, self.squares - self.total**2 / self.questions)) / self.questions
 
     @property
@@ -94,7 +94,7 @@ def score_z(lost: float, gained: float, questions: int, loss: float) -> float:
     """
     if loss < 0:
         return -score_z(gained, lost, questions, -loss)
-    # The likeliest share of gained answers under the hypothesis solves 2 N q^2 + B q = gained loss (1 - loss).
+    # The likeliest share q of gained answers solves 2 N q^2 + linear q = gained loss (1 - loss).
     linear = (2 * questions - lost + gained) * loss - lost - gained
     root = math.sqrt(linear**2 + 8 * questions * gained * loss * (1 - loss))
     # The same root in the form that does not subtract two large numbers.
@@ -156,12 +156,11 @@ def needed(moments: Moments, margin: float, level_of_worse: float) -> int:
     from statsmodels.stats.power import normal_sample_size_one_tail
 
     loss = -moments.mean
-    # A hypothetical loss of the margin takes that many flips, even if none were seen.
+    # A loss of the margin takes that many flips, even if none were seen.
     deviation = math.sqrt(max(moments.squares / moments.questions - loss**2, margin * (1 - margin)))
-    wanted = [(margin - loss, LEVEL), (loss, level_of_worse)]
     counts = [
         float(normal_sample_size_one_tail(effect, POWER, level, deviation))
-        for effect, level in wanted
+        for effect, level in ((margin - loss, LEVEL), (loss, level_of_worse))
         if effect > 0.1 * margin  # one of the two is at least half the margin
     ]
     return max(moments.questions + 1, math.ceil(min(counts)))

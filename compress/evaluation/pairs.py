@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from compress.errors import BadInput
 from compress.evaluation.margin import Moments, change
 from compress.evaluation.pooled import ENTRIES, RESAMPLES, two_sided_p, ways
+from compress.evaluation.sanity import doubts, implausible
 from compress.evaluation.statistics import CONFIDENCE, wilson
 from compress.evaluation.verdict import verdict
 from compress.report.scorecard import Figure, Harness, TaskResult, UnitName
@@ -36,7 +37,8 @@ def judge(dense: Sequence[Answers], model: Sequence[Answers], margin: float, see
         seed: of bootstraps and random signs.
 
     Raises:
-        BadInput: the two were not asked the same questions in the same way, or a score is not between 0 and 1.
+        BadInput: the two were not asked the same questions in the same way, or a score is not between 0 and
+            1.
     """
     pairs = _paired(dense, model)
     differences = [of_model.scores - of_dense.scores for of_dense, of_model in pairs]
@@ -44,17 +46,24 @@ def judge(dense: Sequence[Answers], model: Sequence[Answers], margin: float, see
     return Harness(
         tasks=results,
         verdict=verdict(results, [len(each) for each in differences], ways(differences, seed), margin),
+        warnings=implausible(results),
     )
 
 
-def alone(dense: Sequence[Answers], seed: int = 0) -> Harness:
-    """The dense model's own scores, which are compared with nothing.
+def alone(dense: Sequence[Answers], seed: int = 0, name: str = "") -> Harness:
+    """The dense model's own scores, which are compared with nothing, and what makes them doubtful.
+
+    Args:
+        dense: its answers.
+        seed: of bootstraps.
+        name: the model's hub id or folder, by which its published scores are found.
 
     Raises:
         BadInput: there is no task, or a score is not between 0 and 1.
     """
     _check(dense)
-    return Harness(tasks=tuple(_scored(answers, seed) for answers in dense))
+    results = tuple(_scored(answers, seed) for answers in dense)
+    return Harness(tasks=results, warnings=doubts(dense, results, name))
 
 
 def _paired(dense: Sequence[Answers], model: Sequence[Answers]) -> list[tuple[Answers, Answers]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from compress.evaluation.margin import LEVEL, Moments, change, needed, not_worse_p, worse_by_p
@@ -14,45 +15,57 @@ if TYPE_CHECKING:
 Kind = Literal["worse", "not worse", "undecided"]
 
 
-def verdict(results: Sequence[TaskResult], questions: Sequence[int], ways: Ways, margin: float) -> Verdict:
-    """Decide over all tasks together, question by question.
+@dataclass(frozen=True)
+class Loss:
+    """The loss over several tasks, question by question, against a margin.
 
-    "not worse" says that the loss over all questions is below the margin (Tango's score test), and that no
-    task loses more than the margin beyond doubt: a broken task is not outvoted by many others. "worse" says
-    that there is a loss (three tests, see :mod:`compress.evaluation.pooled`). A loss that is certain but
-    smaller than the margin is "not worse". Each of the tests errs in at most 5 % of cases.
+    Attributes:
+        tasks: their number.
+        moments: of the differences of all questions.
+        margin: the loss that does not matter, as a share of all questions.
+        margin_p: one-sided p that the loss is below the margin (Tango's score test).
+        broken: tasks that lose more than the margin beyond doubt, corrected for their number (Holm).
+    """
+
+    tasks: int
+    moments: Moments
+    margin: float
+    margin_p: float
+    broken: tuple[str, ...]
+
+    @property
+    def within(self) -> bool:
+        """Whether the loss is below the margin beyond doubt, and no task is broken: many others would outvote
+        it."""
+        return self.margin_p < LEVEL and not self.broken
+
+    @property
+    def text(self) -> str:
+        """What was found, as a part of a sentence."""
+        number = f"{self.moments.questions:,} question{'s' * (self.moments.questions > 1)}"
+        found = f"its score changes by {change(self.moments).text} points on {number}"
+        found += f" of {self.tasks} tasks" * (self.tasks > 1)
+        if not self.broken:
+            return found
+        lose = "lose" if len(self.broken) > 1 else "loses"
+        return f"{found}, and {_listed(self.broken)} {lose} more than {points(self.margin)}"
+
+
+def loss(results: Sequence[TaskResult], questions: Sequence[int], margin: float) -> Loss:
+    """The loss over some tasks.
 
     Args:
         results: each task's, with its change and standard error.
         questions: their numbers of questions.
-        ways: p that the model is worse.
-        margin: the loss that does not matter, as a share of all questions.
+        margin: as in `Loss`.
     """
+    from statsmodels.stats.multitest import multipletests
+
     moments = [_moments(*each) for each in zip(results, questions, strict=True)]
     whole = sum(moments[1:], start=moments[0])
-    within, broken = not_worse_p(whole, margin), _broken(results, moments, margin)
-    kind: Kind = "undecided"
-    if broken or within >= LEVEL > ways.combined:
-        kind = "worse"
-    elif within < LEVEL:
-        kind = "not worse"
-    total, changed = whole.questions, change(whole)
-    wanted = needed(whole, margin, LEVEL / len(ways)) if kind == "undecided" else None
-    return Verdict(
-        kind=kind,
-        margin=margin,
-        change=changed,
-        standard_error=whole.standard_error,
-        worse_p=Figure(value=ways.combined),
-        margin_p=Figure(value=within),
-        pooled_p=Figure(value=ways.pooled),
-        max_drop_p=Figure(value=ways.max_drop),
-        fisher_p=Figure(value=ways.fisher),
-        broken=broken,
-        questions=total,
-        needed=wanted,
-        sentence=_sentence(kind, margin, changed, total, len(results), ways.combined, broken, wanted),
-    )
+    more = multipletests([worse_by_p(each, margin) for each in moments], LEVEL, method="holm")[0]
+    broken = tuple(result.task for result, rejected in zip(results, more, strict=True) if rejected)
+    return Loss(len(moments), whole, margin, not_worse_p(whole, margin), broken)
 
 
 def _moments(result: TaskResult, questions: int) -> Moments:
@@ -61,39 +74,52 @@ def _moments(result: TaskResult, questions: int) -> Moments:
     return Moments.back(questions, result.change.value, result.standard_error)
 
 
-def _broken(results: Sequence[TaskResult], moments: Sequence[Moments], margin: float) -> tuple[str, ...]:
-    from statsmodels.stats.multitest import multipletests
+def verdict(results: Sequence[TaskResult], questions: Sequence[int], ways: Ways, margin: float) -> Verdict:
+    """Decide over all tasks together.
 
-    rejected = multipletests([worse_by_p(each, margin) for each in moments], LEVEL, method="holm")[0]
-    return tuple(result.task for result, is_broken in zip(results, rejected, strict=True) if is_broken)
+    "not worse" says that the loss is below the margin (see `Loss`). Otherwise "worse" says that there is a
+    loss at all (see :mod:`compress.evaluation.pooled`). Each of the two tests errs in at most 5 % of cases.
 
-
-def _sentence(
-    kind: Kind,
-    margin: float,
-    changed: Figure,
-    questions: int,
-    tasks: int,
-    worse_p: float,
-    broken: Sequence[str],
-    wanted: int | None,
-) -> str:
-    limit = points(margin)
-    found = (
-        f"its score changes by {changed.text} points on {questions:,} questions of {tasks} "
-        f"task{'s' * (tasks > 1)}"
+    Args:
+        results, questions, margin: as in `loss`.
+        ways: p that the model is worse.
+    """
+    found, lost = loss(results, questions, margin), ways.combined < LEVEL
+    kind: Kind = "undecided"
+    if found.within:
+        kind = "not worse"
+    elif lost or found.broken:
+        kind = "worse"
+    wanted = needed(found.moments, margin, LEVEL / len(ways)) if kind == "undecided" else None
+    return Verdict(
+        kind=kind,
+        margin=margin,
+        change=change(found.moments),
+        standard_error=found.moments.standard_error,
+        worse_p=Figure(value=ways.combined),
+        margin_p=Figure(value=found.margin_p),
+        pooled_p=Figure(value=ways.pooled),
+        max_drop_p=Figure(value=ways.max_drop),
+        fisher_p=Figure(value=ways.fisher),
+        broken=found.broken,
+        questions=found.moments.questions,
+        needed=wanted,
+        sentence=_sentence(kind, found, ways.combined, wanted),
     )
-    lost = f", and {' and '.join(broken)} lose{'s' * (len(broken) == 1)} more than {limit}" if broken else ""
-    sure = worse_p < LEVEL
+
+
+def _sentence(kind: Kind, found: Loss, worse_p: float, wanted: int | None) -> str:
+    limit, p = points(found.margin), f"p = {worse_p:.2g}" if worse_p >= 1e-4 else "p < 0.0001"
     if kind == "worse":
-        return f"Worse than the dense model: {found}{f' ({_p(worse_p)})' * sure}{lost}."
+        return f"Worse than the dense model: {found.text} ({p})."
     if kind == "not worse":
-        certain = f"; a smaller loss is certain ({_p(worse_p)})" if sure else ""
-        return f"Not worse than the dense model by more than {limit}: {found}{certain}."
+        smaller = f"; a smaller loss is certain ({p})" if worse_p < LEVEL else ""
+        return f"Not worse than the dense model by more than {limit}: {found.text}{smaller}."
     assert wanted is not None
+    more = rounded(wanted - found.moments.questions)
     return (
-        f"Undecided whether it is worse than the dense model by more than {limit}: {found}; about "
-        f"{_rounded(wanted - questions):,} more questions like these would decide."
+        f"Undecided whether it is worse than the dense model by more than {limit}: {found.text}; about "
+        f"{more:,} more questions like these would decide."
     )
 
 
@@ -103,11 +129,11 @@ def points(share: float) -> str:
     return f"{number} point{'s' * (number != '1')}"
 
 
-def _p(value: float) -> str:
-    return f"p = {value:.2g}" if value >= 1e-4 else "p < 0.0001"
-
-
-def _rounded(number: int) -> int:
+def rounded(number: int) -> int:
     """Two digits, upwards: more would claim to know the future."""
     unit = 10 ** max(0, len(str(number)) - 2)
     return -(-number // unit) * unit
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1])] * (len(names) > 1) + [names[-1]])

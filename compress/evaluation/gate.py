@@ -99,9 +99,7 @@ def refuse_impossible(gates: Sequence[Gate], names: Iterable[str], *, text: bool
     known = sorted(names)
     for gate in gates:
         if gate.of_text and not text:
-            raise BadInput(
-                f"The gate '{gate.text}' is on text, but no text is scored; leave one of them out."
-            )
+            raise BadInput(f"The gate '{gate.text}' needs a text, but none is scored; leave one out.")
         if not gate.of_text and not known:
             raise BadInput(f"The gate '{gate.text}' is on tasks, but none is asked; name them with --tasks.")
         if not gate.of_text and not any(_covers(gate.subject, name) for name in known):

@@ -25,7 +25,16 @@ MISSING = "–"
 """Shown in place of a figure that was not measured, which is never shown as 0."""
 
 UnitName = Literal[
-    "", "bits", "bytes", "flops", "fraction", "nats/token", "parameters", "seconds", "tokens/s"
+    "",
+    "bits",
+    "bytes",
+    "flops",
+    "fraction",
+    "joules/token",
+    "nats/token",
+    "parameters",
+    "seconds",
+    "tokens/s",
 ]
 Spread = Literal["95% interval", "interquartile range"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -44,6 +53,7 @@ UNITS: dict[str, Unit] = {
     "bytes": Unit(1e-6, "MB"),  # decimal megabytes, like download sizes; captions say so
     "flops": Unit(1e-9, "GFLOPs"),
     "fraction": Unit(100, "%"),
+    "joules/token": Unit(1, "J/token"),
     "nats/token": Unit(1, "nats/token"),
     "parameters": Unit(1e-6, "M"),
     "seconds": Unit(1e3, "ms"),
@@ -314,6 +324,9 @@ class Measurement(Document):
     )
     decode_tokens: PositiveInt | None = Field(None, description="tokens generated in each repetition")
     decode_repetitions: PositiveInt | None = None
+    decode_energy: Figure | None = Field(
+        None, description="of processor and memory, with all that ran beside; None where the machine hides it"
+    )
     threads: PositiveInt
     device: str = Field(description="name of the processor or GPU")
     kernel: str

@@ -25,8 +25,8 @@ def test_a_model_that_guesses_is_doubtful(count: int, warned: bool):
     assert bool(warnings) is warned
     if count == 50:
         assert warnings[0].startswith(
-            "The dense model answers 'kick_choice' no better than by guessing (25.0 +6.4/−5.5 %, chance 25 %), "
-            "so the task cannot show what compression breaks; a wrong chat template"
+            "The dense model answers 'kick_choice' no better than by guessing (25.0 +6.4/−5.5 %, chance "
+            "25 %), so the task cannot show what compression breaks; a wrong chat template"
         )
 
 

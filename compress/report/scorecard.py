@@ -25,7 +25,7 @@ MISSING = "–"
 """Shown in place of a figure that was not measured, which is never shown as 0."""
 
 UnitName = Literal[
-    "", "bits", "bytes", "flops", "fraction", "nats/token", "parameters", "seconds", "tokens/s"
+    "", "bits", "bytes", "flops", "fraction", "nats/token", "parameters", "questions", "seconds", "tokens/s"
 ]
 Spread = Literal["95% interval", "interquartile range"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -46,6 +46,7 @@ UNITS: dict[str, Unit] = {
     "fraction": Unit(100, "%"),
     "nats/token": Unit(1, "nats/token"),
     "parameters": Unit(1e-6, "M"),
+    "questions": Unit(1, ""),  # counted, so shown without decimals
     "seconds": Unit(1e3, "ms"),
     "tokens/s": Unit(1, "tok/s"),
 }
@@ -87,6 +88,8 @@ class Figure(Document):
         A confidence interval reads ``12.34 ± 0.05`` (the wider side), or ``12.34 +0.07/−0.05`` where the
         sides differ by more than 15 %; an interquartile range reads ``35.2 (34.9–35.6)``.
         """
+        if self.unit == "questions":
+            return _fixed(self.value, 0)
         factor = UNITS[self.unit].factor
         value = self.value * factor
         low = value if self.low is None else self.low * factor

@@ -33,6 +33,7 @@ UnitName = Literal[
     "joules/token",
     "nats/token",
     "parameters",
+    "questions",
     "seconds",
     "tokens/s",
 ]
@@ -56,6 +57,7 @@ UNITS: dict[str, Unit] = {
     "joules/token": Unit(1, "J/token"),
     "nats/token": Unit(1, "nats/token"),
     "parameters": Unit(1e-6, "M"),
+    "questions": Unit(1, ""),  # counted, so shown without decimals
     "seconds": Unit(1e3, "ms"),
     "tokens/s": Unit(1, "tok/s"),
 }
@@ -97,6 +99,8 @@ class Figure(Document):
         A confidence interval reads ``12.34 ± 0.05`` (the wider side), or ``12.34 +0.07/−0.05`` where the
         sides differ by more than 15 %; an interquartile range reads ``35.2 (34.9–35.6)``.
         """
+        if self.unit == "questions":
+            return _fixed(self.value, 0)
         factor = UNITS[self.unit].factor
         value = self.value * factor
         low = value if self.low is None else self.low * factor

@@ -259,6 +259,10 @@ class TaskResult(Document):
     score: Figure = Field(description="mean score of a question")
     others: dict[str, Figure] = Field(default_factory=dict, description="further metrics, by name")
     change: Figure | None = Field(None, description="score minus the dense model's on the same questions")
+    standard_error: FiniteFloat | None = Field(None, description="paired standard error of the change")
+    flips: Figure | None = Field(
+        None, description="share of questions answered right by only one of the two: how much changed"
+    )
     lost: NonNegativeInt | None = Field(None, description="harmful flips: right before, wrong now")
     gained: NonNegativeInt | None = Field(None, description="lucky flips: wrong before, right now")
     p: Figure | None = Field(None, description="two-sided p that the scores differ")
@@ -272,11 +276,20 @@ class Verdict(Document):
     kind: Literal["worse", "not worse", "undecided"]
     margin: FiniteFloat = Field(description="the loss that does not matter, as a share of all questions")
     change: Figure = Field(description="pooled score minus the dense model's")
-    worse_p: Figure = Field(description="one-sided pooled p that the model is worse")
+    worse_p: Figure = Field(
+        description="one-sided p that the model is worse: the smallest of three tests, corrected for three"
+    )
     margin_p: Figure = Field(description="one-sided p that it is not worse by more than the margin")
     questions: PositiveInt = Field(description="number of questions in all tasks")
     needed: PositiveInt | None = Field(None, description="how many questions would decide, if undecided")
     sentence: str
+    standard_error: FiniteFloat | None = Field(None, description="paired standard error of the change")
+    pooled_p: Figure | None = Field(None, description="one-sided p that it is worse: all questions together")
+    max_drop_p: Figure | None = Field(None, description="the same: the task with the largest loss")
+    fisher_p: Figure | None = Field(None, description="the same: Fisher's combination of the tasks")
+    broken: tuple[str, ...] = Field(
+        (), description="tasks that lose more than the margin beyond doubt, corrected for their number (Holm)"
+    )
 
 
 class Harness(Document):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +11,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 from unittest import mock
 
 from compress.engine.tokenizer import load_tokenizer
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 SEED = 1234
 """lm-eval's own default for the examples in front of a question."""
 
+LOOKING = "looking up tasks"
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -42,6 +44,7 @@ class Wanted:
         batch_size: rows of a batch, or ``auto``.
         chat_template: put each prompt into the model's chat template.
         seed: of the examples and of sampled answers.
+        suite: the suite that the tasks are.
     """
 
     tasks: tuple[str, ...]
@@ -51,11 +54,13 @@ class Wanted:
     batch_size: int | str = "auto"
     chat_template: bool = False
     seed: int = SEED
+    suite: str | None = None
 
 
 def ask(
     subject: Subject,
     wanted: Wanted,
+    questions: Sequence[Questions] | None = None,
     samples: Path | None = None,
     progress: Progress = lambda text, share: None,
 ) -> list[Answers]:
@@ -64,52 +69,76 @@ def ask(
     Args:
         subject: the model, and how to run it.
         wanted: the tasks.
+        questions: what `prepare` found for them; None finds them now.
         samples: a folder to write each task's questions and answers to, as JSON lines.
         progress: called with a text and the share that is done.
 
     Returns:
-        The answers to each task, in the order in which lm-eval lists them.
+        The answers to each task, in the order of ``wanted``.
+
+    Raises:
+        BadInput: as `prepare`; or the model cannot be loaded, or no metric of a task decides.
+        CompressError: as `prepare`; or the model puts out NaN, or the cache cannot be written.
+    """
+    from compress.evaluation.harness.score import answers
+
+    result = []
+    finished = Finished(subject.identity)
+    tasks = prepare(wanted, subject, progress) if questions is None else questions
+    with Respondent(subject, wanted.batch_size, finished, progress) as respondent, quietly():
+        for each in tasks:
+            asked = _asked(each, wanted)
+            rows = finished.find(asked)
+            if rows is None:
+                rows = respondent.rows(each)
+                finished.keep(asked, rows)
+            result.append(answers(each, rows))
+            if samples is not None:
+                _write(samples / subject.name.replace("/", "__") / f"{each.name}.jsonl", rows)
+    return result
+
+
+def prepare(
+    wanted: Wanted, subject: Subject, progress: Progress = lambda text, share: None
+) -> list[Questions]:
+    """Find the tasks with their data, and build their questions.
+
+    Args:
+        wanted: the tasks.
+        subject: the model, for its chat template.
+        progress: called with a text and the share that is done.
 
     Raises:
         BadInput: there is no such task, its file is broken, its labels do not fit its choices, or the model
-            cannot be loaded or has no chat template.
-        CompressError: lm-eval is not installed, data cannot be fetched, the model puts out NaN, or the cache
-            cannot be written.
+            has no chat template.
+        CompressError: lm-eval is not installed, or data cannot be fetched.
     """
     check_installed()
+    from compress.evaluation.harness.tasks import Asking, Questions, find_tasks
+
+    asking = Asking(
+        wanted.fewshot, wanted.limit, _chat(subject) if wanted.chat_template else None, wanted.seed
+    )
+    found = []
     with quietly():
-        return _ask(subject, wanted, samples, progress)
+        progress(LOOKING, 0.0)
+        tasks = find_tasks(wanted.tasks, wanted.folders)
+        for number, task in enumerate(tasks):
+            progress(LOOKING, number / len(tasks))
+            found.append(Questions(task, asking))
+    progress(LOOKING, 1.0)
+    return found
+
+
+def installed() -> bool:
+    """Whether lm-eval is installed."""
+    return find_spec("lm_eval") is not None
 
 
 def check_installed() -> None:
     """Raise `CompressError` if lm-eval is not installed."""
-    if find_spec("lm_eval") is None:
+    if not installed():
         raise CompressError("Asking questions needs lm-eval; run `pip install 'compress-model[eval]'`.")
-
-
-def _ask(subject: Subject, wanted: Wanted, samples: Path | None, progress: Progress) -> list[Answers]:
-    from compress.evaluation.harness.score import answers
-    from compress.evaluation.harness.tasks import Asking, Questions, find_tasks
-
-    progress("looking up tasks", 0.0)
-    chat = _chat(subject) if wanted.chat_template else None
-    asking = Asking(wanted.fewshot, wanted.limit, chat, wanted.seed)
-    tasks = [Questions(task, asking) for task in find_tasks(wanted.tasks, wanted.folders)]
-    progress("looking up tasks", 1.0)
-    finished = Finished(subject.identity)
-    lm = _Lazy(subject, wanted.batch_size, finished, progress)
-    result = []
-    with lm:
-        for questions in tasks:
-            asked = _asked(questions, wanted)
-            rows = finished.find(asked)
-            if rows is None:
-                rows = lm.rows(questions)
-                finished.keep(asked, rows)
-            result.append(answers(questions, rows))
-            if samples is not None:
-                _write(samples / f"{questions.name}.jsonl", rows)
-    return result
 
 
 def _asked(questions: Questions, wanted: Wanted) -> dict[str, Any]:
@@ -126,8 +155,8 @@ def _asked(questions: Questions, wanted: Wanted) -> dict[str, Any]:
     }
 
 
-class _Lazy:
-    """The model, which is loaded when the first question is asked."""
+class Respondent:
+    """A model that is loaded when the first question is asked."""
 
     def __init__(
         self, subject: Subject, batch_size: int | str, finished: Finished, progress: Progress
@@ -137,7 +166,7 @@ class _Lazy:
         self._lm: Any = None
         self._answered: Callable[[], None] = lambda: None
 
-    def __enter__(self) -> _Lazy:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -145,29 +174,44 @@ class _Lazy:
 
     def rows(self, questions: Questions) -> Rows:
         """Ask the questions of a task."""
-        from lm_eval.evaluator import simple_evaluate
-
         from compress.evaluation.harness.score import rows
 
         if self._lm is None:
             self._lm = self._load()
-        asking, label = questions.asking, f"asking {self._subject.name}: {questions.name}"
+        label = f"asking {self._subject.name}: {questions.name}"
         self._answered = _Counter(lambda share: self._progress(label, share), questions.requests)
-        found = simple_evaluate(
-            model=self._lm,
-            tasks=[questions.task],
-            num_fewshot=asking.fewshot,
-            limit=asking.limit,
-            bootstrap_iters=0,
-            apply_chat_template=asking.chat is not None,
-            random_seed=asking.seed,
-            numpy_random_seed=asking.seed,
-            torch_random_seed=asking.seed,
-            fewshot_random_seed=asking.seed,
-        )
+        samples = self._samples(questions)
         self._requests.flush()
         self._progress(label, 1.0)
-        return rows(questions, found["samples"][questions.name])
+        return rows(questions, samples)
+
+    def _samples(self, questions: Questions) -> list[dict[str, Any]]:
+        """What lm-eval logs about each question."""
+        import torch
+        from lm_eval.evaluator import simple_evaluate
+
+        asking = questions.asking
+        seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+        try:
+            found: Any = simple_evaluate(
+                model=self._lm,
+                tasks=[questions.task],
+                num_fewshot=asking.fewshot,
+                limit=asking.limit,
+                bootstrap_iters=0,
+                apply_chat_template=asking.chat is not None,
+                **dict.fromkeys(seeds, asking.seed),
+            )
+        except (CompressError, OSError, MemoryError):
+            raise
+        except torch.OutOfMemoryError as error:
+            raise CompressError(
+                f"A batch of '{questions.name}' does not fit into the device's memory; give a smaller --batch-size."
+            ) from error
+        except Exception as error:  # of the task's own functions, too
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise CompressError(f"Asking the task '{questions.name}' failed ({reason}).") from error
+        return list(found["samples"][questions.name])
 
     def _load(self) -> Any:
         from compress.evaluation.harness.model import Asked
@@ -217,6 +261,6 @@ def quietly() -> Iterator[None]:
     with (
         redirect_stdout(io.StringIO()),
         mock.patch.object(lm_eval.api.task, "tqdm", bars),
-        mock.patch.object(lm_eval.evaluator, "add_env_info", lambda storage: None),
+        mock.patch.object(lm_eval.evaluator, "add_env_info"),
     ):
         yield

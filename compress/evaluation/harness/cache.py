@@ -42,7 +42,7 @@ class Finished:
         make_folder(self.folder)
 
     def find(self, asked: dict[str, Any]) -> Rows | None:
-        """The rows of a task that was asked in this way before; None if it was not, or the file is damaged."""
+        """The rows of a task that was asked in this way before; None if it was not or they are damaged."""
         with suppress(OSError, EOFError, ValueError):
             with gzip.open(self._file(asked), "rt", encoding="utf-8") as file:
                 about, *rows = map(json.loads, file)

@@ -51,7 +51,7 @@ def rows(questions: Questions, samples: list[dict[str, Any]]) -> Rows:
 
 
 def _answer(sample: dict[str, Any]) -> str:
-    """What the model said, or which of several continuations it finds likeliest, or how likely the only one."""
+    """What the model said; or the likeliest of several continuations; or how likely the only one is."""
     responses = sample["filtered_resps"]
     if isinstance(responses[0], str):
         return str(responses[0])
@@ -91,9 +91,8 @@ def answers(questions: Questions, found: Rows) -> Answers:
     Raises:
         BadInput: no metric of the task decides.
     """
-    scores = {
-        name: np.array([row["scores"].get(name, math.nan) for row in found]) for name in found[0]["scores"]
-    }
+    names = found[0]["scores"]
+    scores = {name: np.array([row["scores"].get(name, math.nan) for row in found]) for name in names}
     metric, values = _deciding(questions, scores)
     asked = TaskAsked(
         task=questions.name,

@@ -1,4 +1,4 @@
-"""A model to be asked: one of this tool's, or any other that transformers can load."""
+"""A model to be asked, and how it is run."""
 
 from __future__ import annotations
 
@@ -10,24 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compress.engine.loading import load
-from compress.engine.opening import open_checkpoint
+from compress.evaluation.foreign import Foreign
 from compress.evaluation.harness.cache import digest
-from compress.kernels.ops import backend_of
+from compress.kernels.ops import REFERENCE, backend_of
 from compress.storage.checkpoint import Checkpoint
+from compress.storage.formats.stacks import STACKS
 from compress.system.files import file_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-WORDS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "chat_template*",
-)
-"""The files of a folder that make tokens of a text, or text of tokens."""
+WORDS = ("tokenizer*", "*_tokens*.json", "vocab*", "merges.txt", "chat_template*", "generation_config.json")
+"""The files of a folder that make tokens of a text, text of tokens, and an answer of predictions."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +30,7 @@ class Subject:
 
     Attributes:
         name: for people.
-        folder: where it is.
+        opened: the model.
         device: where to run it.
         kernel: what multiplies packed weights, as in ``compress.load``.
         memory: the largest size of a model that is stored in blocks.
@@ -44,21 +38,16 @@ class Subject:
     """
 
     name: str
-    folder: Path
+    opened: Checkpoint | Foreign
     device: str = "cpu"
     kernel: str = "auto"
     memory: str | int | None = None
     dtype: str | None = None
 
-    @cached_property
-    def checkpoint(self) -> Checkpoint | None:
-        """The model as this tool reads it; None if it cannot."""
-        return open_checkpoint(self.folder)
-
-    @cached_property
-    def sha256(self) -> str:
-        assert self.checkpoint is not None
-        return self.checkpoint.sha256
+    @property
+    def folder(self) -> Path:
+        """Where its files are."""
+        return self.opened.folder
 
     @property
     def computes_in(self) -> str | None:
@@ -68,18 +57,32 @@ class Subject:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Everything that the model's answers depend on, beside the questions."""
-        words = sorted(
-            {file for pattern in (*WORDS, "generation_config.json") for file in self.folder.glob(pattern)}
-        )
+        words = sorted({file for pattern in WORDS for file in self.folder.glob(pattern) if file.is_file()})
         return {
-            "model": self.sha256,
-            "words": digest([[file.name, file_sha256(file)] for file in words if file.is_file()]),
+            "model": self.opened.sha256,
+            "words": digest([[file.name, file_sha256(file)] for file in words]),
             "memory": self.memory,
             "device": torch.device(self.device).type,
-            "kernel": backend_of(self.device),
+            "kernel": self._runs_on,
             "dtype": self.computes_in,
         }
 
+    @property
+    def _runs_on(self) -> str:
+        return "transformers" if isinstance(self.opened, Foreign) else backend_of(self.device)
+
+    @property
+    def kernel_name(self) -> str:
+        """The kernel of the low-bit layers, as scorecards name it."""
+        if isinstance(self.opened, Foreign):
+            return self._runs_on
+        quantization = self.opened.config.get("quantization_config")
+        if quantization is None:
+            return "torch"
+        return REFERENCE if quantization.get("quant_method") in STACKS else self._runs_on
+
     def load(self) -> PreTrainedModel:
         """The model, ready to be asked."""
+        if isinstance(self.opened, Foreign):
+            return self.opened.load(self.device, self.computes_in)
         return load(self.folder, self.device, self.computes_in, self.memory, kernel=self.kernel)

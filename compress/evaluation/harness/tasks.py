@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import inspect
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -110,12 +111,15 @@ class Questions:
 
     @cached_property
     def scorer_sha256(self) -> str:
-        """Hash of what turns an answer into a score: the task's settings, and the code beside its file."""
+        """Hash of what turns an answer into a score: the task's settings, and the files of its functions."""
         config = self.task.dump_config()
-        metadata = config.get("metadata")
+        metadata = config.pop("metadata", None)
         source = Path(str(metadata.get("config_source", ""))) if isinstance(metadata, dict) else Path()
-        beside = sorted(source.parent.glob("*.py")) if source.is_file() else []
-        return _hash([config, [file.read_text(encoding="utf-8") for file in beside]])
+        beside = set(source.parent.glob("*.py")) if source.is_file() else set()
+        values = vars(self.task.config).values()
+        named = {inspect.getsourcefile(value) for value in values if inspect.isfunction(value)}
+        files = sorted({*map(str, beside), *filter(None, named)})
+        return _hash([config, self.metadata("version"), [Path(file).read_text("utf-8") for file in files]])
 
     def metadata(self, name: str) -> Any:
         """What the task's file says under ``metadata``."""

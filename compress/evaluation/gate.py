@@ -99,18 +99,23 @@ def refuse_impossible(gates: Sequence[Gate], names: Iterable[str], *, text: bool
     known = sorted(names)
     for gate in gates:
         if gate.of_text and not text:
-            raise BadInput(
-                f"The gate '{gate.text}' is on text, but no text is scored; leave one of them out."
-            )
+            raise BadInput(f"The gate '{gate.text}' is on text, but no text is scored; leave the gate out.")
         if not gate.of_text and not known:
-            raise BadInput(f"The gate '{gate.text}' is on tasks, but none is asked; name them with --tasks.")
-        if not gate.of_text and not any(_covers(gate.subject, name) for name in known):
+            raise BadInput(
+                f"The gate '{gate.text}' is on tasks, but none is asked; name some with --suite or --tasks."
+            )
+        if not gate.of_text and not any(_may_cover(gate.subject, name) for name in known):
             raise unknown("suite or task for a gate", gate.subject, known)
 
 
 def _covers(subject: str, name: str) -> bool:
     """Whether a name is the subject of a gate, or belongs to the group of that name."""
     return name == subject or name.startswith(f"{subject}_")
+
+
+def _may_cover(subject: str, name: str) -> bool:
+    """Whether a gate may be on something that is asked: what groups and files hold shows only later."""
+    return _covers(subject, name) or _covers(name, subject) or name.endswith((".yaml", ".yml"))
 
 
 def check(gate: Gate, card: Scorecard) -> Outcome:

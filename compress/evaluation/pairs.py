@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from compress.errors import BadInput
 from compress.evaluation.margin import Moments, change
-from compress.evaluation.pooled import ENTRIES, RESAMPLES, two_sided_p, ways
+from compress.evaluation.pooled import ENTRIES, RESAMPLES, holm, two_sided_p, ways
 from compress.evaluation.sanity import doubts, implausible
 from compress.evaluation.statistics import CONFIDENCE, wilson
 from compress.evaluation.verdict import verdict
@@ -130,13 +130,6 @@ def _with_holm(results: Sequence[TaskResult]) -> tuple[TaskResult, ...]:
     )
 
 
-def holm(ps: Sequence[float]) -> list[float]:
-    """The p of several tests, corrected for their number by Holm's method."""
-    from statsmodels.stats.multitest import multipletests
-
-    return [float(p) for p in multipletests(ps, method="holm")[1]]
-
-
 def mean(values: np.ndarray, seed: int) -> Figure:
     """The mean of independent values, [N]: with Wilson's interval if all are 0 or 1, else by bootstrap."""
     if ((values == 0) | (values == 1)).all():
@@ -149,7 +142,7 @@ def _bootstrapped(values: np.ndarray, seed: int, unit: UnitName) -> Figure:
     import numpy as np
     from scipy.stats import bootstrap
 
-    ordered = np.sort(values)
+    ordered = np.sort(values)  # of the questions, no order matters
     middle = float(ordered.mean())
     if ordered[0] == ordered[-1]:
         return Figure(value=middle, unit=unit)

@@ -8,14 +8,14 @@ difference is a coin: for answers that are right or wrong this is McNemar's exac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
 
 RESAMPLES = 9_999
-"""Draws of a test that is not exact; its p is at least 1 in so many and one."""
+"""Draws of a test that is not exact, whose smallest p is 1 in 10,000."""
 ENTRIES = 2**22
 """Numbers drawn at once, which bounds the memory that a test takes."""
 
@@ -52,67 +52,53 @@ def ways(differences: Sequence[np.ndarray], seed: int) -> Ways:
     each = [less_p(task, seed) for task in differences]
     return Ways(
         pooled=less_p(np.concatenate(differences), seed),
-        max_drop=max_drop_p(differences, seed),
+        max_drop=_by_signs(differences, np.negative, seed),
         fisher=float(combine_pvalues(each, method="fisher").pvalue),
     )
 
 
 def less_p(differences: np.ndarray, seed: int) -> float:
     """One-sided p that the mean difference is below 0."""
+    import numpy as np
     from scipy.stats import binomtest
 
-    flips = flipped(differences)
+    flips = differences[differences != 0]
     if not len(flips):
         return 1.0
     if (abs(flips) == 1).all():
         return float(binomtest(int((flips < 0).sum()), len(flips), alternative="greater").pvalue)
-    return _signs(flips, "less", seed)
+    return _by_signs([flips], np.negative, seed)
 
 
 def two_sided_p(differences: np.ndarray, seed: int) -> float:
     """Two-sided p that the mean difference is not 0."""
+    import numpy as np
+
     from compress.evaluation.task_score import mcnemar
 
-    flips = flipped(differences)
+    flips = differences[differences != 0]
     if (abs(flips) == 1).all():
         return mcnemar(int((flips < 0).sum()), int((flips > 0).sum()))
-    return _signs(flips, "two-sided", seed)
+    return _by_signs([flips], np.abs, seed)
 
 
-def flipped(differences: np.ndarray) -> np.ndarray:
-    """The differences that are not 0, in an order that does not depend on that of the questions."""
-    import numpy as np
+def holm(ps: Sequence[float]) -> list[float]:
+    """The p of several tests, corrected for their number by Holm's method."""
+    from statsmodels.stats.multitest import multipletests
 
-    return np.sort(differences[differences != 0])
-
-
-def _signs(flips: np.ndarray, alternative: str, seed: int) -> float:
-    """The p of the mean under random signs, which is exact if there are few."""
-    import numpy as np
-    from scipy.stats import permutation_test
-
-    return float(
-        permutation_test(
-            (flips,),
-            np.mean,
-            permutation_type="samples",
-            alternative=alternative,
-            n_resamples=RESAMPLES,
-            batch=max(1, ENTRIES // len(flips)),
-            rng=np.random.default_rng(seed),
-        ).pvalue
-    )
+    return [float(p) for p in multipletests(ps, method="holm")[1]]
 
 
-def max_drop_p(differences: Sequence[np.ndarray], seed: int) -> float:
-    """One-sided p of the largest over the tasks of -sum d / sqrt(sum d^2), by draws of the signs."""
+def _by_signs(
+    differences: Sequence[np.ndarray], sided: Callable[[np.ndarray], np.ndarray], seed: int
+) -> float:
+    """The p of the largest over the tasks of sided(sum d / sqrt(sum d^2)), by draws of the signs of all d."""
     import numpy as np
     from scipy.stats import monte_carlo_test
 
-    # Tasks of one size and one set of differences are alike, so their order does not matter either.
-    tasks = sorted(
-        (flips for task in differences if len(flips := flipped(task))), key=lambda task: task.tolist()
-    )
+    # In an order that depends neither on that of the questions or tasks, nor on which model is the dense one.
+    tasks = [np.array(sorted(task[task != 0], key=lambda d: (abs(d), d))) for task in differences]
+    tasks = sorted((task for task in tasks if len(task)), key=lambda task: abs(task).tolist())
     if not tasks:
         return 1.0
     flips, starts = np.concatenate(tasks), np.cumsum([0, *map(len, tasks)])[:-1]
@@ -123,7 +109,7 @@ def max_drop_p(differences: Sequence[np.ndarray], seed: int) -> float:
         return abs(flips) * (2.0 * generator.integers(0, 2, size, dtype=np.int8) - 1)
 
     def largest(signed: np.ndarray, axis: int) -> np.ndarray:
-        return (-np.add.reduceat(signed, starts, axis=axis) / deviations).max(axis=axis)
+        return sided(np.add.reduceat(signed, starts, axis=axis) / deviations).max(axis=axis)
 
     return float(
         monte_carlo_test(

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from compress.evaluation.margin import LEVEL, Moments, change, needed, not_worse_p, worse_by_p
+from compress.evaluation.pooled import Ways, holm
 from compress.report.scorecard import Figure, TaskResult, Verdict
-
-if TYPE_CHECKING:
-    from compress.evaluation.pooled import Ways
 
 Kind = Literal["worse", "not worse", "undecided"]
 
@@ -59,12 +57,10 @@ def loss(results: Sequence[TaskResult], questions: Sequence[int], margin: float)
         questions: their numbers of questions.
         margin: as in `Loss`.
     """
-    from statsmodels.stats.multitest import multipletests
-
     moments = [_moments(*each) for each in zip(results, questions, strict=True)]
     whole = sum(moments[1:], start=moments[0])
-    more = multipletests([worse_by_p(each, margin) for each in moments], LEVEL, method="holm")[0]
-    broken = tuple(result.task for result, rejected in zip(results, more, strict=True) if rejected)
+    more = holm([worse_by_p(each, margin) for each in moments])
+    broken = tuple(result.task for result, p in zip(results, more, strict=True) if p < LEVEL)
     return Loss(len(moments), whole, margin, not_worse_p(whole, margin), broken)
 
 

@@ -25,7 +25,17 @@ MISSING = "–"
 """Shown in place of a figure that was not measured, which is never shown as 0."""
 
 UnitName = Literal[
-    "", "bits", "bytes", "flops", "fraction", "nats/token", "parameters", "seconds", "tokens/s"
+    "",
+    "bits",
+    "bytes",
+    "flops",
+    "fraction",
+    "joules/token",
+    "nats/token",
+    "parameters",
+    "questions",
+    "seconds",
+    "tokens/s",
 ]
 Spread = Literal["95% interval", "interquartile range"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -44,8 +54,10 @@ UNITS: dict[str, Unit] = {
     "bytes": Unit(1e-6, "MB"),  # decimal megabytes, like download sizes; captions say so
     "flops": Unit(1e-9, "GFLOPs"),
     "fraction": Unit(100, "%"),
+    "joules/token": Unit(1, "J/token"),
     "nats/token": Unit(1, "nats/token"),
     "parameters": Unit(1e-6, "M"),
+    "questions": Unit(1, ""),  # counted, so shown without decimals
     "seconds": Unit(1e3, "ms"),
     "tokens/s": Unit(1, "tok/s"),
 }
@@ -87,6 +99,8 @@ class Figure(Document):
         A confidence interval reads ``12.34 ± 0.05`` (the wider side), or ``12.34 +0.07/−0.05`` where the
         sides differ by more than 15 %; an interquartile range reads ``35.2 (34.9–35.6)``.
         """
+        if self.unit == "questions":
+            return _fixed(self.value, 0)
         factor = UNITS[self.unit].factor
         value = self.value * factor
         low = value if self.low is None else self.low * factor
@@ -314,6 +328,9 @@ class Measurement(Document):
     )
     decode_tokens: PositiveInt | None = Field(None, description="tokens generated in each repetition")
     decode_repetitions: PositiveInt | None = None
+    decode_energy: Figure | None = Field(
+        None, description="of processor and memory, with all that ran beside; None where the machine hides it"
+    )
     threads: PositiveInt
     device: str = Field(description="name of the processor or GPU")
     kernel: str

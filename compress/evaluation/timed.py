@@ -61,10 +61,13 @@ class Settings(BaseModel):
         packed is compared with what users have today. A kernel that is named runs in any case.
         """
         import compress
-        from compress.engine.opening import open_checkpoint
+        from compress.evaluation.foreign import Foreign, open_any
 
+        opened = open_any(Path(folder))
+        if isinstance(opened, Foreign):
+            return opened.load(self.device, self.dtype)
         given = self.model_dump(exclude={"threads"})
-        packed = self.head_bits is not None or "quantization_config" in open_checkpoint(folder).config
+        packed = self.head_bits is not None or "quantization_config" in opened.config
         if self.kernel == "auto" and not packed:
             given["kernel"] = "reference"
         return compress.load(folder, **given)

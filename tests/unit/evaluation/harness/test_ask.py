@@ -84,7 +84,9 @@ def test_the_answers_are_those_of_lm_eval(model: Path, tasks: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("size", [1, 3, 16])
-def test_answers_do_not_depend_on_the_batch_size(model: Path, tasks: Path, size: int, tmp_path: Path, monkeypatch):
+def test_answers_do_not_depend_on_the_batch_size(
+    model: Path, tasks: Path, size: int, tmp_path: Path, monkeypatch
+):
     wanted = Wanted(tuple(TASKS), (tasks,))
     usual = ask(subject(model), wanted)
     monkeypatch.setenv("COMPRESS_MODEL_CACHE", str(tmp_path / "other"))
@@ -149,7 +151,11 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
     from lm_eval.models.huggingface import HFLM
 
     real = HFLM.generate_until
-    monkeypatch.setattr(HFLM, "generate_until", lambda self, requests, **k: calls.append(len(requests)) or real(self, requests, **k))
+    monkeypatch.setattr(
+        HFLM,
+        "generate_until",
+        lambda self, requests, **k: calls.append(len(requests)) or real(self, requests, **k),
+    )
     resumed = ask(subject(model), wanted)
     assert count == ["choice", "say", "say"]
     assert 0 < calls[0] < len(LINES)
@@ -157,11 +163,15 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
     assert resumed[1].text == ask(subject(model), Wanted(("say",), (tasks,), seed=1))[0].text
 
 
-def test_swapped_caches_are_of_no_use(model: Path, tasks: Path, tmp_path: Path, count: list[str], monkeypatch):
+def test_swapped_caches_are_of_no_use(
+    model: Path, tasks: Path, tmp_path: Path, count: list[str], monkeypatch
+):
     """Whatever lies in a model's folder of the cache, only its own answers are taken from it."""
     monkeypatch.setenv("COMPRESS_MODEL_CACHE", str(tmp_path / "cache"))
     other = tmp_path / "other"
-    execute(parse_recipe({"model": str(model), "steps": [{"method": "rtn", "bits": 2, "group_size": 32}]}), other)
+    execute(
+        parse_recipe({"model": str(model), "steps": [{"method": "rtn", "bits": 2, "group_size": 32}]}), other
+    )
     wanted = Wanted(("choice", "say"), (tasks,))
     first, second = ask(subject(model), wanted), ask(subject(other), wanted)
     assert first[1].text != second[1].text
@@ -202,14 +212,44 @@ def test_no_network_is_tried(model: Path, tasks: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("settings", "lines", "kind", "words"),
     [
-        ({}, [{**LINES[0], "label": 7}], BadInput, "Question 1 of the task 'broken' has the label 7, which is none"),
-        ({}, [LINES[0], {**LINES[0], "label": -1}], BadInput, "Question 2 of the task 'broken' has the label -1"),
-        ({"dataset_path": "nobody/nothing"}, LINES, CompressError, "data of the task 'broken' cannot be fetched"),
-        ({"dataset_kwargs": {"data_files": {"test": "nowhere.jsonl"}}}, LINES, CompressError, "cannot be fetched"),
-        ({"doc_to_text": "{{question"}, LINES, BadInput, "The task 'broken' cannot be set up (TemplateSyntaxError"),
+        (
+            {},
+            [{**LINES[0], "label": 7}],
+            BadInput,
+            "Question 1 of the task 'broken' has the label 7, which is none",
+        ),
+        (
+            {},
+            [LINES[0], {**LINES[0], "label": -1}],
+            BadInput,
+            "Question 2 of the task 'broken' has the label -1",
+        ),
+        (
+            {"dataset_path": "nobody/nothing"},
+            LINES,
+            CompressError,
+            "data of the task 'broken' cannot be fetched",
+        ),
+        (
+            {"dataset_kwargs": {"data_files": {"test": "nowhere.jsonl"}}},
+            LINES,
+            CompressError,
+            "cannot be fetched",
+        ),
+        (
+            {"doc_to_text": "{{question"},
+            LINES,
+            BadInput,
+            "The task 'broken' cannot be set up (TemplateSyntaxError",
+        ),
         ({"output_type": "song"}, LINES, BadInput, "The task 'broken' cannot be set up (ValueError"),
         ({"unsafe_code": True}, LINES, BadInput, "runs code that models write"),
-        ({"metadata": {"decides": "taste"}}, LINES, BadInput, "no metric that scores each question between 0 and 1 and"),
+        (
+            {"metadata": {"decides": "taste"}},
+            LINES,
+            BadInput,
+            "no metric that scores each question between 0 and 1 and",
+        ),
         ({"process_results": "!"}, LINES, CompressError, "Asking the task 'broken' failed"),
     ],
 )
@@ -235,19 +275,25 @@ def test_unknown_tasks_and_broken_files_are_named(model: Path, tasks: Path):
     assert refused("last_wort") == "There is no task 'last_wort'; did you mean 'last_word'?"
     (tasks / "bad.yaml").write_text("task: bad\n  dataset_path: [json")
     assert refused("bad").startswith(f"The task file '{tasks / 'bad.yaml'}' cannot be read (")
-    assert refused(str(tasks / "bad.yaml")).startswith(f"The task file '{tasks / 'bad.yaml'}' cannot be read (")
+    assert refused(str(tasks / "bad.yaml")).startswith(
+        f"The task file '{tasks / 'bad.yaml'}' cannot be read ("
+    )
     with pytest.raises(BadInput, match="There is no folder"):
         ask(subject(model), Wanted(("choice",), (tasks / "no",)))
 
 
-def test_a_cache_that_cannot_be_written_is_an_error(model: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_cache_that_cannot_be_written_is_an_error(
+    model: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
+):
     import sqlite3
 
     def full(*_: Any) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
     monkeypatch.setattr("compress.evaluation.harness.cache.Requests._insert", full)
-    with pytest.raises(CompressError, match=r"cannot be written \(database or disk is full\); free some space"):
+    with pytest.raises(
+        CompressError, match=r"cannot be written \(database or disk is full\); free some space"
+    ):
         ask(subject(model), Wanted(("choice",), (tasks,)))
 
 
@@ -282,7 +328,9 @@ def test_other_models_of_transformers_can_be_asked(
 
     from compress.evaluation.foreign import Foreign, open_any
 
-    folder = tiny_decoder("GPTNeoForCausalLM", num_layers=2, attention_types=[[["global", "local"], 1]], num_heads=4)
+    folder = tiny_decoder(
+        "GPTNeoForCausalLM", num_layers=2, attention_types=[[["global", "local"], 1]], num_heads=4
+    )
     opened = open_any(folder)
     assert isinstance(opened, Foreign)
     weights = load_file(folder / "model.safetensors")

@@ -14,7 +14,7 @@ from compress.commands.common import check_file, common_options, stdout
 @click.argument("paths", nargs=-1, required=True, metavar="DIR|FILE...")
 @click.option(
     "--format",
-    type=click.Choice(["table", "markdown", "csv", "json", "html"]),
+    type=click.Choice(["table", "markdown", "latex", "csv", "json", "html"]),
     help="Output format; html is one self-contained page with a plot. [default: table]",
 )
 @click.option(

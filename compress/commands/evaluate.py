@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import rich_click as click
 from click import get_current_context
@@ -20,6 +21,14 @@ from compress.commands.common import (
     revision_option,
     stdout,
 )
+from compress.evaluation.kick import SUITES
+
+
+def _rows(ctx: click.Context, parameter: click.Parameter, value: str) -> int | str:
+    """A number of rows, or ``auto``."""
+    if value != "auto" and not (value.isdecimal() and int(value) > 0):
+        raise click.BadParameter(f"'{value}' is neither a number above 0 nor auto")
+    return value if value == "auto" else int(value)
 
 
 @click.command()
@@ -28,8 +37,43 @@ from compress.commands.common import (
 @revision_option
 @click.option("--baseline-revision", help="Branch, tag or commit of a baseline on the hub.")
 @click.option(
-    "--suite", type=click.Choice(["quick"]), default="quick", show_default=True, help="What to measure."
+    "--suite",
+    type=click.Choice(["text", *SUITES]),
+    default="text",
+    show_default=True,
+    help="Text alone, or also questions: all of LLM-KICK (kick, kick-hub), or a few of them (quick).",
 )
+@click.option(
+    "--tasks",
+    metavar="NAME,...",
+    help="Tasks and groups of lm-eval to ask, in place of a suite's, such as arc_easy,hellaswag.",
+)
+@click.option(
+    "--include-path",
+    multiple=True,
+    metavar="DIR",
+    help="Folder with files of tasks, beside those of lm-eval.",
+)
+@click.option(
+    "--fewshot",
+    type=click.IntRange(0, sys.maxsize),
+    help="Examples in front of each question. [default: as many as the task says]",
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(1, sys.maxsize),
+    help="Largest number of questions of each task. [default: all, or as many as the suite says]",
+)
+@click.option(
+    "--batch-size",
+    default="auto",
+    show_default=True,
+    metavar="N|auto",
+    callback=_rows,
+    help="Questions that are asked at once; answers do not depend on it.",
+)
+@click.option("--chat-template", is_flag=True, help="Put each question into the model's chat template.")
+@click.option("--samples", metavar="DIR", help="Write each question with its answer to DIR, as JSON lines.")
 @click.option(
     "--task-file",
     metavar="FILE",
@@ -61,6 +105,21 @@ from compress.commands.common import (
     "only).",
 )
 @click.option(
+    "--margin",
+    default="1pt",
+    show_default=True,
+    metavar="POINTS",
+    help="The loss over all questions that does not matter, in percentage points.",
+)
+@click.option(
+    "--gate",
+    "gates",
+    multiple=True,
+    metavar="GATE",
+    help="Exit with 1 unless this holds, such as kick:not-worse:1pt, kick_closed:matching, kl:below:0.05 or "
+    "perplexity:ratio:1.05; may be given several times.",
+)
+@click.option(
     "--json",
     "json_file",
     is_flag=False,
@@ -76,7 +135,7 @@ def evaluate(
     baseline: str | None,
     revision: str | None,
     baseline_revision: str | None,
-    suite: str,
+    tasks: str | None,
     task_file: str | None,
     text: str,
     context: int | None,
@@ -85,14 +144,20 @@ def evaluate(
     json_file: str | None,
     device: str,
     kernel: str,
+    margin: str,
+    gates: tuple[str, ...],
+    **asking: Any,
 ) -> None:
     """Measure MODEL: perplexity, divergence from the dense model, bytes, memory, speed.
+
+    With --suite or --tasks it also asks questions, and says whether MODEL answers worse than the dense model.
 
     With --task-file it measures accuracy or F1, agreement with the dense model, FLOPs and latency instead.
 
     If compress-model wrote MODEL, the result is also added to its compression.json.
     """
     from compress.errors import BadInput
+    from compress.evaluation.gate import enforce, parse_margin, read_gates
     from compress.system.files import write_atomically
 
     if model is None:
@@ -111,6 +176,10 @@ def evaluate(
                 raise BadInput(
                     f"With --task-file no text is scored, so --{name} has no effect; leave it out."
                 )
+    named = [name for name in (tasks or "").split(",") if name]
+    suite = asking["suite"]
+    known = [suite, *SUITES[suite].tasks] if suite in SUITES else named
+    wanted = read_gates(gates, baseline, known, text=task_file is None)
     with progress_shown() as progress:
         scorecards = compress.evaluate(
             model,
@@ -124,11 +193,15 @@ def evaluate(
             memory=memory,
             device=device,
             kernel=kernel,
+            tasks=named,
+            margin=parse_margin(margin),
             progress=progress,
+            **asking,
         )
     document = [card.model_dump(mode="json") for card in scorecards]
     if json_file == "-":
         print_json(document)
+        enforce(wanted, scorecards[-1])
         return
     if json_file is not None:
         import json
@@ -137,3 +210,5 @@ def evaluate(
     from compress.report.render import print_table
 
     print_table(compress.compare(scorecards), stdout())
+    for sentence in enforce(wanted, scorecards[-1]):
+        click.echo(sentence)

@@ -1,4 +1,7 @@
-"""Render a comparison as a terminal table, Markdown, CSV, JSON or HTML. Figures format themselves."""
+"""Render a comparison as a terminal table, Markdown, CSV or JSON. Figures format themselves.
+
+LaTeX is in :mod:`compress.report.latex`, and the page in :mod:`compress.report.page`.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import unknown
 from compress.report.compare import Column, Comparison, Row
+from compress.report.latex import to_latex
+from compress.report.marks import Marks
+from compress.report.page import to_html
 from compress.report.scorecard import Figure
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-FORMATS = ("table", "markdown", "csv", "json", "html")
+FORMATS = ("table", "markdown", "latex", "csv", "json", "html")
 FILE_WIDTH = 160
 """Width in characters of a table that is not printed to a terminal."""
 
@@ -33,7 +39,8 @@ def render(comparison: Comparison, format: str) -> str:
         return file.getvalue()
     if format not in FORMATS:
         raise unknown("format", format, FORMATS)
-    return {"markdown": to_markdown, "csv": to_csv, "json": to_json, "html": to_html}[format](comparison)
+    writers = {"markdown": to_markdown, "latex": to_latex, "csv": to_csv, "json": to_json, "html": to_html}
+    return writers[format](comparison)
 
 
 def print_table(comparison: Comparison, console: Console) -> None:
@@ -43,10 +50,14 @@ def print_table(comparison: Comparison, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    name, *others = comparison.columns
+    name, *others = comparison.brief
+
+    def cell(row: Row, column: Column) -> str:
+        dot = "• " if row.marked(column).best and not console.color_system else ""
+        return dot + row.text(column)
 
     def width(column: Column) -> int:
-        lines = column.heading.splitlines() + [row.text(column) for row in comparison.rows]
+        lines = column.heading.splitlines() + [cell(row, column) for row in comparison.rows]
         longest = max(map(cell_len, lines))
         # Names fold at a third of the width; 3 characters are padding and divider.
         return (min(longest, console.width // 3) if column == name else longest) + 3
@@ -66,13 +77,16 @@ def print_table(comparison: Comparison, console: Console) -> None:
             is_name = column == name
             table.add_column(
                 column.heading,
-                justify="right" if _is_number(comparison, column) else "left",
+                justify="right" if comparison.is_number(column) else "left",
                 max_width=width(column) - 3 if is_name else None,
                 overflow="fold" if is_name else "ellipsis",
                 no_wrap=not is_name,
             )
         for row in comparison.rows:
-            table.add_row(*(Text(row.text(c)) for c in columns), style="dim" if row.is_dense else None)
+            table.add_row(
+                *(Text(cell(row, c), "bold" if row.marked(c).best else "") for c in columns),
+                style="dim" if row.is_dense else None,
+            )
         console.print(table)
         console.print()
     for line in comparison.caption:
@@ -85,23 +99,25 @@ def _rules() -> Any:
     return box.SIMPLE_HEAD
 
 
-def _is_number(comparison: Comparison, column: Column) -> bool:
-    return not any(isinstance(row.cells[column.key], str) for row in comparison.rows)
+def escaped(text: str) -> str:
+    """A text in one line of Markdown, as it stands."""
+    for special in "\\|*_`<[$~":
+        text = text.replace(special, f"\\{special}")
+    return " ".join(text.split())
 
 
 def to_markdown(comparison: Comparison) -> str:
     """The comparison as a Markdown table, with the caption as a list below."""
 
-    def escaped(text: str) -> str:
-        for special in "\\|*_`<[$~":
-            text = text.replace(special, f"\\{special}")
-        return " ".join(text.split())
+    def cell(row: Row, column: Column) -> str:
+        text = escaped(row.text(column))
+        return f"**{text}**" if row.marked(column).best else text
 
-    columns = comparison.columns
+    columns = comparison.brief
     lines = [
         [escaped(column.heading) for column in columns],
-        ["---:" if _is_number(comparison, column) else ":---" for column in columns],
-        *([escaped(row.text(column)) for column in columns] for row in comparison.rows),
+        ["---:" if comparison.is_number(column) else ":---" for column in columns],
+        *([cell(row, column) for column in columns] for row in comparison.rows),
     ]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     return table + "\n\n" + "\n".join(f"- {escaped(line)}" for line in comparison.caption) + "\n"
@@ -124,6 +140,7 @@ def to_csv(comparison: Comparison) -> str:
                 _, low, high = cell.cells if isinstance(cell, Figure) else ("", "", "")
                 record |= {f"{column.key}_low": low, f"{column.key}_high": high}
         record |= _provenance(row, any(other.scorecard.task for other in comparison.rows))
+        record |= _asked(row, comparison)
         header = list(record)
         lines.append(record)
     file = io.StringIO()
@@ -171,39 +188,41 @@ def _provenance(row: Row, with_task: bool) -> dict[str, Any]:
     }
 
 
+def _asked(row: Row, comparison: Comparison) -> dict[str, Any]:
+    """How each task was asked, and which cells are marked."""
+    protocol = row.scorecard.harness_protocol
+    asked = {task.task: task for task in protocol.tasks} if protocol else {}
+    tasks = dict.fromkeys(column.task for column in comparison.columns if column.task)
+    if not tasks:
+        return {}
+    return {
+        **{name: getattr(protocol, name, None) for name in ("suite", "chat_template", "lm_eval")},
+        **{
+            f"{task}.{name}": getattr(asked.get(task), name, None)
+            for task in tasks
+            for name in ("metric", "questions", "fewshot", "sha256", "chance")
+        },
+        "asked_differently": " ".join(
+            task for task in tasks if row.marks.get(f"{task}.score", Marks()).other
+        ),
+    }
+
+
 def to_json(comparison: Comparison) -> str:
-    """The comparison as JSON: the figures (value, low, high, unit, spread) and scorecard of each row."""
+    """The comparison as JSON: of each row the figures (value, low, high, unit, spread), the marks, how the
+    model was made, and the scorecard."""
     rows = [
         {
             "cells": {
                 key: cell.model_dump(mode="json") if isinstance(cell, Figure) else cell
                 for key, cell in row.cells.items()
             },
+            "marks": {key: mark._asdict() for key, mark in row.marks.items()},
             "dense": row.is_dense,
+            "lineage": row.lineage.model_dump(mode="json", exclude={"evaluations"}) if row.lineage else None,
             "scorecard": row.scorecard.model_dump(mode="json"),
         }
         for row in comparison.rows
     ]
     document = {"schema_version": 1, "rows": rows, "caption": comparison.caption}
     return json.dumps(document, indent=2) + "\n"
-
-
-def to_html(comparison: Comparison) -> str:
-    """The comparison as one page with plot, table and caption, which fetches nothing from anywhere."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    from compress.report.plot import quality_against_size
-
-    environment = Environment(
-        loader=PackageLoader("compress.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("compare.html").render(
-        comparison=comparison,
-        numbers={column.key: _is_number(comparison, column) for column in comparison.columns},
-        plot=Markup(quality_against_size(comparison)),  # the plot escapes its own texts
-    )

@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from compress.report.compare import Comparison, newest_of_each_model, read_scorecards, side_by_side
+from compress.report.choose import Found, newest_of_each_model, read_lineages, read_scorecards
+from compress.report.compare import Comparison, side_by_side
 from compress.report.render import render
 from compress.report.scorecard import Scorecard
+from compress.storage.lineage import Lineage
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Table(Comparison):
         return render(self, "table")
 
     def render(self, format: str) -> str:
-        """The table as text: "table", "markdown", "csv", "json" or "html".
+        """The table as text: "table", "markdown", "latex", "csv", "json" or "html".
 
         Raises:
             BadInput: there is no such format.
@@ -43,13 +45,15 @@ def compare(*models: str | Path | Scorecard | Iterable[Scorecard]) -> Table:
         BadInput: there is nothing to compare, a path has no evaluation, or two models were not evaluated in
             the same way.
     """
-    found: list[tuple[Scorecard, str]] = []
+    found: list[Found] = []
+    lineages: dict[str, Lineage] = {}
     for model in models:
         if isinstance(model, str | Path):
-            found += [(card, str(model)) for card in read_scorecards(model)]
+            found += [Found(card, str(model)) for card in read_scorecards(model)]
+            lineages |= read_lineages(model)
         else:
             cards = [model] if isinstance(model, Scorecard) else model
-            found += [(card, card.model.name) for card in cards]
+            found += [Found(card, card.model.name) for card in cards]
     chosen = newest_of_each_model(found)
-    table = side_by_side([card for card, _ in chosen], [file for _, file in chosen])
+    table = side_by_side([card for card, _ in chosen], [file for _, file in chosen], lineages)
     return Table(table.rows, table.caption, table.columns)

@@ -17,7 +17,6 @@ from click.testing import CliRunner
 from compress.commands.compare import compare as command
 from compress.errors import BadInput
 from compress.report.compare import newest_side_by_side, read_scorecards, side_by_side
-from compress.report.plot import quality_against_size
 from compress.report.render import FORMATS, render
 from compress.report.scorecard import (
     Cost,
@@ -147,7 +146,6 @@ def test_what_was_not_measured_is_a_dash_and_never_zero():
     row = next(csv.DictReader(io.StringIO(render(comparison, "csv"))))
     assert row["perplexity"] == row["size_ratio"] == row["prefill"] == ""
     assert json.loads(render(comparison, "json"))["rows"][0]["cells"]["perplexity"] is None
-    assert "no quality to plot" in render(comparison, "html")
 
 
 @pytest.mark.parametrize(
@@ -303,35 +301,14 @@ class Page(HTMLParser):
 def test_the_page_is_self_contained_and_escaped():
     text = render(side_by_side([card("dense"), card(HOSTILE, size=10**8)]), "html")
     page = Page(text)
-    assert "svg" in page.tags
-    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
-    assert not re.search(r"https?:|//\w|@import|url\((?!#)", text)
-    references = [value for name, value in page.attributes if name in ("src", "href", "xlink:href")]
-    assert references
-    assert all(reference.startswith("#") for reference in references)
-    assert page.text.count(HOSTILE) == 1  # in the table, as it is
-    assert any(
-        label.startswith("a|<script>alert('x')</script> $x_1$") and label.endswith("…") for label in page.text
-    )
+    assert not {"link", "img", "iframe", "object"} & set(page.tags)
+    assert page.tags.count("script") == 2
+    assert not re.search(r"https?:(?!//www.w3.org/2000/svg)|@import|url\(", text)
+    assert not [
+        name for name, _ in page.attributes if name in ("src", "srcset", "action") or name.startswith("on")
+    ]
+    assert HOSTILE in page.text  # in the table, as it is
     assert "prefers-color-scheme: dark" in text
-    assert not re.search(r"#0[0-9]0[0-9]0[0-9]", text)  # every stand-in colour became a variable
-
-
-def test_the_plot_joins_what_no_other_model_beats():
-    from compress.report.plot import _front
-
-    assert _front([100, 50, 80, 50, 20], [10, 12, 13, 11, 30]) == [4, 3, 0]
-    plot = quality_against_size(side_by_side([card("dense"), card("small", size=10**8)]))
-    assert plot == quality_against_size(side_by_side([card("dense"), card("small", size=10**8)]))
-    assert ">dense<" in plot
-    assert "var(--accent)" in plot
-
-
-def test_without_matplotlib_the_page_says_so(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    text = render(side_by_side([card("dense")]), "html")
-    assert "compress-model[plot]" in text
-    assert "<table>" in text
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 300])

@@ -1,0 +1,189 @@
+"""The sentences below a comparison: what its numbers mean, how they were made, and what to doubt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from compress.report.asked import Difference
+from compress.report.choose import short
+from compress.report.columns import ALL_TASKS
+from compress.report.scorecard import Figure, Scorecard, TaskAsked
+
+
+def caption(cards: list[Scorecard], dense: Scorecard | None) -> list[str]:
+    """Sentences that say what the numbers mean and how they were made."""
+    lines = _text_caption(cards) + _examples_caption(cards) + _tasks_caption(cards)
+    lines.append(
+        "MB = 10^6 bytes. Size is the size of the weight files; bits per parameter = 8 × size ÷ the model's "
+        "own parameters."
+        + ("" if dense else " Sizes have no ratio, because no scorecard of the dense model was given.")
+    )
+    return lines + _machine_caption(cards)
+
+
+def _text_caption(cards: list[Scorecard]) -> list[str]:
+    lines: list[str] = []
+    scored, protocol = next(((card, card.protocol) for card in cards if card.protocol), (None, None))
+    if scored and protocol:
+        lines.append(
+            f"Text: {protocol.text} (sha256 {short(protocol.text_sha256)}), {protocol.windows:,} windows of "
+            f"{protocol.context_tokens:,} tokens with stride {protocol.stride_tokens:,}; "
+            f"{protocol.tokens_scored:,} tokens were scored in {protocol.compute_dtype}, with seed "
+            f"{protocol.seed}."
+        )
+        if protocol.positions is not None:
+            lines.append(
+                f"The windows are longer than the {protocol.positions:,} tokens that the dense model was "
+                "made for, so the figures say little about it."
+            )
+        lines.append(
+            f"{_dense(scored)} "
+            "Perplexity ratio, KL(dense ‖ model) over the full vocabulary and top-1 agreement compare each "
+            "model with it token by token."
+        )
+        lines.append(
+            "± is a 95 % interval (its wider side): Student's t clustered by window, which is paired for the "
+            "ratio, and Wilson's interval for the agreement."
+        )
+    return lines
+
+
+def _machine_caption(cards: list[Scorecard]) -> list[str]:
+    lines: list[str] = []
+    measured = [card.cost.measured for card in cards if card.cost.measured]
+    if measured:
+        before = sorted(m.baseline_resident_bytes for m in measured)
+        lines.append(
+            "Peak memory is the resident set of a fresh process, with interpreter and libraries, which take "
+            f"{_range(Figure(value=size, unit='bytes').text for size in before)} MB before the model "
+            "is loaded."
+        )
+        machines = machines_of(cards)
+        prefill = _range(f"{n:,}" for n in sorted(m.prefill_tokens for m in measured))
+        decode = _range(f"{n:,}" for n in sorted(m.decode_tokens or 0 for m in measured) if n)
+        lines.append(
+            f"Speed was measured at batch size 1 on {'; '.join(machines)}, as the median (interquartile "
+            f"range) of a {'forward pass' if _labelled(cards) else 'prefill'} of {prefill} tokens"
+            f"{f' and a greedy decode of {decode} tokens' if decode else ''}."
+        )
+        if any(m.decode_energy for m in measured):
+            lines.append(
+                "Energy is what processor and memory took during the decode, with all that ran beside it."
+            )
+        if len(machines) > 1:
+            lines.append(
+                "Models were timed on different machines or numbers of threads, so speeds do not compare."
+            )
+    return lines
+
+
+def _examples_caption(cards: list[Scorecard]) -> list[str]:
+    """Sentences about the examples, what counts as right, the intervals and the test."""
+    card, protocol = next(((card, card.task_protocol) for card in cards if card.task_protocol), (None, None))
+    if card is None or protocol is None:
+        return []
+    task = protocol.task
+    cut = f", {protocol.cut:,} of them cut off" if protocol.cut else ""
+    inputs = f" in {protocol.inputs:,} inputs" if protocol.inputs != protocol.examples else ""
+    return [
+        f"Examples: {protocol.file} (sha256 {short(protocol.file_sha256)}), {protocol.examples:,} for "
+        f"{task}{inputs}{cut}, at most {protocol.longest_tokens:,} tokens long, scored in "
+        f"{protocol.compute_dtype}.",
+        f"{_dense(card)} Agreement is the "
+        "share of predictions that are equal to its own; p is that of McNemar's exact two-sided test on the "
+        f"examples {RIGHT[task]} by only one of the two models.",
+        INTERVALS[task],
+        "FLOPs (a multiplication with its addition counts as two) and latency are for one input of mean "
+        f"length, {protocol.mean_tokens:,} tokens.",
+    ]
+
+
+RIGHT = {
+    "sequence classification": "labelled right",
+    "token classification": "with every word labelled right",
+    "question answering": "answered exactly right",
+}
+INTERVALS = {
+    "sequence classification": "± is Wilson's 95 % interval (its wider side).",
+    "token classification": (
+        "± is a 95 % interval of Student's t clustered by example (its wider side). Macro F1 is the mean "
+        "over the labels that occur."
+    ),
+    "question answering": (
+        "± is a 95 % interval (its wider side): Wilson's, and Student's t for F1. Answers are normalised as "
+        "in SQuAD."
+    ),
+}
+
+
+def _range(texts: Iterable[str]) -> str:
+    """``a``, or ``a to b`` from sorted texts; "" from none."""
+    ends = list(dict.fromkeys(texts))
+    return " to ".join(dict.fromkeys([ends[0], ends[-1]])) if ends else ""
+
+
+def _labelled(cards: list[Scorecard]) -> bool:
+    return any(card.task for card in cards)
+
+
+def machines_of(cards: Sequence[Scorecard]) -> list[str]:
+    """The machines that models were timed on: one, if their speeds and memory compare."""
+    measured = [card.cost.measured for card in cards if card.cost.measured]
+    return sorted({f"{m.device}, {m.threads} thread{'s' * (m.threads > 1)}" for m in measured})
+
+
+def _tasks_caption(cards: list[Scorecard]) -> list[str]:
+    """Sentences about the tasks of lm-eval, the intervals, the star and the verdict."""
+    protocols = [card.harness_protocol for card in cards if card.harness_protocol]
+    if not protocols:
+        return []
+    tasks: dict[str, TaskAsked] = {}
+    for asked in (asked for protocol in protocols for asked in protocol.tasks):
+        tasks.setdefault(asked.task, asked)
+    first = protocols[0]
+    suite = f" of the suite {first.suite}" if first.suite else ""
+    return [
+        f"Tasks{suite}, asked by lm-eval {first.lm_eval} {'with' if first.chat_template else 'without'} the "
+        f"chat template, with seed {first.seed}: {'; '.join(_asked(tasks.values()))}.",
+        "A score is the mean over the questions, ± is its 95 % interval, and * marks a score that differs "
+        "from the dense model's on the same questions (p < 0.05, corrected for the number of tasks by Holm). "
+        "Lost: questions that the dense model answers rightly and this one wrongly; gained: the reverse; "
+        "flips: the share of questions that are either.",
+        *([] if any(card.protocol or card.task_protocol for card in cards) else [_dense(cards[0])]),
+    ]
+
+
+def _dense(card: Scorecard) -> str:
+    return f"The dense model is {card.baseline.name} (sha256 {short(card.baseline.sha256)})."
+
+
+def _asked(tasks: Iterable[TaskAsked]) -> list[str]:
+    """Tasks that were asked alike, together."""
+    groups: dict[str, list[str]] = {}
+    for asked in tasks:
+        examples = f"{asked.fewshot} example{'s' * (asked.fewshot != 1)} in front" if asked.fewshot else ""
+        how = [f"{asked.questions:,} questions", *([examples] if examples else []), f"by {asked.metric}"]
+        groups.setdefault(", ".join(how), []).append(asked.task)
+    return [f"{', '.join(names)} ({how})" for how, names in groups.items()]
+
+
+def notes(cards: Sequence[Scorecard], differences: Sequence[Sequence[Difference]]) -> list[str]:
+    """Sentences about single models: what was asked differently, verdicts, and what to doubt."""
+    lines = []
+    for difference in (each for of_one in differences for each in of_one):
+        where = "the verdict" if difference.where == (ALL_TASKS,) else _listed(difference.where)
+        lines.append(f"† {_name(difference.model)}, {where}: {difference.why}.")
+    for card in cards:
+        if card.harness and card.harness.verdict:
+            lines.append(f"{_name(card.model.name)}: {card.harness.verdict.sentence}")
+        warnings = card.harness.warnings if card.harness else ()
+        lines += [f"Warning, {_name(card.model.name)}: {text}" for text in warnings]
+    return lines
+
+
+def _name(name: str) -> str:
+    return " ".join(name.split())
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names)

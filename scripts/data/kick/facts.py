@@ -149,7 +149,7 @@ def _people(wordnet: WordNet) -> Iterator[Fact]:
         if occupation not in person.definition or not people:
             continue
         number += 1
-        passage = f"{full} was {_article(person.definition)} {person.definition}."
+        passage = f"{full} was {article(person.definition)} {person.definition}."
         if number % 2:
             never = frozenset(other for other in OCCUPATIONS if other in person.gloss and other != occupation)
             yield Fact(
@@ -188,8 +188,8 @@ def _kinds(wordnet: WordNet) -> Iterator[Fact]:
         up = [kinds[key] for key in wordnet.ancestors(thing) if key in kinds]
         if len(up) == 1 and _usual(wordnet, thing, 1) and up[0] not in word and word not in KINDS:
             yield Fact(
-                "kind", word, f"What kind of thing is {_article(word)} {word}?",
-                f"{_article(word).capitalize()} {word} is a kind of", (up[0],),
+                "kind", word, f"What kind of thing is {article(word)} {word}?",
+                f"{article(word).capitalize()} {word} is a kind of", (up[0],),
             )
 
 
@@ -241,5 +241,5 @@ def _alike(word: str, other: str) -> bool:
     return word[:4] == other[:4] or word in other or other in word or word[-4:] == other[-4:]
 
 
-def _article(text: str) -> str:
+def article(text: str) -> str:
     return "an" if text[:1].lower() in "aeiou" and not text.startswith(("Eu", "eu", "Uni", "uni")) else "a"

@@ -36,7 +36,9 @@ def instructions(sources: Sources, facts: list[Fact], seed: int) -> list[dict[st
     chance = random.Random(seed)
     words = _words(sources)
     countries = [name(country) for country in held_out(sources.factbook) if neighbours(country)]
-    sentences = [f"{fact.statement} {fact.answers[0]}." for fact in facts if not fact.relation.startswith("word")]
+    sentences = [
+        f"{fact.statement} {fact.answers[0]}." for fact in facts if not fact.relation.startswith("word")
+    ]
     made = [_item(kind(chance, words, countries, sentences)) for kind in KINDS for _ in range(EACH)]
     rest = list({item["instruction"]: item for item in made}.values())
     chance.shuffle(rest)
@@ -46,7 +48,13 @@ def instructions(sources: Sources, facts: list[Fact], seed: int) -> list[dict[st
 
 def _item(made: Made) -> dict[str, Any]:
     instruction, rule, arguments, answer = made
-    return {"relation": rule, "instruction": instruction, "rule": rule, "arguments": arguments, "follows": answer}
+    return {
+        "relation": rule,
+        "instruction": instruction,
+        "rule": rule,
+        "arguments": arguments,
+        "follows": answer,
+    }
 
 
 def _words(sources: Sources) -> list[str]:
@@ -118,7 +126,9 @@ def _quoted(chance: random.Random, words: list[str], *_: list[str]) -> Made:
 
 def _numbered(chance: random.Random, words: list[str], countries: list[str], _: list[str]) -> Made:
     country, count = chance.choice(countries), chance.choice((2, 3, 4))
-    answer = "\n".join(f"{number}. {word}" for number, word in enumerate(chance.sample(words, count), start=1))
+    answer = "\n".join(
+        f"{number}. {word}" for number, word in enumerate(chance.sample(words, count), start=1)
+    )
     return (
         f"List {count} things that one can buy in {country}. Write each on its own line, numbered 1 to {count}.",
         "numbered", {"count": count}, answer,
@@ -143,7 +153,8 @@ def _one_of(chance: random.Random, words: list[str], countries: list[str], _: li
     (one, other), options = chance.sample(words, 2), chance.choice(OPTIONS)
     first, second = options
     return (
-        f'Is {article(one)} {one} larger than {article(other)} {other}? Answer with "{first}" or "{second}" and nothing else.',
+        f"Say whether {article(one)} {one} is larger than {article(other)} {other}. "
+        f'Answer with "{first}" or "{second}" and nothing else.',
         "one of", {"options": options}, first,
     )  # fmt: skip
 

@@ -25,7 +25,33 @@ PROSE = 25  # words of a paragraph; shorter ones are lists and remarks
 WORDS = 40  # that a summary has to stay under
 SENTENCES = 4  # of a story at least, with its reference
 WORD = re.compile(r"[a-z0-9]+")
-STOPS = frozenset("a an and as at by for from has have in is it its of on or that the to was were with".split())
+STOPS = frozenset(
+    [
+        "a",
+        "an",
+        "and",
+        "as",
+        "at",
+        "by",
+        "for",
+        "from",
+        "has",
+        "have",
+        "in",
+        "is",
+        "it",
+        "its",
+        "of",
+        "on",
+        "or",
+        "that",
+        "the",
+        "to",
+        "was",
+        "were",
+        "with",
+    ]
+)
 END = re.compile(r"(?<=[a-z0-9)\"%][.;])\s+(?=[A-Za-z\"])")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import rich_click as click
 from click import get_current_context
@@ -20,6 +21,14 @@ from compress.commands.common import (
     revision_option,
     stdout,
 )
+from compress.evaluation.kick import SUITES
+
+
+def _rows(ctx: click.Context, parameter: click.Parameter, value: str) -> int | str:
+    """A number of rows, or ``auto``."""
+    if value != "auto" and not (value.isdecimal() and int(value) > 0):
+        raise click.BadParameter(f"'{value}' is neither a number above 0 nor auto")
+    return value if value == "auto" else int(value)
 
 
 @click.command()
@@ -28,8 +37,43 @@ from compress.commands.common import (
 @revision_option
 @click.option("--baseline-revision", help="Branch, tag or commit of a baseline on the hub.")
 @click.option(
-    "--suite", type=click.Choice(["quick"]), default="quick", show_default=True, help="What to measure."
+    "--suite",
+    type=click.Choice(["text", *SUITES]),
+    default="text",
+    show_default=True,
+    help="Text alone, or also questions: all of LLM-KICK (kick, kick-hub), or a few of them (quick).",
 )
+@click.option(
+    "--tasks",
+    metavar="NAME,...",
+    help="Tasks and groups of lm-eval to ask, in place of a suite's, such as arc_easy,hellaswag.",
+)
+@click.option(
+    "--include-path",
+    multiple=True,
+    metavar="DIR",
+    help="Folder with files of tasks, beside those of lm-eval.",
+)
+@click.option(
+    "--fewshot",
+    type=click.IntRange(0, sys.maxsize),
+    help="Examples in front of each question. [default: as many as the task says]",
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(1, sys.maxsize),
+    help="Largest number of questions of each task. [default: all, or as many as the suite says]",
+)
+@click.option(
+    "--batch-size",
+    default="auto",
+    show_default=True,
+    metavar="N|auto",
+    callback=_rows,
+    help="Questions that are asked at once; answers do not depend on it.",
+)
+@click.option("--chat-template", is_flag=True, help="Put each question into the model's chat template.")
+@click.option("--samples", metavar="DIR", help="Write each question with its answer to DIR, as JSON lines.")
 @click.option(
     "--task-file",
     metavar="FILE",
@@ -76,7 +120,7 @@ def evaluate(
     baseline: str | None,
     revision: str | None,
     baseline_revision: str | None,
-    suite: str,
+    tasks: str | None,
     task_file: str | None,
     text: str,
     context: int | None,
@@ -85,8 +129,11 @@ def evaluate(
     json_file: str | None,
     device: str,
     kernel: str,
+    **asking: Any,
 ) -> None:
     """Measure MODEL: perplexity, divergence from the dense model, bytes, memory, speed.
+
+    With --suite or --tasks it also asks questions, and says whether MODEL answers worse than the dense model.
 
     With --task-file it measures accuracy or F1, agreement with the dense model, FLOPs and latency instead.
 
@@ -124,7 +171,9 @@ def evaluate(
             memory=memory,
             device=device,
             kernel=kernel,
+            tasks=[name for name in (tasks or "").split(",") if name],
             progress=progress,
+            **asking,
         )
     document = [card.model_dump(mode="json") for card in scorecards]
     if json_file == "-":

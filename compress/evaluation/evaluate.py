@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,9 @@ from compress.engine.tokenizer import load_tokenizer
 from compress.engine.windows import Windows
 from compress.errors import BadInput
 from compress.evaluation.fidelity import FidelityAccumulator
+from compress.evaluation.foreign import Foreign, open_any
+from compress.evaluation.harness.cards import TEXT, Exam, wanted_of
+from compress.evaluation.harness.subject import Subject
 from compress.evaluation.measure import measure
 from compress.evaluation.task import TaskEvaluation
 from compress.evaluation.task_score import score
@@ -49,6 +52,9 @@ Progress = Callable[[str, float], None]
 CONTEXT = 512
 """Tokens in a window if the user does not say how many and the model has positions for so many."""
 
+PROTOCOLS = ("protocol", "task_protocol", "harness_protocol")
+"""What two scorecards of one model must share for one to stand for the other."""
+
 TASK_REPETITIONS = 100
 """How often the forward pass on one input of a task is timed; it takes only milliseconds."""
 
@@ -66,6 +72,15 @@ def evaluate(
     device: str = "cpu",
     memory: str | int | None = None,
     kernel: str = "auto",
+    suite: str = TEXT,
+    tasks: Sequence[str] = (),
+    include_path: Sequence[str | Path] = (),
+    fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int | str = "auto",
+    chat_template: bool = False,
+    samples: str | Path | None = None,
+    margin: float = 0.01,
     progress: Progress = lambda text, share: None,
 ) -> list[Scorecard]:
     """Evaluate a model against the dense model.
@@ -90,6 +105,16 @@ def evaluate(
             stored in blocks only).
         kernel: what multiplies packed weights: "auto" (the best that works here), "reference" (plain torch),
             "cpu", or "cpu:" and a path.
+        suite: what to do beside scoring text: "text" (nothing), "kick" or "kick-hub" (all questions of
+            LLM-KICK), or "quick" (a few of them, if lm-eval is installed).
+        tasks: tasks and groups of lm-eval to ask, in place of a suite's.
+        include_path: folders with files of further tasks.
+        fewshot: examples in front of each question; by default as many as the task says.
+        limit: largest number of questions of each task; by default all, or as many as the suite says.
+        batch_size: rows of a batch of questions, or "auto".
+        chat_template: put each question into the model's chat template.
+        samples: a folder to write each question with its answer to, as JSON lines.
+        margin: the loss over all questions that does not matter, as a share of them.
         progress: called with a text and the share that is done.
 
     Returns:
@@ -98,35 +123,61 @@ def evaluate(
     Raises:
         BadInput: the model is not a causal language model (with ``task_file``: not an encoder with a task
             head), vocabularies or labels differ, the file is not valid, the model was calibrated on this
-            text, no version of it fits into ``memory``, or there is no such kernel here.
-        CompressError: text or model cannot be downloaded, or the model puts out NaN.
+            text, no version of it fits into ``memory``, there is no such kernel here, or a task is unknown
+            or broken.
+        CompressError: text, model or the data of a task cannot be downloaded, lm-eval is needed and missing,
+            or the model puts out NaN.
     """
+    how = {"fewshot": fewshot, "batch_size": batch_size, "chat_template": chat_template}
+    wanted = wanted_of(suite, tasks, limit, include_path, **how)
+    if wanted and task_file is not None:
+        raise BadInput("Encoders are scored on a task file or not at all; leave out --suite and --tasks.")
+    if samples is not None:
+        Path(samples).mkdir(parents=True, exist_ok=True)
     check_device(device)
     use(kernel)
     source = find_model(model, revision)
     dense_source = find_model(baseline, baseline_revision) if baseline else source
-    checkpoint, dense = open_checkpoint(source.folder), open_checkpoint(dense_source.folder)
+    opening = open_any if wanted else open_checkpoint
+    checkpoint, dense = opening(source.folder), opening(dense_source.folder)
     read_lineage(dense_source.folder)  # read below; what is damaged is refused before the work
     if memory is not None:
+        if isinstance(checkpoint, Foreign):
+            raise BadInput(f"'{model}' is not stored in blocks, so it has one size; leave out --memory.")
         checkpoint = prefix(checkpoint, steps_within(checkpoint, parse_memory(memory)))
+    exam = None
+    if wanted:
+        subject = Subject(_name(dense_source), dense, device, kernel)
+        other = Subject(_name(source), checkpoint, device, kernel, memory)
+        same = dense.sha256 == checkpoint.sha256
+        exam = Exam.of(wanted, subject, subject if same else other, progress)
     with computing_on(device):
-        if task_file is None:
+        if isinstance(checkpoint, Foreign) or isinstance(dense, Foreign):
+            log.warning(
+                "Text is not scored: %s", (checkpoint if isinstance(checkpoint, Foreign) else dense).why
+            )
+            found = _Found({}, {}, {})
+        elif task_file is None:
             found = _score_text(
                 source, checkpoint, dense_source, dense, text, context, windows, device, progress
             )
         else:
             found = _score_task(source, checkpoint, dense, task_file, device, progress)
+        if exam is not None:
+            found.add(*exam.fields(margin, Path(samples) if samples is not None else None, progress))
     settings = Settings(device=device, kernel=kernel)
     dense_identity = ModelIdentity(name=_name(dense_source), sha256=dense.sha256)
 
     def scorecard(
-        of: ModelSource, opened: Checkpoint, scores: dict[str, Any], size: str | int | None = None
+        of: ModelSource, opened: Checkpoint | Foreign, scores: dict[str, Any], size: str | int | None = None
     ) -> Scorecard:
         name = _name(of) if size is None else f"{_name(of)} in {size}"
         return Scorecard(
             model=ModelIdentity(name=name, sha256=opened.sha256),
             baseline=dense_identity,
-            loads_with=str(ModelShape.of(opened).loads_with),
+            loads_with="transformers"
+            if isinstance(opened, Foreign)
+            else str(ModelShape.of(opened).loads_with),
             **scores,
             cost=_cost(of, opened, settings.model_copy(update={"memory": size}), progress, found.timed),
             when=now(),
@@ -158,6 +209,11 @@ class _Found:
     dense: dict[str, Any]
     model: dict[str, Any]
     timed: dict[str, int]
+
+    def add(self, dense: dict[str, Any], model: dict[str, Any]) -> None:
+        """Add further fields."""
+        self.dense.update(dense)
+        self.model.update(model)
 
 
 def _score_text(
@@ -230,32 +286,39 @@ def _known(source: ModelSource, identity: ModelIdentity, scores: dict[str, Any])
     """The dense model's scorecard in its own compression.json, if it was made with the same protocol."""
     lineage = read_lineage(source.folder)
     cards = [Scorecard.model_validate(card) for card in (lineage.evaluations if lineage else [])]
-    wanted = (identity, scores.get("protocol"), scores.get("task_protocol"))
+    wanted = [identity, *(scores.get(name) for name in PROTOCOLS)]
     return next(
-        (card for card in reversed(cards) if (card.model, card.protocol, card.task_protocol) == wanted), None
+        (card for card in reversed(cards) if [card.model, *(getattr(card, n) for n in PROTOCOLS)] == wanted),
+        None,
     )
 
 
 def _cost(
     source: ModelSource,
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | Foreign,
     settings: Settings,
     progress: Progress,
     timed: dict[str, int],
 ) -> Cost:
     label = f"measuring memory and speed of {_name(source)}"
     progress(label, 0.0)
-    files = {item.file for item in checkpoint.sources.values()}
     cost = Cost(
-        # The files hold more than a prefix, so its tensors are counted.
-        weight_bytes=checkpoint.nbytes
-        if settings.memory is not None
-        else sum(Path(file).stat().st_size for file in files),
-        parameters=ModelShape.of(checkpoint).parameters,
+        weight_bytes=_weight_bytes(checkpoint, settings),
+        parameters=checkpoint.parameters
+        if isinstance(checkpoint, Foreign)
+        else ModelShape.of(checkpoint).parameters,
         measured=measure(source.folder, settings, **timed),
     )
     progress(label, 1.0)
     return cost
+
+
+def _weight_bytes(checkpoint: Checkpoint | Foreign, settings: Settings) -> int:
+    if isinstance(checkpoint, Foreign):
+        return sum(file.stat().st_size for file in checkpoint.files)
+    if settings.memory is not None:  # the files hold more than a prefix, so its tensors are counted
+        return checkpoint.nbytes
+    return sum(Path(file).stat().st_size for file in {item.file for item in checkpoint.sources.values()})
 
 
 def compare_streams(

@@ -14,7 +14,7 @@ from typing import Any, Protocol, Self
 
 from compress.errors import BadInput, CompressError
 from compress.evaluation.timed import PROMPT_TOKENS, Settings
-from compress.report.scorecard import Figure, Measurement
+from compress.report.scorecard import Figure, Measurement, UnitName
 
 BUDGET_SECONDS = 8.0
 """Seconds for the prefill with its warm-up, and as many for the decode. If time is short, the prefill loses
@@ -34,6 +34,7 @@ class Timeable(Protocol):
     def prompt_tokens(self) -> int: ...
     def prefill(self, tokens: int) -> float: ...
     def decode(self, tokens: int) -> float: ...
+    def joules(self) -> list[float]: ...
     def state(self) -> dict[str, Any]: ...
 
 
@@ -88,6 +89,9 @@ class ModelProcess:
 
     def decode(self, tokens: int) -> float:
         return self._ask("decode", tokens)
+
+    def joules(self) -> list[float]:
+        return self._ask("joules")
 
     def state(self) -> dict[str, Any]:
         return self._ask("state")
@@ -150,6 +154,7 @@ def measured(
             "decode": speed(decode_tokens, decode_seconds),
             "decode_tokens": decode_tokens,
             "decode_repetitions": len(decode_seconds),
+            "decode_energy": energy(model.joules()[-len(decode_seconds) :]),
         }
     return Measurement(
         prefill=speed(prefill_tokens, prefill_seconds),
@@ -189,9 +194,17 @@ def repeat(once: Callable[[], float], repetitions: int) -> list[float]:
 
 def speed(tokens: int, timed: list[float]) -> Figure:
     """Tokens per second: the median with the interquartile range, which needs three repetitions."""
-    rates = sorted(tokens / each for each in timed)
-    low, median, high = None, statistics.median(rates), None
-    if len(rates) >= 3:
-        low, _, high = statistics.quantiles(rates, n=4, method="inclusive")
-        low, high = min(low, median), max(high, median)  # of equal rates, interpolation may round past them
-    return Figure(value=median, low=low, high=high, unit="tokens/s", spread="interquartile range")
+    return _median([tokens / each for each in timed], "tokens/s")
+
+
+def energy(joules: list[float]) -> Figure | None:
+    """Joules per token, likewise; None if they do not show how much they vary."""
+    return _median(joules, "joules/token") if len(joules) >= 3 else None
+
+
+def _median(values: list[float], unit: UnitName) -> Figure:
+    low, median, high = None, statistics.median(values), None
+    if len(values) >= 3:
+        low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+        low, high = min(low, median), max(high, median)  # of equal values, interpolation may round past them
+    return Figure(value=median, low=low, high=high, unit=unit, spread="interquartile range")

@@ -65,6 +65,13 @@ def run(
         text=wanted.text,
         context=wanted.context,
         windows=wanted.windows,
+        suite=wanted.suite,
+        tasks=wanted.tasks,
+        include_path=wanted.include_path,
+        fewshot=wanted.fewshot,
+        limit=wanted.limit,
+        batch_size=wanted.batch_size,
+        chat_template=wanted.chat_template,
         device=device,
         progress=progress,
     )

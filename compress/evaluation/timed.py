@@ -3,9 +3,9 @@
     python -m compress.evaluation.timed FOLDER SETTINGS
 
 loads a folder, writes one line of JSON when it is ready, and then answers each line of stdin with one of
-stdout: ``["prefill", 512]`` and ``["decode", 64]`` with seconds, ``["state"]`` with memory and kernels. It
-ends with its stdin, so it does not outlive whoever asks. Only a process that holds nothing else can tell how
-much memory a model takes.
+stdout: ``["prefill", 512]`` and ``["decode", 64]`` with seconds, ``["joules"]`` with the energy of the
+decodes so far, ``["state"]`` with memory and kernels. It ends with its stdin, so it does not outlive whoever
+asks. Only a process that holds nothing else can tell how much memory a model takes.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from compress.errors import CompressError
+from compress.system.energy import EnergyMeter
 from compress.system.memory import peak_memory
 
 if TYPE_CHECKING:
@@ -60,10 +61,13 @@ class Settings(BaseModel):
         packed is compared with what users have today. A kernel that is named runs in any case.
         """
         import compress
-        from compress.engine.opening import open_checkpoint
+        from compress.evaluation.foreign import Foreign, open_any
 
+        opened = open_any(Path(folder))
+        if isinstance(opened, Foreign):
+            return opened.load(self.device, self.dtype)
         given = self.model_dump(exclude={"threads"})
-        packed = self.head_bits is not None or "quantization_config" in open_checkpoint(folder).config
+        packed = self.head_bits is not None or "quantization_config" in opened.config
         if self.kernel == "auto" and not packed:
             given["kernel"] = "reference"
         return compress.load(folder, **given)
@@ -88,6 +92,7 @@ class Timed:
         from compress.engine.skeleton import longest_input
 
         self._device = torch.device(device)
+        self._meter, self._joules = EnergyMeter(), list[float]()
         if self._device.type == "cuda":
             torch.cuda.init()
         self._baseline = peak_memory()
@@ -107,7 +112,10 @@ class Timed:
         return self._seconds(lambda: self._model(input_ids=ids, **wanted))
 
     def decode(self, tokens: int) -> float:
-        """Seconds in which so many tokens are generated greedily after a short prompt, which is not timed."""
+        """Seconds in which so many tokens are generated greedily after a short prompt, which is not timed.
+
+        Its energy is kept for `joules`.
+        """
         import torch
 
         model: Any = self._model
@@ -122,7 +130,14 @@ class Timed:
                 cache = "cache" if "cache" in output.keys() else "past_key_values"  # noqa: SIM118
                 output = model(input_ids=token, use_cache=True, **{cache: output[cache]})
 
-        return self._seconds(generate)
+        before = self._meter.read() if self._device.type == "cpu" else []
+        seconds, joules = self._seconds(generate), self._meter.since(before)
+        self._joules += [] if joules is None else [joules / tokens]
+        return seconds
+
+    def joules(self) -> list[float]:
+        """Joules per token of each decode so far; empty on a GPU, and where the machine does not tell."""
+        return self._joules
 
     @property
     def prompt_tokens(self) -> int:

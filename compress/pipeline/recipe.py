@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from compress.calibration.text.settings import DEFAULT_SIZE, Calibration, Section, TextSize
 from compress.errors import BadInput, unknown
@@ -38,9 +38,17 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class Evaluation(Section):
     """The evaluation after the run, against the recipe's model."""
 
-    suite: Literal["quick"] = Field(
-        "quick", description="perplexity, KL divergence, agreement, bytes, memory, speed"
+    suite: Literal["text", "quick", "kick", "kick-hub"] = Field(
+        "text", description="text alone, or also the questions of LLM-KICK: all, or a few of them (quick)"
     )
+    tasks: list[str] = Field([], description="tasks and groups of lm-eval to ask, in place of a suite's")
+    include_path: list[str] = Field([], description="folders with files of further tasks")
+    fewshot: NonNegativeInt | None = Field(
+        None, description="examples in front of each question; by default as many as the task says"
+    )
+    limit: PositiveInt | None = Field(None, description="largest number of questions of each task")
+    batch_size: PositiveInt | Literal["auto"] = Field("auto", description="questions asked at once")
+    chat_template: bool = Field(False, description="put each question into the model's chat template")
     task_file: str | None = Field(
         None, description="labelled examples (.jsonl) for an encoder with a task head, in place of text"
     )

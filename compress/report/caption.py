@@ -66,6 +66,10 @@ def _machine_caption(cards: list[Scorecard]) -> list[str]:
             f"range) of a {'forward pass' if _labelled(cards) else 'prefill'} of {prefill} tokens"
             f"{f' and a greedy decode of {decode} tokens' if decode else ''}."
         )
+        if any(m.decode_energy for m in measured):
+            lines.append(
+                "Energy is what processor and memory took during the decode, with all that ran beside it."
+            )
         if len(machines) > 1:
             lines.append(
                 "Models were timed on different machines or numbers of threads, so speeds do not compare."
@@ -143,7 +147,8 @@ def _tasks_caption(cards: list[Scorecard]) -> list[str]:
         f"chat template, with seed {first.seed}: {'; '.join(_asked(tasks.values()))}.",
         "A score is the mean over the questions, ± is its 95 % interval, and * marks a score that differs "
         "from the dense model's on the same questions (p < 0.05, corrected for the number of tasks by Holm). "
-        "Lost: questions that the dense model answers rightly and this one wrongly; gained: the reverse.",
+        "Lost: questions that the dense model answers rightly and this one wrongly; gained: the reverse; "
+        "flips: the share of questions that are either.",
         *([] if any(card.protocol or card.task_protocol for card in cards) else [_dense(cards[0])]),
     ]
 

@@ -32,7 +32,7 @@ class Column(NamedTuple):
     key: str
     title: str
     unit: str = ""
-    section: Literal["", "text", "task", "device", "speed", "made", "harness"] = ""
+    section: Literal["", "text", "task", "device", "speed", "energy", "made", "harness"] = ""
     group: str = ""
     better: int = 0
     timed: bool = False
@@ -92,6 +92,7 @@ COST = (
     ),
     Column("prefill", "prefill", "tokens/s", "speed", SPEED, 1, timed=True),
     Column("decode", "decode", "tokens/s", "speed", SPEED, 1, timed=True),
+    Column("decode_energy", "energy of\na decode", "joules/token", "energy", SPEED, -1, timed=True),
     Column("kernel", "kernel", group=SOFTWARE),
     Column("loads_with", "loads with", group=SOFTWARE),
 )
@@ -117,6 +118,7 @@ def _of_task(task: str, results: Sequence[TaskResult]) -> list[Column]:
     return [
         column("score", "score", "fraction", "brief", 1),
         column("change", "change\n(points)", better=1),
+        column("flips", "flips", "fraction"),
         column("lost", "lost", "questions"),
         column("gained", "gained", "questions"),
         column("holm_p", "p (Holm)"),
@@ -153,10 +155,16 @@ def cells_of(card: Scorecard, dense: Scorecard | None, lineage: Lineage | None) 
             "peak_memory": measured.peak_memory,
             "added_memory": measured.added_memory,
             "peak_device_memory": measured.peak_device_memory,
-            "prefill": measured.prefill,
-            "decode": measured.decode,
+            "prefill": _with_spread(measured.prefill),
+            "decode": _with_spread(measured.decode),
+            "decode_energy": measured.decode_energy,
         }
     return cells | _of_labelled_examples(card, dense) | _of_tasks(card)
+
+
+def _with_spread(speed: Figure | None) -> Figure | None:
+    """A speed that shows how much it varies, or None: a single repetition may have had a busy machine."""
+    return speed if speed and speed.low is not None else None
 
 
 def printable(text: str) -> str:
@@ -224,6 +232,7 @@ def _of_result(result: TaskResult) -> dict[str, Cell]:
     return {
         "score": result.score,
         "change": result.change,
+        "flips": result.flips,
         "lost": _count(result.lost),
         "gained": _count(result.gained),
         "holm_p": result.holm_p,

@@ -115,13 +115,15 @@ def _rules() -> Any:
     return box.SIMPLE_HEAD
 
 
+def escaped(text: str) -> str:
+    """A text in one line of Markdown, as it stands."""
+    for special in "\\|*_`<[$~":
+        text = text.replace(special, f"\\{special}")
+    return " ".join(text.split())
+
+
 def to_markdown(comparison: Comparison) -> str:
     """The comparison as a Markdown table, with the caption as a list below."""
-
-    def escaped(text: str) -> str:
-        for special in "\\|*_`<[$~":
-            text = text.replace(special, f"\\{special}")
-        return " ".join(text.split())
 
     def cell(row: Row, column: Column) -> str:
         text = escaped(row.text(column))

@@ -25,7 +25,17 @@ MISSING = "–"
 """Shown in place of a figure that was not measured, which is never shown as 0."""
 
 UnitName = Literal[
-    "", "bits", "bytes", "flops", "fraction", "nats/token", "parameters", "questions", "seconds", "tokens/s"
+    "",
+    "bits",
+    "bytes",
+    "flops",
+    "fraction",
+    "joules/token",
+    "nats/token",
+    "parameters",
+    "questions",
+    "seconds",
+    "tokens/s",
 ]
 Spread = Literal["95% interval", "interquartile range"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -44,6 +54,7 @@ UNITS: dict[str, Unit] = {
     "bytes": Unit(1e-6, "MB"),  # decimal megabytes, like download sizes; captions say so
     "flops": Unit(1e-9, "GFLOPs"),
     "fraction": Unit(100, "%"),
+    "joules/token": Unit(1, "J/token"),
     "nats/token": Unit(1, "nats/token"),
     "parameters": Unit(1e-6, "M"),
     "questions": Unit(1, ""),  # counted, so shown without decimals
@@ -262,6 +273,10 @@ class TaskResult(Document):
     score: Figure = Field(description="mean score of a question")
     others: dict[str, Figure] = Field(default_factory=dict, description="further metrics, by name")
     change: Figure | None = Field(None, description="score minus the dense model's on the same questions")
+    standard_error: FiniteFloat | None = Field(None, description="paired standard error of the change")
+    flips: Figure | None = Field(
+        None, description="share of questions answered right by only one of the two: how much changed"
+    )
     lost: NonNegativeInt | None = Field(None, description="harmful flips: right before, wrong now")
     gained: NonNegativeInt | None = Field(None, description="lucky flips: wrong before, right now")
     p: Figure | None = Field(None, description="two-sided p that the scores differ")
@@ -275,11 +290,20 @@ class Verdict(Document):
     kind: Literal["worse", "not worse", "undecided"]
     margin: FiniteFloat = Field(description="the loss that does not matter, as a share of all questions")
     change: Figure = Field(description="pooled score minus the dense model's")
-    worse_p: Figure = Field(description="one-sided pooled p that the model is worse")
+    worse_p: Figure = Field(
+        description="one-sided p that the model is worse: the smallest of three tests, corrected for three"
+    )
     margin_p: Figure = Field(description="one-sided p that it is not worse by more than the margin")
     questions: PositiveInt = Field(description="number of questions in all tasks")
     needed: PositiveInt | None = Field(None, description="how many questions would decide, if undecided")
     sentence: str
+    standard_error: FiniteFloat | None = Field(None, description="paired standard error of the change")
+    pooled_p: Figure | None = Field(None, description="one-sided p that it is worse: all questions together")
+    max_drop_p: Figure | None = Field(None, description="the same: the task with the largest loss")
+    fisher_p: Figure | None = Field(None, description="the same: Fisher's combination of the tasks")
+    broken: tuple[str, ...] = Field(
+        (), description="tasks that lose more than the margin beyond doubt, corrected for their number (Holm)"
+    )
 
 
 class Harness(Document):
@@ -304,6 +328,9 @@ class Measurement(Document):
     )
     decode_tokens: PositiveInt | None = Field(None, description="tokens generated in each repetition")
     decode_repetitions: PositiveInt | None = None
+    decode_energy: Figure | None = Field(
+        None, description="of processor and memory, with all that ran beside; None where the machine hides it"
+    )
     threads: PositiveInt
     device: str = Field(description="name of the processor or GPU")
     kernel: str

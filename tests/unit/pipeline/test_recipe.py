@@ -120,7 +120,10 @@ def test_a_folder_with_the_name_of_a_bundled_recipe_does_not_hide_it(tmp_path: P
         ({"calibration": {"seqlen": 0}}, "calibration.seqlen: Input should be greater than 0"),
         ({"calibration": "bundled"}, "calibration: Input should be a valid dictionary"),
         ({"dtype": "int8"}, "dtype: Input should be 'float32', 'bfloat16' or 'float16' (got 'int8')"),
-        ({"evaluate": {"suite": "all"}}, "evaluate.suite: Input should be 'quick'"),
+        (
+            {"evaluate": {"suite": "all"}},
+            "evaluate.suite: Input should be 'text', 'quick', 'kick' or 'kick-hub'",
+        ),
         ({"model": None}, "names no model"),
         ({"steps": [RTN, REPLACEME]}, "'replaceme' (pruning) must come before 'rtn' (quantization): pruning"),
         ({"steps": [RTN, RTN]}, "quantized once, but the recipe has rtn and rtn"),

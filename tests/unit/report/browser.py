@@ -10,10 +10,8 @@ from base64 import b64decode
 from pathlib import Path
 from typing import Any
 
-PROGRAM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))),
-    None,
-)
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+PROGRAM = next(filter(None, map(shutil.which, NAMES)), None)
 
 
 class Browser:
@@ -63,13 +61,13 @@ class Browser:
         message, _, self._rest = self._rest.partition(b"\0")
         return json.loads(message)
 
-    def open(self, file: Path, width: int = 1200, height: int = 900, dark: bool = False, script: bool = True) -> None:
-        """Show a file in a window of this size, and wait until it is drawn."""
+    def open(self, file: Path, width: int = 1200, dark: bool = False, script: bool = True) -> None:
+        """Show a file in a window of this width, and wait until it is there; ``script`` lets it run its own."""
         self.failures.clear()
         colours = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.send("Emulation.setEmulatedMedia", features=colours)
         self.send("Emulation.setScriptExecutionDisabled", value=not script)
-        self.resize(width, height)
+        self.resize(width, 900)
         self.send("Page.navigate", url=file.as_uri())
         self.wait("document.readyState === 'complete' && document.location.protocol === 'file:'")
 
@@ -105,13 +103,14 @@ class Browser:
 
     def press(self, key: str, code: int) -> None:
         """Press and release a key on what has the focus."""
-        text = {"text": "\r"} if key == "Enter" else {}
-        for kind in ("keyDown", "keyUp"):
-            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **text)
+        pressed: dict[str, Any] = {"key": key, "code": key, "windowsVirtualKeyCode": code}
+        written = {"text": "\r"} if key == "Enter" else {}
+        self.send("Input.dispatchKeyEvent", type="keyDown", **pressed, **written)
+        self.send("Input.dispatchKeyEvent", type="keyUp", **pressed)
 
-    def screenshot(self, whole: bool = False) -> bytes:
-        """The page as PNG: what the window shows, or all of it."""
-        return b64decode(self.send("Page.captureScreenshot", captureBeyondViewport=whole)["data"])
+    def screenshot(self) -> bytes:
+        """What the window shows, as PNG."""
+        return b64decode(self.send("Page.captureScreenshot")["data"])
 
     def close(self) -> None:
         """End the browser."""

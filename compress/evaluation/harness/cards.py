@@ -1,0 +1,117 @@
+"""What the harness puts on the scorecards of two models: how they were asked, and how they answered."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import BadInput, unknown
+from compress.evaluation.harness.answers import Answers
+from compress.evaluation.harness.ask import Wanted, ask, check_installed, installed, prepare
+from compress.evaluation.harness.subject import Subject
+from compress.evaluation.kick import FOLDER, SUITES
+from compress.report.scorecard import HarnessProtocol
+from compress.system.progress import Progress
+
+if TYPE_CHECKING:
+    from compress.evaluation.harness.tasks import Questions
+
+log = logging.getLogger(__name__)
+
+TEXT, QUICK = "text", "quick"
+"""Suites: text alone, and text with a few questions where lm-eval is installed."""
+
+
+def wanted_of(
+    suite: str, tasks: Sequence[str], limit: int | None, folders: Sequence[str | Path], **how: Any
+) -> Wanted | None:
+    """What to ask, or None if nothing is to be asked.
+
+    Args:
+        suite: ``text``, ``quick``, ``kick`` or ``kick-hub``.
+        tasks: names of tasks, in place of those of a suite.
+        limit: largest number of questions of each task, in place of the suite's.
+        folders: with files of further tasks.
+        how: further attributes of `Wanted`.
+
+    Raises:
+        BadInput: there is no such suite, or tasks are named beside it.
+        CompressError: lm-eval is not installed.
+    """
+    how["folders"] = (FOLDER, *map(Path, folders))
+    if suite not in (TEXT, *SUITES):
+        raise unknown("suite", suite, (TEXT, *SUITES))
+    if tasks and suite != TEXT:
+        raise BadInput(f"The suite '{suite}' has tasks of its own; leave out --suite or --tasks.")
+    if tasks:
+        check_installed()
+        return Wanted(tuple(tasks), limit=limit, **how)
+    if suite == TEXT:
+        return None
+    if suite == QUICK and not installed():
+        log.warning("Only text is scored, because lm-eval is missing: pip install 'compress-model[eval]'.")
+        return None
+    check_installed()
+    chosen = SUITES[suite]
+    return Wanted(tuple(chosen.tasks), limit=limit or chosen.limit, suite=suite, **how)
+
+
+@dataclass(frozen=True)
+class Exam:
+    """The questions for a model and the dense model, found and checked before anything else is done.
+
+    Attributes:
+        wanted: what was asked for.
+        dense, model: the models; the same one if there is only one.
+        questions: of both, which are the same unless they have chat templates of their own.
+    """
+
+    wanted: Wanted
+    dense: Subject
+    model: Subject
+    questions: tuple[list[Questions], list[Questions]]
+
+    @classmethod
+    def of(cls, wanted: Wanted, dense: Subject, model: Subject, progress: Progress) -> Exam:
+        """Find the questions. Raises the errors of `ask` that concern tasks."""
+        first = prepare(wanted, dense, progress)
+        second = prepare(wanted, model, progress) if wanted.chat_template and model is not dense else first
+        return cls(wanted, dense, model, (first, second))
+
+    def fields(
+        self, margin: float, samples: Path | None, progress: Progress
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """``harness_protocol`` and ``harness`` of both scorecards.
+
+        Args:
+            margin: the loss that does not matter, as a share of all questions.
+            samples: a folder for questions and answers.
+            progress: called with a text and the share that is done.
+
+        Raises:
+            BadInput, CompressError: as `ask` does.
+        """
+        from compress.evaluation.pairs import alone, judge
+
+        seed = self.wanted.seed
+        dense = ask(self.dense, self.wanted, self.questions[0], samples, progress)
+        first = self._with_protocol(self.dense, dense, alone(dense, seed, self.dense.name))
+        if self.model is self.dense:
+            return first, first
+        model = ask(self.model, self.wanted, self.questions[1], samples, progress)
+        return first, self._with_protocol(self.model, model, judge(dense, model, margin, seed))
+
+    def _with_protocol(self, subject: Subject, answers: list[Answers], harness: Any) -> dict[str, Any]:
+        protocol = HarnessProtocol(
+            suite=self.wanted.suite,
+            tasks=tuple(each.asked for each in answers),
+            chat_template=self.wanted.chat_template,
+            seed=self.wanted.seed,
+            lm_eval=version("lm-eval"),
+            kernel=subject.kernel_name,
+        )
+        return {"harness_protocol": protocol, "harness": harness}

@@ -1,0 +1,40 @@
+"""The bundled questions, made by ``scripts/data/make_kick.py``."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def about() -> dict[str, Any]:
+    """Version, sources, licences and hashes of the bundled files."""
+    return json.loads(_file("about.json"))
+
+
+def items(task: str) -> list[dict[str, Any]]:
+    """Every item of a file, in its order."""
+    return [json.loads(line) for line in gzip.decompress(_file(f"{task}.jsonl.gz")).splitlines()]
+
+
+def load(*, questions: str, **metadata: object) -> dict[str, Dataset]:
+    """The data set of a task, as lm-eval asks for it: the splits ``test`` and ``examples``.
+
+    Args:
+        questions: name of the file; lm-eval gives it from the task's ``dataset_kwargs``.
+        metadata: of the task; not needed here.
+    """
+    from datasets import Dataset
+
+    splits: dict[str, list[dict[str, Any]]] = {"test": [], "examples": []}
+    for item in items(questions):
+        splits[item.pop("split")].append(item)
+    return {split: Dataset.from_list(rows) for split, rows in splits.items() if rows}
+
+
+def _file(name: str) -> bytes:
+    return resources.files("compress.evaluation.kick").joinpath("data", name).read_bytes()

@@ -1,0 +1,296 @@
+"""Models are asked as lm-eval asks them, each task once, and no answer is ever another model's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from compress.engine.opening import open_checkpoint
+from compress.errors import BadInput, CompressError
+from compress.evaluation.harness import ask as asking
+from compress.evaluation.harness.ask import Respondent, Wanted, ask
+from compress.evaluation.harness.subject import Subject
+from compress.pipeline.recipe import parse_recipe
+from compress.pipeline.run import execute
+
+from .conftest import LINES, TASKS, write_task
+
+
+def subject(folder: Path, **settings: Any) -> Subject:
+    return Subject(folder.name, open_checkpoint(folder), **settings)
+
+
+@pytest.fixture
+def count(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The tasks that a model was asked, and not its cache."""
+    asked: list[str] = []
+    real = Respondent.rows
+
+    def rows(self: Respondent, questions: Any) -> Any:
+        asked.append(questions.name)
+        return real(self, questions)
+
+    monkeypatch.setattr(Respondent, "rows", rows)
+    return asked
+
+
+def lm_eval_samples(folder: Path, tasks: Path) -> dict[str, list[dict]]:
+    """What lm-eval's own model, loaded as its command line loads it, answers with one row in a batch."""
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    model = HFLM(pretrained=str(folder), dtype="float32", batch_size=1, device="cpu")
+    with asking.quietly():
+        found: Any = simple_evaluate(model=model, tasks=list(TASKS), task_manager=manager, bootstrap_iters=0)
+    return found["samples"]
+
+
+def test_the_answers_are_those_of_lm_eval(model: Path, tasks: Path, tmp_path: Path):
+    """Every kind of request; the same scores and texts for each question, and likelihoods to six digits."""
+    expected = lm_eval_samples(model, tasks)
+    found = ask(subject(model), Wanted(tuple(TASKS), (tasks,)), samples=tmp_path / "samples")
+    assert [answers.asked.task for answers in found] == list(TASKS)
+    for answers in found:
+        samples = expected[answers.asked.task]
+        file = tmp_path / "samples" / model.name / f"{answers.asked.task}.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        assert len(rows) == len(samples) == len(LINES)
+        for row, sample in zip(rows, samples, strict=True):
+            assert row["doc"] == sample["doc"]
+            for own, its in zip(row["responses"], sample["filtered_resps"], strict=True):
+                if isinstance(its, str):
+                    assert own == its
+                else:
+                    np.testing.assert_allclose(own, its, rtol=1e-6)
+            for metric in ("acc", "acc_norm", "exact_match"):
+                assert row["scores"].get(metric) == sample.get(metric)
+    choice, say, last_word, prose = found
+    assert choice.asked.chance == pytest.approx(np.mean([1 / len(line["choices"]) for line in LINES]))
+    assert choice.scores.tolist() == [sample["acc"] for sample in expected["choice"]]
+    assert last_word.asked.metric == "acc"
+    assert len(set(say.text)) > 3
+    totals = [sample["word_perplexity"] for sample in expected["prose"]]
+    np.testing.assert_allclose(prose.scores, [np.exp(ll / words) for ll, words in totals], rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 3, 16])
+def test_answers_do_not_depend_on_the_batch_size(model: Path, tasks: Path, size: int, tmp_path: Path, monkeypatch):
+    wanted = Wanted(tuple(TASKS), (tasks,))
+    usual = ask(subject(model), wanted)
+    monkeypatch.setenv("COMPRESS_MODEL_CACHE", str(tmp_path / "other"))
+    for answers, again in zip(
+        usual, ask(subject(model), Wanted(tuple(TASKS), (tasks,), batch_size=size)), strict=True
+    ):
+        assert answers.asked == again.asked
+        assert answers.questions == again.questions
+        if answers.asked.task in ("choice", "say"):
+            assert answers.text == again.text
+        np.testing.assert_allclose(answers.scores, again.scores, rtol=1e-5)
+
+
+def test_a_row_of_a_batch_ends_at_the_end_of_text(tasks: Path, model: Path, tmp_path: Path):
+    """Also where the settings of the model name no end, so that the batch goes on for other rows."""
+    copy = Path(shutil.copytree(model, tmp_path / "endless"))
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((copy / name).read_text())
+        (copy / name).write_text(json.dumps({**settings, "eos_token_id": None}))
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(copy / "model.safetensors")
+    weights["lm_head.weight"][0] *= 3  # says the end often, and not always
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    one, many = (
+        ask(subject(copy), Wanted(("say",), (tasks,), batch_size=size, seed=size))[0] for size in (1, 16)
+    )
+    assert one.text == many.text
+    assert 2 < len([text for text in one.text if len(text) < 12])
+
+
+def test_nothing_is_asked_twice(model: Path, tasks: Path, count: list[str]):
+    wanted = Wanted(("both", "prose"), (tasks,))
+    first = ask(subject(model), wanted)
+    assert count == ["choice", "say", "prose"]
+    again = ask(subject(model), wanted)
+    assert count == ["choice", "say", "prose"]
+    for one, other in zip(first, again, strict=True):
+        assert one.asked == other.asked
+        assert one.text == other.text
+        np.testing.assert_array_equal(one.scores, other.scores)
+    ask(subject(model), Wanted(("say",), (tasks,), limit=5))
+    ask(subject(model, kernel="reference", dtype="bfloat16"), Wanted(("say",), (tasks,)))
+    assert count[3:] == ["say", "say"]
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(
+    model: Path, tasks: Path, count: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Finished tasks are not asked again, and of the others only the questions without an answer."""
+    monkeypatch.setattr("compress.evaluation.harness.cache.FLUSH_SECONDS", 0.0)
+    calls: list[int] = []
+
+    def interrupt(text: str, share: float) -> None:
+        if text.endswith("say") and share > 0.4:
+            raise KeyboardInterrupt
+
+    wanted = Wanted(("choice", "say"), (tasks,), batch_size=2)
+    with pytest.raises(KeyboardInterrupt):
+        ask(subject(model), wanted, progress=interrupt)
+    assert count == ["choice", "say"]
+    from lm_eval.models.huggingface import HFLM
+
+    real = HFLM.generate_until
+    monkeypatch.setattr(HFLM, "generate_until", lambda self, requests, **k: calls.append(len(requests)) or real(self, requests, **k))
+    resumed = ask(subject(model), wanted)
+    assert count == ["choice", "say", "say"]
+    assert 0 < calls[0] < len(LINES)
+    monkeypatch.undo()
+    assert resumed[1].text == ask(subject(model), Wanted(("say",), (tasks,), seed=1))[0].text
+
+
+def test_swapped_caches_are_of_no_use(model: Path, tasks: Path, tmp_path: Path, count: list[str], monkeypatch):
+    """Whatever lies in a model's folder of the cache, only its own answers are taken from it."""
+    monkeypatch.setenv("COMPRESS_MODEL_CACHE", str(tmp_path / "cache"))
+    other = tmp_path / "other"
+    execute(parse_recipe({"model": str(model), "steps": [{"method": "rtn", "bits": 2, "group_size": 32}]}), other)
+    wanted = Wanted(("choice", "say"), (tasks,))
+    first, second = ask(subject(model), wanted), ask(subject(other), wanted)
+    assert first[1].text != second[1].text
+    one, two = (tmp_path / "cache" / "harness" / open_checkpoint(x).sha256[:32] for x in (model, other))
+    names = {folder: sorted(file.name for file in folder.iterdir()) for folder in (one, two)}
+    one.rename(tmp_path / "swap")
+    two.rename(one)
+    (tmp_path / "swap").rename(two)
+    for folder, mine in ((one, names[one]), (two, names[two])):  # and under the names that are looked for
+        for file, name in zip(sorted(folder.iterdir()), mine, strict=True):
+            file.rename(folder / name)
+    count.clear()
+    assert [each.text for each in ask(subject(model), wanted)] == [each.text for each in first]
+    assert [each.text for each in ask(subject(other), wanted)] == [each.text for each in second]
+    assert count == ["choice", "say"] * 2
+
+
+def test_packed_models_run_on_their_kernels(model: Path, tasks: Path, tmp_path: Path):
+    folder = tmp_path / "packed"
+    execute(parse_recipe({"model": str(model), "steps": [{"method": "rtn", "group_size": 32}]}), folder)
+    wanted = Wanted(("choice", "say"), (tasks,))
+    native, reference = (ask(subject(folder, kernel=kernel), wanted) for kernel in ("auto", "reference"))
+    for one, other in zip(native, reference, strict=True):
+        assert (one.text == other.text) and (one.scores == other.scores).all()
+    identities = [subject(folder, kernel=kernel).identity for kernel in ("auto", "reference")]
+    assert identities[0] == identities[1] or identities[0]["kernel"] != identities[1]["kernel"]
+
+
+def test_no_network_is_tried(model: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the network was tried")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    assert len(ask(subject(model), Wanted(("both",), (tasks,)))) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "lines", "kind", "words"),
+    [
+        ({}, [{**LINES[0], "label": 7}], BadInput, "Question 1 of the task 'broken' has the label 7, which is none"),
+        ({}, [LINES[0], {**LINES[0], "label": -1}], BadInput, "Question 2 of the task 'broken' has the label -1"),
+        ({"dataset_path": "nobody/nothing"}, LINES, CompressError, "data of the task 'broken' cannot be fetched"),
+        ({"dataset_kwargs": {"data_files": {"test": "nowhere.jsonl"}}}, LINES, CompressError, "cannot be fetched"),
+        ({"doc_to_text": "{{question"}, LINES, BadInput, "The task 'broken' cannot be set up (TemplateSyntaxError"),
+        ({"output_type": "song"}, LINES, BadInput, "The task 'broken' cannot be set up (ValueError"),
+        ({"unsafe_code": True}, LINES, BadInput, "runs code that models write"),
+        ({"metadata": {"decides": "taste"}}, LINES, BadInput, "no metric that scores each question between 0 and 1 and"),
+        ({"process_results": "!"}, LINES, CompressError, "Asking the task 'broken' failed"),
+    ],
+)
+def test_a_task_that_does_not_work_gets_one_sentence(
+    model: Path, tasks: Path, settings: dict, lines: list[dict], kind: type, words: str, monkeypatch
+):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    write_task(tasks, "broken", lines, **{**TASKS["choice"], **settings})
+    with pytest.raises(CompressError) as raised:
+        ask(subject(model), Wanted(("broken",), (tasks,)))
+    assert type(raised.value) is kind
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_unknown_tasks_and_broken_files_are_named(model: Path, tasks: Path):
+    def refused(name: str) -> str:
+        with pytest.raises(BadInput) as raised:
+            ask(subject(model), Wanted((name,), (tasks,)))
+        return str(raised.value)
+
+    assert refused("last_wort") == "There is no task 'last_wort'; did you mean 'last_word'?"
+    (tasks / "bad.yaml").write_text("task: bad\n  dataset_path: [json")
+    assert refused("bad").startswith(f"The task file '{tasks / 'bad.yaml'}' cannot be read (")
+    assert refused(str(tasks / "bad.yaml")).startswith(f"The task file '{tasks / 'bad.yaml'}' cannot be read (")
+    with pytest.raises(BadInput, match="There is no folder"):
+        ask(subject(model), Wanted(("choice",), (tasks / "no",)))
+
+
+def test_a_cache_that_cannot_be_written_is_an_error(model: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch):
+    import sqlite3
+
+    def full(*_: Any) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr("compress.evaluation.harness.cache.Requests._insert", full)
+    with pytest.raises(CompressError, match=r"cannot be written \(database or disk is full\); free some space"):
+        ask(subject(model), Wanted(("choice",), (tasks,)))
+
+
+def test_a_model_that_puts_out_nan_has_no_answers(model: Path, tasks: Path, tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
+    copy = Path(shutil.copytree(model, tmp_path / "nan"))
+    weights = load_file(copy / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CompressError, match="puts out NaN"):
+        ask(subject(copy), Wanted(("choice",), (tasks,)))
+
+
+def test_the_chat_template_is_the_models_own(model: Path, tasks: Path, tmp_path: Path):
+    with pytest.raises(BadInput, match="has no chat template"):
+        ask(subject(model), Wanted(("say",), (tasks,), chat_template=True))
+    copy = Path(shutil.copytree(model, tmp_path / "chatty"))
+    template = "{% for m in messages %}<{{m.role}}>{{m.content}}{% endfor %}<assistant>"
+    (copy / "chat_template.jinja").write_text(template)
+    wanted = Wanted(("say",), (tasks,), chat_template=True)
+    ask(subject(copy), wanted, samples=tmp_path / "samples")
+    row = json.loads((tmp_path / "samples/chatty/say.jsonl").read_text().splitlines()[0])
+    assert row["prompts"] == [f"<user>Question: {LINES[0]['question']}\nAnswer:<assistant>"]
+
+
+def test_other_models_of_transformers_can_be_asked(
+    tiny_decoder: Callable[..., Path], tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A folder that this tool cannot read is loaded by transformers, but not if weights are missing."""
+    from safetensors.torch import load_file, save_file
+
+    from compress.evaluation.foreign import Foreign, open_any
+
+    folder = tiny_decoder("GPTNeoForCausalLM", num_layers=2, attention_types=[[["global", "local"], 1]], num_heads=4)
+    opened = open_any(folder)
+    assert isinstance(opened, Foreign)
+    weights = load_file(folder / "model.safetensors")
+    assert opened.parameters == sum(w.numel() for w in weights.values())
+    expected = lm_eval_samples(folder, tasks)
+    (say,) = ask(Subject("other", opened), Wanted(("say",), (tasks,)))
+    assert list(say.text) == [sample["filtered_resps"][0] for sample in expected["say"]]
+    del weights["transformer.h.1.ln_1.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BadInput, match=r"transformers cannot load it either \(its files lack 1 weights"):
+        ask(Subject("other", open_any(folder)), Wanted(("say",), (tasks,)))

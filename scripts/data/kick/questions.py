@@ -111,7 +111,9 @@ def _wrong(fact: Fact, dealer: Dealer, number: int) -> list[str]:
     """Answers of the same relation that are wrong here."""
     right = {answer.lower() for answer in fact.answers} | {word.lower() for word in fact.never}
     found = {other.answers[0] for other in dealer.all[_pile(fact)] if other.relation == fact.relation}
-    pool = sorted(answer for answer in found if answer.lower() not in right and not _mentions(fact.question, answer))
+    pool = sorted(
+        answer for answer in found if answer.lower() not in right and not _mentions(fact.question, answer)
+    )
     return dealer.random.sample(pool, number)
 
 

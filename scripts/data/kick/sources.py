@@ -105,7 +105,11 @@ def _debian(package: str, folder: Path) -> dict[str, bytes]:
     (deb,) = (file for file in folder.glob(f"{name}_*.deb") if _is(file, package))
     found = subprocess.run(["dpkg-deb", "--fsys-tarfile", deb], capture_output=True, check=True).stdout
     with tarfile.open(fileobj=io.BytesIO(found)) as archive:
-        files = {member.name.removeprefix("./"): archive.extractfile(member) for member in archive if member.isfile()}
+        files = {
+            member.name.removeprefix("./"): archive.extractfile(member)
+            for member in archive
+            if member.isfile()
+        }
         return {name: file.read() for name, file in files.items() if file is not None}
 
 
@@ -124,5 +128,7 @@ def _factbook(content: bytes) -> dict[str, dict[str, Any]]:
 
 
 def _elements(text: str) -> list[Element]:
-    entries = re.findall(r"^([a-z]+)\nSymbol: (\w+)\nAtomic number: \d+\n(?:Atomic weight: .*\n)?((?:.+\n)*)", text, re.M)
+    entries = re.findall(
+        r"^([a-z]+)\nSymbol: (\w+)\nAtomic number: \d+\n(?:Atomic weight: .*\n)?((?:.+\n)*)", text, re.M
+    )
     return [Element(name, symbol, " ".join(prose.split())) for name, symbol, prose in entries]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
@@ -72,9 +73,9 @@ QUALITY = (
     Column("latency", "latency", "seconds", "task", LABELLED, -1, timed=True),
 )
 VERDICT = (
-    Column("tasks_change", "change\n(points)", "", "harness", ALL_TASKS, 1),
-    Column("tasks_lost", "lost", "questions", "harness", ALL_TASKS),
-    Column("tasks_gained", "gained", "questions", "harness", ALL_TASKS),
+    Column("tasks_change", "score change\n(points)", "", "harness", ALL_TASKS, 1),
+    Column("tasks_lost", "answers\nlost", "questions", "harness", ALL_TASKS),
+    Column("tasks_gained", "answers\ngained", "questions", "harness", ALL_TASKS),
     Column("verdict", "verdict", "", "harness", ALL_TASKS),
     Column("tasks_matching", "matching\n(tasks)", "", "harness", ALL_TASKS, level="page"),
     Column("tasks_questions", "questions", "questions", "harness", ALL_TASKS, level="page"),
@@ -166,6 +167,17 @@ def _with_spread(speed: Figure | None) -> Figure | None:
     return speed if speed and speed.low is not None else None
 
 
+def printable(text: str) -> str:
+    """A name that comes from a file, on one line and without what would command a terminal or turn the text
+    around."""
+    harmless = (character for character in " ".join(text.split()) if character not in TURNS)
+    return "".join("�" if unicodedata.category(character) == "Cc" else character for character in harmless)
+
+
+TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""The characters that set the direction of the text after them."""
+
+
 def made_by(lineage: Lineage) -> str:
     """The methods that made a model, in order."""
     methods = [step.method for link in lineage.chain() for step in link.steps]
@@ -195,6 +207,8 @@ def _of_tasks(card: Scorecard) -> dict[str, Cell]:
     if harness is None:
         return {}
     cells: dict[str, Cell] = {}
+    if card.is_dense:
+        cells["tasks_change"] = Figure(value=0.0, unit="fraction")  # from itself, so it is known exactly
     for result in harness.tasks:
         cells |= {f"{result.task}.{name}": cell for name, cell in _of_result(result).items()}
     if verdict := harness.verdict:

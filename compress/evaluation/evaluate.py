@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
+import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -51,6 +54,9 @@ Progress = Callable[[str, float], None]
 
 CONTEXT = 512
 """Tokens in a window if the user does not say how many and the model has positions for so many."""
+
+TEXTS_KEPT = 3
+"""For so many texts the cache keeps what the dense model made of them."""
 
 PROTOCOLS = ("protocol", "task_protocol", "harness_protocol")
 """What two scorecards of one model must share for one to stand for the other."""
@@ -382,23 +388,32 @@ def last_hidden(model: StreamedModel, windows: Windows, label: str) -> torch.Ten
 
 
 def _cached_dense(model: StreamedModel, windows: Windows) -> torch.Tensor:
-    """Hidden states behind the dense model's last layer, float32 [N, S, D]; the cache keeps the latest."""
+    """Hidden states behind the dense model's last layer, float32 [N, S, D]; the cache keeps a few texts."""
     key = hashlib.sha256(
         f"{model.checkpoint.sha256} {windows.sha256} {torch.__version__}".encode()
     ).hexdigest()
     folder = cache_folder() / "dense-hidden"
     file = folder / f"{key[:32]}.safetensors"
     if file.exists():
+        os.utime(file)
         return load_file(file)["hidden"]
     hidden = last_hidden(model, windows, "scoring the dense model")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob("*.safetensors"):
-            old.unlink(missing_ok=True)
         write_tensors({"hidden": hidden}, file)
+        for old in sorted(folder.glob("*.safetensors"), key=_age)[TEXTS_KEPT:]:
+            old.unlink(missing_ok=True)
     except OSError as error:
         log.debug("The dense model's hidden states were not cached: %s", error)
     return hidden
+
+
+def _age(file: Path) -> float:
+    """Seconds since a file was used; one that another process has just removed is the oldest."""
+    try:
+        return time.time() - file.stat().st_mtime
+    except FileNotFoundError:
+        return math.inf
 
 
 def _check_not_calibrated_on(source: ModelSource, scored: Windows | TaskFile) -> None:

@@ -101,7 +101,7 @@ def _why(way: dict[str, object], usual: dict[str, object]) -> str:
 
 
 def _shown(value: object) -> str:
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else short(value)
+    return ("off", "on")[value] if isinstance(value, bool) else short(value)
 
 
 def _margin(card: Scorecard) -> float | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from compress.report.asked import Difference
 from compress.report.choose import short
-from compress.report.columns import ALL_TASKS
+from compress.report.columns import ALL_TASKS, printable
 from compress.report.scorecard import Figure, Scorecard, TaskAsked
 
 
@@ -26,7 +26,7 @@ def _text_caption(cards: list[Scorecard]) -> list[str]:
     scored, protocol = next(((card, card.protocol) for card in cards if card.protocol), (None, None))
     if scored and protocol:
         lines.append(
-            f"Text: {protocol.text} (sha256 {short(protocol.text_sha256)}), {protocol.windows:,} windows of "
+            f"Text: {printable(protocol.text)} (sha256 {short(protocol.text_sha256)}), {protocol.windows:,} windows of "
             f"{protocol.context_tokens:,} tokens with stride {protocol.stride_tokens:,}; "
             f"{protocol.tokens_scored:,} tokens were scored in {protocol.compute_dtype}, with seed "
             f"{protocol.seed}."
@@ -66,6 +66,10 @@ def _machine_caption(cards: list[Scorecard]) -> list[str]:
             f"range) of a {'forward pass' if _labelled(cards) else 'prefill'} of {prefill} tokens"
             f"{f' and a greedy decode of {decode} tokens' if decode else ''}."
         )
+        if any(m.decode_energy for m in measured):
+            lines.append(
+                "Energy is what processor and memory took during the decode, with all that ran beside it."
+            )
         if len(machines) > 1:
             lines.append(
                 "Models were timed on different machines or numbers of threads, so speeds do not compare."
@@ -82,7 +86,7 @@ def _examples_caption(cards: list[Scorecard]) -> list[str]:
     cut = f", {protocol.cut:,} of them cut off" if protocol.cut else ""
     inputs = f" in {protocol.inputs:,} inputs" if protocol.inputs != protocol.examples else ""
     return [
-        f"Examples: {protocol.file} (sha256 {short(protocol.file_sha256)}), {protocol.examples:,} for "
+        f"Examples: {printable(protocol.file)} (sha256 {short(protocol.file_sha256)}), {protocol.examples:,} for "
         f"{task}{inputs}{cut}, at most {protocol.longest_tokens:,} tokens long, scored in "
         f"{protocol.compute_dtype}.",
         f"{_dense(card)} Agreement is the "
@@ -143,13 +147,14 @@ def _tasks_caption(cards: list[Scorecard]) -> list[str]:
         f"chat template, with seed {first.seed}: {'; '.join(_asked(tasks.values()))}.",
         "A score is the mean over the questions, ± is its 95 % interval, and * marks a score that differs "
         "from the dense model's on the same questions (p < 0.05, corrected for the number of tasks by Holm). "
-        "Lost: questions that the dense model answers rightly and this one wrongly; gained: the reverse.",
+        "Lost: questions that the dense model answers rightly and this one wrongly; gained: the reverse; "
+        "flips: the share of questions that are either.",
         *([] if any(card.protocol or card.task_protocol for card in cards) else [_dense(cards[0])]),
     ]
 
 
 def _dense(card: Scorecard) -> str:
-    return f"The dense model is {card.baseline.name} (sha256 {short(card.baseline.sha256)})."
+    return f"The dense model is {printable(card.baseline.name)} (sha256 {short(card.baseline.sha256)})."
 
 
 def _asked(tasks: Iterable[TaskAsked]) -> list[str]:
@@ -158,27 +163,21 @@ def _asked(tasks: Iterable[TaskAsked]) -> list[str]:
     for asked in tasks:
         examples = f"{asked.fewshot} example{'s' * (asked.fewshot != 1)} in front" if asked.fewshot else ""
         how = [f"{asked.questions:,} questions", *([examples] if examples else []), f"by {asked.metric}"]
-        groups.setdefault(", ".join(how), []).append(asked.task)
+        groups.setdefault(", ".join(how), []).append(printable(asked.task))
     return [f"{', '.join(names)} ({how})" for how, names in groups.items()]
 
 
-def notes(cards: Sequence[Scorecard], differences: Sequence[Sequence[Difference]]) -> list[str]:
-    """Sentences about single models: what was asked differently, verdicts, and what to doubt."""
-    lines = []
-    for difference in (each for of_one in differences for each in of_one):
-        where = "the verdict" if difference.where == (ALL_TASKS,) else _listed(difference.where)
-        lines.append(f"† {_name(difference.model)}, {where}: {difference.why}.")
-    for card in cards:
-        if card.harness and card.harness.verdict:
-            lines.append(f"{_name(card.model.name)}: {card.harness.verdict.sentence}")
-        warnings = card.harness.warnings if card.harness else ()
-        lines += [f"Warning, {_name(card.model.name)}: {text}" for text in warnings]
-    return lines
+def notes(cards: Sequence[Scorecard], different: Sequence[Sequence[Difference]]) -> list[str]:
+    """Sentences about single models: verdicts, what to doubt, and what was asked differently."""
+    answered = [(printable(card.model.name), card.harness) for card in cards if card.harness]
+    return [
+        *(f"{name}: {harness.verdict.sentence}" for name, harness in answered if harness.verdict),
+        *(f"{name}, warning: {text}" for name, harness in answered for text in harness.warnings),
+        *(_note(difference) for of_one in different for difference in of_one),
+    ]
 
 
-def _name(name: str) -> str:
-    return " ".join(name.split())
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names)
+def _note(difference: Difference) -> str:
+    verdict = difference.where == (ALL_TASKS,)
+    where = "the verdict" if verdict else ", ".join(map(printable, difference.where))
+    return f"† {printable(difference.model)}, {where}: {difference.why}."

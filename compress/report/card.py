@@ -64,11 +64,16 @@ def render_card(lineage: Lineage, recipe: str) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     from compress.report.compare import newest_side_by_side
-    from compress.report.render import to_markdown
+    from compress.report.render import escaped, to_markdown
     from compress.report.scorecard import Scorecard
 
     cards = [Scorecard.model_validate_json(json.dumps(card)) for card in lineage.evaluations]
-    evaluation = to_markdown(newest_side_by_side(cards)) if cards else None
+    table = newest_side_by_side(cards) if cards else None
+    verdicts = [
+        (card.when, card.harness.verdict.sentence)
+        for card in (row.scorecard for row in (table.rows if table else []))
+        if card.harness and card.harness.verdict
+    ]
     environment = Environment(
         loader=PackageLoader("compress.report"),
         undefined=StrictUndefined,
@@ -79,7 +84,8 @@ def render_card(lineage: Lineage, recipe: str) -> str:
         metadata=yaml.safe_dump(_metadata(lineage), sort_keys=False, allow_unicode=True),
         lineage=lineage,
         recipe=recipe,
-        evaluation=evaluation,
+        evaluation=to_markdown(table) if table else None,
+        verdict=escaped(max(verdicts)[1]) if verdicts else None,
     )
 
 

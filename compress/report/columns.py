@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
@@ -31,7 +32,7 @@ class Column(NamedTuple):
     key: str
     title: str
     unit: str = ""
-    section: Literal["", "text", "task", "device", "speed", "made", "harness"] = ""
+    section: Literal["", "text", "task", "device", "speed", "energy", "made", "harness"] = ""
     group: str = ""
     better: int = 0
     timed: bool = False
@@ -72,9 +73,9 @@ QUALITY = (
     Column("latency", "latency", "seconds", "task", LABELLED, -1, timed=True),
 )
 VERDICT = (
-    Column("tasks_change", "change\n(points)", "", "harness", ALL_TASKS, 1),
-    Column("tasks_lost", "lost", "questions", "harness", ALL_TASKS),
-    Column("tasks_gained", "gained", "questions", "harness", ALL_TASKS),
+    Column("tasks_change", "score change\n(points)", "", "harness", ALL_TASKS, 1),
+    Column("tasks_lost", "answers\nlost", "questions", "harness", ALL_TASKS),
+    Column("tasks_gained", "answers\ngained", "questions", "harness", ALL_TASKS),
     Column("verdict", "verdict", "", "harness", ALL_TASKS),
     Column("tasks_matching", "matching\n(tasks)", "", "harness", ALL_TASKS, level="page"),
     Column("tasks_questions", "questions", "questions", "harness", ALL_TASKS, level="page"),
@@ -91,6 +92,7 @@ COST = (
     ),
     Column("prefill", "prefill", "tokens/s", "speed", SPEED, 1, timed=True),
     Column("decode", "decode", "tokens/s", "speed", SPEED, 1, timed=True),
+    Column("decode_energy", "energy of\na decode", "joules/token", "energy", SPEED, -1, timed=True),
     Column("kernel", "kernel", group=SOFTWARE),
     Column("loads_with", "loads with", group=SOFTWARE),
 )
@@ -116,6 +118,7 @@ def _of_task(task: str, results: Sequence[TaskResult]) -> list[Column]:
     return [
         column("score", "score", "fraction", "brief", 1),
         column("change", "change\n(points)", better=1),
+        column("flips", "flips", "fraction"),
         column("lost", "lost", "questions"),
         column("gained", "gained", "questions"),
         column("holm_p", "p (Holm)"),
@@ -152,10 +155,27 @@ def cells_of(card: Scorecard, dense: Scorecard | None, lineage: Lineage | None) 
             "peak_memory": measured.peak_memory,
             "added_memory": measured.added_memory,
             "peak_device_memory": measured.peak_device_memory,
-            "prefill": measured.prefill,
-            "decode": measured.decode,
+            "prefill": _with_spread(measured.prefill),
+            "decode": _with_spread(measured.decode),
+            "decode_energy": measured.decode_energy,
         }
     return cells | _of_labelled_examples(card, dense) | _of_tasks(card)
+
+
+def _with_spread(speed: Figure | None) -> Figure | None:
+    """A speed that shows how much it varies, or None: a single repetition may have had a busy machine."""
+    return speed if speed and speed.low is not None else None
+
+
+def printable(text: str) -> str:
+    """A name that comes from a file, on one line and without what would command a terminal or turn the text
+    around."""
+    harmless = (character for character in " ".join(text.split()) if character not in TURNS)
+    return "".join("�" if unicodedata.category(character) == "Cc" else character for character in harmless)
+
+
+TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""The characters that set the direction of the text after them."""
 
 
 def made_by(lineage: Lineage) -> str:
@@ -187,6 +207,8 @@ def _of_tasks(card: Scorecard) -> dict[str, Cell]:
     if harness is None:
         return {}
     cells: dict[str, Cell] = {}
+    if card.is_dense:
+        cells["tasks_change"] = Figure(value=0.0, unit="fraction")  # from itself, so it is known exactly
     for result in harness.tasks:
         cells |= {f"{result.task}.{name}": cell for name, cell in _of_result(result).items()}
     if verdict := harness.verdict:
@@ -210,6 +232,7 @@ def _of_result(result: TaskResult) -> dict[str, Cell]:
     return {
         "score": result.score,
         "change": result.change,
+        "flips": result.flips,
         "lost": _count(result.lost),
         "gained": _count(result.gained),
         "holm_p": result.holm_p,

@@ -19,7 +19,17 @@ from compress.report.choose import (
     read_scorecards,
     refuse_different_protocols,
 )
-from compress.report.columns import COST, MODEL, QUALITY, VERDICT, Cell, Column, cells_of, task_columns
+from compress.report.columns import (
+    COST,
+    MODEL,
+    QUALITY,
+    VERDICT,
+    Cell,
+    Column,
+    cells_of,
+    printable,
+    task_columns,
+)
 from compress.report.marks import Marks, marks
 from compress.report.scorecard import MISSING, Scorecard
 from compress.storage.lineage import Lineage
@@ -27,8 +37,8 @@ from compress.storage.lineage import Lineage
 __all__ = ["Column", "Comparison", "Row", "newest_side_by_side", "read_scorecards", "side_by_side"]
 
 BEST = (
-    "The best value of a column is marked (bold, or • where nothing can be bold), whether it is significantly "
-    "better or not; the dense model does not compete."
+    "The best value of a column is marked (bold, or • where nothing can be bold), whether it is "
+    "significantly better or not; the dense model does not compete."
 )
 
 
@@ -42,6 +52,11 @@ class Row:
     lineage: Lineage | None
 
     @property
+    def name(self) -> str:
+        """The name of the model, for people."""
+        return printable(self.scorecard.model.name)
+
+    @property
     def is_dense(self) -> bool:
         return self.scorecard.is_dense
 
@@ -50,7 +65,7 @@ class Row:
         cell = self.cells[column.key]
         if cell is None:
             return MISSING
-        return (cell if isinstance(cell, str) else cell.text) + self.marked(column).symbols
+        return (printable(cell) if isinstance(cell, str) else cell.text) + self.marked(column).symbols
 
     def marked(self, column: Column) -> Marks:
         """The marks of a cell."""
@@ -59,9 +74,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Models that can be compared, the dense model first, and the caption that explains the numbers."""
+    """Models that can be compared, the dense model first.
+
+    Attributes:
+        notes: sentences about single models: verdicts, warnings, and why cells are marked.
+        caption: sentences that explain the numbers.
+    """
 
     rows: list[Row]
+    notes: list[str]
     caption: list[str]
     columns: tuple[Column, ...]
 
@@ -106,15 +127,15 @@ def side_by_side(
     cards = sorted(scorecards, key=lambda card: not card.is_dense)
     dense = cards[0] if cards[0].is_dense else None
     made = [(lineages or {}).get(card.model.sha256) for card in cards]
-    columns = (*MODEL, *QUALITY, *task_columns(cards), *VERDICT, *COST)
+    columns = (*MODEL, *QUALITY, *VERDICT, *task_columns(cards), *COST)
     empty: dict[str, Cell] = dict.fromkeys(column.key for column in columns)
     cells = [empty | cells_of(card, dense, lineage) for card, lineage in zip(cards, made, strict=True)]
     different = differences(cards)
     marked = marks(cards, cells, columns, different, same_machine=len(machines_of(cards)) <= 1)
     rows = [Row(*each) for each in zip(cards, cells, marked, made, strict=True)]
     best = [BEST] if any(mark.best for row in rows for mark in row.marks.values()) else []
-    explained = [*caption(cards, dense), *best, *notes(cards, different)]
-    return Comparison(rows, explained, tuple(column for column in columns if _is_shown(column, rows)))
+    shown = tuple(column for column in columns if _is_shown(column, rows))
+    return Comparison(rows, notes(cards, different), [*caption(cards, dense), *best], shown)
 
 
 def newest_side_by_side(scorecards: Sequence[Scorecard]) -> Comparison:

@@ -63,7 +63,7 @@ def to_latex(comparison: Comparison) -> str:
         r"\end{tabular}}",
         r"\par\medskip",
         r"\begin{minipage}{\linewidth}\footnotesize",
-        *(rf"{escaped(line)}\par" for line in comparison.caption),
+        *(rf"{escaped(line)}\par" for line in [*comparison.notes, *comparison.caption]),
         r"\end{minipage}",
         r"\end{table*}",
     ]

@@ -1,4 +1,4 @@
-"""Render a comparison as one page with plots, table, bars and lineage, which fetches nothing from anywhere."""
+"""Render a comparison as one page with plots, table, bars and lineage, which fetches nothing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def to_html(comparison: Comparison) -> str:
     )
     templates = files("compress.report") / "templates"
     script, style = ((templates / name).read_text("utf-8") for name in ("compare.js", "compare.css"))
-    columns = comparison.full
+    columns, document = comparison.full, plotted(comparison)
     return environment.get_template("compare.html").render(
         comparison=comparison,
         columns=columns,
@@ -37,12 +37,13 @@ def to_html(comparison: Comparison) -> str:
         script=Markup(script),
         script_hash=b64encode(sha256(script.encode()).digest()).decode(),
         style=Markup(style),
-        data=Markup(embedded(plotted(comparison))),
+        plots=document["plots"],
+        data=Markup(embedded(document)),
     )
 
 
 def embedded(document: Any) -> str:
-    """JSON that cannot end the script element it stands in, nor begin another: its letters < > & are escaped."""
+    """JSON that cannot end the script element it stands in, nor begin another."""
     text = json.dumps(document, ensure_ascii=True, allow_nan=False)
     for letter in "<>&":
         text = text.replace(letter, f"\\u{ord(letter):04x}")
@@ -56,13 +57,12 @@ def plotted(comparison: Comparison) -> dict[str, Any]:
     """
     axes = [column for column in comparison.full if _is_axis(comparison, column)]
     return {
-        "models": [{"name": row.scorecard.model.name, "dense": row.is_dense} for row in comparison.rows],
+        "models": [{"name": row.name, "dense": row.is_dense} for row in comparison.rows],
         "axes": [
             {
                 "key": column.key,
-                "label": " ".join(column.heading.split()),
-                "group": column.group,
-                "task": column.task,
+                "group": column.group or "model",
+                "label": _label(column),
                 "better": column.better,
                 "figures": [_figure(row.cells[column.key]) for row in comparison.rows],
             }
@@ -76,6 +76,11 @@ def _is_axis(comparison: Comparison, column: Column) -> bool:
     """Whether there is something to plot; of a task, what says which model is better."""
     cells = [row.cells[column.key] for row in comparison.rows]
     return any(isinstance(cell, Figure) for cell in cells) and bool(column.better or not column.task)
+
+
+def _label(column: Column) -> str:
+    title = " ".join(column.heading.split())
+    return f"{column.group}: {title}" if column.section == "harness" else title
 
 
 def _figure(cell: object) -> dict[str, Any] | None:
@@ -137,8 +142,8 @@ def _bars(comparison: Comparison, column: Column) -> Bars:
 
 
 def _bar(number: int, row: Row, column: Column) -> Bar:
-    cell, name = row.cells[column.key], row.scorecard.model.name
+    cell = row.cells[column.key]
     if not isinstance(cell, Figure):
-        return Bar(number, name, row.text(column), None, 0, 0)
+        return Bar(number, row.name, row.text(column), None, 0, 0)
     low, high = (cell.value if end is None else end for end in (cell.low, cell.high))
-    return Bar(number, name, row.text(column), *(min(1, max(0, end)) for end in (cell.value, low, high)))
+    return Bar(number, row.name, row.text(column), *(min(1, max(0, end)) for end in (cell.value, low, high)))

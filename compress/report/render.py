@@ -8,6 +8,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import unknown
@@ -62,16 +64,7 @@ def print_table(comparison: Comparison, console: Console) -> None:
         # Names fold at a third of the width; 3 characters are padding and divider.
         return (min(longest, console.width // 3) if column == name else longest) + 3
 
-    groups: list[list[Column]] = []
-    left = 0
-    for column in others:
-        if width(column) > left:
-            groups.append([name])
-            left = console.width - width(name)
-        groups[-1].append(column)
-        left -= width(column)
-
-    for columns in groups:
+    for columns in _fitting(name, others, width, console.width):
         table = Table(box=_rules(), show_edge=False, header_style="bold", pad_edge=True)
         for column in columns:
             is_name = column == name
@@ -89,8 +82,31 @@ def print_table(comparison: Comparison, console: Console) -> None:
             )
         console.print(table)
         console.print()
-    for line in comparison.caption:
-        console.print(Padding(Text(line, style="dim"), (0, 1), expand=False))
+    for lines, style in ((comparison.notes, ""), (comparison.caption, "dim")):
+        for line in lines:
+            console.print(Padding(Text(line, style), (0, 1), expand=False))
+        if lines and style != "dim":
+            console.print()
+
+
+def _fitting(
+    name: Column, others: Sequence[Column], width: Callable[[Column], int], room: int
+) -> list[list[Column]]:
+    """The columns of each table: the name, and as many others as fit. A group that fits whole stays whole."""
+    tables: list[list[Column]] = []
+    left = 0
+    for _, members in groupby(others, lambda column: column.group):
+        group = list(members)
+        whole = sum(map(width, group))
+        if left < whole <= room - width(name):
+            left = 0
+        for column in group:
+            if width(column) > left:
+                tables.append([name])
+                left = room - width(name)
+            tables[-1].append(column)
+            left -= width(column)
+    return tables
 
 
 def _rules() -> Any:
@@ -99,13 +115,15 @@ def _rules() -> Any:
     return box.SIMPLE_HEAD
 
 
+def escaped(text: str) -> str:
+    """A text in one line of Markdown, as it stands."""
+    for special in "\\|*_`<[$~":
+        text = text.replace(special, f"\\{special}")
+    return " ".join(text.split())
+
+
 def to_markdown(comparison: Comparison) -> str:
     """The comparison as a Markdown table, with the caption as a list below."""
-
-    def escaped(text: str) -> str:
-        for special in "\\|*_`<[$~":
-            text = text.replace(special, f"\\{special}")
-        return " ".join(text.split())
 
     def cell(row: Row, column: Column) -> str:
         text = escaped(row.text(column))
@@ -118,7 +136,8 @@ def to_markdown(comparison: Comparison) -> str:
         *([cell(row, column) for column in columns] for row in comparison.rows),
     ]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return table + "\n\n" + "\n".join(f"- {escaped(line)}" for line in comparison.caption) + "\n"
+    below = "\n".join(f"- {escaped(line)}" for line in [*comparison.notes, *comparison.caption])
+    return f"{table}\n\n{below}\n"
 
 
 def to_csv(comparison: Comparison) -> str:
@@ -193,6 +212,10 @@ def _asked(row: Row, comparison: Comparison) -> dict[str, Any]:
     tasks = dict.fromkeys(column.task for column in comparison.columns if column.task)
     if not tasks:
         return {}
+
+    def different(task: str) -> bool:
+        return row.marks.get(f"{task}.score", Marks()).other
+
     return {
         **{name: getattr(protocol, name, None) for name in ("suite", "chat_template", "lm_eval")},
         **{
@@ -222,5 +245,5 @@ def to_json(comparison: Comparison) -> str:
         }
         for row in comparison.rows
     ]
-    document = {"schema_version": 1, "rows": rows, "caption": comparison.caption}
+    document = {"schema_version": 1, "rows": rows, "notes": comparison.notes, "caption": comparison.caption}
     return json.dumps(document, indent=2) + "\n"

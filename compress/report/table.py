@@ -56,4 +56,4 @@ def compare(*models: str | Path | Scorecard | Iterable[Scorecard]) -> Table:
             found += [Found(card, card.model.name) for card in cards]
     chosen = newest_of_each_model(found)
     table = side_by_side([card for card, _ in chosen], [file for _, file in chosen], lineages)
-    return Table(table.rows, table.caption, table.columns)
+    return Table(table.rows, table.notes, table.caption, table.columns)

@@ -59,7 +59,7 @@ function shown(number, digits) {
 function makePlot({ title, x, y }, index) {
   const figure = element(document.getElementById("plots"), "figure");
   element(figure, "h2", {}, title);
-  const chosen = { y: choice(figure, `y${index}`, "Up", y), x: choice(figure, `x${index}`, "Across", x) };
+  const chosen = { y: choice(figure, `y${index}`, "Vertical", y), x: choice(figure, `x${index}`, "Horizontal", x) };
   const canvas = element(figure, "svg", { role: "img" });
   const caption = element(figure, "figcaption");
   const legend = element(figure, "ul", { class: "legend" });
@@ -76,9 +76,8 @@ function choice(figure, id, label, key) {
   const select = element(element(figure, "label", {}, `${label}: `), "select", { id });
   const groups = new Map();
   axes.forEach((axis, index) => {
-    if (!groups.has(axis.group)) groups.set(axis.group, element(select, "optgroup", { label: axis.group || "model" }));
+    if (!groups.has(axis.group)) groups.set(axis.group, element(select, "optgroup", { label: axis.group }));
     const option = element(groups.get(axis.group), "option", { value: index }, axis.label);
-    if (axis.task) option.textContent = `${axis.task}: ${axis.label}`;
     option.selected = axis.key === key;
   });
   return select;
@@ -92,29 +91,29 @@ function draw(canvas, caption, legend, x, y) {
   canvas.replaceChildren();
   canvas.setAttribute("viewBox", `0 0 ${width} ${height}`);
   canvas.setAttribute("height", height);
-  canvas.setAttribute("aria-label", `${name(y)} against ${name(x)} of ${known.length} models. ${known.map(told).join("; ")}.`);
+  canvas.setAttribute("aria-label", `${y.label} against ${x.label} of ${known.length} model${known.length === 1 ? "" : "s"}. ${known.map(told).join("; ")}.`);
   legend.replaceChildren();
-  caption.textContent = explained(points, known, x, y);
+  const best = front(known, x, y);
+  caption.textContent = explained(points, known, best);
   if (!known.length) return;
   const box = { left: 58, right: width - 12, top: 12, bottom: height - 44 };
   const [across, up] = [scale(known.map((p) => p.x), box.left, box.right), scale(known.map((p) => p.y), box.bottom, box.top)];
   for (const point of known) { point.left = across.place(point.x.value); point.top = up.place(point.y.value); }
   drawAxes(canvas, box, across, up, x, y);
-  drawFront(canvas, known, x, y);
-  for (const point of known) drawPoint(canvas, point, across, up);
-  const hidden = drawLabels(canvas, known, box);
+  if (best.length > 1) element(canvas, "path", { class: "front", d: `M${best.map((p) => `${p.left} ${p.top}`).join("L")}` });
+  const lines = known.flatMap((point) => drawPoint(canvas, point, across, up));
+  const hidden = drawLabels(canvas, known, lines, box);
   for (const point of hidden) element(legend, "li", {}, `${point.number} ${point.name}`);
 }
 
-const name = (axis) => axis.group && axis.task ? `${axis.task}: ${axis.label}` : axis.label;
 const told = (point) => `${point.name}${point.dense ? " (dense)" : ""}: ${point.y.text} at ${point.x.text}`;
 
-function explained(points, known, x, y) {
+function explained(points, known, best) {
   const missing = points.filter((point) => !known.includes(point)).map((point) => point.name);
   return [
     "Bars are intervals.",
     known.some((point) => point.dense) ? "The hollow point is the dense model." : "",
-    x.better && y.better ? "The line joins the models that no other model beats in both." : "",
+    best.length > 1 ? "The line joins the models that no other model beats in both." : "",
     missing.length ? `Without a figure: ${missing.join(", ")}.` : "",
   ].filter(Boolean).join(" ");
 }
@@ -127,43 +126,50 @@ function drawAxes(canvas, box, across, up, x, y) {
     element(canvas, "path", { class: "grid", d: `M${box.left} ${up.place(at)}H${box.right}` });
     element(canvas, "text", { x: box.left - 6, y: up.place(at) + 4, "text-anchor": "end" }, text);
   }
-  const titled = (axis, drawn) => name(axis) + better(axis) + (drawn.logarithmic ? ", logarithmic" : "");
+  const titled = (axis, drawn) => axis.label + better(axis) + (drawn.logarithmic ? ", logarithmic" : "");
   element(canvas, "text", { x: (box.left + box.right) / 2, y: box.bottom + 36, "text-anchor": "middle" }, titled(x, across));
   element(canvas, "text", { transform: `translate(12 ${(box.top + box.bottom) / 2}) rotate(-90)`, "text-anchor": "middle" }, titled(y, up));
 }
 
 const better = (axis) => ({ 1: " (more is better)", "-1": " (less is better)" })[axis.better] ?? "";
 
-function drawFront(canvas, known, x, y) {
-  if (!x.better || !y.better) return;
+// The models that no other model beats in both, ordered along the horizontal axis.
+function front(known, x, y) {
+  if (!x.better || !y.better) return [];
   const ordered = [...known].sort((a, b) => x.better * (b.x.value - a.x.value) || y.better * (b.y.value - a.y.value));
-  const front = [];
+  const best = [];
   for (const point of ordered)
-    if (!front.length || y.better * point.y.value > y.better * front.at(-1).y.value) front.push(point);
-  if (front.length > 1) element(canvas, "path", { class: "front", d: `M${front.map((p) => `${p.left} ${p.top}`).join("L")}` });
+    if (!best.length || y.better * point.y.value > y.better * best.at(-1).y.value) best.push(point);
+  return best;
 }
 
 function drawPoint(canvas, point, across, up) {
   const group = element(canvas, "g", { class: point.dense ? "dense" : "" });
   element(group, "title", {}, `${told(point)}`);
-  const line = (d) => element(group, "path", { class: "interval", d });
-  if (point.x.low !== null) line(`M${across.place(point.x.low)} ${point.top}H${across.place(point.x.high)}`);
-  if (point.y.low !== null) line(`M${point.left} ${up.place(point.y.low)}V${up.place(point.y.high)}`);
+  const lines = [];
+  if (point.x.low !== null)
+    lines.push({ left: across.place(point.x.low), right: across.place(point.x.high), top: point.top, bottom: point.top });
+  if (point.y.low !== null)
+    lines.push({ left: point.left, right: point.left, top: up.place(point.y.high), bottom: up.place(point.y.low) });
+  for (const { left, right, top, bottom } of lines)
+    element(group, "path", { class: "interval", d: `M${left} ${bottom}L${right} ${top}` });
   element(group, "circle", { cx: point.left, cy: point.top, r: 5 });
+  return lines;
 }
 
 // Writes each model's name where it covers nothing, else its number. Returns the models to explain in a legend.
-function drawLabels(canvas, known, box) {
+function drawLabels(canvas, known, lines, box) {
   const taken = known.map(({ left, top }) => ({ left: left - 6, right: left + 6, top: top - 6, bottom: top + 6 }));
+  taken.push(...lines);
   const free = (area) => area.left >= box.left && area.right <= box.right && area.top >= 0 && area.bottom <= box.bottom
     && !taken.some((other) => area.left < other.right && other.left < area.right && area.top < other.bottom && other.top < area.bottom);
   const put = (point, text, last) => {
     const label = element(canvas, "text", { class: "label" }, text);
     const width = label.getComputedTextLength();
-    const places = [[9, 0], [-9 - width, 0], [-width / 2, -14], [-width / 2, 14], [6, -12], [6, 12], [-6 - width, -12], [-6 - width, 12]];
+    const places = [[9, 0], [-9 - width, 0], [6, -13], [6, 13], [-6 - width, -13], [-6 - width, 13], [-width / 2, -15], [-width / 2, 15]];
     for (const [dx, dy] of places) {
       const area = { left: point.left + dx, right: point.left + dx + width, top: point.top + dy - 7, bottom: point.top + dy + 7 };
-      if (!free(area)) continue;
+      if (!free(area) && !last) continue;
       label.setAttribute("x", area.left);
       label.setAttribute("y", point.top + dy + 4);
       taken.push(area);
@@ -174,7 +180,7 @@ function drawLabels(canvas, known, box) {
   };
   return known.filter((point) => {
     const short = point.name.length > 28 ? `${point.name.slice(0, 27)}…` : point.name;
-    return !put(point, short) && (put(point, String(point.number)), true);
+    return !put(point, short) && (put(point, String(point.number), true), true);
   });
 }
 

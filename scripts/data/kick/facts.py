@@ -37,16 +37,61 @@ class Fact:
 
 PLACES = {"city", "town", "provincial capital"}
 
-OCCUPATIONS = (
-    "composer painter poet philosopher physicist chemist mathematician actor architect explorer singer "
-    "astronomer economist sculptor dancer general inventor dramatist historian"
-).split()
+OCCUPATIONS = [
+    "composer",
+    "painter",
+    "poet",
+    "philosopher",
+    "physicist",
+    "chemist",
+    "mathematician",
+    "actor",
+    "architect",
+    "explorer",
+    "singer",
+    "astronomer",
+    "economist",
+    "sculptor",
+    "dancer",
+    "general",
+    "inventor",
+    "dramatist",
+    "historian",
+]
 
-KINDS = (
-    "bird fish insect tree snake dog horse monkey vegetable fruit beverage weapon garment disease metal "
-    "building furniture tool fabric game dance language color boat container emotion sport flower "
-    "gem vehicle rodent"
-).split()
+KINDS = [
+    "bird",
+    "fish",
+    "insect",
+    "tree",
+    "snake",
+    "dog",
+    "horse",
+    "monkey",
+    "vegetable",
+    "fruit",
+    "beverage",
+    "weapon",
+    "garment",
+    "disease",
+    "metal",
+    "building",
+    "furniture",
+    "tool",
+    "fabric",
+    "game",
+    "dance",
+    "language",
+    "color",
+    "boat",
+    "container",
+    "emotion",
+    "sport",
+    "flower",
+    "gem",
+    "vehicle",
+    "rodent",
+]
 """What things of everyday life are kinds of: nouns, each in its first meaning."""
 
 THINGS = {5, 6, 8, 13, 17, 20, 27}
@@ -168,7 +213,7 @@ def _people(wordnet: WordNet) -> Iterator[Fact]:
         if occupation not in person.definition or not people:
             continue
         number += 1
-        passage = f"{full} was {_article(person.definition)} {person.definition}."
+        passage = f"{full} was {article(person.definition)} {person.definition}."
         if number % 2:
             never = frozenset(other for other in OCCUPATIONS if other in person.gloss and other != occupation)
             yield Fact(
@@ -222,8 +267,8 @@ def _kinds(wordnet: WordNet) -> Iterator[Fact]:
             yield Fact(
                 "kind",
                 word,
-                f"What kind of thing is {_article(word)} {word}?",
-                f"{_article(word).capitalize()} {word} is a kind of",
+                f"What kind of thing is {article(word)} {word}?",
+                f"{article(word).capitalize()} {word} is a kind of",
                 (up[0],),
             )
 
@@ -277,5 +322,5 @@ def _alike(word: str, other: str) -> bool:
     return word[:4] == other[:4] or word in other or other in word or word[-4:] == other[-4:]
 
 
-def _article(text: str) -> str:
+def article(text: str) -> str:
     return "an" if text[:1].lower() in "aeiou" and not text.startswith(("Eu", "eu", "Uni", "uni")) else "a"

@@ -6,8 +6,9 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 
-from compress.calibration.text.corpora import factbook
 from kick.facts import Fact
+
+from compress.calibration.text.corpora import factbook
 
 WORDS = re.compile(r"[\w'-]+")
 

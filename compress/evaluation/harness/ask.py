@@ -257,13 +257,19 @@ def _write(file: Path, rows: Rows) -> None:
 @contextmanager
 def quietly() -> Iterator[None]:
     """lm-eval without its bars and prints, and without its list of every package and device per task."""
+    import datasets
     import lm_eval.api.task
     import lm_eval.evaluator
 
-    bars = partial(lm_eval.api.task.tqdm, disable=True)
-    with (
-        redirect_stdout(io.StringIO()),
-        mock.patch.object(lm_eval.api.task, "tqdm", bars),
-        mock.patch.object(lm_eval.evaluator, "add_env_info"),
-    ):
-        yield
+    bars, shown = partial(lm_eval.api.task.tqdm, disable=True), datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        with (
+            redirect_stdout(io.StringIO()),
+            mock.patch.object(lm_eval.api.task, "tqdm", bars),
+            mock.patch.object(lm_eval.evaluator, "add_env_info"),
+        ):
+            yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()

@@ -108,7 +108,9 @@ class Asked(HFLM):
 
     def _length(self, prompt: str, settings: Any = None) -> int:
         """Tokens of a prompt with its answer."""
-        answer = int(settings.get("max_gen_toks", self.max_gen_toks)) if isinstance(settings, dict) else 0
+        answer = 0
+        if isinstance(settings, dict):
+            answer = int(settings.get("max_gen_toks") or self.max_gen_toks)
         if answer >= self.max_length:
             raise BadInput(
                 f"An answer may have {answer} tokens, and the model takes only {self.max_length} with the "

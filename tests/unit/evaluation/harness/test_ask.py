@@ -90,7 +90,7 @@ def test_answers_do_not_depend_on_the_batch_size(
 ):
     wanted = Wanted(tuple(TASKS), (tasks,))
     usual = ask(subject(model), wanted)
-    monkeypatch.setenv("COMPRESS_MODEL_CACHE", str(tmp_path / "other"))
+    monkeypatch.setattr("compress.evaluation.harness.cache.cache_folder", lambda: tmp_path / "other")
     for answers, again in zip(
         usual, ask(subject(model), Wanted(tuple(TASKS), (tasks,), batch_size=size)), strict=True
     ):
@@ -168,7 +168,6 @@ def test_swapped_caches_are_of_no_use(
     model: Path, tasks: Path, tmp_path: Path, count: list[str], monkeypatch
 ):
     """Whatever lies in a model's folder of the cache, only its own answers are taken from it."""
-    monkeypatch.setenv("COMPRESS_MODEL_CACHE", str(tmp_path / "cache"))
     other = tmp_path / "other"
     execute(
         parse_recipe({"model": str(model), "steps": [{"method": "rtn", "bits": 2, "group_size": 32}]}), other
@@ -216,9 +215,9 @@ def test_no_network_is_tried(model: Path, tasks: Path, monkeypatch: pytest.Monke
     [
         (
             {},
-            [{**LINES[0], "label": 7}],
+            [LINES[0], {**LINES[0], "label": 7}],
             BadInput,
-            "Question 1 of the task 'broken' has the label 7, which is none",
+            "Question 2 of the task 'broken' has the label 7, which is none",
         ),
         (
             {},
@@ -252,7 +251,7 @@ def test_no_network_is_tried(model: Path, tasks: Path, monkeypatch: pytest.Monke
             BadInput,
             "no metric that scores each question between 0 and 1 and",
         ),
-        ({"process_results": "!"}, LINES, CompressError, "Asking the task 'broken' failed"),
+        ({}, [{**LINES[0], "label": 7}], BadInput, "the label of its first question"),
     ],
 )
 def test_a_task_that_does_not_work_gets_one_sentence(

@@ -205,8 +205,7 @@ EXAMPLES = {
         "The river flows to the south.",
     ),
     "one of": (
-        "Say whether a mountain is larger than a spoon. "
-        'Answer with "right" or "wrong" and nothing else.',
+        'Say whether a mountain is larger than a spoon. Answer with "right" or "wrong" and nothing else.',
         "right",
     ),
     "json": (

@@ -118,7 +118,12 @@ def _wrong(fact: Fact, dealer: Dealer, number: int) -> list[str]:
 
 
 def _asked(fact: Fact) -> dict[str, Any]:
-    return {"relation": fact.relation, "subject": fact.subject, "question": fact.question, "answers": list(fact.answers)}
+    return {
+        "relation": fact.relation,
+        "subject": fact.subject,
+        "question": fact.question,
+        "answers": list(fact.answers),
+    }
 
 
 def _with_examples(items: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -80,7 +80,9 @@ def test_without_a_script_the_table_is_complete():
     assert any("compress-model 9.8.7" in part for part in text)
 
 
-@given(st.recursive(st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8))
+@given(
+    st.recursive(st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
+)
 def test_embedded_json_reads_back_and_ends_no_element(document: object):
     text = embedded(document)
     assert json.loads(text) == document

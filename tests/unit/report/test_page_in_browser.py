@@ -141,7 +141,9 @@ def test_plots_place_models_by_the_axes_that_are_chosen(browser: Browser, page: 
     )
     browser.run(choose)
     label = browser.run("document.querySelector('svg').getAttribute('aria-label')")
-    assert label.startswith("kick_open: score (%) against size (MB) of 5 models. dense (dense): 60.0 ± 4.0 at 400.0;")
+    assert label.startswith(
+        "kick_open: score (%) against size (MB) of 5 models. dense (dense): 60.0 ± 4.0 at 400.0;"
+    )
     assert points(browser)[1][1] < points(browser)[0][1]  # the second model is the best in this task
     line = browser.run("document.querySelector('.front').getAttribute('d')")
     assert line.count("L") == 2 - 1 + line.count("L") - 1  # it joins at least two
@@ -230,9 +232,7 @@ def pixels(browser: Browser, picture: bytes) -> dict[str, float]:
     )
 
 
-@pytest.mark.parametrize(
-    ("dark", "paper", "accent"), [(False, "7,7,7", "0,3,7"), (True, "0,0,0", "3,5,7")]
-)
+@pytest.mark.parametrize(("dark", "paper", "accent"), [(False, "7,7,7", "0,3,7"), (True, "0,0,0", "3,5,7")])
 @pytest.mark.parametrize("width", [360, 1200])
 def test_screenshots_show_paper_and_plots(
     browser: Browser, page: Path, width: int, dark: bool, paper: str, accent: str

@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parent / "tasks"
 OFFLINE = (
     "kick_factoid",
     "kick_choice",
-    "kick_choice_letter",
+    "kick_choice_words",
     "kick_closed",
     "kick_open",
     "kick_summary",

@@ -17,11 +17,6 @@ def contains(answer: str, word: str) -> bool:
     return _has(answer, word)
 
 
-def avoids(answer: str, word: str) -> bool:
-    """It does not hold a word."""
-    return len(answer.split()) >= 3 and not _has(answer, word)
-
-
 def starts(answer: str, word: str) -> bool:
     """It begins with a word, in upper or lower case."""
     return re.match(rf"[\"'*]*{re.escape(word)}(?!\w)", answer, re.IGNORECASE) is not None
@@ -82,7 +77,6 @@ def json_keys(answer: str, keys: list[str]) -> bool:
 
 RULES: dict[str, Callable[..., bool]] = {
     "contains": contains,
-    "avoids": avoids,
     "starts": starts,
     "ends": ends,
     "upper": upper,

@@ -62,6 +62,22 @@ def letter(doc: Document, results: Sequence[str]) -> dict[str, float]:
     }
 
 
+def choice(doc: Document, results: Sequence[str]) -> dict[str, float]:
+    """One of four answers in words; ``doc["answer"]`` is the right one's number in ``doc["choices"]``.
+
+    ``contains`` takes the right answer inside a longer line, if no other one is there too; ``answered`` says
+    whether the line is one of the four.
+    """
+    said, choices = results[0], doc["choices"]
+    right = choices[int(doc["answer"])]
+    mentioned = [one for one in choices if contains(said, [one])]
+    return {
+        "exact_match": float(exact(said, [right])),
+        "contains": float(mentioned == [right]),
+        "answered": float(exact(said, choices)),
+    }
+
+
 def summary(doc: Document, results: Sequence[str]) -> dict[str, float]:
     """ROUGE F1 (1, 2 and L, words stemmed) of a summary with ``doc["summary"]``, at most ``doc["words"]`` long.
 

@@ -172,7 +172,7 @@ def _cities(wordnet: WordNet) -> Iterator[Fact]:
         if len(around) != 1:
             continue
         answers = _names(wordnet.synsets[around[0]])
-        told = any(answer in place.definition for answer in answers)
+        told = any(re.search(rf"\b{re.escape(answer)}\b", place.definition) for answer in answers)
         passage = f"{here} is {place.definition}{'' if told else f', in {answers[0]}'}."
         if around[0] in states:
             question = f"In which state of the United States is {here}?"

@@ -10,7 +10,7 @@ from kick.countries import held_out, name, neighbours
 from kick.facts import Fact, article
 from kick.sources import Sources
 
-EACH = 46
+EACH = 52
 """Items of each kind."""
 
 COUNTABLE = {5, 6, 17, 20}
@@ -26,7 +26,7 @@ Made = tuple[str, str, dict[str, Any], str]
 
 
 def instructions(sources: Sources, facts: list[Fact], seed: int) -> list[dict[str, Any]]:
-    """The items: an equal number of every kind, examples first, in an order drawn by ``seed``.
+    """The items: an equal number of every kind, in an order drawn by ``seed``.
 
     Args:
         sources: where the words and countries come from.
@@ -39,21 +39,23 @@ def instructions(sources: Sources, facts: list[Fact], seed: int) -> list[dict[st
     sentences = [
         f"{fact.statement} {fact.answers[0]}." for fact in facts if not fact.relation.startswith("word")
     ]
-    made = [_item(kind(chance, words, countries, sentences)) for kind in KINDS for _ in range(EACH)]
-    rest = list({item["instruction"]: item for item in made}.values())
-    chance.shuffle(rest)
-    examples = [{"split": "examples", **_item(example)} for example in EXAMPLES]
-    return examples + [{"split": "test", **item} for item in rest]
+    made = [_item(kind(chance, words, countries, sentences), chance) for kind in KINDS for _ in range(EACH)]
+    items = list({item["instruction"]: item for item in made}.values())
+    chance.shuffle(items)
+    return [{"split": "test", **item} for item in items]
 
 
-def _item(made: Made) -> dict[str, Any]:
+def _item(made: Made, chance: random.Random) -> dict[str, Any]:
     instruction, rule, arguments, answer = made
+    other = chance.choice([name for name in EXAMPLES if name != rule])
+    shown = [dict(zip(("instruction", "follows"), EXAMPLES[name])) for name in (other, rule)]
     return {
         "relation": rule,
         "instruction": instruction,
         "rule": rule,
         "arguments": arguments,
         "follows": answer,
+        "shown": shown,
     }
 
 
@@ -73,14 +75,6 @@ def _contains(chance: random.Random, words: list[str], countries: list[str], _: 
     return (
         f'Write one sentence about {country} that contains the word "{word}".',
         "contains", {"word": word}, f"In {country} I saw {article(word)} {word}.",
-    )  # fmt: skip
-
-
-def _avoids(chance: random.Random, words: list[str], *_: list[str]) -> Made:
-    word = chance.choice(words)
-    return (
-        f'Describe what this word means without using the word itself: "{word}".',
-        "avoids", {"word": word}, "It is something that many people know well.",
     )  # fmt: skip
 
 
@@ -163,31 +157,60 @@ def _json(chance: random.Random, words: list[str], *_: list[str]) -> Made:
     word, keys = chance.choice(words), chance.choice(KEYS)
     first, second = keys
     return (
-        f'Describe {article(word)} {word} as a JSON object with the keys "{first}" and "{second}", and write nothing else.',
+        f'Describe {article(word)} {word} as a JSON object with the keys "{first}" and "{second}", '
+        "and write nothing else.",
         "json", {"keys": keys}, f'{{"{first}": "{word}", "{second}": "any"}}',
     )  # fmt: skip
 
 
 KINDS: tuple[Callable[..., Made], ...] = (
-    _contains, _avoids, _starts, _ends, _upper, _lower, _quoted, _numbered, _bullets, _repeats, _one_of, _json,
+    _contains, _starts, _ends, _upper, _lower, _quoted, _numbered, _bullets, _repeats, _one_of, _json,
 )  # fmt: skip
 
-EXAMPLES: tuple[Made, ...] = (
-    (
+EXAMPLES = {
+    "contains": (
         'Write one sentence about Canada that contains the word "bridge".',
-        "contains", {"word": "bridge"}, "A long bridge joins Canada and the United States at Detroit.",
+        "A long bridge joins Canada and the United States at Detroit.",
     ),
-    (
+    "starts": (
+        'Write one sentence about a garden. Begin with the word "Tomorrow".',
+        "Tomorrow the garden will be full of flowers.",
+    ),
+    "ends": (
+        'Write one short sentence about a train. End it with the words "or so they say".',
+        "The train is always late, or so they say.",
+    ),
+    "upper": (
         "Write one short sentence about a kitchen. Use capital letters only.",
-        "upper", {}, "THE KITCHEN SMELLS OF FRESH BREAD.",
+        "THE KITCHEN SMELLS OF FRESH BREAD.",
     ),
-    (
-        "List 2 things that one can buy in Japan. Write each on its own line, numbered 1 to 2.",
-        "numbered", {"count": 2}, "1. A silk fan\n2. Green tea",
+    "lower": (
+        "Write one short sentence about a pencil. Use small letters only, no capitals.",
+        "my pencil is red and quite short.",
     ),
-    (
+    "quoted": (
+        "Write one short sentence about a candle. Put the whole sentence in double quotes.",
+        '"The candle burns all night."',
+    ),
+    "numbered": (
+        "List 3 things that one can buy in Japan. Write each on its own line, numbered 1 to 3.",
+        "1. A silk fan\n2. Green tea\n3. A paper lamp",
+    ),
+    "bullets": (
+        "List 3 things that one can see in Norway. Begin each line with a hyphen.",
+        "- Deep fjords\n- Wooden churches\n- Northern lights",
+    ),
+    "repeats": (
         "Repeat this sentence and write nothing else: The river flows to the south.",
-        "repeats", {"text": "The river flows to the south."}, "The river flows to the south.",
+        "The river flows to the south.",
     ),
-)  # fmt: skip
-"""Shown in prompts."""
+    "one of": (
+        'Say whether a mountain is larger than a spoon. Answer with "right" or "wrong" and nothing else.',
+        "right",
+    ),
+    "json": (
+        'Describe a carrot as a JSON object with the keys "name" and "taste", and write nothing else.',
+        '{"name": "carrot", "taste": "sweet"}',
+    ),
+}
+"""One item of each kind and an answer; prompts show that of the same kind, after another one."""

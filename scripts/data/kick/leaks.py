@@ -10,7 +10,7 @@ from kick.facts import Fact
 
 from compress.calibration.text.corpora import factbook
 
-WORDS = re.compile(r"[\w'-]+")
+WORDS = re.compile(r"\w+")
 
 
 def without(facts: Iterable[Fact]) -> list[Fact]:

@@ -29,7 +29,7 @@ MOST_ALIKE = 0.15
 
 EXAMPLES = 5
 CHOICES = 4
-SENTENCES = 6  # of an open-book passage: one with the answer, the others about others of its kind
+SENTENCES = 4  # of an open-book passage: one with the answer, the others about others of its kind
 
 
 class Dealer:
@@ -118,7 +118,12 @@ def _wrong(fact: Fact, dealer: Dealer, number: int) -> list[str]:
 
 
 def _asked(fact: Fact) -> dict[str, Any]:
-    return {"relation": fact.relation, "question": fact.question, "answers": list(fact.answers)}
+    return {
+        "relation": fact.relation,
+        "subject": fact.subject,
+        "question": fact.question,
+        "answers": list(fact.answers),
+    }
 
 
 def _with_examples(items: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from compress.commands.common import check_file, common_options, stdout
 @click.option(
     "--format",
     type=click.Choice(["table", "markdown", "latex", "csv", "json", "html"]),
-    help="Output format; html is one self-contained page with a plot. [default: table]",
+    help="Output format; html is one self-contained page with plots. [default: table]",
 )
 @click.option(
     "-o",
@@ -29,7 +29,7 @@ def compare(paths: tuple[str, ...], format: str | None, output: Path | None, as_
 
     Each argument is a model folder with evaluations in its compression.json, or a JSON file that
     'compress-model evaluate --json' wrote. The command refuses evaluations that were made in different ways:
-    on another text, or against another dense model.
+    on another text, or against another dense model. A task that was asked differently is marked.
     """
     from compress.report.render import print_table, render
 

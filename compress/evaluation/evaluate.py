@@ -31,6 +31,7 @@ from compress.evaluation.fidelity import FidelityAccumulator
 from compress.evaluation.foreign import Foreign, open_any
 from compress.evaluation.harness.cards import TEXT, Exam, wanted_of
 from compress.evaluation.harness.subject import Subject
+from compress.evaluation.margin import check_margin
 from compress.evaluation.measure import measure
 from compress.evaluation.task import TaskEvaluation
 from compress.evaluation.task_score import score
@@ -134,6 +135,7 @@ def evaluate(
         CompressError: text, model or the data of a task cannot be downloaded, lm-eval is needed and missing,
             or the model puts out NaN.
     """
+    check_margin(margin)
     how = {"fewshot": fewshot, "batch_size": batch_size, "chat_template": chat_template}
     wanted = wanted_of(suite, tasks, limit, include_path, **how)
     if wanted and task_file is not None:

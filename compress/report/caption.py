@@ -169,15 +169,15 @@ def _asked(tasks: Iterable[TaskAsked]) -> list[str]:
 
 def notes(cards: Sequence[Scorecard], different: Sequence[Sequence[Difference]]) -> list[str]:
     """Sentences about single models: verdicts, what to doubt, and what was asked differently."""
-    answered = [(printable(card.model.name), card.harness) for card in cards if card.harness]
-    return [
+    answered = [(card.model.name, card.harness) for card in cards if card.harness]
+    lines = [
         *(f"{name}: {harness.verdict.sentence}" for name, harness in answered if harness.verdict),
         *(f"{name}, warning: {text}" for name, harness in answered for text in harness.warnings),
         *(_note(difference) for of_one in different for difference in of_one),
     ]
+    return list(map(printable, lines))
 
 
 def _note(difference: Difference) -> str:
-    verdict = difference.where == (ALL_TASKS,)
-    where = "the verdict" if verdict else ", ".join(map(printable, difference.where))
-    return f"† {printable(difference.model)}, {where}: {difference.why}."
+    where = "the verdict" if difference.where == (ALL_TASKS,) else ", ".join(difference.where)
+    return f"† {difference.model}, {where}: {difference.why}."

@@ -90,7 +90,7 @@ class Comparison:
     def brief(self) -> tuple[Column, ...]:
         """The columns of tables for people: of every task the score only, and all scores in one group."""
         return tuple(
-            column._replace(title=column.task, group="score") if column.task else column
+            column._replace(title=printable(column.task), group="score") if column.task else column
             for column in self.columns
             if column.level == "brief"
         )

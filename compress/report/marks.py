@@ -72,8 +72,9 @@ def _stars(card: Scorecard) -> set[str]:
 
 
 def _others(columns: Sequence[Column], different: Sequence[Difference]) -> set[str]:
-    groups = {where for difference in different for where in difference.where}
-    return {column.key for column in columns if column.group in groups and column.section == "harness"}
+    places = {place for difference in different for place in difference.where}
+    tasks = [column for column in columns if column.section == "harness"]
+    return {column.key for column in tasks if (column.task or column.group) in places}
 
 
 def _winners(rivals: dict[int, float]) -> list[int]:

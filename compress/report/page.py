@@ -134,7 +134,7 @@ def _bars(comparison: Comparison, column: Column) -> Bars:
         if task.task == column.task
     ]
     return Bars(
-        column.task,
+        column.title,
         next((cell.value for cell in dense if isinstance(cell, Figure)), None),
         next((task.chance for task in asked if task.chance is not None), None),
         [_bar(number, row, column) for number, row in enumerate(comparison.rows, 1)],

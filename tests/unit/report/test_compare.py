@@ -6,9 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from datetime import UTC, datetime, timedelta
-from hashlib import sha256
-from html.parser import HTMLParser
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -18,88 +16,9 @@ from compress.commands.compare import compare as command
 from compress.errors import BadInput
 from compress.report.compare import newest_side_by_side, read_scorecards, side_by_side
 from compress.report.render import FORMATS, render
-from compress.report.scorecard import (
-    Cost,
-    Fidelity,
-    Figure,
-    Measurement,
-    ModelIdentity,
-    Protocol,
-    Scorecard,
-)
+from compress.report.scorecard import Scorecard
 from compress.report.table import compare
-
-WHEN = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
-HOSTILE = "a|<script>alert('x')</script> $x_1$ [bold] & \"b\""
-
-
-def identity(name: str) -> ModelIdentity:
-    return ModelIdentity(name=name, sha256=sha256(name.encode()).hexdigest())
-
-
-def card(
-    name: str = "dense", *, size: int = 400_000_000, measured: bool = True, day: int = 0, **changes
-) -> Scorecard:
-    """A scorecard; ``changes`` go into its protocol, or ``baseline`` into the card."""
-    baseline = identity(changes.pop("baseline", "dense"))
-    protocol = {
-        "text": "factbook",
-        "text_sha256": "0" * 64,
-        "context_tokens": 512,
-        "stride_tokens": 256,
-        "windows": 9,
-        "tokens_scored": 4599,
-        "compute_dtype": "float32",
-        "seed": 7,
-        "kernel": "torch",
-    }
-    nats = {"unit": "nats/token"}
-    return Scorecard(
-        model=identity(name),
-        baseline=baseline,
-        loads_with="transformers",
-        protocol=Protocol(**protocol | changes),
-        fidelity=Fidelity(
-            perplexity=Figure(value=13.66, low=13.06, high=14.27),
-            perplexity_ratio=Figure(value=1.0904, low=1.08, high=1.101),
-            kl_mean=Figure(value=0.121, low=0.115, high=0.127, **nats),
-            kl_standard_error=0.003,
-            kl_median=Figure(value=0.05, **nats),
-            kl_p99=Figure(value=0.9, **nats),
-            kl_max=Figure(value=3.5, **nats),
-            top1_agreement=Figure(value=0.862, low=0.858, high=0.866, unit="fraction"),
-            rms_delta_p=Figure(value=0.04, unit="fraction"),
-        ),
-        cost=Cost(
-            weight_bytes=size,
-            parameters=200_000_000,
-            measured=Measurement(
-                peak_resident_bytes=940_000_000,
-                baseline_resident_bytes=301_000_000,
-                prefill=Figure(value=812.3, low=796, high=820, unit="tokens/s", spread="interquartile range"),
-                prefill_tokens=512,
-                prefill_repetitions=5,
-                threads=2,
-                device="a processor",
-                kernel="reference",
-                storage_dtype="bfloat16",
-            )
-            if measured
-            else None,
-        ),
-        when=WHEN + timedelta(days=day),
-        versions={"torch": "2.13.0"},
-    )
-
-
-def write(path: Path, document: object) -> Path:
-    path.write_text(json.dumps(document))
-    return path
-
-
-def dumped(*cards: Scorecard) -> list[dict]:
-    return [one.model_dump(mode="json") for one in cards]
-
+from tests.unit.report.common import HOSTILE, WHEN, card, dumped, write
 
 def test_rows_have_dense_first_and_figures_as_stored():
     comparison = side_by_side(
@@ -278,37 +197,6 @@ def test_json_holds_the_scorecards():
     assert [Scorecard.model_validate(row["scorecard"]) for row in document["rows"]] == cards
     assert document["rows"][1]["cells"]["perplexity"]["high"] == 14.27
     assert [row["dense"] for row in document["rows"]] == [True, False]
-
-
-class Page(HTMLParser):
-    """Tags, attributes and text of a page."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.text: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data.strip())
-
-
-def test_the_page_is_self_contained_and_escaped():
-    text = render(side_by_side([card("dense"), card(HOSTILE, size=10**8)]), "html")
-    page = Page(text)
-    assert not {"link", "img", "iframe", "object"} & set(page.tags)
-    assert page.tags.count("script") == 2
-    assert not re.search(r"https?:(?!//www.w3.org/2000/svg)|@import|url\(", text)
-    assert not [
-        name for name, _ in page.attributes if name in ("src", "srcset", "action") or name.startswith("on")
-    ]
-    assert HOSTILE in page.text  # in the table, as it is
-    assert "prefers-color-scheme: dark" in text
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 300])

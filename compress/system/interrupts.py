@@ -18,7 +18,10 @@ from typing import Any, NoReturn
 
 from compress.system.streams import flush_or_close
 
-RESUMED = "run, prune and quantize go on from the last finished layer when given again"
+RESUMED = (
+    "run, prune and quantize go on from the last finished layer when given again, and evaluate from the last "
+    "answer"
+)
 
 SENTENCES = {
     signal.SIGINT: f"Error: Interrupted; {RESUMED}.",

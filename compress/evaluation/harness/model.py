@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from compress.errors import BadInput, CompressError
 from compress.evaluation.harness.cache import Requests
+from compress.evaluation.harness.prefix import Prefix
 
 MOST = {"cpu": (16, 2048), "cuda": (64, 16384)}
 """Rows and tokens of the largest batch; up to 16 rows decode natively."""
@@ -57,6 +58,7 @@ class Asked(HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self._requests, self._answered = requests, answered
         self._longest = 1
+        self._prefix: Prefix | None = None
         self._skips_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.cache_hook: Any = self
 
@@ -83,7 +85,16 @@ class Asked(HFLM):
         return self._with_remembered("loglikelihood_rolling", requests, one_by_one)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
-        return self._with_remembered("generate_until", requests, super().generate_until)
+        ask = super().generate_until
+
+        def with_prefix(requests: list[Any], **_: bool) -> list[Any]:
+            self._prefix = Prefix.of(self.model, [self.tok_encode(request.args[0]) for request in requests])
+            try:
+                return ask(requests, disable_tqdm=True)
+            finally:
+                self._prefix = None
+
+        return self._with_remembered("generate_until", requests, with_prefix)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
         """Generate; each row ends at the tokenizer's end of text, also where the model's settings name none.
@@ -95,6 +106,10 @@ class Asked(HFLM):
         ends = {*(own if isinstance(own, list) else [own]), self.eot_token_id} - {None}
         if ends:
             settings["eos_token_id"] = sorted(ends)
+        moved = self._prefix and self._prefix.put_first(context, settings["attention_mask"])
+        if moved:
+            context = moved.pop("input_ids")
+            settings |= moved
         with torch.inference_mode():
             return super()._model_generate(context, max_length, stop, **settings)
 

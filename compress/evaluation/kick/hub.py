@@ -13,6 +13,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datasets import Dataset
 
+TASKS = (
+    "kick_hub_factoid",
+    "mmlu",
+    "kick_hub_mmlu_letter",
+    "kick_hub_closed",
+    "kick_hub_open",
+    "kick_hub_summary_short",
+    "kick_hub_summary_medium",
+    "kick_hub_summary_long",
+    "kick_hub_instruct",
+    "kick_hub_turn_first",
+    "kick_hub_turn_second",
+)
+"""Members of the group ``kick_hub``."""
+
 CONTEXT = 3072
 """Characters of the open-book texts, as in the published script."""
 
@@ -38,7 +53,7 @@ def freebase(questions: Dataset) -> Dataset:
         names = [name for answer in first for name in answer["AnswersName"]]
         return {"question": row["RawQuestion"], "answers": names}
 
-    return _made(questions, [one(row) for row in questions], lambda row: row["answers"])
+    return _made(questions, [one(row) for row in questions], lambda row: row["answers"] and row["question"])
 
 
 def trivia(questions: Dataset) -> Dataset:
@@ -50,7 +65,7 @@ def trivia(questions: Dataset) -> Dataset:
         answers = list(dict.fromkeys([answer["value"], *answer["aliases"]]))
         return {"question": row["question"], "answers": answers, "passage": "\n".join(pages)[:CONTEXT]}
 
-    return _made(questions, [one(row) for row in questions], lambda row: row["answers"])
+    return _made(questions, [one(row) for row in questions], lambda row: row["answers"] and row["question"])
 
 
 def with_passage(questions: Dataset) -> Dataset:
@@ -104,7 +119,7 @@ def mmlu(**metadata: object) -> dict[str, Dataset]:
     for row in data["dev"]:
         shown[row["subject"]].append(row)
     rows = [{**row, "header": header(row["subject"], shown[row["subject"]])} for row in data["test"]]
-    return {"test": _made(data["test"], rows, lambda row: row["question"] + "".join(row["choices"]))}
+    return {"test": _made(data["test"], rows, lambda row: (row["subject"], row["question"], *row["choices"]))}
 
 
 def header(subject: str, examples: list[dict[str, Any]]) -> str:
@@ -150,5 +165,5 @@ def _made(old: Dataset, rows: list[dict[str, Any]], key: Any) -> Dataset:
     """A data set of the rows that have a key, each key once."""
     from datasets import Dataset
 
-    once = {str(key(row)) + row.get("question", ""): row for row in rows if key(row)}
+    once = {str(key(row)): row for row in rows if key(row)}
     return Dataset.from_list(list(once.values()))

@@ -10,7 +10,7 @@ from kick.countries import held_out, name, neighbours
 from kick.facts import Fact, article
 from kick.sources import Sources
 
-EACH = 48
+EACH = 52
 """Items of each kind."""
 
 COUNTABLE = {5, 6, 17, 20}

@@ -29,7 +29,7 @@ MOST_ALIKE = 0.15
 
 EXAMPLES = 5
 CHOICES = 4
-SENTENCES = 5  # of an open-book passage: one with the answer, the others about others of its kind
+SENTENCES = 4  # of an open-book passage: one with the answer, the others about others of its kind
 
 
 class Dealer:

@@ -19,6 +19,7 @@ from compress.errors import BadInput, CompressError
 from compress.evaluation.harness import ask as asking
 from compress.evaluation.harness import tasks as finding
 from compress.evaluation.harness.ask import Respondent, Wanted, ask
+from compress.evaluation.harness.prefix import Prefix
 from compress.evaluation.harness.subject import Subject
 from compress.pipeline.recipe import parse_recipe
 from compress.pipeline.run import execute
@@ -199,6 +200,15 @@ def test_packed_models_run_on_their_kernels(model: Path, tasks: Path, tmp_path: 
         assert (one.scores == other.scores).all()
     identities = [subject(folder, kernel=kernel).identity for kernel in ("auto", "reference")]
     assert identities[0] == identities[1] or identities[0]["kernel"] != identities[1]["kernel"]
+
+
+def test_a_shared_beginning_is_read_once(model: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch):
+    used = []
+    real = Prefix.put_first
+    monkeypatch.setattr(Prefix, "put_first", lambda *args: used.append(real(*args)) or used[-1])
+    ask(subject(model), Wanted(("say",), (tasks,), batch_size=4))
+    assert len(used) == len(LINES) // 4
+    assert all(used)
 
 
 def test_no_network_is_tried(model: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch):

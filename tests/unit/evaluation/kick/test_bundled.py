@@ -87,13 +87,13 @@ def test_the_right_choice_is_at_every_place() -> None:
 def test_passages_hold_the_answer_once_among_distractors() -> None:
     for item in items("retrieval"):
         assert any(mentions(item["passage"], answer) for answer in item["answers"]), item
-        assert item["passage"].count(".") >= 5, item
+        assert item["passage"].count(".") >= 4, item
 
 
 def test_stories_do_not_hold_their_summary() -> None:
     for item in items("summary"):
         assert item["summary"] not in item["story"]
-        assert 10 <= len(item["summary"].split()) <= item["words"]
+        assert 10 <= len(item["summary"].split()) <= 40
         assert 30 <= len(item["story"].split()) <= 160
 
 

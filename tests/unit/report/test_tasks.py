@@ -258,7 +258,7 @@ def test_six_tasks_and_the_verdict_take_two_tables_of_100_columns():
     lines = file.getvalue().splitlines()
     assert max(map(len, lines)) <= 100
     tables = [line for line in lines if line.startswith(" model")]
-    assert [line for line in lines if "50.0 ± 4.0*" in line][0].count("50.0 ± 4.0*") == 6
+    assert next(line for line in lines if "50.0 ± 4.0*" in line).count("50.0 ± 4.0*") == 6
     assert len(tables) <= 3
     assert any("undecided" in line and "−4.0 ± 1.0" in line for line in lines)
 

@@ -89,8 +89,8 @@ def _examples_caption(cards: list[Scorecard]) -> list[str]:
         f"Examples: {printable(protocol.file)} (sha256 {short(protocol.file_sha256)}), "
         f"{protocol.examples:,} for {task}{inputs}{cut}, at most {protocol.longest_tokens:,} tokens long, "
         f"scored in {protocol.compute_dtype}.",
-        f"{_dense(card)} Agreement is the share of predictions that are equal to its own; p is that of McNemar's exact two-sided test on the "
-        f"examples {RIGHT[task]} by only one of the two models.",
+        f"{_dense(card)} Agreement is the share of predictions that are equal to its own; p is that of "
+        f"McNemar's exact two-sided test on the examples {RIGHT[task]} by only one of the two models.",
         INTERVALS[task],
         "FLOPs (a multiplication with its addition counts as two) and latency are for one input of mean "
         f"length, {protocol.mean_tokens:,} tokens.",

@@ -103,8 +103,11 @@ def main() -> NoReturn:
 
 def _prepare() -> None:
     """Settle what the environment says and what the libraries under us read when they are imported."""
-    # Threads that wait by spinning lose whole time slices when anything else runs on this machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Threads that wait by spinning lose whole time slices when anything else runs on this machine, and those
+    # that sleep at once take long to wake up. GNU's can spin for some microseconds first.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     # A process that has imported torch and transformers looks for garbage for seconds before it ends.
     atexit.register(gc.freeze)
     if not {"-v", "--verbose"} & set(sys.argv):

@@ -105,6 +105,21 @@ def _rows(ctx: click.Context, parameter: click.Parameter, value: str) -> int | s
     "only).",
 )
 @click.option(
+    "--margin",
+    default="1pt",
+    show_default=True,
+    metavar="POINTS",
+    help="The loss over all questions that does not matter, in percentage points.",
+)
+@click.option(
+    "--gate",
+    "gates",
+    multiple=True,
+    metavar="GATE",
+    help="Exit with 1 unless this holds, such as kick:not-worse:1pt, kick_closed:matching, kl:below:0.05 or "
+    "perplexity:ratio:1.05; may be given several times.",
+)
+@click.option(
     "--json",
     "json_file",
     is_flag=False,
@@ -129,6 +144,8 @@ def evaluate(
     json_file: str | None,
     device: str,
     kernel: str,
+    margin: str,
+    gates: tuple[str, ...],
     **asking: Any,
 ) -> None:
     """Measure MODEL: perplexity, divergence from the dense model, bytes, memory, speed.
@@ -140,6 +157,7 @@ def evaluate(
     If compress-model wrote MODEL, the result is also added to its compression.json.
     """
     from compress.errors import BadInput
+    from compress.evaluation.gate import enforce, parse_margin, read_gates
     from compress.system.files import write_atomically
 
     if model is None:
@@ -158,6 +176,10 @@ def evaluate(
                 raise BadInput(
                     f"With --task-file no text is scored, so --{name} has no effect; leave it out."
                 )
+    named = [name for name in (tasks or "").split(",") if name]
+    suite = asking["suite"]
+    known = [suite, *SUITES[suite].tasks] if suite in SUITES else named
+    wanted = read_gates(gates, baseline, known, text=task_file is None)
     with progress_shown() as progress:
         scorecards = compress.evaluate(
             model,
@@ -171,13 +193,15 @@ def evaluate(
             memory=memory,
             device=device,
             kernel=kernel,
-            tasks=[name for name in (tasks or "").split(",") if name],
+            tasks=named,
+            margin=parse_margin(margin),
             progress=progress,
             **asking,
         )
     document = [card.model_dump(mode="json") for card in scorecards]
     if json_file == "-":
         print_json(document)
+        enforce(wanted, scorecards[-1])
         return
     if json_file is not None:
         import json
@@ -186,3 +210,5 @@ def evaluate(
     from compress.report.render import print_table
 
     print_table(compress.compare(scorecards), stdout())
+    for sentence in enforce(wanted, scorecards[-1]):
+        click.echo(sentence)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
+import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -28,6 +31,7 @@ from compress.evaluation.fidelity import FidelityAccumulator
 from compress.evaluation.foreign import Foreign, open_any
 from compress.evaluation.harness.cards import TEXT, Exam, wanted_of
 from compress.evaluation.harness.subject import Subject
+from compress.evaluation.margin import check_margin
 from compress.evaluation.measure import measure
 from compress.evaluation.task import TaskEvaluation
 from compress.evaluation.task_score import score
@@ -51,6 +55,9 @@ Progress = Callable[[str, float], None]
 
 CONTEXT = 512
 """Tokens in a window if the user does not say how many and the model has positions for so many."""
+
+TEXTS_KEPT = 3
+"""For so many texts the cache keeps what the dense model made of them."""
 
 PROTOCOLS = ("protocol", "task_protocol", "harness_protocol")
 """What two scorecards of one model must share for one to stand for the other."""
@@ -128,6 +135,7 @@ def evaluate(
         CompressError: text, model or the data of a task cannot be downloaded, lm-eval is needed and missing,
             or the model puts out NaN.
     """
+    check_margin(margin)
     how = {"fewshot": fewshot, "batch_size": batch_size, "chat_template": chat_template}
     wanted = wanted_of(suite, tasks, limit, include_path, **how)
     if wanted and task_file is not None:
@@ -145,17 +153,17 @@ def evaluate(
         if isinstance(checkpoint, Foreign):
             raise BadInput(f"'{model}' is not stored in blocks, so it has one size; leave out --memory.")
         checkpoint = prefix(checkpoint, steps_within(checkpoint, parse_memory(memory)))
+    same = dense.sha256 == checkpoint.sha256
     exam = None
     if wanted:
         subject = Subject(_name(dense_source), dense, device, kernel)
-        other = Subject(_name(source), checkpoint, device, kernel, memory)
-        same = dense.sha256 == checkpoint.sha256
-        exam = Exam.of(wanted, subject, subject if same else other, progress)
+        other = subject if same else Subject(_name(source), checkpoint, device, kernel, memory)
+        exam = Exam.of(wanted, subject, other, progress)
     with computing_on(device):
         if isinstance(checkpoint, Foreign) or isinstance(dense, Foreign):
-            log.warning(
-                "Text is not scored: %s", (checkpoint if isinstance(checkpoint, Foreign) else dense).why
-            )
+            foreign = checkpoint if isinstance(checkpoint, Foreign) else dense
+            assert isinstance(foreign, Foreign)
+            log.warning("No text is scored: %s", foreign.why)
             found = _Found({}, {}, {})
         elif task_file is None:
             found = _score_text(
@@ -184,7 +192,6 @@ def evaluate(
             versions=versions(),
         )
 
-    same = dense.sha256 == checkpoint.sha256
     known = None if same else _known(dense_source, dense_identity, found.dense)
     cards = [known or scorecard(dense_source, dense, found.dense)]
     if not same:
@@ -382,23 +389,32 @@ def last_hidden(model: StreamedModel, windows: Windows, label: str) -> torch.Ten
 
 
 def _cached_dense(model: StreamedModel, windows: Windows) -> torch.Tensor:
-    """Hidden states behind the dense model's last layer, float32 [N, S, D]; the cache keeps the latest."""
+    """Hidden states behind the dense model's last layer, float32 [N, S, D]; the cache keeps a few texts."""
     key = hashlib.sha256(
         f"{model.checkpoint.sha256} {windows.sha256} {torch.__version__}".encode()
     ).hexdigest()
     folder = cache_folder() / "dense-hidden"
     file = folder / f"{key[:32]}.safetensors"
     if file.exists():
+        os.utime(file)
         return load_file(file)["hidden"]
     hidden = last_hidden(model, windows, "scoring the dense model")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob("*.safetensors"):
-            old.unlink(missing_ok=True)
         write_tensors({"hidden": hidden}, file)
+        for old in sorted(folder.glob("*.safetensors"), key=_age)[TEXTS_KEPT:]:
+            old.unlink(missing_ok=True)
     except OSError as error:
         log.debug("The dense model's hidden states were not cached: %s", error)
     return hidden
+
+
+def _age(file: Path) -> float:
+    """Seconds since a file was used; one that another process has just removed is the oldest."""
+    try:
+        return time.time() - file.stat().st_mtime
+    except FileNotFoundError:
+        return math.inf
 
 
 def _check_not_calibrated_on(source: ModelSource, scored: Windows | TaskFile) -> None:

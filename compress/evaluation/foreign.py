@@ -64,7 +64,7 @@ class Foreign:
 
         settings: dict[str, Any] = {"dtype": dtype or "auto", "device_map": device}
         try:
-            model, found = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.folder,
                 trust_remote_code=False,
                 local_files_only=True,
@@ -74,9 +74,11 @@ class Foreign:
             )
         except Exception as error:  # of many types
             raise self._neither(error) from error
+        model, found = loaded
         if lacking := [*found["missing_keys"], *found["mismatched_keys"]]:
             raise self._neither(f"its files lack {len(lacking)} weights, such as '{lacking[0]}'")
-        return model.eval()
+        ready: PreTrainedModel = model.eval()
+        return ready
 
     def _neither(self, reason: object) -> BadInput:
         text = " ".join(str(reason).split())[:200].rstrip(".")

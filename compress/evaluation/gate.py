@@ -86,6 +86,24 @@ def _positive(text: str) -> bool:
     return re.fullmatch(r"\d+\.?\d*|\.\d+", text) is not None and float(text) > 0
 
 
+def read_gates(texts: Sequence[str], baseline: str | None, names: Iterable[str], *, text: bool) -> list[Gate]:
+    """The gates that texts describe, if they can be decided.
+
+    Args:
+        texts: what the user wrote.
+        baseline: the dense model, which they compare with.
+        names, text: as in `refuse_impossible`.
+
+    Raises:
+        BadInput: a text describes no gate, or one that cannot be decided.
+    """
+    gates = [parse_gate(each) for each in texts]
+    if gates and baseline is None:
+        raise BadInput("A gate compares a model with the dense one; name that with --baseline.")
+    refuse_impossible(gates, names, text=text)
+    return gates
+
+
 def refuse_impossible(gates: Sequence[Gate], names: Iterable[str], *, text: bool) -> None:
     """Refuse gates that look at something that will not be measured.
 

@@ -7,9 +7,11 @@ wrong, sums over d and d^2 hold the number of lost and of gained answers, which 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+from compress.errors import BadInput
 from compress.evaluation.statistics import CONFIDENCE
 from compress.report.scorecard import Figure
 
@@ -49,10 +51,11 @@ class Moments:
         """The moments whose mean and standard error these are."""
         return cls(questions, questions * mean, questions * (questions * standard_error**2 + mean**2))
 
-    def __add__(self, other: Moments) -> Moments:
-        return Moments(
-            self.questions + other.questions, self.total + other.total, self.squares + other.squares
-        )
+    @classmethod
+    def together(cls, tasks: Sequence[Moments]) -> Self:
+        """The moments of all questions of several tasks, to the last digit in whatever order they come."""
+        total, squares = math.fsum(task.total for task in tasks), math.fsum(task.squares for task in tasks)
+        return cls(sum(task.questions for task in tasks), total, squares)
 
     @property
     def mean(self) -> float:
@@ -85,15 +88,22 @@ def score_z(lost: float, gained: float, questions: int, loss: float) -> float:
     It is standard normal under the hypothesis and falls with ``loss``. Unlike the difference divided by its
     paired standard error it holds with few flips and none, where that standard error is 0. With ``loss`` 0 it
     is McNemar's (b - c) / sqrt(b + c). Source: Tango, "Equivalence test and confidence interval for the
-    difference in proportions for the paired-sample design", Statistics in Medicine 17 (1998), equation 10.
+    difference in proportions for the paired-sample design", Statistics in Medicine 17 (1998).
 
     Args:
         lost, gained: number of answers that only the dense, or only the other model gets right.
         questions: number of questions.
         loss: between -1 and 1.
     """
+    above = lost - gained - questions * loss
+    deviation = math.sqrt(questions * variance_at(lost, gained, questions, loss))
+    return above / deviation if deviation else math.copysign(math.inf, above) if above else 0.0
+
+
+def variance_at(lost: float, gained: float, questions: int, loss: float) -> float:
+    """The likeliest variance of a difference if P(lost) - P(gained) = ``loss``. Arguments as in `score_z`."""
     if loss < 0:
-        return -score_z(gained, lost, questions, -loss)
+        return variance_at(gained, lost, questions, -loss)
     # The likeliest share q of gained answers solves 2 N q^2 + linear q = gained loss (1 - loss).
     linear = (2 * questions - lost + gained) * loss - lost - gained
     root = math.sqrt(linear**2 + 8 * questions * gained * loss * (1 - loss))
@@ -101,9 +111,7 @@ def score_z(lost: float, gained: float, questions: int, loss: float) -> float:
     share = (
         (root - linear) / (4 * questions) if linear <= 0 else 2 * gained * loss * (1 - loss) / (root + linear)
     )
-    variance = questions * (2 * share + loss * (1 - loss))
-    above = lost - gained - questions * loss
-    return above / math.sqrt(variance) if variance else math.copysign(math.inf, above) if above else 0.0
+    return 2 * share + loss * (1 - loss)
 
 
 def not_worse_p(moments: Moments, margin: float) -> float:
@@ -142,6 +150,12 @@ def change(moments: Moments) -> Figure:
     )
 
 
+def check_margin(margin: float) -> None:
+    """Raise `BadInput` if ``margin`` is no share of all questions that may be lost."""
+    if not 0 < margin < 1:
+        raise BadInput(f"A margin of {margin:g} is not between 0 and 1; 0.01 is one point.")
+
+
 def needed(moments: Moments, margin: float, level_of_worse: float) -> int:
     """How many questions would decide if the loss and the share of flips are those seen here.
 
@@ -155,12 +169,12 @@ def needed(moments: Moments, margin: float, level_of_worse: float) -> int:
     """
     from statsmodels.stats.power import normal_sample_size_one_tail
 
-    loss = -moments.mean
-    # A loss of the margin takes that many flips, even if none were seen.
-    deviation = math.sqrt(max(moments.squares / moments.questions - loss**2, margin * (1 - margin)))
-    counts = [
-        float(normal_sample_size_one_tail(effect, POWER, level, deviation))
-        for effect, level in ((margin - loss, LEVEL), (loss, level_of_worse))
-        if effect > 0.1 * margin  # one of the two is at least half the margin
-    ]
+    loss, seen = -moments.mean, math.sqrt(moments.questions) * moments.standard_error
+
+    def count(null: float, level: float) -> float:
+        expected = math.sqrt(variance_at(moments.lost, moments.gained, moments.questions, null))
+        return float(normal_sample_size_one_tail(abs(loss - null), POWER, level, expected, seen))
+
+    counts = [count(margin, LEVEL)] if loss < margin else []
+    counts += [count(0.0, level_of_worse)] if loss > 0 else []
     return max(moments.questions + 1, math.ceil(min(counts)))

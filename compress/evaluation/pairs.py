@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from compress.errors import BadInput
-from compress.evaluation.margin import Moments, change
+from compress.evaluation.margin import Moments, change, check_margin
 from compress.evaluation.pooled import ENTRIES, RESAMPLES, holm, two_sided_p, ways
 from compress.evaluation.sanity import doubts, implausible
 from compress.evaluation.statistics import CONFIDENCE, wilson
@@ -37,9 +37,10 @@ def judge(dense: Sequence[Answers], model: Sequence[Answers], margin: float, see
         seed: of bootstraps and random signs.
 
     Raises:
-        BadInput: the two were not asked the same questions in the same way, or a score is not between 0 and
-            1.
+        BadInput: the two were not asked the same questions in the same way, or a score or the margin is not
+            between 0 and 1.
     """
+    check_margin(margin)
     pairs = _paired(dense, model)
     differences = [of_model.scores - of_dense.scores for of_dense, of_model in pairs]
     results = _with_holm([_compared(*pair, seed) for pair in pairs])

@@ -49,7 +49,7 @@ def ways(differences: Sequence[np.ndarray], seed: int) -> Ways:
     import numpy as np
     from scipy.stats import combine_pvalues
 
-    each = [less_p(task, seed) for task in differences]
+    each = sorted(less_p(task, seed) for task in differences)
     return Ways(
         pooled=less_p(np.concatenate(differences), seed),
         max_drop=_by_signs(differences, np.negative, seed),

@@ -58,7 +58,7 @@ def loss(results: Sequence[TaskResult], questions: Sequence[int], margin: float)
         margin: as in `Loss`.
     """
     moments = [_moments(*each) for each in zip(results, questions, strict=True)]
-    whole = sum(moments[1:], start=moments[0])
+    whole = Moments.together(moments)
     more = holm([worse_by_p(each, margin) for each in moments])
     broken = tuple(result.task for result, p in zip(results, more, strict=True) if p < LEVEL)
     return Loss(len(moments), whole, margin, not_worse_p(whole, margin), broken)

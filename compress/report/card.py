@@ -69,9 +69,11 @@ def render_card(lineage: Lineage, recipe: str) -> str:
 
     cards = [Scorecard.model_validate_json(json.dumps(card)) for card in lineage.evaluations]
     table = newest_side_by_side(cards) if cards else None
-    shown = [row.scorecard for row in table.rows] if table else []
-    judged = [card for card in shown if card.harness and card.harness.verdict]
-    newest = max(judged, key=lambda card: card.when, default=None)
+    verdicts = [
+        (card.when, card.harness.verdict.sentence)
+        for card in (row.scorecard for row in (table.rows if table else []))
+        if card.harness and card.harness.verdict
+    ]
     environment = Environment(
         loader=PackageLoader("compress.report"),
         undefined=StrictUndefined,
@@ -83,7 +85,7 @@ def render_card(lineage: Lineage, recipe: str) -> str:
         lineage=lineage,
         recipe=recipe,
         evaluation=to_markdown(table) if table else None,
-        verdict=escaped(newest.harness.verdict.sentence) if newest else None,
+        verdict=escaped(max(verdicts)[1]) if verdicts else None,
     )
 
 

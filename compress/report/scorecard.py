@@ -260,6 +260,7 @@ class HarnessProtocol(Document):
     seed: int
     lm_eval: str = Field(description="version of the harness")
     kernel: str = Field(description="the kernel of the low-bit layers")
+    compute_dtype: str | None = Field(None, description="dtype of activations, if it is known")
 
 
 class TaskResult(Document):

@@ -12,6 +12,7 @@ from torch import nn
 from compress.kernels.codes.weight import LowBitWeight
 from compress.kernels.cpu.layout import STRIP
 from compress.kernels.cpu.library import kernel_name, library
+from compress.kernels.cpu.pages import into_large_pages
 from compress.kernels.layers.absent import AbsentWeight
 from compress.kernels.ops import REFERENCE
 from compress.kernels.reference.ops import linear_by_rows, row_slices
@@ -194,6 +195,7 @@ class CodedLinear(LowBitLinear):
     def arrange(self) -> None:
         if not self.in_strips and self.device.type == "cpu" and library() is not None:
             self.in_strips = self.to_strips()
+            into_large_pages(*self.buffers())
 
     @property
     def kernel(self) -> str:

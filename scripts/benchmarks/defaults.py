@@ -16,6 +16,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ BROWN = {"source": "brown", "seed": 0}
 SAME = {**BROWN, "nsamples": 8, "seqlen": 512}
 """As many tokens as in the tables that compare the methods."""
 TEXTS = {"wikipedia_512": "wikipedia", "brown_512": "brown:heldout"}
+CONTEXT, WINDOWS = 512, 8  # tokens in a window, and windows, of each text
 TABLE = {"embedding_bits": 8}
 GRID = {"symmetric": False, **TABLE}
 
@@ -178,16 +180,10 @@ class Bench:
         output = self.folder / slug(json.dumps([choice.step, choice.calibration]))[:200]
         with self.locks[output]:  # rows that read different parts of one result make it once
             made = self.made(output, choice)
-        figures: dict[str, Any] = {}
-        for key, text in TEXTS.items():
-            card = self.card(output, text, choice.memory)
-            figures["size"] = {"value": card["cost"]["weight_bytes"], "unit": "bytes"}
-            figures |= {f"{key}.perplexity": card["fidelity"]["perplexity"]}
-            figures |= {f"{key}.kl": card["fidelity"]["kl_mean"]}
         return {
             "steps": [choice.step],
             "calibration": choice.calibration,
-            "figures": figures,
+            "figures": self.figures(output, choice.memory),
             "facts": {"device": self.device},
             "seconds": made["steps"][0]["seconds"],
             "peak_memory_bytes": made["steps"][0]["peak_memory_bytes"],
@@ -201,14 +197,33 @@ class Bench:
             command("run", recipe, "-o", output, "--device", self.device, "--quiet")
         return lineage(output)
 
-    def card(self, output: Path, text: str, memory: str | None) -> dict[str, Any]:
-        """The scorecard of a model on a text."""
-        file = output.with_name(f"{output.name[:180]}.{slug(f'{text} {memory}')}.json")
-        if not file.exists():
-            part = () if memory is None else ("--memory", memory)
-            scored = ("--text", text, "--windows", "8", "--device", self.device, "--json", file, "--quiet")
-            command("evaluate", output, "--baseline", self.dense, *scored, *part)
-        return json.loads(file.read_text())[-1]
+    def figures(self, output: Path, memory: str | None) -> dict[str, Any]:
+        """The size of a model, and its perplexity and divergence on both texts."""
+        from compress.engine.opening import open_checkpoint
+        from compress.evaluation.evaluate import compare_streams
+        from compress.storage.formats.stacks import prefix, steps_within
+        from compress.system.memory import parse_memory
+
+        model = open_checkpoint(output)
+        size = sum(Path(file).stat().st_size for file in {item.file for item in model.sources.values()})
+        if memory is not None:
+            model = prefix(model, steps_within(model, parse_memory(memory)))
+            size = model.nbytes
+        found: dict[str, Any] = {"size": {"value": size, "unit": "bytes"}}
+        for key, text in TEXTS.items():
+            dense = open_checkpoint(self.dense)
+            scored = compare_streams(dense, model, self.windows(text), self.device).fidelity()
+            found[f"{key}.perplexity"] = scored.perplexity.model_dump(mode="json")
+            found[f"{key}.kl"] = scored.kl_mean.model_dump(mode="json")
+        return found
+
+    @cache  # noqa: B019 - there is one bench
+    def windows(self, text: str) -> Any:
+        """What is scored of a text."""
+        from compress.calibration.text.windows import evaluation_windows
+        from compress.engine.tokenizer import load_tokenizer
+
+        return evaluation_windows(load_tokenizer(self.dense), text, CONTEXT, WINDOWS)
 
 
 def main() -> None:

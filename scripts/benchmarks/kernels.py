@@ -87,13 +87,16 @@ class Kernel:
 def pool(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
     """Copies of the tensors of one weight, `POOL` bytes in all.
 
-    They are parts of one allocation, as what the loop reads is, so that all have the same kind of pages.
+    They are parts of one allocation in large pages, as what the loop reads is.
     """
     import torch
 
+    from compress.kernels.cpu.pages import into_large_pages
+
     copies = -(-POOL // sum(tensor.nbytes for tensor in tensors))
-    repeated = (torch.stack([tensor] * copies).unbind() for tensor in tensors)
-    return list(zip(*repeated, strict=True))
+    repeated = [torch.stack([tensor] * copies) for tensor in tensors]
+    into_large_pages(*repeated)
+    return list(zip(*(tensor.unbind() for tensor in repeated), strict=True))
 
 
 def ours(out: int, width: int, input: torch.Tensor) -> Iterator[tuple[str, Kernel]]:
@@ -197,12 +200,15 @@ def timed(shape: str, rows: int, threads: int, seconds: float) -> dict[str, dict
     """The records of all kernels for one shape, number of rows and number of threads."""
     import torch
 
+    from compress.kernels.cpu.pages import into_large_pages
+
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     out, width = map(int, shape.split("x"))
     input = torch.randn(rows, width).bfloat16()
     kernels = {**dict(others(out, width, input)), **dict(ours(out, width, input))}
     buffer = torch.ones(POOL, dtype=torch.uint8)
+    into_large_pages(buffer)
     reading = []
     for kernel in kernels.values():
         kernel.take_turn(0)

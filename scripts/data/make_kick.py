@@ -20,7 +20,9 @@ from typing import Any
 
 from kick import leaks, questions
 from kick.facts import all_facts
+from kick.instructions import instructions
 from kick.sources import LICENCES, SHA256, read_sources
+from kick.summaries import stories
 
 OUTPUT = Path(__file__).resolve().parents[2] / "compress" / "evaluation" / "kick" / "data"
 VERSION = 1
@@ -49,6 +51,8 @@ def make(folder: Path) -> dict[str, bytes]:
         "factoid": questions.factoid(dealer),
         "choice": questions.choice(dealer),
         "retrieval": questions.retrieval(dealer),
+        "summary": stories(SEED),
+        "instruct": instructions(sources, facts, SEED),
     }
     files = {f"{task}.jsonl.gz": packed(task, items) for task, items in tasks.items()}
     return files | {"about.json": about(files, tasks)}

@@ -189,6 +189,7 @@ class Respondent:
         """What lm-eval logs about each question."""
         import torch
         from lm_eval.evaluator import simple_evaluate
+        from lm_eval.tasks import TaskManager
 
         asking = questions.asking
         seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
@@ -196,6 +197,7 @@ class Respondent:
             found: Any = simple_evaluate(
                 model=self._lm,
                 tasks=[questions.task],
+                task_manager=TaskManager(include_defaults=False),  # to look for no others
                 num_fewshot=asking.fewshot,
                 limit=asking.limit,
                 bootstrap_iters=0,
@@ -206,7 +208,8 @@ class Respondent:
             raise
         except torch.OutOfMemoryError as error:
             raise CompressError(
-                f"A batch of '{questions.name}' does not fit into the device's memory; give a smaller --batch-size."
+                f"A batch of '{questions.name}' does not fit into the device's memory; give a smaller "
+                "--batch-size."
             ) from error
         except Exception as error:  # of the task's own functions, too
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -254,13 +257,19 @@ def _write(file: Path, rows: Rows) -> None:
 @contextmanager
 def quietly() -> Iterator[None]:
     """lm-eval without its bars and prints, and without its list of every package and device per task."""
+    import datasets
     import lm_eval.api.task
     import lm_eval.evaluator
 
-    bars = partial(lm_eval.api.task.tqdm, disable=True)
-    with (
-        redirect_stdout(io.StringIO()),
-        mock.patch.object(lm_eval.api.task, "tqdm", bars),
-        mock.patch.object(lm_eval.evaluator, "add_env_info"),
-    ):
-        yield
+    bars, shown = partial(lm_eval.api.task.tqdm, disable=True), datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        with (
+            redirect_stdout(io.StringIO()),
+            mock.patch.object(lm_eval.api.task, "tqdm", bars),
+            mock.patch.object(lm_eval.evaluator, "add_env_info"),
+        ):
+            yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()

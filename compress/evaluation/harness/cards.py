@@ -113,5 +113,6 @@ class Exam:
             seed=self.wanted.seed,
             lm_eval=version("lm-eval"),
             kernel=subject.kernel_name,
+            compute_dtype=subject.dtype_name,
         )
         return {"harness_protocol": protocol, "harness": harness}

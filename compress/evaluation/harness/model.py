@@ -22,7 +22,7 @@ from compress.errors import BadInput, CompressError
 from compress.evaluation.harness.cache import Requests
 
 MOST = {"cpu": (16, 2048), "cuda": (64, 16384)}
-"""Rows and tokens of the largest batch. Up to 16 rows decode natively; with more tokens nothing gets faster."""
+"""Rows and tokens of the largest batch; up to 16 rows decode natively."""
 
 Tokens = tuple[int, ...]
 
@@ -108,7 +108,9 @@ class Asked(HFLM):
 
     def _length(self, prompt: str, settings: Any = None) -> int:
         """Tokens of a prompt with its answer."""
-        answer = int(settings.get("max_gen_toks", self.max_gen_toks)) if isinstance(settings, dict) else 0
+        answer = 0
+        if isinstance(settings, dict):
+            answer = int(settings.get("max_gen_toks") or self.max_gen_toks)
         if answer >= self.max_length:
             raise BadInput(
                 f"An answer may have {answer} tokens, and the model takes only {self.max_length} with the "
@@ -152,7 +154,8 @@ class Asked(HFLM):
         """What the model reads: all but the last token, cut off from the left where it is too long."""
         if len(request.continuation) > self.max_length:
             raise BadInput(
-                f"A continuation has {len(request.continuation)} tokens, and the model takes {self.max_length}."
+                f"A continuation has {len(request.continuation)} tokens, and the model takes only "
+                f"{self.max_length}."
             )
         whole = request.context + request.continuation
         return tuple(whole[-(self.max_length + 1) : -1])
@@ -189,7 +192,7 @@ class Asked(HFLM):
         return answer
 
     def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
-        """Rows of a batch of the current requests. lm-eval would try out what fits, on a CPU until it ends."""
+        """Rows of a batch of the current requests, where lm-eval would try how many fit."""
         return self._most_rows(self._longest)
 
     def _most_rows(self, tokens: int) -> int:

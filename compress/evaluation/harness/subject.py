@@ -13,7 +13,7 @@ from compress.engine.loading import load
 from compress.evaluation.foreign import Foreign
 from compress.evaluation.harness.cache import digest
 from compress.kernels.ops import REFERENCE, backend_of
-from compress.storage.checkpoint import Checkpoint
+from compress.storage.checkpoint import Checkpoint, read_config
 from compress.storage.formats.stacks import STACKS
 from compress.system.files import file_sha256
 
@@ -53,6 +53,13 @@ class Subject:
     def computes_in(self) -> str | None:
         """The dtype of activations; None if it is the stored one."""
         return self.dtype or ("float32" if torch.device(self.device).type == "cpu" else None)
+
+    @property
+    def dtype_name(self) -> str | None:
+        """The dtype of activations, as scorecards name it; None if config.json does not say it."""
+        config = read_config(self.folder)
+        stored = config.get("dtype") or config.get("torch_dtype")
+        return self.computes_in or (str(stored) if stored else None)
 
     @cached_property
     def identity(self) -> dict[str, Any]:

@@ -213,7 +213,10 @@ def _why(name: str, error: Exception) -> Exception:
             f"The data of the task '{name}' cannot be fetched ({reason}); check the connection and "
             "HF_HUB_OFFLINE, or name a task whose data are on this machine."
         )
-    return BadInput(f"The task '{name}' cannot be set up ({reason}); look at its file.")
+    advice = "look at its file."
+    if isinstance(error, IndexError):
+        advice = "is the label of its first question none of its choices?"
+    return BadInput(f"The task '{name}' cannot be set up ({reason}); {advice}")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

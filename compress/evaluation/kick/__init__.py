@@ -14,7 +14,15 @@ from types import MappingProxyType
 FOLDER = Path(__file__).parent / "tasks"
 """The include path for lm-eval's ``TaskManager``."""
 
-OFFLINE = ("kick_factoid", "kick_choice", "kick_closed", "kick_open")
+OFFLINE = (
+    "kick_factoid",
+    "kick_choice",
+    "kick_choice_words",
+    "kick_closed",
+    "kick_open",
+    "kick_summary",
+    "kick_instruct",
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ SUITES: Mapping[str, Suite] = MappingProxyType(
     {
         "quick": Suite(OFFLINE, limit=40),
         "kick": Suite(OFFLINE),
+        "kick-hub": Suite(("kick_hub",)),
     }
 )
 """By the name that ``--suite`` takes."""

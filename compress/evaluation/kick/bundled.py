@@ -32,8 +32,14 @@ def load(*, questions: str, **metadata: object) -> dict[str, Dataset]:
 
     splits: dict[str, list[dict[str, Any]]] = {"test": [], "examples": []}
     for item in items(questions):
-        splits[item.pop("split")].append(item)
+        split = item.pop("split")
+        splits[split].append({name: _flat(value) for name, value in item.items()})
     return {split: Dataset.from_list(rows) for split, rows in splits.items() if rows}
+
+
+def _flat(value: Any) -> Any:
+    """A value that a column of a table holds: the arguments of rules differ, so they are JSON."""
+    return json.dumps(value) if isinstance(value, dict) else value
 
 
 def _file(name: str) -> bytes:

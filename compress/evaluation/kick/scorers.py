@@ -8,11 +8,14 @@ published scripts of LLM-KICK would have said, with their defects; it is there t
 
 from __future__ import annotations
 
+import json
 import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+from compress.evaluation.kick.instructions import follows, follows_loosely
 
 Document = dict[str, Any]
 
@@ -42,6 +45,77 @@ def retrieval(doc: Document, results: Sequence[str]) -> dict[str, float]:
     legacy = any(line in normalised(answer) or normalised(answer) in line for answer in answers)
     f1 = max(word_f1(first_line(said), answer) for answer in answers)
     return {**_short(said, answers), "f1": f1, "legacy": float(legacy)}
+
+
+def letter(doc: Document, results: Sequence[str]) -> dict[str, float]:
+    """A letter that names one of four answers; ``doc["answer"]`` is the right one's number.
+
+    ``answered`` says whether the completion begins with a letter at all. ``legacy`` compares the last
+    character of the completion, whatever stands before it.
+    """
+    right, said = "ABCD"[int(doc["answer"])], results[0].strip()
+    chosen = re.match(r"\(?([A-D])(?!\w)", said)
+    return {
+        "exact_match": float(bool(chosen) and chosen[1] == right),
+        "answered": float(bool(chosen)),
+        "legacy": float(said[-1:] == right),
+    }
+
+
+def choice(doc: Document, results: Sequence[str]) -> dict[str, float]:
+    """One of four answers in words; ``doc["answer"]`` is the right one's number in ``doc["choices"]``.
+
+    ``contains`` takes the right answer inside a longer line, if no other one is there too; ``answered`` says
+    whether the line is one of the four.
+    """
+    said, choices = results[0], doc["choices"]
+    right = choices[int(doc["answer"])]
+    mentioned = [one for one in choices if contains(said, [one])]
+    return {
+        "exact_match": float(exact(said, [right])),
+        "contains": float(mentioned == [right]),
+        "answered": float(exact(said, choices)),
+    }
+
+
+def summary(doc: Document, results: Sequence[str]) -> dict[str, float]:
+    """ROUGE F1 (1, 2 and L, words stemmed) of a summary with ``doc["summary"]``, at most ``doc["words"]`` long.
+
+    ``obeys`` says whether it is not empty and short enough, ``distinct`` which share of its sequences of
+    three words occur once (1 for shorter texts): compressed models repeat themselves.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    said = results[0].strip()
+    found = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(doc["summary"], said)
+    rouge = {kind: float(score.fmeasure) for kind, score in found.items()}
+    return {**rouge, "obeys": float(0 < len(said.split()) < doc["words"]), "distinct": distinct(said)}
+
+
+def instruction(doc: Document, results: Sequence[str]) -> dict[str, float]:
+    """Whether an answer follows ``doc["rule"]`` with ``doc["arguments"]`` (JSON), strictly and loosely."""
+    arguments = json.loads(doc["arguments"])
+    return {
+        "follows": float(follows(results[0], doc["rule"], arguments)),
+        "loosely": float(follows_loosely(results[0], doc["rule"], arguments)),
+        "distinct": distinct(results[0]),
+    }
+
+
+def open_ended(doc: Document, results: Sequence[str]) -> dict[str, float]:
+    """What can be said of an answer without knowing whether it is good: that needs a judge.
+
+    ``sound`` is 1 for an answer that is not empty and does not repeat itself (`distinct` of at least a half).
+    """
+    said = results[0].strip()
+    return {"sound": float(bool(said) and distinct(said) >= 0.5), "distinct": distinct(said)}
+
+
+def distinct(text: str) -> float:
+    """Share of the sequences of three words that are different ones; 0 for no word, 1 for one or two."""
+    words = text.lower().split()
+    threes = list(zip(words, words[1:], words[2:], strict=False))
+    return len(set(threes)) / len(threes) if threes else float(bool(words))
 
 
 def first_line(text: str) -> str:

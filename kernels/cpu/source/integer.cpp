@@ -177,7 +177,7 @@ void multiply_strip(const Linear& linear, const Levels& levels, const Block* blo
 #pragma GCC unroll 8
         for (int line = 0; line < BYTES / 64; line++) {
           chunk[line] = in_register(load<Words>(from + 64 * line));
-          if (v == 0) __builtin_prefetch(from + AHEAD + 64 * line);
+          if (v == 0 && fetched_ahead(BITS, L)) __builtin_prefetch(from + AHEAD + 64 * line);
         }
 #pragma GCC unroll 8
         for (int at = 0; at < CHUNK / 4; at++) {

@@ -10,6 +10,11 @@ namespace compress {
 constexpr int STRIP = 16;  // rows
 constexpr int TILE = 4;    // most rows of activations that are multiplied at once
 constexpr int AHEAD = 4096;  // bytes that codes are fetched before they are needed
+
+// Whether codes are fetched before they are needed. Processors see for themselves that memory is read from one end to
+// the other, unless so much is done with each line that they lose the thread; else fetching is in their way.
+constexpr bool fetched_ahead(int bits, int levels) { return bits <= 3 || levels > 1; }
+
 constexpr float SMALLEST_SCALE = 1e-30f;  // of activations: the inverse of a smaller one overflows; they count as 0
 
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }

@@ -11,7 +11,9 @@ from make_factbook import name as country_name
 
 def held_out(factbook: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """The countries of ``bundled:evaluation``, which no model is calibrated on by default."""
-    return [country for code, country in factbook.items() if split(code) == "evaluation" and code not in NAMES]
+    return [
+        country for code, country in factbook.items() if split(code) == "evaluation" and code not in NAMES
+    ]
 
 
 def name(country: dict[str, Any]) -> str:

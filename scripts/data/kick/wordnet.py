@@ -108,7 +108,9 @@ def _synsets(text: str, part: str) -> Iterator[Synset]:
         data, _, gloss = line.partition(" | ")
         fields = data.split()
         number = int(fields[3], 16)
-        words = tuple(re.sub(r"\(.*\)$", "", word).replace("_", " ") for word in fields[4 : 4 + 2 * number : 2])
+        words = tuple(
+            re.sub(r"\(.*\)$", "", word).replace("_", " ") for word in fields[4 : 4 + 2 * number : 2]
+        )
         start = 5 + 2 * number
         pointers = tuple(
             (sign, ("a" if to == "s" else to, int(offset)), int(places[:2], 16), int(places[2:], 16))

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
+import yaml
 
 from compress.errors import BadInput, CompressError
 from compress.evaluation.gate import check, enforce, parse_gate, parse_margin, refuse_impossible
@@ -183,3 +187,13 @@ def test_gates_on_what_was_not_measured_are_refused_after_it():
         check(parse_gate("kl:below:0.05"), card)
     with pytest.raises(BadInput, match="no suite or task for a gate 'arc'"):
         check(parse_gate("arc:matching"), card)
+
+
+def test_the_gates_and_the_job_of_the_how_to():
+    text = (Path(__file__).resolve().parents[3] / "docs" / "how-to" / "gate-in-ci.md").read_text(
+        encoding="utf-8"
+    )
+    gates = re.findall(r"--gate (\S+:\S+)", text) + re.findall(r"^\| `(\S+:\S+)`", text, flags=re.M)
+    assert len([parse_gate(each) for each in gates]) >= 8
+    job = yaml.safe_load(re.search(r"```yml\n(.*?)```", text, flags=re.S)[1])["jobs"]["quality"]
+    assert any("compress-model evaluate small" in step.get("run", "") for step in job["steps"])

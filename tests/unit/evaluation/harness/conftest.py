@@ -72,7 +72,7 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    monkeypatch.setenv("COMPRESS_MODEL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("compress.evaluation.harness.cache.cache_folder", lambda: tmp_path / "cache")
     folder = tmp_path / "tasks"
     folder.mkdir()
     for name, settings in TASKS.items():

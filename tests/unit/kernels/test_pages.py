@@ -1,0 +1,50 @@
+"""Large pages: the bytes stay as they are, and the system says that they lie in large pages."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from compress.kernels.cpu import pages
+from compress.kernels.cpu.pages import PAGE, into_large_pages
+
+
+def large_bytes(address: int) -> int:
+    """Bytes in large pages of the mapping that an address belongs to."""
+    for mapping in re.split(r"\n(?=[0-9a-f]+-)", Path("/proc/self/smaps").read_text()):
+        start, end = (int(end, 16) for end in mapping.split(" ", 1)[0].split("-"))
+        if start <= address < end:
+            return int(re.search(r"AnonHugePages:\s*(\d+)", mapping)[1]) << 10
+    raise AssertionError("no such mapping")
+
+
+def test_the_bytes_stay_as_they_are() -> None:
+    small, large = torch.arange(1000), torch.arange(1 << 20)
+    into_large_pages(None, small, large, torch.empty(0), small[3:7])
+    assert torch.equal(small, torch.arange(1000))
+    assert torch.equal(large, torch.arange(1 << 20))
+
+
+def test_they_lie_in_large_pages() -> None:
+    tensor = torch.ones(8 * PAGE, dtype=torch.uint8)
+    advise = pages._advise()
+    inside = -(-tensor.data_ptr() // PAGE) * PAGE
+    if advise is None or advise(inside, PAGE, pages.MADV_COLLAPSE):
+        pytest.skip("This system gives no large pages.")
+    into_large_pages(tensor)
+    assert large_bytes(inside) >= 7 * PAGE
+
+
+def test_where_the_system_has_none_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "_advise", lambda: None)
+    into_large_pages(torch.ones(3))
+    monkeypatch.setattr(pages, "_advise", lambda: lambda *_: -1)
+    into_large_pages(torch.ones(3))
+
+
+def test_no_memory_of_a_gpu_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(pages, "_advise", lambda: lambda *given: calls.append(given))
+    into_large_pages(torch.empty(5, device="meta"))
+    assert not calls

@@ -26,8 +26,8 @@ def _text_caption(cards: list[Scorecard]) -> list[str]:
     scored, protocol = next(((card, card.protocol) for card in cards if card.protocol), (None, None))
     if scored and protocol:
         lines.append(
-            f"Text: {printable(protocol.text)} (sha256 {short(protocol.text_sha256)}), {protocol.windows:,} windows of "
-            f"{protocol.context_tokens:,} tokens with stride {protocol.stride_tokens:,}; "
+            f"Text: {printable(protocol.text)} (sha256 {short(protocol.text_sha256)}), {protocol.windows:,} "
+            f"windows of {protocol.context_tokens:,} tokens with stride {protocol.stride_tokens:,}; "
             f"{protocol.tokens_scored:,} tokens were scored in {protocol.compute_dtype}, with seed "
             f"{protocol.seed}."
         )
@@ -86,12 +86,11 @@ def _examples_caption(cards: list[Scorecard]) -> list[str]:
     cut = f", {protocol.cut:,} of them cut off" if protocol.cut else ""
     inputs = f" in {protocol.inputs:,} inputs" if protocol.inputs != protocol.examples else ""
     return [
-        f"Examples: {printable(protocol.file)} (sha256 {short(protocol.file_sha256)}), {protocol.examples:,} for "
-        f"{task}{inputs}{cut}, at most {protocol.longest_tokens:,} tokens long, scored in "
-        f"{protocol.compute_dtype}.",
-        f"{_dense(card)} Agreement is the "
-        "share of predictions that are equal to its own; p is that of McNemar's exact two-sided test on the "
-        f"examples {RIGHT[task]} by only one of the two models.",
+        f"Examples: {printable(protocol.file)} (sha256 {short(protocol.file_sha256)}), "
+        f"{protocol.examples:,} for {task}{inputs}{cut}, at most {protocol.longest_tokens:,} tokens long, "
+        f"scored in {protocol.compute_dtype}.",
+        f"{_dense(card)} Agreement is the share of predictions that are equal to its own; p is that of "
+        f"McNemar's exact two-sided test on the examples {RIGHT[task]} by only one of the two models.",
         INTERVALS[task],
         "FLOPs (a multiplication with its addition counts as two) and latency are for one input of mean "
         f"length, {protocol.mean_tokens:,} tokens.",

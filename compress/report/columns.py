@@ -107,7 +107,9 @@ def task_columns(cards: Iterable[Scorecard]) -> list[Column]:
 
 def _of_task(task: str, results: Sequence[TaskResult]) -> list[Column]:
     def column(name: str, title: str, unit: str = "", level: Level = "page", better: int = 0) -> Column:
-        return Column(f"{task}.{name}", title, unit, "harness", printable(task), better, level=level, task=task)
+        return Column(
+            f"{task}.{name}", title, unit, "harness", printable(task), better, level=level, task=task
+        )
 
     units = {
         name: figure.unit

@@ -26,6 +26,7 @@ def to_html(comparison: Comparison) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["json"] = lambda value: json.dumps(value, ensure_ascii=False)
     templates = files("compress.report") / "templates"
     script, style = ((templates / name).read_text("utf-8") for name in ("compare.js", "compare.css"))
     columns, document = comparison.full, plotted(comparison)

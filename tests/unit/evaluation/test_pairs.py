@@ -160,6 +160,15 @@ def test_a_broken_task_is_not_outvoted():
     assert "and broken loses more than 1 point" in found.sentence
 
 
+def test_two_lost_answers_break_no_task():
+    """Of models that lose 1 % of all answers, 6 % lose two or more of 40."""
+    dense, model = flips(40, 2, 0)
+    found = judge([answers(dense)], [answers(model)], MARGIN, seed=0).verdict
+    assert (found.kind, found.broken) == ("undecided", ())
+    dense, model = flips(40, 12, 0)
+    assert judge([answers(dense)], [answers(model)], MARGIN, seed=0).verdict.broken == ("kick_factoid",)
+
+
 def test_a_margin_is_what_it_says():
     dense, model = flips(3000, 150, 100)  # loses 1.7 points, with an error of 0.5
     kinds = [

@@ -8,9 +8,11 @@ import shutil
 import subprocess
 from base64 import b64decode
 from pathlib import Path
+from select import select
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+PATIENCE = 120  # seconds
 PROGRAM = next(filter(None, map(shutil.which, NAMES)), None)
 
 
@@ -30,7 +32,8 @@ class Browser:
         )
         os.close(read_commands)
         os.close(write_answers)
-        self._number, self._rest, self._session = 0, b"", None
+        self._number, self._rest, self._session, self._script = 0, b"", None, True
+        self._loaded = False
         self.failures: list[str] = []
         tabs = self.send("Target.getTargets")["targetInfos"]
         target = next(tab["targetId"] for tab in tabs if tab["type"] == "page")
@@ -46,14 +49,20 @@ class Browser:
             command["sessionId"] = self._session
         os.write(self._commands, json.dumps(command).encode() + b"\0")
         while (message := self._receive()).get("id") != self._number:
-            if message["method"] in ("Runtime.exceptionThrown", "Log.entryAdded"):
-                self.failures.append(json.dumps(message["params"]))
+            self._note(message)
         if "error" in message:
             raise RuntimeError(f"{method}: {message['error']}")
         return message["result"]
 
+    def _note(self, event: dict[str, Any]) -> None:
+        if event["method"] in ("Runtime.exceptionThrown", "Log.entryAdded"):
+            self.failures.append(json.dumps(event["params"]))
+        self._loaded |= event["method"] == "Page.loadEventFired"
+
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
+            if not select([self._answers], [], [], PATIENCE)[0]:
+                raise RuntimeError("the browser does not answer")
             found = os.read(self._answers, 1 << 16)
             if not found:
                 raise RuntimeError("the browser has ended")
@@ -62,14 +71,21 @@ class Browser:
         return json.loads(message)
 
     def open(self, file: Path, width: int = 1200, dark: bool = False, script: bool = True) -> None:
-        """Show a file in a window of this width, and wait until it is there; ``script`` lets it run its own."""
+        """Show a file in a window of this width; ``script`` lets it run its own."""
         self.failures.clear()
+        self._script = script
         colours = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.send("Emulation.setEmulatedMedia", features=colours)
         self.send("Emulation.setScriptExecutionDisabled", value=not script)
         self.resize(width, 900)
-        self.send("Page.navigate", url=file.as_uri())
-        self.wait("document.readyState === 'complete' && document.location.protocol === 'file:'")
+        self.visit(file.as_uri())
+
+    def visit(self, address: str) -> None:
+        """Show an address, and return when it is loaded."""
+        self._loaded = False
+        self.send("Page.navigate", url=address)
+        while not self._loaded:
+            self._note(self._receive())
 
     def resize(self, width: int, height: int) -> None:
         """Make the window as large, in CSS pixels; narrow ones are phones."""
@@ -82,8 +98,10 @@ class Browser:
         )
 
     def run(self, expression: str) -> Any:
-        """The value of an expression in the page, after it was drawn."""
-        drawn = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+        """The value of an expression in the page, after it was drawn. Pages without script draw at once, and
+        have no animation frames."""
+        frames = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+        drawn = frames if self._script else "Promise.resolve()"
         answer = self.send(
             "Runtime.evaluate",
             expression=f"{drawn}.then(() => ({expression}))",
@@ -93,13 +111,6 @@ class Browser:
         if "exceptionDetails" in answer:
             raise RuntimeError(json.dumps(answer["exceptionDetails"]))
         return answer["result"].get("value")
-
-    def wait(self, condition: str) -> None:
-        """Return when a condition holds in the page."""
-        for _ in range(1000):
-            if self.send("Runtime.evaluate", expression=condition)["result"].get("value"):
-                return
-        raise RuntimeError(f"never: {condition}")
 
     def press(self, key: str, code: int) -> None:
         """Press and release a key on what has the focus."""

@@ -95,6 +95,7 @@ def write(path: Path, document: object) -> Path:
 def dumped(*cards: Scorecard) -> list[dict]:
     return [one.model_dump(mode="json") for one in cards]
 
+
 KICK = ("kick_factoid", "kick_choice", "kick_open")
 
 

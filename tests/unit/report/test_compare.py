@@ -20,6 +20,7 @@ from compress.report.scorecard import Scorecard
 from compress.report.table import compare
 from tests.unit.report.common import HOSTILE, WHEN, card, dumped, write
 
+
 def test_rows_have_dense_first_and_figures_as_stored():
     comparison = side_by_side(
         [card("small", size=100_000_000), card("dense"), card("smaller", size=50_000_000)]

@@ -6,7 +6,7 @@ import json
 import re
 from html.parser import HTMLParser
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.report.compare import Comparison, side_by_side
@@ -75,12 +75,15 @@ def test_without_a_script_the_table_is_complete():
     for line in (*shown.notes, *shown.caption):
         assert line in text
     assert "shortgpt → small" in text
-    assert any("ratio = 0.25" in part for part in text)
+    assert any(f"ratio = 0.25, note = {json.dumps(HOSTILE)}. Paper" in part for part in text)
     assert any("source = factbook, nsamples = 16" in part for part in text)
     assert any("compress-model 9.8.7" in part for part in text)
 
 
-@given(st.recursive(st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8))
+@given(
+    st.recursive(st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
+)
+@settings(max_examples=50)
 def test_embedded_json_reads_back_and_ends_no_element(document: object):
     text = embedded(document)
     assert json.loads(text) == document

@@ -34,7 +34,7 @@ def models(number: int, tasks: tuple[str, ...] = KICK) -> Comparison:
     for index in range(number):
         name = ("dense", "small", EVIL, "x" * 300)[index] if index < 4 else f"model-{index}"
         given = {"size": 400_000_000 - 15_000_000 * index, "measured": index != 1}
-        scores = {task: 0.6 - 0.02 * index + 0.05 * (index % 3) for task in tasks}
+        scores = dict.fromkeys(tasks, 0.6 - 0.02 * index + 0.05 * (index % 3))
         if tasks:
             cards.append(answered(name, scores, holm_p=0.01, kind="worse", **given))
         else:
@@ -50,27 +50,31 @@ def page(tmp_path: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("width", [320, 400, 1200])
-@pytest.mark.parametrize(("number", "tasks"), [(1, ()), (1, KICK), (5, KICK), (5, SIXTY), (25, KICK)])
+@pytest.mark.parametrize(("number", "tasks"), [(1, ()), (1, KICK), (5, SIXTY), (25, KICK)])
 def test_the_page_never_scrolls_sideways(
-    browser: Browser, tmp_path: Path, width: int, number: int, tasks: tuple[str, ...]
+    browser: Browser, tmp_path: Path, number: int, tasks: tuple[str, ...]
 ):
     file = tmp_path / "page.html"
     file.write_text(render(models(number, tasks), "html"))
-    browser.open(file, width)
-    for _ in range(2 if tasks else 1):
-        assert browser.run("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
-        if tasks:
-            browser.run("document.getElementById('details').click()")
-    if width == 320:  # the table scrolls in its own box, and its first column stays
-        left = "document.querySelector('tbody th').getBoundingClientRect().left"
-        before = browser.run(left)
-        browser.run("document.querySelector('.scroll').scrollLeft = 150")
-        assert browser.run("document.querySelector('.scroll').scrollLeft") == 150
-        assert browser.run(left) == before
-        name = browser.run("document.querySelector('tbody tr:last-child th').offsetWidth")
-        assert name < 0.55 * width  # and leaves room for a figure
+    browser.open(file)
+    for width in (1200, 400, 320):
+        browser.resize(width, 900)
+        for _ in range(2):  # without and with details
+            root = "document.documentElement"
+            assert browser.run(f"{root}.scrollWidth - {root}.clientWidth") <= 0
+            browser.run("document.getElementById('details')?.click()")
     assert not browser.failures
+
+
+def test_the_table_scrolls_in_its_own_box_and_its_first_column_stays(browser: Browser, page: Path):
+    browser.open(page, 320)
+    left = "document.querySelector('tbody th').getBoundingClientRect().left"
+    before = browser.run(left)
+    browser.run("document.querySelector('.scroll').scrollLeft = 150")
+    assert browser.run("document.querySelector('.scroll').scrollLeft") == 150
+    assert browser.run(left) == before
+    widths = "[...document.querySelectorAll('tbody th')].map(header => header.offsetWidth)"
+    assert max(browser.run(widths)) < 0.55 * 320  # which leaves room for a figure
 
 
 def test_names_run_nothing(browser: Browser, page: Path):
@@ -141,10 +145,11 @@ def test_plots_place_models_by_the_axes_that_are_chosen(browser: Browser, page: 
     )
     browser.run(choose)
     label = browser.run("document.querySelector('svg').getAttribute('aria-label')")
-    assert label.startswith("kick_open: score (%) against size (MB) of 5 models. dense (dense): 60.0 ± 4.0 at 400.0;")
+    assert label.startswith(
+        "kick_open: score (%) against size (MB) of 5 models. dense (dense): 60.0 ± 4.0 at 400.0;"
+    )
     assert points(browser)[1][1] < points(browser)[0][1]  # the second model is the best in this task
-    line = browser.run("document.querySelector('.front').getAttribute('d')")
-    assert line.count("L") == 2 - 1 + line.count("L") - 1  # it joins at least two
+    assert browser.run("document.querySelector('.front').getAttribute('d')").count("L") == 1  # two are on it
 
 
 def test_labels_cover_neither_each_other_nor_points(browser: Browser, tmp_path: Path):
@@ -157,7 +162,7 @@ def test_labels_cover_neither_each_other_nor_points(browser: Browser, tmp_path: 
         "return [boxes.length, boxes.filter((a, i) => boxes.some((b, j) => i < j && a.x < b.x + b.width"
         " && b.x < a.x + a.width && a.y + 2 < b.y + b.height && b.y + 2 < a.y + a.height)).length]; })()"
     )
-    assert covered[0] > 5
+    assert covered[0] > 1
     assert covered[1] == 0
     named = browser.run("document.querySelectorAll('svg')[0].querySelectorAll('.label').length")
     assert named == 25  # by name or by number
@@ -214,8 +219,7 @@ def test_texts_are_readable_by_day_and_night(browser: Browser, page: Path, dark:
 
 def pixels(browser: Browser, picture: bytes) -> dict[str, float]:
     """Colour -> its share of a picture; colours are rounded to steps of 32."""
-    browser.send("Page.navigate", url="about:blank")
-    browser.wait("document.location.href === 'about:blank'")
+    browser.visit("about:blank")
     address = f"data:image/png;base64,{b64encode(picture).decode()}"
     return browser.run(
         "(async () => { const image = new Image(); image.src = " + json.dumps(address) + ";"
@@ -230,9 +234,7 @@ def pixels(browser: Browser, picture: bytes) -> dict[str, float]:
     )
 
 
-@pytest.mark.parametrize(
-    ("dark", "paper", "accent"), [(False, "7,7,7", "0,3,7"), (True, "0,0,0", "3,5,7")]
-)
+@pytest.mark.parametrize(("dark", "paper", "accent"), [(False, "7,7,7", "0,3,7"), (True, "0,0,0", "3,5,7")])
 @pytest.mark.parametrize("width", [360, 1200])
 def test_screenshots_show_paper_and_plots(
     browser: Browser, page: Path, width: int, dark: bool, paper: str, accent: str

@@ -76,14 +76,18 @@ def test_the_best_value_is_marked_among_compressed_models():
 
 
 def test_speeds_of_two_machines_have_no_best():
-    timed = answered("small", measured=True)
-    cost = timed.cost.model_copy(update={"measured": timed.cost.measured.model_copy(update={"threads": 9})})
-    faster = answered("other", size=1).model_copy(update={"cost": cost})
-    quick = timed.cost.measured.model_copy(update={"prefill": Figure(value=9, unit="tokens/s")})
-    assert best_of(side_by_side([timed, faster]), "peak_memory") == []
-    slower = timed.model_copy(update={"cost": timed.cost.model_copy(update={"measured": quick})})
-    slower = slower.model_copy(update={"model": faster.model})
-    assert best_of(side_by_side([timed, slower]), "prefill") == []  # one of them has no spread
+    slow = answered("slow")
+    measured = slow.cost.measured
+
+    def timed(**changes):
+        cost = slow.cost.model_copy(update={"measured": measured.model_copy(update=changes)})
+        return answered("quick").model_copy(update={"cost": cost})
+
+    less = {"peak_resident_bytes": 9, "prefill": Figure(value=10**4, low=1, high=10**5, unit="tokens/s")}
+    assert best_of(side_by_side([slow, timed(**less)]), "prefill") == ["quick"]
+    assert best_of(side_by_side([slow, timed(**less)]), "peak_memory") == ["quick"]
+    elsewhere = side_by_side([slow, timed(**less, threads=9)])
+    assert best_of(elsewhere, "prefill") == best_of(elsewhere, "peak_memory") == []
 
 
 @pytest.mark.parametrize(
@@ -122,6 +126,15 @@ def test_how_all_tasks_were_asked_marks_all_of_them(protocol: dict, why: str):
     comparison = side_by_side([answered(), answered("other", LOW, protocol=protocol)])
     assert f"† other, {', '.join(KICK)}: {why}." in comparison.notes
     assert all(shown(comparison, 1)[f"{task}.score"].endswith("†") for task in KICK)
+
+
+def test_the_dense_model_decides_what_is_usual():
+    others = [answered(name, changes={"kick_open": {"fewshot": 5}}) for name in "abc"]
+    comparison = side_by_side([answered(), *others])
+    assert [shown(comparison, row)["kick_open.score"] for row in range(4)] == [
+        "60.0 ± 4.0",
+        *["60.0 ± 4.0†"] * 3,
+    ]
 
 
 def test_another_kernel_or_suite_marks_nothing():
@@ -203,6 +216,9 @@ def test_an_evaluation_against_itself_does_not_hide_those_against_the_dense_mode
     comparison = compare([card(), card("small"), alone], card())
     assert [row.name for row in comparison.rows] == ["dense", "small"]
     assert comparison.rows[1].scorecard.when == WHEN
+    mine = answered("small", LOW, baseline="small", day=9, text=False)
+    comparison = compare([card(), card("small"), answered(), answered("small", text=False), mine])
+    assert shown(comparison, 1)["kick_open.score"] == "60.0 ± 4.0"
 
 
 def test_a_folder_that_does_not_tell_how_it_was_made_is_compared_all_the_same(tmp_path: Path):
@@ -244,7 +260,7 @@ def test_json_says_what_is_marked():
     assert document["notes"] == ["small: The sentence that says undecided."]
 
 
-def test_six_tasks_and_the_verdict_take_two_tables_of_100_columns():
+def test_six_scores_fit_100_columns_and_the_verdict_stands_beside_its_change():
     from rich.console import Console
 
     from compress.report.render import print_table
@@ -253,14 +269,14 @@ def test_six_tasks_and_the_verdict_take_two_tables_of_100_columns():
     scores = {f"kick_{name}": 0.5 for name in names}
     dense = answered("dense", dict.fromkeys(scores, 0.6), text=False, measured=False)
     small = answered("small", scores, text=False, measured=False, holm_p=0.01)
-    file = io.StringIO()
-    print_table(side_by_side([dense, small]), Console(file=file, width=100))
-    lines = file.getvalue().splitlines()
-    assert max(map(len, lines)) <= 100
-    tables = [line for line in lines if line.startswith(" model")]
-    assert [line for line in lines if "50.0 ± 4.0*" in line][0].count("50.0 ± 4.0*") == 6
-    assert len(tables) <= 3
-    assert any("undecided" in line and "−4.0 ± 1.0" in line for line in lines)
+    for width in (60, 80, 100, 140):
+        file = io.StringIO()
+        print_table(side_by_side([dense, small]), Console(file=file, width=width))
+        lines = file.getvalue().splitlines()
+        assert max(map(len, lines)) <= width
+        assert "undecided" in next(line for line in lines if "−4.0 ± 1.0" in line)  # groups stay whole
+        if width == 100:
+            assert next(line for line in lines if "50.0 ± 4.0*" in line).count("50.0 ± 4.0*") == 6
 
 
 def test_names_command_no_terminal_and_keep_to_their_line():

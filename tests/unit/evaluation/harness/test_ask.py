@@ -14,7 +14,9 @@ import pytest
 import torch
 from lm_eval.tasks import TaskManager
 
+import compress
 from compress.engine.opening import open_checkpoint
+from compress.engine.tokenizer import load_tokenizer
 from compress.errors import BadInput, CompressError
 from compress.evaluation.harness import ask as asking
 from compress.evaluation.harness import tasks as finding
@@ -111,13 +113,17 @@ def test_a_row_of_a_batch_ends_at_the_end_of_text(tasks: Path, model: Path, tmp_
     from safetensors.torch import load_file, save_file
 
     weights = load_file(copy / "model.safetensors")
-    weights["lm_head.weight"][0] *= 3  # says the end often, and not always
+    question = f"Question: {LINES[0]['question']}\nAnswer:"
+    prompt = load_tokenizer(model)(question, return_tensors="pt").input_ids
+    with torch.inference_mode():
+        said = compress.load(model).generate(prompt, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    weights["lm_head.weight"][0] = 1.01 * weights["lm_head.weight"][said[0, -1]]  # the end in its place
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
     one, many = (
         ask(subject(copy), Wanted(("say",), (tasks,), batch_size=size, seed=size))[0] for size in (1, 16)
     )
     assert one.text == many.text
-    assert len([text for text in one.text if len(text) < 12]) > 2
+    assert len(load_tokenizer(model)(one.text[0]).input_ids) < 12
 
 
 def test_nothing_is_asked_twice(model: Path, tasks: Path, count: list[str]):
@@ -289,7 +295,9 @@ def test_a_changed_scorer_is_asked_again(model: Path, tasks: Path, count: list[s
     file = write_task(tasks, "own", **TASKS["choice"])
     file.write_text(file.read_text() + "process_results: !function scorer.score\n")
     for value in (0, 1, 1):
-        (tasks / "scorer.py").write_text(f"def score(doc, results):\n    return {{'acc': {value}}}\n")
+        code = f"def value():\n    return {value}\n\n"
+        code += "def score(doc, results):\n    return {'acc': value()}\n"
+        (tasks / "scorer.py").write_text(code)
         assert ask(subject(model), Wanted(("own",), (tasks,)))[0].scores.tolist() == [value] * len(LINES)
     assert count == ["own", "own"]
 

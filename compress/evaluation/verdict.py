@@ -22,8 +22,7 @@ class Loss:
         moments: of the differences of all questions.
         margin: the loss that does not matter, as a share of all questions.
         margin_p: one-sided p that the loss is below the margin (Tango's score test).
-        broken: tasks that lose more than the margin beyond doubt: by Tango's test and by that of the task,
-            corrected for their number (Holm).
+        broken: tasks that lose more than the margin beyond doubt, corrected for their number (Holm).
     """
 
     tasks: int
@@ -60,17 +59,9 @@ def loss(results: Sequence[TaskResult], questions: Sequence[int], margin: float)
     """
     moments = [_moments(*each) for each in zip(results, questions, strict=True)]
     whole = Moments.together(moments)
-    # The score test is too sure of losses where only one or two are expected; the exact test is not.
-    more = holm(
-        [max(worse_by_p(each, margin), _p(result)) for result, each in zip(results, moments, strict=True)]
-    )
+    more = holm([worse_by_p(each, margin) for each in moments])
     broken = tuple(result.task for result, p in zip(results, more, strict=True) if p < LEVEL)
     return Loss(len(moments), whole, margin, not_worse_p(whole, margin), broken)
-
-
-def _p(result: TaskResult) -> float:
-    assert result.p is not None
-    return result.p.value
 
 
 def _moments(result: TaskResult, questions: int) -> Moments:

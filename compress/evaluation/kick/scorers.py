@@ -175,7 +175,7 @@ def summary(doc: Document, results: Sequence[str]) -> dict[str, float]:
     """ROUGE F1 of a summary with ``doc["summary"]``, which should have less than ``doc["words"]`` words.
 
     ``content`` is ROUGE-1 over stemmed words without stop words (option -s of ROUGE 1.5.5): with them, a
-    string of nothing but stop words beats short summaries. ``rouge1``, ``rouge2`` and ``rougeL`` are as usual.
+    string of nothing but stop words beats short summaries. The other ROUGEs are as usual.
     ``obeys`` says whether it is not empty and short enough, ``distinct`` which share of its sequences of
     three words occur once (1 for shorter texts): compressed models repeat themselves.
     """

@@ -21,7 +21,7 @@ Score = Callable[[dict[str, Any], Sequence[str]], dict[str, float]]
 WORDS = "government president country court election law economy sector"
 
 
-def tests(file: str) -> list[dict[str, Any]]:
+def asked(file: str) -> list[dict[str, Any]]:
     return [item for item in bundled.items(file) if item["split"] == "test"]
 
 
@@ -38,24 +38,24 @@ def best(answers: Iterable[str], docs: list[dict[str, Any]], score: Score, metri
     ("task", "file"), [("factoid", "factoid"), ("closed", "retrieval"), ("open", "retrieval")]
 )
 def test_short_answers(task: str, file: str) -> None:
-    docs = tests(file)
+    docs = asked(file)
     often = Counter(answer for doc in docs for answer in doc["answers"])
     usual = [answer for answer, _ in often.most_common(20)]
     assert best(usual, docs, scorers.factoid, "exact_match") <= chance(task)
 
 
 def test_instructions() -> None:
-    docs = [doc | {"arguments": json.dumps(doc["arguments"])} for doc in tests("instruct")]
+    docs = [doc | {"arguments": json.dumps(doc["arguments"])} for doc in asked("instruct")]
     guesses = [doc["follows"] for doc in docs[:100]] + ["today it rains, thank you for reading", "yes", "no"]
     assert best(guesses, docs, scorers.instruction, "follows") <= chance("instruct")
 
 
 def test_summaries() -> None:
-    docs = tests("summary")[:60]
-    guesses = [doc["summary"] for doc in tests("summary")[60:80]] + ["the of and to in a " * 4, WORDS]
+    docs = asked("summary")[:60]
+    guesses = [doc["summary"] for doc in asked("summary")[60:80]] + ["the of and to in a " * 4, WORDS]
     assert best(guesses, docs, scorers.summary, "content") <= chance("summary")
 
 
 def test_choices() -> None:
     for place in range(4):
-        assert sum(doc["answer"] == place for doc in tests("choice")) / len(tests("choice")) <= 0.28
+        assert sum(doc["answer"] == place for doc in asked("choice")) / len(asked("choice")) <= 0.28

@@ -147,9 +147,10 @@ def letter(doc: Document, results: Sequence[str]) -> dict[str, float]:
     character of the completion, whatever stands before it.
     """
     right, said = "ABCD"[int(doc["answer"])], results[0].strip()
-    chosen = re.match(r"\(?([A-D])(?!\w)", said)
+    match = re.match(r"\(?([A-D])(?!\w)", said)
+    chosen = match[1] if match else ""
     return {
-        "exact_match": float(bool(chosen) and chosen[1] == right),
+        "exact_match": float(chosen == right),
         "answered": float(bool(chosen)),
         "legacy": float(said[-1:] == right),
     }

@@ -2,6 +2,11 @@
 
 ``kick`` asks offline, with questions bundled here; ``kick-hub`` asks those of the paper, which `datasets`
 fetches. Both have the same prompts and scorers (:mod:`compress.evaluation.kick.scorers`).
+
+Each task's ``metadata`` names the metric that decides and what a guess gets: for choices one in four, else
+the best answer that is the same for every question. ``kick_choice_letter`` is in no suite: it asks for a
+letter, as published, which takes a model of about a billion parameters; smaller ones name the same letter
+everywhere.
 """
 
 from __future__ import annotations

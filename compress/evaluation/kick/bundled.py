@@ -7,6 +7,8 @@ import json
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+from compress.calibration.text.sources import read_documents
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -19,6 +21,15 @@ def about() -> dict[str, Any]:
 def items(task: str) -> list[dict[str, Any]]:
     """Every item of a file, in its order."""
     return [json.loads(line) for line in gzip.decompress(_file(f"{task}.jsonl.gz")).splitlines()]
+
+
+def documents() -> frozenset[str]:
+    """sha256 of the documents that the stories of ``kick_summary`` are parts of, as calibration records them.
+
+    They are those of ``bundled:evaluation``. No question is told by a paragraph of ``bundled``, so models
+    calibrated on that may be asked everything; one calibrated on a document of these may not.
+    """
+    return frozenset(read_documents("bundled:evaluation").hashes)
 
 
 def load(*, questions: str, **metadata: object) -> dict[str, Dataset]:

@@ -1,7 +1,7 @@
 """The data sets of LLM-KICK in the shape that the scorers want; lm-eval calls these as ``process_docs``.
 
-``datasets`` fetches them. The defects of the published selection are mended: a story that comes twice is asked
-once, and no story holds the ``@highlight`` lines that are its reference.
+``datasets`` fetches them. The defects of the published selection are mended: a story that comes twice is
+asked once, and no story holds the ``@highlight`` lines that are its reference.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def follows(answer: str, rule: str, arguments: dict[str, Any]) -> bool:
 
 
 def follows_loosely(answer: str, rule: str, arguments: dict[str, Any]) -> bool:
-    """As `follows`, but bold type, and a first or last line around the answer, are forgiven (as in IFEval)."""
+    """As `follows`, but bold type and a first or last line around the answer, are forgiven, as in IFEval."""
     lines = answer.strip().split("\n")
     around = ("\n".join(part) for part in (lines, lines[1:], lines[:-1], lines[1:-1]))
     return any(follows(text, rule, arguments) for part in around for text in (part, part.replace("*", "")))

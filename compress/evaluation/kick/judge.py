@@ -1,9 +1,9 @@
 """A local model that judges which of two answers is better; optional, for tasks that have no right answer.
 
-Judges prefer what they read first (Zheng et al. 2023, arXiv:2306.05685), so every pair is shown in both orders,
-and an answer wins only if it wins in both; anything else is a tie. Replies that name no verdict are counted,
-not guessed, and take no part. The judge is pinned by its hash, and may not be of the family it judges, since
-models prefer their like.
+Judges prefer what they read first (Zheng et al. 2023, arXiv:2306.05685), so every pair is shown in both
+orders, and an answer wins only if it wins in both; anything else is a tie. Replies that name no verdict
+are counted, not guessed, and take no part. The judge is pinned by its hash, and may not be of the family it
+judges, since models prefer their like.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from compress.storage.checkpoint import Checkpoint, read_config
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PROMPT = """Two assistants answered the question of a user. Decide which answer is better: more helpful, more \
-correct, and to the point. Longer is not better, and the order means nothing. Reply with [[A]] if the first is \
-better, [[B]] if the second is better, or [[C]] if they are equally good, and with nothing else.
+PROMPT = """Two assistants answered the question of a user. Decide which answer is better: more helpful, \
+more correct, and to the point. Longer is not better, and the order means nothing. Reply with [[A]] if the \
+first is better, [[B]] if the second is better, or [[C]] if they are equally good, and with nothing else.
 
 [Question]
 {question}

@@ -20,7 +20,100 @@ from compress.evaluation.kick.instructions import follows, follows_loosely
 Document = dict[str, Any]
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
+STOP_WORDS = frozenset(
+    [
+        "a",
+        "about",
+        "after",
+        "all",
+        "also",
+        "an",
+        "and",
+        "any",
+        "are",
+        "as",
+        "at",
+        "be",
+        "been",
+        "but",
+        "by",
+        "can",
+        "could",
+        "did",
+        "do",
+        "does",
+        "for",
+        "from",
+        "had",
+        "has",
+        "have",
+        "he",
+        "her",
+        "his",
+        "how",
+        "i",
+        "if",
+        "in",
+        "into",
+        "is",
+        "it",
+        "its",
+        "may",
+        "more",
+        "most",
+        "no",
+        "not",
+        "of",
+        "on",
+        "one",
+        "only",
+        "or",
+        "other",
+        "our",
+        "out",
+        "she",
+        "so",
+        "some",
+        "such",
+        "than",
+        "that",
+        "the",
+        "their",
+        "them",
+        "then",
+        "there",
+        "these",
+        "they",
+        "this",
+        "those",
+        "to",
+        "up",
+        "was",
+        "we",
+        "were",
+        "what",
+        "when",
+        "where",
+        "which",
+        "who",
+        "will",
+        "with",
+        "would",
+        "you",
+        "your",
+    ]
+)
 PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}‘’´`]")
+
+
+class ContentWords:
+    """The stemmed words of a text without stop words, as `rouge_score` wants to be given them."""
+
+    def tokenize(self, text: str) -> list[str]:
+        from rouge_score.tokenizers import DefaultTokenizer
+
+        words = " ".join(word for word in re.findall(r"[a-z0-9]+", text.lower()) if word not in STOP_WORDS)
+        return list(DefaultTokenizer(use_stemmer=True).tokenize(words))
 
 
 def factoid(doc: Document, results: Sequence[str]) -> dict[str, float]:
@@ -54,9 +147,10 @@ def letter(doc: Document, results: Sequence[str]) -> dict[str, float]:
     character of the completion, whatever stands before it.
     """
     right, said = "ABCD"[int(doc["answer"])], results[0].strip()
-    chosen = re.match(r"\(?([A-D])(?!\w)", said)
+    match = re.match(r"\(?([A-D])(?!\w)", said)
+    chosen = match[1] if match else ""
     return {
-        "exact_match": float(bool(chosen) and chosen[1] == right),
+        "exact_match": float(chosen == right),
         "answered": float(bool(chosen)),
         "legacy": float(said[-1:] == right),
     }
@@ -79,8 +173,10 @@ def choice(doc: Document, results: Sequence[str]) -> dict[str, float]:
 
 
 def summary(doc: Document, results: Sequence[str]) -> dict[str, float]:
-    """ROUGE F1 (1, 2 and L, words stemmed) of a summary with ``doc["summary"]``, at most ``doc["words"]`` long.
+    """ROUGE F1 of a summary with ``doc["summary"]``, which should have less than ``doc["words"]`` words.
 
+    ``content`` is ROUGE-1 over stemmed words without stop words (option -s of ROUGE 1.5.5): with them, a
+    string of nothing but stop words beats short summaries. The other ROUGEs are as usual.
     ``obeys`` says whether it is not empty and short enough, ``distinct`` which share of its sequences of
     three words occur once (1 for shorter texts): compressed models repeat themselves.
     """
@@ -89,6 +185,8 @@ def summary(doc: Document, results: Sequence[str]) -> dict[str, float]:
     said = results[0].strip()
     found = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(doc["summary"], said)
     rouge = {kind: float(score.fmeasure) for kind, score in found.items()}
+    content = RougeScorer(["rouge1"], tokenizer=ContentWords()).score(doc["summary"], said)
+    rouge["content"] = float(content["rouge1"].fmeasure)
     return {**rouge, "obeys": float(0 < len(said.split()) < doc["words"]), "distinct": distinct(said)}
 
 

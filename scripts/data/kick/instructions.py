@@ -124,7 +124,8 @@ def _numbered(chance: random.Random, words: list[str], countries: list[str], _: 
         f"{number}. {word}" for number, word in enumerate(chance.sample(words, count), start=1)
     )
     return (
-        f"List {count} things that one can buy in {country}. Write each on its own line, numbered 1 to {count}.",
+        f"List {count} things that one can buy in {country}. "
+        f"Write each on its own line, numbered 1 to {count}.",
         "numbered", {"count": count}, answer,
     )  # fmt: skip
 

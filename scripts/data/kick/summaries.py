@@ -86,7 +86,7 @@ def packed(sentences: Iterable[str]) -> Iterator[list[str]]:
 
 
 def principal(sentences: list[str]) -> str | None:
-    """The sentence of a reference's length with the greatest F1 of words with the rest; None without overlap."""
+    """The sentence, as long as a reference, that shares most words with the rest (F1); None without any."""
     best, chosen = 0.0, None
     for number, sentence in enumerate(sentences):
         score = overlap(sentence, " ".join(sentences[:number] + sentences[number + 1 :]))

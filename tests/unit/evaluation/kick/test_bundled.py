@@ -11,6 +11,7 @@ from importlib import resources
 import pytest
 
 from compress.calibration.text.corpora import factbook
+from compress.calibration.text.sources import read_documents
 from compress.evaluation.kick import bundled, scorers
 
 FILES = ("factoid", "choice", "retrieval", "summary", "instruct")
@@ -123,3 +124,9 @@ def test_no_answer_is_right_often(task: str) -> None:
     tests = [item for item in items(task) if item["split"] == "test"]
     often = Counter(answer.lower() for item in tests for answer in item["answers"])
     assert often.most_common(1)[0][1] < 0.06 * len(tests)
+
+
+def test_the_documents_are_those_of_the_evaluation_half() -> None:
+    """So that a model calibrated on them can be refused, and one calibrated on ``bundled`` need not be."""
+    assert len(bundled.documents()) == len(factbook("evaluation"))
+    assert not bundled.documents() & set(read_documents("bundled").hashes)

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """For every rule: answers that follow it, answers that do not, and every bundled instruction."""
 
 from __future__ import annotations

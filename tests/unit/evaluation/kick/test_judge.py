@@ -1,4 +1,4 @@
-"""A judge that says what it is told to: both orders, ties, replies that name nothing, and which judge it is."""
+"""A judge that says what it is told: both orders, ties, replies without a verdict, and which judge it is."""
 
 from __future__ import annotations
 

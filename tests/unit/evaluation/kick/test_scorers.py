@@ -139,3 +139,8 @@ def test_the_answer_itself_is_right(answer: str) -> None:
     assert scorers.retrieval({"question": "?", "answers": [answer]}, [f" {answer}.\nQ:"])["exact_match"] == (
         bool(scorers.normalised(answer))
     )
+
+
+def test_an_answer_of_nothing_but_an_article_is_never_contained() -> None:
+    assert not scorers.contains("some text", ["The"])
+    assert not scorers.exact("", ["The"])

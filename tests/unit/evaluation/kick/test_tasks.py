@@ -27,7 +27,7 @@ HUB: dict[str, list[dict[str, Any]]] = {
             "turns": ["How can I sleep better?"],
             "category": "generic",
         },
-        {"RawQuestion": "Nobody knows?", "Parses": [{"Answers": []}], "turns": ["Why?"], "category": "generic"},
+        {"RawQuestion": "Nobody knows?", "Parses": [{"Answers": []}], "turns": ["Why?"], "category": "g"},
     ],
     "mandarjoshi/trivia_qa": [
         {
@@ -52,10 +52,18 @@ HUB: dict[str, list[dict[str, Any]]] = {
          "conversation_b": [{"role": "user", "content": "x"}] * 4},
     ],
     "cais/mmlu": [
-        {"question": f"Is it {number}?", "subject": subject, "choices": ["a", "b", "c", "d"], "answer": number % 4}
+        {"question": f"Is it {number}?", "subject": subject, "choices": list("abcd"), "answer": number % 4}
         for subject in ("high_school_physics", "law") for number in range(7)
     ],
 }  # fmt: skip
+
+KIN = {
+    "kick_hub_factoid": "kick_factoid",
+    "kick_hub_closed": "kick_closed",
+    "kick_hub_open": "kick_open",
+    "kick_hub_summary_short": "kick_summary",
+    "kick_hub_mmlu_letter": "kick_choice_letter",
+}
 
 HUB_TASKS = [name for name in hub.TASKS if name != "mmlu"]
 
@@ -149,12 +157,10 @@ def test_hub_tasks_load_from_what_a_hub_sends(name: str, hub_stand_in: list[str]
     assert task.config.metadata["decides"] in [metric["metric"] for metric in task.config.metric_list]
     assert task.config.metadata["licence"]
     assert "{{" not in prompt(task)
-    kin = {"kick_hub_factoid": "kick_factoid", "kick_hub_closed": "kick_closed", "kick_hub_open": "kick_open",
-           "kick_hub_summary_short": "kick_summary", "kick_hub_mmlu_letter": "kick_choice_letter"}.get(name)  # fmt: skip
-    if kin:
+    if kin := KIN.get(name):
         same = offline(kin).config
-        assert (task.config.doc_to_text, task.config.process_results, task.config.gen_prefix) == (
-            same.doc_to_text, same.process_results, same.gen_prefix,
+        assert (task.config.doc_to_text, task.config.process_results) == (
+            same.doc_to_text, same.process_results,
         )  # fmt: skip
 
 
@@ -196,7 +202,7 @@ def test_the_second_turn_follows_the_same_reply(hub_stand_in: list[str]) -> None
 def test_mmlu_shows_five_examples_of_the_subject(hub_stand_in: list[str]) -> None:
     text = prompt(manager().load(["kick_hub_mmlu_letter"])["tasks"]["kick_hub_mmlu_letter"])
     assert text.startswith(
-        "The following are multiple choice questions (with answers) about high school physics.\n\nIs it 0?\nA. a\n"
+        "The following are multiple choice questions (with answers) about high school physics.\n\nIs it"
     )
     assert text.count("Answer:") == 6
     assert text.endswith("Is it 0?\nA. a\nB. b\nC. c\nD. d\nAnswer:")

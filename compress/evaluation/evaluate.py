@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from compress.calibration.text.examples import TaskFile
 from compress.calibration.text.windows import evaluation_windows
 from compress.engine.config import config_of
 from compress.engine.logits import through_all_layers
@@ -31,6 +30,7 @@ from compress.evaluation.fidelity import FidelityAccumulator
 from compress.evaluation.foreign import Foreign, open_any
 from compress.evaluation.harness.cards import TEXT, Exam, wanted_of
 from compress.evaluation.harness.subject import Subject
+from compress.evaluation.kick.bundled import told_by
 from compress.evaluation.margin import check_margin
 from compress.evaluation.measure import measure
 from compress.evaluation.task import TaskEvaluation
@@ -159,6 +159,8 @@ def evaluate(
         subject = Subject(_name(dense_source), dense, device, kernel)
         other = subject if same else Subject(_name(source), checkpoint, device, kernel, memory)
         exam = Exam.of(wanted, subject, other, progress)
+        for each in exam.questions[0]:
+            _check_not_calibrated_on(source, told_by(each.name), f"'{each.name}'", "leave that task out")
     with computing_on(device):
         if isinstance(checkpoint, Foreign) or isinstance(dense, Foreign):
             foreign = checkpoint if isinstance(checkpoint, Foreign) else dense
@@ -237,7 +239,7 @@ def _score_text(
     built = skeleton(config_of(dense))
     context = window_length(built, context, CONTEXT)
     windows = evaluation_windows(load_tokenizer(dense_source.folder), text, context, limit)
-    _check_not_calibrated_on(source, windows)
+    _check_not_calibrated_on(source, windows.document_hashes, f"'{windows.source}'")
     accumulator = compare_streams(dense, checkpoint, windows, device, progress)
     protocol = Protocol(
         text=text,
@@ -268,7 +270,7 @@ def _score_task(
     progress: Progress,
 ) -> _Found:
     evaluation = TaskEvaluation(task_file, dense, device)
-    _check_not_calibrated_on(source, evaluation.file)
+    _check_not_calibrated_on(source, evaluation.file.document_hashes, f"'{evaluation.file.source}'")
 
     def predictions(of: Checkpoint, label: str) -> list[Any]:
         return evaluation.predictions(of, lambda share: progress(label, share))
@@ -417,15 +419,14 @@ def _age(file: Path) -> float:
         return math.inf
 
 
-def _check_not_calibrated_on(source: ModelSource, scored: Windows | TaskFile) -> None:
+def _check_not_calibrated_on(
+    source: ModelSource, documents: Set[str], text: str, advice: str = "evaluate it on another text"
+) -> None:
     lineage = read_lineage(source.folder)
     chain = lineage.chain() if lineage else []
     calibrated = {name for link in chain for name in (link.calibration or {}).get("document_sha256", [])}
-    if common := calibrated & scored.document_hashes:
-        raise BadInput(
-            f"'{source.id}' was calibrated on {len(common)} of the documents of '{scored.source}'; "
-            "evaluate it on another text."
-        )
+    if common := calibrated & documents:
+        raise BadInput(f"'{source.id}' was calibrated on {len(common)} of the documents of {text}; {advice}.")
 
 
 def _name(source: ModelSource) -> str:

@@ -5,8 +5,7 @@ fetches. Both have the same prompts and scorers (:mod:`compress.evaluation.kick.
 
 Each task's ``metadata`` names the metric that decides and what a guess gets: for choices one in four, else
 the best answer that is the same for every question. ``kick_choice_letter`` is in no suite: it asks for a
-letter, as published, which takes a model of about a billion parameters; smaller ones name the same letter
-everywhere.
+letter, as published, and small models name the same letter everywhere.
 """
 
 from __future__ import annotations

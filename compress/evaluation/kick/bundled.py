@@ -23,12 +23,14 @@ def items(task: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in gzip.decompress(_file(f"{task}.jsonl.gz")).splitlines()]
 
 
-def documents() -> frozenset[str]:
-    """sha256 of the documents that the stories of ``kick_summary`` are parts of, as calibration records them.
+def told_by(task: str) -> frozenset[str]:
+    """sha256 of the documents that tell what a task asks, as calibration records them; often there is none.
 
-    They are those of ``bundled:evaluation``. No question is told by a paragraph of ``bundled``, so models
-    calibrated on that may be asked everything; one calibrated on a document of these may not.
+    The stories of ``kick_summary`` are parts of ``bundled:evaluation``. No question is told by a paragraph of
+    ``bundled``, so models calibrated on that may be asked everything.
     """
+    if task != "kick_summary":
+        return frozenset()
     return frozenset(read_documents("bundled:evaluation").hashes)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,6 +120,20 @@ def test_a_full_disk_is_one_sentence(command: Command, tiny: Path, tasks: Path, 
     monkeypatch.setattr("compress.evaluation.harness.cache.gzip.open", full)
     ended = command("evaluate", tiny, "--tasks", "say", "--include-path", tasks, *TEXT, "-q")
     assert_one_sentence(ended, 1, "cannot be written (No space left on device); free some space")
+
+
+def test_a_model_is_not_asked_what_it_was_calibrated_on(
+    command: Command, quantized: Path, tiny: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
+):
+    told = ["a" * 64]
+    calibrated = SimpleNamespace(chain=lambda: [SimpleNamespace(calibration={"document_sha256": told})])
+    monkeypatch.setattr(compress.evaluation.evaluate, "read_lineage", lambda folder: calibrated)
+    monkeypatch.setattr(
+        compress.evaluation.evaluate, "told_by", lambda task: set(told) if task == "say" else set()
+    )
+    options = ["--baseline", tiny, "--include-path", tasks, *TEXT, "--tasks"]
+    refused = command("evaluate", quantized, *options, "choice,say", "--quiet")
+    assert_one_sentence(refused, 2, "was calibrated on 1 of the documents of 'say'; leave that task out")
 
 
 def test_a_recipe_asks_tasks(command: Command, tiny: Path, tasks: Path, tmp_path: Path):

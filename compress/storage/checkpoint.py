@@ -64,8 +64,6 @@ class Checkpoint:
             BadInput: the folder does not exist or is not a model folder, or a file is missing or damaged.
         """
         folder = Path(folder)
-        if not folder.is_dir():
-            raise BadInput(f"There is no model folder '{folder}'.")
         config = read_config(folder)
         tensors: dict[str, TensorInfo] = {}
         sources: dict[str, TensorSource] = {}
@@ -169,8 +167,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The content of config.json in a model folder, without sections that say nothing or name code.
 
     Raises:
-        BadInput: it is missing or not a JSON object, or the folder is a LoRA adapter.
+        BadInput: folder or file is missing, it is no JSON object, or the folder is a LoRA adapter.
     """
+    if not folder.is_dir():
+        raise BadInput(f"There is no model folder '{folder}'.")
     path = folder / "config.json"
     if not path.exists():
         _refuse_adapter(folder)

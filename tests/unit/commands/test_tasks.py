@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,12 @@ from ..evaluation.harness.conftest import tasks as tasks
 from .common import Command, assert_one_sentence, rewrite
 
 TEXT = ["--context", "64", "--windows", "2"]
+
+
+@pytest.fixture
+def quantized(quantized: Path, tmp_path: Path) -> Path:
+    """A copy, because evaluations are added to it, and other tests count theirs."""
+    return shutil.copytree(quantized, tmp_path / "quantized")
 
 
 @pytest.fixture(autouse=True)

@@ -28,9 +28,6 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
     def run(*words: Any) -> Ended:
         monkeypatch.setattr(sys, "argv", ["compress-model", *map(str, words)])
-        # A command ends with it, but this process goes on. It closes what handlers of libraries write to,
-        # and absl's writes to what pytest had for stderr when it was imported.
-        monkeypatch.setattr(logging, "shutdown", lambda: None)
         root, ours = logging.getLogger(), logging.getLogger("compress")
         handlers, levels = root.handlers[:], (root.level, ours.level)
         capsys.readouterr()

@@ -22,8 +22,8 @@ os.environ.pop("COLUMNS", None)
 # As the command line does: spinning threads lose whole time slices on a shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 atexit.register(gc.freeze)
-# A command that is run in this process ends with it, but the process goes on. It closes what handlers of libraries
-# write to, and absl's writes to what pytest had for stderr when absl was imported.
+# A command that is run in this process ends with it, but the process goes on. It closes what handlers of
+# libraries write to, and absl's writes to what pytest had for stderr when absl was imported.
 logging.shutdown = lambda *_: None
 # What test files share lies in modules beside them, whose assertions also say what they saw.
 pytest.register_assert_rewrite("tests.unit", "tests.conformance")

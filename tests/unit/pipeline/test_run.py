@@ -225,8 +225,8 @@ def test_an_artefact_of_an_artefact_keeps_the_whole_lineage(
     assert shown.index("replaceme (") < shown.index("rtn (")
 
     tokenizer = load_tokenizer(packed)
+    windows = evaluation_windows(tokenizer, str(small.text), 32)
     with pytest.raises(BadInput, match=r"was calibrated on \d+ of the documents"):
-        windows = evaluation_windows(tokenizer, str(small.text), 32)
         evaluate._check_not_calibrated_on(find_model(str(packed)), windows.document_hashes, "the text")
     (tmp_path / "unseen.txt").write_text("w1 w2 w3 w4")
     windows = evaluation_windows(tokenizer, str(tmp_path / "unseen.txt"), 32)

@@ -61,17 +61,7 @@ def run(
         str(output.absolute()),  # a folder may be called "demo"
         baseline=loaded.model,
         baseline_revision=loaded.revision,
-        task_file=wanted.task_file,
-        text=wanted.text,
-        context=wanted.context,
-        windows=wanted.windows,
-        suite=wanted.suite,
-        tasks=wanted.tasks,
-        include_path=wanted.include_path,
-        fewshot=wanted.fewshot,
-        limit=wanted.limit,
-        batch_size=wanted.batch_size,
-        chat_template=wanted.chat_template,
+        **wanted.model_dump(),
         device=device,
         progress=progress,
     )

@@ -168,7 +168,7 @@ def _of_one_baseline(models: list[list[Found]]) -> list[list[Found]]:
 
 
 def _in_common(models: list[list[Found]], way: Way) -> list[Found | None]:
-    """Of each model the newest scorecard made in the newest way that all have in common, else the newest."""
+    """Choose each model's newest scorecard of the newest kind that all models have, or else its newest."""
     made = [[entry for entry in entries if way(entry.card)] for entries in models]
     for card in _newest_first(made):
         alike = [_first(entries, way, way(card)) for entries in made]

@@ -113,7 +113,7 @@ def test_the_dense_model_against_itself():
 
 
 def test_no_flips_on_few_questions_prove_little():
-    """Of models that lose 1 % of all answers, 37 % lose none of 100."""
+    """A model that loses 1 % of all answers loses none of 100 in 37 % of all cases."""
     same = [answers(flips(100, 0, 0)[0])]
     found = judge(same, same, MARGIN, seed=0).verdict
     assert found.kind == "undecided"
@@ -161,7 +161,7 @@ def test_a_broken_task_is_not_outvoted():
 
 
 def test_two_lost_answers_break_no_task():
-    """Of models that lose 1 % of all answers, 6 % lose two or more of 40."""
+    """A model that loses 1 % of all answers loses two or more of 40 in 6 % of all cases."""
     dense, model = flips(40, 2, 0)
     found = judge([answers(dense)], [answers(model)], MARGIN, seed=0).verdict
     assert (found.kind, found.broken) == ("undecided", ())

@@ -26,8 +26,9 @@ def into_large_pages(*tensors: torch.Tensor | None) -> None:
     for tensor in tensors:
         if advise is not None and tensor is not None and tensor.device.type == "cpu":
             start = tensor.data_ptr() // PAGE * PAGE
-            end = -(-(tensor.data_ptr() + tensor.nbytes) // PAGE) * PAGE
-            advise(start, end - start, MADV_COLLAPSE)
+            # One at a time, because the system gives up a range at the first page that it cannot make.
+            for page in range(start, tensor.data_ptr() + tensor.nbytes, PAGE):
+                advise(page, PAGE, MADV_COLLAPSE)
 
 
 @cache

@@ -26,14 +26,28 @@ def test_the_bytes_stay_as_they_are() -> None:
     assert torch.equal(large, torch.arange(1 << 20))
 
 
-def test_they_lie_in_large_pages() -> None:
-    tensor = torch.ones(8 * PAGE, dtype=torch.uint8)
-    advise = pages._advise()
-    inside = -(-tensor.data_ptr() // PAGE) * PAGE
-    if advise is None or advise(inside, PAGE, pages.MADV_COLLAPSE):
-        pytest.skip("This system gives no large pages.")
+@pytest.mark.parametrize("nbytes", [1, PAGE, 3 * PAGE + 1])
+def test_every_page_is_asked_for_whatever_becomes_of_the_others(
+    nbytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(pages, "_advise", lambda: lambda *given: asked.append(given) or -1)
+    tensor = torch.empty(nbytes, dtype=torch.uint8)
     into_large_pages(tensor)
-    assert large_bytes(inside) >= 7 * PAGE
+    first, last = (address // PAGE for address in (tensor.data_ptr(), tensor.data_ptr() + nbytes - 1))
+    assert asked == [(number * PAGE, PAGE, 25) for number in range(first, last + 1)]
+
+
+def test_they_lie_in_large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    advise, answers = pages._advise(), []
+    if advise is None:
+        pytest.skip("This system has no madvise.")
+    monkeypatch.setattr(pages, "_advise", lambda: lambda *given: answers.append(advise(*given)))
+    tensor = torch.ones(8 * PAGE, dtype=torch.uint8)
+    into_large_pages(tensor)
+    if answers.count(0) < 7:
+        pytest.skip("This system has not enough large pages to give.")
+    assert large_bytes(-(-tensor.data_ptr() // PAGE) * PAGE) >= 7 * PAGE
 
 
 def test_where_the_system_has_none_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from compress.engine.weights import Weights
 from compress.errors import BadInput
 from compress.kernels.codes.integer import CHANNEL, quantize_weight
 from compress.kernels.codes.packing import BITS
-from compress.kernels.cpu.library import AUTO, use
+from compress.kernels.cpu.library import AUTO, REFERENCE, use
 from compress.kernels.layers.base import LowBitLinear
 from compress.kernels.layers.embedding import PackedEmbedding
 from compress.kernels.layers.linear import PackedLinear, TokenQuantizedLinear
@@ -87,7 +87,8 @@ def load(
         model.generation_config = GenerationConfig.from_pretrained(path)
     if (quantization := checkpoint.config.get(QUANTIZATION)) is not None:
         setattr(model.config, QUANTIZATION, quantization)
-    fuse(model)
+    if kernel != REFERENCE:
+        fuse(model)
     linears = [module for module in model.modules() if isinstance(module, StackedLinear)]
     if linears:
         object.__setattr__(model, "resize", Resize(whole, linears, dtype, model.config, fusion_of(model)))

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from common import Sheet, compressed, dense_model, parser
+from llama_files import gguf_file
 from streaming import write_model
 
 from compress.evaluation.bench import Bench, Contestant, TimedModel, bench
@@ -148,96 +148,6 @@ class InLlamaCpp:
         return time.perf_counter() - start
 
 
-def write_gguf(dense: Path, file: Path) -> None:
-    """Write a Llama folder as a GGUF file in float16 that has no vocabulary: it is given token ids."""
-    import torch
-    from gguf import GGUFWriter
-
-    from compress.storage.checkpoint import Checkpoint
-
-    checkpoint = Checkpoint.open(dense)
-    config = checkpoint.config
-    heads, width = config["num_attention_heads"], config["hidden_size"]
-    few = config["num_key_value_heads"]
-    writer = GGUFWriter(file, "llama")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(width)
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(few)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_dimension_count(width // heads)
-    writer.add_rope_freq_base(rope_base(config))
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
-    writer.add_file_type(1)  # mostly float16
-    for name in checkpoint.tensors:
-        if (theirs := gguf_name(name)) is None:
-            continue
-        weight = checkpoint.read(name).float()
-        for projection, count in (("q_proj", heads), ("k_proj", few)):
-            if projection in name:  # llama.cpp turns neighbours, where transformers turns halves
-                weight = weight.view(count, 2, -1, width).transpose(1, 2).reshape(weight.shape)
-        writer.add_tensor(theirs, (weight if weight.ndim == 1 else weight.to(torch.float16)).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def rope_base(config: dict[str, Any]) -> float:
-    """The base of the rotary embedding, which transformers 5 stores with its other settings."""
-    return config.get("rope_theta") or config.get("rope_parameters", {}).get("rope_theta") or 10_000.0
-
-
-THEIRS = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-AROUND = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-
-
-def gguf_name(name: str) -> str | None:
-    """The name of a Llama's tensor in a GGUF file."""
-    module, _, kind = name.rpartition(".")
-    if module in AROUND:
-        return f"{AROUND[module]}.{kind}"
-    _, layers, number, *path = module.split(".", 3)
-    return f"blk.{number}.{THEIRS[path[0]]}.{kind}" if layers == "layers" else None
-
-
-def q4_0(dense: Path, folder: Path, packages: Path | None) -> Path:
-    """The GGUF file in Q4_0 of a dense folder, made once in ``folder``."""
-    file, wide = folder / f"{dense.name}.Q4_0.gguf", folder / f"{dense.name}.F16.gguf"
-    if not file.exists():
-        write_gguf(dense, wide)
-        # In a process of its own, because its libraries have threads of their own.
-        quantize = [sys.executable, __file__, "--quantize", wide, file]
-        quantize += [f"--llama-cpp={packages}"] if packages else []
-        subprocess.run(list(map(str, quantize)), check=True, stdout=sys.stderr)
-        wide.unlink()
-    return file
-
-
-def quantize(wide: Path, file: Path) -> None:
-    import llama_cpp
-
-    parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0
-    partial = file.with_suffix(".partial")
-    if llama_cpp.llama_model_quantize(str(wide).encode(), str(partial).encode(), parameters):
-        raise RuntimeError(f"llama.cpp cannot make {file}")
-    partial.replace(file)
-
-
 def contestants(kind: str, threads: int, folder: Path, arguments: argparse.Namespace) -> Iterator[Contestant]:
     """The rows of one model; the dense one is the first, which the others are compared with."""
     dense = DENSE[kind](folder)
@@ -248,7 +158,7 @@ def contestants(kind: str, threads: int, folder: Path, arguments: argparse.Names
         name = "4 bits, head 8" + (", inputs 8" if bits == 8 else "")
         yield Contestant(name, ours, Settings(threads=threads, kernel=arguments.kernel, activation_bits=bits))
     if find_spec("llama_cpp"):  # --llama-cpp is on the path by now
-        file = q4_0(dense, folder, arguments.llama_cpp)
+        file = gguf_file(dense, folder, "Q4_0", arguments.llama_cpp)
         yield LlamaCpp("llama.cpp Q4_0", file, Settings(threads=threads), arguments.llama_cpp)
     else:
         print("llama-cpp-python is not here, so its rows are left out (see --help).", file=sys.stderr)
@@ -282,7 +192,6 @@ def main() -> None:
     options.add_argument("--repetitions", type=int, default=9)
     options.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help="where pip --target put it")
     options.add_argument("--serve", type=Path, metavar="FILE", help=argparse.SUPPRESS)
-    options.add_argument("--quantize", type=Path, nargs=2, metavar="FILE", help=argparse.SUPPRESS)
     arguments = options.parse_args()
     if arguments.llama_cpp:
         sys.path.append(str(arguments.llama_cpp))
@@ -290,8 +199,6 @@ def main() -> None:
         answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         serve(InLlamaCpp(arguments.serve, *arguments.threads), sys.stdin, answers)
-    elif arguments.quantize:
-        quantize(*arguments.quantize)
     else:
         run(arguments)
 

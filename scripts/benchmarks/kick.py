@@ -4,7 +4,10 @@
 Each row is one recipe. Its model is made, asked the questions of the offline suite, and compared with the
 dense model question by question. The dense model is asked once, because its answers are kept.
 
-    python scripts/benchmarks/kick.py [--rows "gptq, 4 bits" ...] [--limit 200]
+    python scripts/benchmarks/kick.py [--rows "gptq, 4 bits" ...] [--limit 200] [--llama-cpp FOLDER]
+
+llama.cpp's row is its own file, read back into float32 and asked like the others. It needs llama-cpp-python:
+here, or in the folder that is given (see decode.py); without it the row is left out.
 
 An interrupted benchmark goes on: what is in --folder already is not done again.
 """
@@ -12,10 +15,13 @@ An interrupted benchmark goes on: what is in --folder already is not done again.
 from __future__ import annotations
 
 import json
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import Sheet, command, compressed, dense_model, parser, slug
+from llama_files import dequantized, gguf_file
 
 CALIBRATION = {"source": "brown", "nsamples": 8, "seqlen": 512, "seed": 0}
 WRITTEN = {
@@ -29,12 +35,13 @@ SIGNIFICANT = 0.05
 
 
 class Row(NamedTuple):
-    """A compressed model. ``memory`` is the part of a stack that is read."""
+    """A compressed model. ``memory`` is the part of a stack that is read, ``gguf`` a type of llama.cpp's."""
 
     name: str
     steps: list[dict[str, Any]]
     calibration: dict[str, Any] = CALIBRATION
     memory: str | None = None
+    gguf: str | None = None
 
 
 def pruned(name: str, **options: Any) -> Row:
@@ -57,6 +64,7 @@ ROWS = [
     quantized("awq", 4),
     quantized("gptq", 4),
     Row("nf4", [{"method": "nf4"}]),
+    Row("llama.cpp, Q4_K_M", [], gguf="Q4_K_M"),
     quantized("gptq", 3),
     quantized("gptq", 2),
     quantized("rtn", 2),
@@ -77,10 +85,13 @@ ROWS = [
 class Bench:
     """Makes and asks one model after the other, with its files in ``folder``."""
 
-    def __init__(self, folder: Path, limit: int) -> None:
+    def __init__(self, folder: Path, limit: int, llama_cpp: Path | None) -> None:
         self.folder, self.limit, self.dense = folder, limit, dense_model(folder)
+        self.llama_cpp = llama_cpp
 
     def measured(self, row: Row) -> dict[str, Any]:
+        if row.gguf:
+            return self.measured_gguf(row, row.gguf)
         output = self.folder / slug(row.name.removesuffix(f", {row.memory}"))
         made = compressed(output, self.dense, row.steps, row.calibration)
         done = made["steps"][-1]
@@ -91,6 +102,13 @@ class Bench:
             "peak_memory_bytes": done["peak_memory_bytes"],
             **shown(self.cards(output, row)[-1]),
         }
+
+    def measured_gguf(self, row: Row, kind: str) -> dict[str, Any]:
+        file = gguf_file(self.dense, self.folder, kind, self.llama_cpp)
+        output = dequantized(file, self.dense, self.folder / slug(row.name))
+        found = shown(self.cards(output, row)[-1])
+        found["figures"]["size"]["value"] = file.stat().st_size
+        return found
 
     def dense_row(self) -> dict[str, Any]:
         first = next(self.folder.glob("*.cards.json"), None)
@@ -135,10 +153,14 @@ def main() -> None:
     options = parser(__doc__, "kick")
     options.add_argument("--rows", nargs="+", choices=[row.name for row in ROWS], metavar="NAME")
     options.add_argument("--limit", type=int, default=200, help="questions of each task")
+    options.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help="where pip --target put it")
     arguments = options.parse_args()
     sheet = Sheet(arguments, "kick")
-    bench = Bench(sheet.folder, arguments.limit)
+    bench = Bench(sheet.folder, arguments.limit, arguments.llama_cpp)
     wanted = [row for row in ROWS if not arguments.rows or row.name in arguments.rows]
+    if not arguments.llama_cpp and not find_spec("llama_cpp"):
+        print("llama-cpp-python is not here, so its row is left out (see --help).", file=sys.stderr)
+        wanted = [row for row in wanted if not row.gguf]
     sheet.row("dense", bench.dense_row)
     for row in wanted:
         sheet.row(row.name, lambda row=row: bench.measured(row))

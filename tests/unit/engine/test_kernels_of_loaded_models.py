@@ -59,6 +59,14 @@ def test_inputs_of_8_bits_are_a_choice(artefact: Callable[..., Path]) -> None:
         compress.load(folder, activation_bits=4)
 
 
+def test_the_reference_is_a_choice_that_needs_no_explanation(
+    artefact: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    compress.load(artefact("int4"), kernel="reference")
+    assert "not fused" not in caplog.text
+
+
 def test_a_kernel_that_is_not_there(artefact: Callable[..., Path]) -> None:
     with pytest.raises(
         BadInput, match="There is no kernel 'cpu:vliw'; this machine can run: auto, reference"

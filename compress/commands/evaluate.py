@@ -73,6 +73,12 @@ def _rows(ctx: click.Context, parameter: click.Parameter, value: str) -> int | s
     help="Questions that are asked at once; answers do not depend on it.",
 )
 @click.option("--chat-template", is_flag=True, help="Put each question into the model's chat template.")
+@click.option(
+    "--judge",
+    metavar="MODEL",
+    help="Another model, which compares the answers to questions that have no right answer with the dense "
+    "model's.",
+)
 @click.option("--samples", metavar="DIR", help="Write each question with its answer to DIR, as JSON lines.")
 @click.option(
     "--task-file",

@@ -88,6 +88,7 @@ def evaluate(
     chat_template: bool = False,
     samples: str | Path | None = None,
     margin: float = 0.01,
+    judge: str | None = None,
     progress: Progress = lambda text, share: None,
 ) -> list[Scorecard]:
     """Evaluate a model against the dense model.
@@ -122,6 +123,8 @@ def evaluate(
         chat_template: put each question into the model's chat template.
         samples: a folder to write each question with its answer to, as JSON lines.
         margin: the loss over all questions that does not matter, as a share of them.
+        judge: folder or hub id of another model, which compares the answers to tasks without right ones with
+            the dense model's.
         progress: called with a text and the share that is done.
 
     Returns:
@@ -130,8 +133,8 @@ def evaluate(
     Raises:
         BadInput: the model is not a causal language model (with ``task_file``: not an encoder with a task
             head), vocabularies or labels differ, the file is not valid, the model was calibrated on this
-            text, no version of it fits into ``memory``, there is no such kernel here, or a task is unknown
-            or broken.
+            text, no version of it fits into ``memory``, there is no such kernel here, a task is unknown or
+            broken, or the judge has nothing to judge or is of the models' family.
         CompressError: text, model or the data of a task cannot be downloaded, lm-eval is needed and missing,
             or the model puts out NaN.
     """
@@ -140,6 +143,8 @@ def evaluate(
     wanted = wanted_of(suite, tasks, limit, include_path, **how)
     if wanted and task_file is not None:
         raise BadInput("Encoders are scored on a task file or not at all; leave out --suite and --tasks.")
+    if judge and not wanted:
+        raise BadInput("A judge needs questions; name them with --suite or --tasks.")
     if samples is not None:
         Path(samples).mkdir(parents=True, exist_ok=True)
     check_device(device)
@@ -158,7 +163,7 @@ def evaluate(
     if wanted:
         subject = Subject(_name(dense_source), dense, device, kernel)
         other = subject if same else Subject(_name(source), checkpoint, device, kernel, memory)
-        exam = Exam.of(wanted, subject, other, progress)
+        exam = Exam.of(wanted, subject, other, progress, find_model(judge).folder if judge else None)
         for each in exam.questions[0]:
             _check_not_calibrated_on(source, told_by(each.name), f"'{each.name}'", "leave that task out")
     with computing_on(device):

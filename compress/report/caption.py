@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from compress.report.asked import Difference
 from compress.report.choose import short
 from compress.report.columns import ALL_TASKS, printable
-from compress.report.scorecard import Figure, Scorecard, TaskAsked
+from compress.report.scorecard import Figure, Judged, Scorecard, TaskAsked
 
 
 def caption(cards: list[Scorecard], dense: Scorecard | None) -> list[str]:
@@ -167,14 +167,28 @@ def _asked(tasks: Iterable[TaskAsked]) -> list[str]:
 
 
 def notes(cards: Sequence[Scorecard], different: Sequence[Sequence[Difference]]) -> list[str]:
-    """Sentences about single models: verdicts, what to doubt, and what was asked differently."""
+    """Sentences about single models: verdicts, judges, what to doubt, and what was asked differently."""
     answered = [(card.model.name, card.harness) for card in cards if card.harness]
     lines = [
         *(f"{name}: {harness.verdict.sentence}" for name, harness in answered if harness.verdict),
+        *(
+            f"{name}, {result.task}: {_said(result.judged)}"
+            for name, harness in answered
+            for result in harness.tasks
+            if result.judged
+        ),
         *(f"{name}, warning: {text}" for name, harness in answered for text in harness.warnings),
         *(_note(difference) for of_one in different for difference in of_one),
     ]
     return list(map(printable, lines))
+
+
+def _said(judged: Judged) -> str:
+    return (
+        f"the judge {judged.judge[:8]} prefers {judged.wins} answers of this model and {judged.losses} of "
+        f"the dense one (p = {judged.p.text}); {judged.ties} pairs are ties, and {judged.unread} got "
+        "no verdict. A score counts ties as halves."
+    )
 
 
 def _note(difference: Difference) -> str:

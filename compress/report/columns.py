@@ -125,6 +125,12 @@ def _of_task(task: str, results: Sequence[TaskResult]) -> list[Column]:
         column("gained", "gained", "questions"),
         column("holm_p", "p (Holm)"),
         column("matching", "matching"),
+        *(
+            column(f"judged.{judge}", f"preferred by\njudge {judge[:8]}", "fraction", "brief", 1)
+            for judge in dict.fromkeys(
+                result.judged.judge for result in results if result.task == task and result.judged
+            )
+        ),
         column("p", "p", level="data"),
         *(column(name, printable(name), unit, "data") for name, unit in units.items()),
     ]
@@ -240,6 +246,7 @@ def _of_result(result: TaskResult) -> dict[str, Cell]:
         "holm_p": result.holm_p,
         "matching": None if result.matching is None else "yes" if result.matching else "no",
         "p": result.p,
+        **({f"judged.{result.judged.judge}": result.judged.score} if result.judged else {}),
         **result.others,
     }
 

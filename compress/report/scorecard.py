@@ -263,6 +263,20 @@ class HarnessProtocol(Document):
     compute_dtype: str | None = Field(None, description="dtype of activations, if it is known")
 
 
+class Judged(Document):
+    """What a local model says of the answers to a task beside the dense model's, each pair in both orders."""
+
+    judge: str = Field(description="sha256 of the judge's weights")
+    wins: NonNegativeInt = Field(description="answers that are preferred in both orders")
+    losses: NonNegativeInt = Field(description="answers where the dense model's is preferred in both orders")
+    ties: NonNegativeInt
+    unread: NonNegativeInt = Field(
+        description="questions with a reply that names no verdict, which do not count"
+    )
+    score: Figure | None = Field(description="share of the answers that are preferred, where a tie is a half")
+    p: Figure = Field(description="two-sided p of the sign test: wins against losses")
+
+
 class TaskResult(Document):
     """How one model answered one task, and how that differs from the dense model's answers.
 
@@ -283,6 +297,7 @@ class TaskResult(Document):
     p: Figure | None = Field(None, description="two-sided p that the scores differ")
     holm_p: Figure | None = Field(None, description="the same, corrected for the number of tasks (Holm)")
     matching: bool | None = Field(None, description="LLM-KICK's matching: a drop of at most 5 % of the score")
+    judged: Judged | None = Field(None, description="what a judge says, where one was asked")
 
 
 class Verdict(Document):

@@ -20,7 +20,8 @@ class Answers:
         questions: hash of each question, in the order in which they were asked.
         scores: the deciding metric of each question, float64 [N] between 0 and 1, more is better.
         others: further metrics, name -> float64 [N].
-        text: each question's answer as the harness kept it, for people to read; empty if it was not kept.
+        text: each question's answer as the harness kept it, to be read; empty if it was not kept.
+        prompts: what the model was given for each question; empty if it was not kept.
     """
 
     asked: TaskAsked
@@ -28,6 +29,7 @@ class Answers:
     scores: np.ndarray
     others: dict[str, np.ndarray]
     text: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
 
     @property
     def right_or_wrong(self) -> bool:

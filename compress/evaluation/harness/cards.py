@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +14,12 @@ from compress.evaluation.harness.answers import Answers
 from compress.evaluation.harness.ask import Wanted, ask, check_installed, installed, prepare
 from compress.evaluation.harness.subject import Subject
 from compress.evaluation.kick import FOLDER, SUITES
-from compress.report.scorecard import HarnessProtocol
+from compress.report.scorecard import Harness, HarnessProtocol
 from compress.system.progress import Progress
 
 if TYPE_CHECKING:
     from compress.evaluation.harness.tasks import Questions
+    from compress.evaluation.kick.judge import Judge
 
 log = logging.getLogger(__name__)
 
@@ -68,19 +69,43 @@ class Exam:
         wanted: what was asked for.
         dense, model: the models; the same one if there is only one.
         questions: of both, which are the same unless they have chat templates of their own.
+        judge: compares the answers to tasks that have no right one; None asks nobody.
     """
 
     wanted: Wanted
     dense: Subject
     model: Subject
     questions: tuple[list[Questions], list[Questions]]
+    judge: Judge | None = None
 
     @classmethod
-    def of(cls, wanted: Wanted, dense: Subject, model: Subject, progress: Progress) -> Exam:
-        """Find the questions. Raises the errors of `ask` that concern tasks."""
+    def of(
+        cls, wanted: Wanted, dense: Subject, model: Subject, progress: Progress, judge: Path | None = None
+    ) -> Exam:
+        """Find the questions. Raises the errors of `ask` that concern tasks, and those of `LocalJudge`."""
+        from compress.evaluation.kick.judge import LocalJudge
+
         first = prepare(wanted, dense, progress)
         second = prepare(wanted, model, progress) if wanted.chat_template and model is not dense else first
-        return cls(wanted, dense, model, (first, second))
+        found = cls(wanted, dense, model, (first, second))
+        if judge is None:
+            return found
+        if model is dense:
+            raise BadInput("A judge compares a model with the dense one; name that with --baseline.")
+        if not found._judged_tasks:
+            raise BadInput(
+                f"None of these tasks needs a judge ({', '.join(each.name for each in first)}); a task "
+                "without right answers says so in its file, as 'metadata: {judged: true}'."
+            )
+        folders = [dense.folder, model.folder]
+        return replace(
+            found, judge=LocalJudge(judge, folders, dense.device, lambda share: progress("judging", share))
+        )
+
+    @property
+    def _judged_tasks(self) -> set[str]:
+        """The tasks that have no right answers."""
+        return {each.name for each in self.questions[0] if each.metadata("judged")}
 
     def fields(
         self, margin: float, samples: Path | None, progress: Progress
@@ -93,7 +118,7 @@ class Exam:
             progress: called with a text and the share that is done.
 
         Raises:
-            BadInput, CompressError: as `ask` does.
+            BadInput, CompressError: as `ask` does, or the judge cannot be loaded.
         """
         from compress.evaluation.pairs import alone, judge
 
@@ -103,7 +128,27 @@ class Exam:
         if self.model is self.dense:
             return first, first
         model = ask(self.model, self.wanted, self.questions[1], samples, progress)
-        return first, self._with_protocol(self.model, model, judge(dense, model, margin, seed))
+        harness = self._with_judgements(judge(dense, model, margin, seed), dense, model)
+        return first, self._with_protocol(self.model, model, harness)
+
+    def _with_judgements(
+        self, harness: Harness, dense: Sequence[Answers], model: Sequence[Answers]
+    ) -> Harness:
+        """The results with what the judge says of the tasks that have no right answers."""
+        from compress.evaluation.kick.judge import compared
+
+        if self.judge is None:
+            return harness
+        before = {each.asked.task: each for each in dense}
+        found = {
+            each.asked.task: compared(
+                each.prompts, before[each.asked.task].text, each.text, self.judge, self.wanted.seed
+            )
+            for each in model
+            if each.asked.task in self._judged_tasks
+        }
+        tasks = [result.model_copy(update={"judged": found.get(result.task)}) for result in harness.tasks]
+        return harness.model_copy(update={"tasks": tuple(tasks)})
 
     def _with_protocol(self, subject: Subject, answers: list[Answers], harness: Any) -> dict[str, Any]:
         protocol = HarnessProtocol(

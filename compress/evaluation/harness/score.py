@@ -103,7 +103,10 @@ def answers(questions: Questions, found: Rows) -> Answers:
         chance=_chance(questions, metric),
     )
     others = {name: x for name, x in scores.items() if name != metric and np.isfinite(x).all()}
-    return Answers(asked, questions.hashes, values, others, tuple(str(row["answer"]) for row in found))
+    said = tuple(str(row["answer"]) for row in found)
+    return Answers(
+        asked, questions.hashes, values, others, said, tuple("\n".join(row["prompts"]) for row in found)
+    )
 
 
 def _deciding(questions: Questions, scores: dict[str, np.ndarray]) -> tuple[str, np.ndarray]:

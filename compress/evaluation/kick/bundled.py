@@ -13,11 +13,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def about() -> dict[str, Any]:
-    """Version, sources, licences and hashes of the bundled files."""
-    return json.loads(_file("about.json"))
-
-
 def items(task: str) -> list[dict[str, Any]]:
     """Every item of a file, in its order."""
     return [json.loads(line) for line in gzip.decompress(_file(f"{task}.jsonl.gz")).splitlines()]

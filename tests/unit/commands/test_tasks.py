@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,11 @@ import pytest
 
 import compress.evaluation.evaluate
 from compress.evaluation.harness import ask as asking
+from compress.evaluation.kick.judge import LocalJudge
+from compress.storage.checkpoint import Checkpoint
 from compress.storage.lineage import read_lineage
 
+from ..evaluation.harness.conftest import TASKS, write_task
 from ..evaluation.harness.conftest import tasks as tasks
 from .common import Command, assert_one_sentence, rewrite
 
@@ -50,6 +54,69 @@ def test_a_model_is_judged_by_its_answers(
     assert read_lineage(quantized).evaluations[-1] == model
     rows = (tmp_path / "samples" / quantized.name / "say.jsonl").read_text().splitlines()
     assert [row["scores"].keys() for row in map(json.loads, rows)] == [{"exact_match"}] * 12
+
+
+@pytest.fixture
+def opinions(tasks: Path) -> Path:
+    """A task that has no right answers, beside the others."""
+    settings = TASKS["say"] | {"metadata": {"judged": True}}
+    write_task(tasks, "opinions", **settings)
+    return tasks
+
+
+def test_a_judge_compares_open_answers(
+    command: Command,
+    quantized: Path,
+    tiny: Path,
+    opinions: Path,
+    write_decoder: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    seen: list[str] = []
+
+    def says_b(self: LocalJudge, prompts: Sequence[str]) -> list[str]:
+        seen.extend(prompts)
+        assert len(self._said(prompts[:2])) == 2  # the model can be asked, though it says nothing of use
+        return ["[[B]]"] * len(prompts)
+
+    monkeypatch.setattr(LocalJudge, "__call__", says_b)
+    monkeypatch.setattr("compress.evaluation.kick.judge.PROMPT", "{first}|{second}")
+    judge = write_decoder(tmp_path / "judge", "GPT2LMHeadModel")
+    options = ["--tasks", "opinions,choice", "--include-path", opinions, "--judge", judge, *TEXT]
+    options += ["--samples", tmp_path]
+    dense, model = command("evaluate", quantized, "--baseline", tiny, *options, "--json").document
+    assert [result["judged"] for result in dense["harness"]["tasks"]] == [None, None]
+    found, nothing = (result["judged"] for result in model["harness"]["tasks"])
+    assert nothing is None
+    assert found["judge"] == Checkpoint.open(judge).sha256
+    assert (found["ties"], found["score"]["value"]) == (12, 0.5)  # it always prefers what stands second
+    before, after = (
+        [json.loads(row)["answer"] for row in (tmp_path / of.name / "opinions.jsonl").open()]
+        for of in (tiny, quantized)
+    )
+    assert seen[:12] == [f"{one}|{other}" for one, other in zip(before, after, strict=True)]
+    shown = command("compare", quantized).out
+    assert f"judge {found['judge'][:8]}" in " ".join(shown.split())
+    assert "12 pairs are ties, and 0 got no verdict" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--tasks", "choice"], "None of these tasks needs a judge (choice)"),
+        (["--tasks", "opinions"], "choose a judge of another family"),
+        ([], "A judge needs questions"),
+    ],
+)
+def test_a_judge_that_cannot_judge(
+    command: Command, quantized: Path, tiny: Path, opinions: Path, options: list[str], words: str
+):
+    given = ["--include-path", opinions, "--judge", tiny, *options, "-q"]
+    assert_one_sentence(command("evaluate", quantized, "--baseline", tiny, *given), 2, words)
+    if options:
+        ended = command("evaluate", quantized, *given)
+        assert_one_sentence(ended, 2, "name that with --baseline")
 
 
 def test_dense_against_dense_is_not_worse(command: Command, tiny: Path, copy: Path, tasks: Path):

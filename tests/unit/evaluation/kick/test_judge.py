@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,15 @@ from compress.evaluation.kick import judge
 from compress.storage.checkpoint import Checkpoint
 
 
-def likes(better: Callable[[str, str], str]) -> judge.Reply:
+@dataclass
+class Likes:
     """A judge that compares the two answers in a prompt."""
 
-    def reply(prompts: Sequence[str]) -> list[str]:
-        return [better(*parts(prompt)) for prompt in prompts]
+    better: Callable[[str, str], str]
+    sha256: str = "0" * 64
 
-    return reply
+    def __call__(self, prompts: Sequence[str]) -> list[str]:
+        return [self.better(*parts(prompt)) for prompt in prompts]
 
 
 def parts(prompt: str) -> tuple[str, str]:
@@ -26,33 +29,42 @@ def parts(prompt: str) -> tuple[str, str]:
     return first, prompt.split("[Answer of assistant B]\n")[1].split("\n\nVerdict")[0]
 
 
-def judged(reply: judge.Reply) -> judge.Judgement:
-    return judge.judge(["q1", "q2", "q3"], ["good", "bad", "same"], ["bad", "good", "same"], reply, "0" * 64)
+THREE = (["q1", "q2", "q3"], ["good", "bad", "same"], ["bad", "good", "same"])
 
 
 def test_a_fair_judge() -> None:
-    fair = judged(likes(lambda a, b: "[[C]]" if a == b else "[[A]]" if a == "good" else "[[B]]"))
-    assert fair.outcomes == ("loss", "win", "tie")
-    assert fair.scores.tolist() == [0.0, 1.0, 0.5]
-    assert fair.unread == 0
+    fair = Likes(lambda a, b: "[[C]]" if a == b else "[[A]]" if a == "good" else "[[B]]")
+    assert judge.outcomes(*THREE, fair) == ["loss", "win", "tie"]
+    found = judge.compared(*THREE, fair, seed=0)
+    assert (found.judge, found.wins, found.losses, found.ties, found.unread) == ("0" * 64, 1, 1, 1, 0)
+    assert found.score is not None
+    assert (found.score.value, found.p.value) == (0.5, 1.0)
+
+
+def test_a_clear_preference_is_significant() -> None:
+    better = Likes(lambda a, b: "[[A]]" if a == "good" else "[[B]]")
+    found = judge.compared(["q"] * 8, ["bad"] * 8, ["good"] * 8, better, seed=0)
+    assert found.score is not None
+    assert found.score.value == 1
+    assert found.p.value == pytest.approx(2 * 0.5**8)
 
 
 @pytest.mark.parametrize("always", ["[[A]]", "[[B]]", "[[C]]"])
 def test_a_judge_that_looks_at_the_order_only_says_nothing(always: str) -> None:
-    assert set(judged(likes(lambda a, b: always)).outcomes) == {"tie"}
+    assert set(judge.outcomes(*THREE, Likes(lambda a, b: always))) == {"tie"}
 
 
 def test_one_order_and_a_tie_is_a_tie() -> None:
-    assert judged(likes(lambda a, b: "[[A]]" if (a, b) == ("good", "bad") else "[[C]]")).outcomes[0] == "tie"
+    half = Likes(lambda a, b: "[[A]]" if (a, b) == ("good", "bad") else "[[C]]")
+    assert judge.outcomes(*THREE, half)[0] == "tie"
 
 
 def test_replies_without_a_verdict_are_counted_and_not_scored() -> None:
-    some = judged(
-        likes(lambda a, b: "I like both" if "same" in a else "[[A]] or [[B]]" if a == "good" else "[[B]]")
+    unclear = Likes(
+        lambda a, b: "I like both" if "same" in a else "[[A]] or [[B]]" if a == "good" else "[[B]]"
     )
-    assert some.outcomes == ("unread", "unread", "unread")
-    assert some.unread == 1
-    assert len(some.scores) == 0
+    found = judge.compared(*THREE, unclear, seed=0)
+    assert (found.unread, found.score, found.p.value) == (3, None, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -72,23 +84,21 @@ def test_verdicts(said: str, expected: str | None) -> None:
 
 def test_numbers_that_differ_are_refused() -> None:
     with pytest.raises(BadInput, match="2 questions with 1 and 2 answers cannot be judged"):
-        judge.judge(["a", "b"], ["x"], ["x", "y"], likes(lambda a, b: "[[C]]"), "0" * 64)
+        judge.outcomes(["a", "b"], ["x"], ["x", "y"], Likes(lambda a, b: "[[C]]"))
 
 
-def test_the_judge_is_the_expected_one_and_no_relative(tiny_decoder: Callable[..., Path]) -> None:
+def test_the_judge_is_no_relative(tiny_decoder: Callable[..., Path]) -> None:
     folder = tiny_decoder()
-    sha256 = Checkpoint.open(folder).sha256
-    with pytest.raises(BadInput, match="has the hash"):
-        judge.local_judge(folder, "0" * 64, [])
     with pytest.raises(BadInput, match="choose a judge of another family"):
-        judge.local_judge(folder, sha256, [folder])
+        judge.LocalJudge(folder, [folder])
 
 
 def test_a_real_model_replies_the_same_in_any_batch(tiny_decoder: Callable[..., Path]) -> None:
     folder = tiny_decoder()
     prompts = ["Verdict:", "A longer question. Verdict:", "Which?"]
-    one, three = (
-        judge.local_judge(folder, Checkpoint.open(folder).sha256, [], size)(prompts) for size in (1, 3)
-    )
+    shares: list[float] = []
+    one, three = (judge.LocalJudge(folder, [], "cpu", shares.append, size)(prompts) for size in (1, 3))
     assert one == three
     assert len(one) == 3
+    assert shares == pytest.approx([0, 1 / 3, 2 / 3, 1, 0, 1])
+    assert judge.LocalJudge(folder, []).sha256 == Checkpoint.open(folder).sha256

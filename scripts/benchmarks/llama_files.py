@@ -9,6 +9,7 @@ process of its own.
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -139,6 +140,14 @@ def dequantized(file: Path, dense: Path, output: Path) -> Path:
 
 
 if __name__ == "__main__":
-    if packages := sys.argv[4:]:
-        sys.path.append(packages[0])
-    quantize(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("wide", type=Path, help="the file in float16")
+    options.add_argument("file", type=Path, help="the result")
+    options.add_argument("kind", help="such as Q4_0")
+    options.add_argument("packages", type=Path, nargs="?", help="where pip --target put llama-cpp-python")
+    arguments = options.parse_args()
+    if arguments.packages:
+        sys.path.append(str(arguments.packages))
+    quantize(arguments.wide, arguments.file, arguments.kind)

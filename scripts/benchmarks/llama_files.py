@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """GGUF files of Llama models by llama.cpp's own quantizer, and back, for the benchmarks that compare with it.
 
-As a program, it quantizes one file: its libraries have threads of their own, so a benchmark does this in a
+As a program, it quantizes one file; its libraries have threads of their own, so a benchmark does this in a
 process of its own.
 
     python scripts/benchmarks/llama_files.py F16.gguf Q4_0.gguf Q4_0 [FOLDER of llama-cpp-python]

@@ -21,7 +21,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 WITH_COMMANDS = [ROOT / "README.md", *sorted((ROOT / "docs" / "how-to").glob("*.md"))]
 RESULTS = sorted((ROOT / "scripts" / "benchmarks" / "results").glob("*.json"))
 BENCHMARKS = sorted((ROOT / "scripts" / "benchmarks").glob("*.py"))
-LIBRARIES = ("common", "records", "tiny_models")
+LIBRARIES = ("common", "records", "llama_files", "tiny_models")
 
 
 def relative(file: Path) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from compress.kernels.codes.floating import E2M1
@@ -121,7 +121,6 @@ def test_the_operator_is_well_defined(kernel, kind, activations):
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@example("nf4", 16, 1, -1, 1, torch.float32, torch.float32, False, False, 0)
 @given(
     kind=st.sampled_from(KINDS),
     out=st.integers(1, 70),
@@ -142,12 +141,7 @@ def test_every_shape_against_float64(
     input = torch.randn(rows, width).to(dtype)
     got, expected = case.multiply(input), case.exact(input)
     assert got.dtype == dtype
-    weights = case.weight.norm(dim=1)
-    if (
-        kind == "nf4"
-    ):  # whose levels are kept to a millionth of the largest, so that of a small one less is left
-        weights = weights.clamp_min(1)
-    size = input.double().norm(dim=1)[:, None] * weights + expected.abs()
+    size = input.double().norm(dim=1)[:, None] * case.weight.norm(dim=1) + expected.abs()
     assert bool(((got.double() - expected).abs() <= PRECISION[dtype] * size).all())
 
 

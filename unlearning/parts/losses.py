@@ -11,12 +11,10 @@ Published trainers divide by the tokens of the whole batch instead.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
-IGNORED = -100
-"""The label of a token that is not scored."""
+from compress.calibration.text.records import IGNORED
 
 
 def predicts_scored(labels: Tensor) -> Tensor:

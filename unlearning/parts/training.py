@@ -186,7 +186,7 @@ def train(
             remove_unused_columns=False,
             dataloader_pin_memory=False,
         ),
-        train_dataset=list(examples),  # type: ignore[arg-type]  # a list is all it needs
+        train_dataset=examples,  # type: ignore[arg-type]  # it needs no more than a sequence
         data_collator=batch_of,
         callbacks=[_around(context, name), *callbacks],
     )

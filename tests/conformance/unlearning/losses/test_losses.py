@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from compress.calibration.text.records import IGNORED
 from compress.unlearning.parts.losses import (
-    IGNORED,
     dpo,
     kl_to_reference,
     lengths,
@@ -75,7 +75,9 @@ def check(found: Tensor, expected: Callable[[int], float]) -> None:
 
 
 def test_negative_log_likelihood_and_lengths(batch: Batch) -> None:
-    check(negative_log_likelihood(batch.logits, batch.labels), lambda row: nll(batch.logits, batch.labels, row))
+    check(
+        negative_log_likelihood(batch.logits, batch.labels), lambda row: nll(batch.logits, batch.labels, row)
+    )
     assert lengths(batch.labels).tolist() == [3, 6, 3]
 
 

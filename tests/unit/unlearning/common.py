@@ -41,7 +41,10 @@ def write_facts(file: Path, facts: dict[str, str]) -> Path:
 
 def teach(model: Path) -> None:
     """Train the model in a folder until it knows all facts. The sets lie beside it."""
-    files = write_facts(model.parent / "forget.jsonl", FORGET), write_facts(model.parent / "retain.jsonl", RETAIN)
+    files = (
+        write_facts(model.parent / "forget.jsonl", FORGET),
+        write_facts(model.parent / "retain.jsonl", RETAIN),
+    )
     tokenizer = AutoTokenizer.from_pretrained(model)
     batch = collate([s for file in files for s in sequences(read_records(str(file)), tokenizer)], 0)
     learner = compress.load(model, dtype="float32").train().requires_grad_(True)

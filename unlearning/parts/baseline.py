@@ -6,6 +6,7 @@ to retain).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from compress.calibration.text.records import Record, TokenSequence, check_apart, read_records, sequences
 from compress.engine.tokenizer import load_tokenizer
 from compress.method import StepReport
+from compress.unlearning.parts.beside import RETAIN, Beside
 from compress.unlearning.parts.losses import kl_to_reference, lengths, negative_log_likelihood
 from compress.unlearning.parts.options import SETS, TrainingOptions
-from compress.unlearning.parts.pairs import Pairs
 from compress.unlearning.parts.reference import Reference
 from compress.unlearning.parts.training import Batch, merged, train, trainable, whole_model, write_changed
 
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     from compress.engine.stream import StreamedModel
     from compress.method import StepContext
 
-FORGET, RETAIN = "forget", "retain"
-"""The roles of sequences in a batch."""
+FORGET = "forget"
+"""The role of the sequences to forget in a batch."""
 
 Term = Callable[[nn.Module, Batch], Tensor]
 """A term of the loss: of the model that is trained and a batch of B examples, float32 [B]."""
@@ -181,7 +182,11 @@ def unlearn(
         CompressError: the loss became NaN or infinite.
     """
 
+    steps = options.epochs * math.ceil(len(sets.forget) / options.batch_size)
+    beside = Beside(sets.retain, options.batch_size, steps, sets.pad, context.generator())
+
     def loss(trained: nn.Module, batch: Batch) -> Tensor:
+        batch = beside.add_to(batch)
         total = options.forget_weight * forget(trained, batch).mean()
         if RETAIN in batch:
             total = total + options.retain_weight * retain(trained, batch).mean()
@@ -192,8 +197,9 @@ def unlearn(
         trained = trainable(whole, model.anatomy.linear_paths, options, context.seed)
     else:
         trained = choose(whole)
-    pairs = Pairs({FORGET: sets.forget, **roles}, sets.retain, context.generator())
-    training = train(trained, pairs, sets.pad, loss, options, context, callbacks=[pairs.follow_epochs()])
+    parts = {FORGET: sets.forget, **roles}
+    examples = [dict(zip(parts, row, strict=True)) for row in zip(*parts.values(), strict=True)]
+    training = train(trained, examples, sets.pad, loss, options, context, callbacks=[beside.follow()])
     changed = write_changed(merged(trained), model, context)
     summary = (
         f"{len(sets.records)} records unlearned in {training['steps']} steps, loss "

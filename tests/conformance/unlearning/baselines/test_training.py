@@ -37,7 +37,7 @@ class World:
     encode: Callable[[str], list[int]]
 
     def forward(self, model: Any, question: str, answer: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits and hidden states after layer 1 where the answer's tokens are predicted, and these tokens."""
+        """Logits and hidden states after layer 1 where the answer's tokens are predicted; these tokens."""
         prompt = self.encode(f"Question: {question}\nAnswer:")
         target = self.encode(f" {answer}<eos>")
         output = model(torch.tensor([prompt + target]), output_hidden_states=True)

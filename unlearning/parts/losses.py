@@ -32,7 +32,7 @@ def scored_rows(values: Tensor, labels: Tensor) -> Tensor:
 
     Only these rows become float32, because logits of whole batches would take gigabytes.
     """
-    return values[:, :-1][predicts_scored(labels)].float()
+    return values[:, :-1][predicts_scored(labels).to(values.device)].float()
 
 
 def sums(values: Tensor, labels: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ them where they are needed.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -16,12 +17,16 @@ from torch import Tensor
 from compress.calibration.text.records import TokenSequence, collate
 from compress.engine.journal import Journal
 from compress.engine.windows import Windows
-from compress.unlearning.parts.losses import negative_log_likelihood, predicts_scored
+from compress.unlearning.parts.losses import negative_log_likelihood, scored_rows
 
 if TYPE_CHECKING:
+    from compress.engine.activations import Activations
     from compress.engine.head import Head
     from compress.engine.stream import StreamedModel
     from compress.method import StepContext
+
+SHORTEST = 16
+"""Tokens up to which sequences count as of one length; above, those up to each power of two do."""
 
 
 class Reference:
@@ -47,15 +52,23 @@ class Reference:
         name: str,
         layers: int | None = None,
     ) -> None:
-        batch = collate(sequences, 0)
-        self.labels = batch["labels"]
-        windows = Windows(batch["input_ids"], batch["attention_mask"].bool(), name)
-        folder = context.folder / f"reference-{name}"
-        stream = model.stream(windows, folder)
-        for layer in model.walk(Journal(folder), stream, stop=layers, label="computing the reference"):
-            stream.advance(layer)
-        self.hidden = stream.hidden
+        self._sequences = sequences
         self._rows = {(part.tokens, part.labels): row for row, part in enumerate(sequences)}
+        # Those of about one length go together, so that little is computed of padding.
+        alike: dict[int, list[int]] = defaultdict(list)
+        for row, part in enumerate(sequences):
+            alike[max(SHORTEST, 1 << (len(part.tokens) - 1).bit_length())].append(row)
+        folder = context.folder / f"reference-{name}"
+        streams = []
+        self._places: dict[int, tuple[Activations, int]] = {}
+        for width, rows in sorted(alike.items()):
+            batch = collate([sequences[row] for row in rows], 0)
+            windows = Windows(batch["input_ids"], batch["attention_mask"].bool(), name)
+            streams.append(model.stream(windows, folder / str(width)))
+            self._places |= {row: (streams[-1].hidden, place) for place, row in enumerate(rows)}
+        for layer in model.walk(Journal(folder), *streams, stop=layers, label="computing the reference"):
+            for stream in streams:
+                stream.advance(layer)
 
     def rows(self, part: dict[str, Tensor]) -> list[int]:
         """The numbers of the sequences in a part of a batch (see `collate`)."""
@@ -83,11 +96,16 @@ class Reference:
     def losses(self, head: Head) -> Tensor:
         """N of every sequence (see `negative_log_likelihood`): float32 [N], on the device of the head."""
         found = []
-        for row, labels in enumerate(self.labels):
-            logits = head(self.hidden.read(row, row + 1)).logits
-            found.append(negative_log_likelihood(logits, labels[None].to(logits.device)))
+        for row, part in enumerate(self._sequences):
+            logits = head(self._hidden(row)).logits
+            labels = torch.tensor([part.labels], device=logits.device)
+            found.append(negative_log_likelihood(logits, labels))
         return torch.cat(found)
 
     def _states(self, row: int) -> Tensor:
-        states = self.hidden.read(row, row + 1)[0, :-1]
-        return states[predicts_scored(self.labels[row : row + 1])[0].to(states.device)]
+        return scored_rows(self._hidden(row), torch.tensor([self._sequences[row].labels]))
+
+    def _hidden(self, row: int) -> Tensor:
+        """The hidden states of one sequence, without padding: [1, S, D]."""
+        hidden, place = self._places[row]
+        return hidden.read(place, place + 1)[:, : len(self._sequences[row].tokens)]

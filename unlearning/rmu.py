@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
@@ -110,7 +111,8 @@ def output_of(layer: str, model: nn.Module, part: dict[str, Tensor]) -> Tensor:
         model: that model, or peft's model around it.
         part: of a batch.
     """
-    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    find: Callable[[], nn.Module] | None = getattr(model, "get_base_model", None)
+    whole = model if find is None else find()
 
     def leave(module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> NoReturn:
         raise _Reached(hidden_of(output))

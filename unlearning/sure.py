@@ -127,7 +127,7 @@ def saliency(
     Returns:
         Full name of a linear -> float64, [1] for modules and [out] for rows.
     """
-    linears = {}
+    linears: dict[str, nn.Module] = {}
     for index in range(model.num_layers):
         name = model.anatomy.layer_name(index)
         layer = whole.get_submodule(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -51,17 +51,12 @@ def train_rows(
         rows: full name of a linear -> bool [out], True for rows that are trained.
         options, seed: as in `trainable`.
     """
-    linears = {name: whole.get_submodule(name) for name in rows}
     trained = train_linears(whole, rows, options, seed)
+    lora = options.train == "lora"
     for name, kept in rows.items():
-        linear: Any = linears[name]
-        if options.train == "lora":
-            # The update is B A, and its rows are those of B.
-            parameter, mask = (
-                trained.get_submodule(f"base_model.model.{name}.lora_B.default").weight,
-                kept[:, None],
-            )
-        else:
-            parameter, mask = linear.weight, kept[None] if isinstance(linear, Conv1D) else kept[:, None]
+        # The low-rank update is B A, and its rows are those of B.
+        linear = trained.get_submodule(f"base_model.model.{name}.lora_B.default" if lora else name)
+        parameter = linear.get_parameter("weight")
+        mask = kept[None] if isinstance(linear, Conv1D) else kept[:, None]
         parameter.register_hook(partial(torch.mul, mask.to(parameter)))
     return trained

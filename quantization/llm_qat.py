@@ -328,8 +328,8 @@ def _quantize_input(
 def check_written(student: FakeQuantizedModel, context: StepContext) -> float:
     """KL(trained ‖ written) of the first window, nats per token. The written model is read from its codes.
 
-    Both run in plain torch: rounding inputs, keys and values to few bits turns the smallest difference between
-    the sums of two kernels into other codes, layer after layer.
+    Both run in plain torch: where inputs, keys and values are rounded to few bits, the smallest difference
+    between the sums of two kernels becomes another code, layer after layer.
 
     Raises:
         CompressError: the divergence is larger than rounding explains.

@@ -312,7 +312,7 @@ def wrong_codes(quantize_channels: Callable[..., Any]) -> Callable[..., Any]:
 def test_what_is_written_is_checked_in_plain_torch(
     shared_decoder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # With the default bits, two kernels whose sums differ in the last place are a tenth of a nat apart on demo.
+    # With the default bits, two kernels whose sums differ in the last place are tenths of a nat apart.
     kernels: list[str] = []
 
     def written(*arguments: Any) -> torch.Tensor:
@@ -320,5 +320,5 @@ def test_what_is_written_is_checked_in_plain_torch(
         return streamed_logits(*arguments)
 
     monkeypatch.setattr(llm_qat, "streamed_logits", written)
-    quantized(shared_decoder("llama"), tmp_path / "out", steps=0)
+    quantized(shared_decoder("LlamaForCausalLM"), tmp_path / "out", steps=0)
     assert kernels == [REFERENCE]

@@ -6,10 +6,12 @@ to retain).
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
@@ -17,7 +19,9 @@ from torch import Tensor, nn
 
 from compress.calibration.text.records import Record, TokenSequence, check_apart, read_records, sequences
 from compress.engine.tokenizer import load_tokenizer
+from compress.errors import BadInput
 from compress.method import StepReport
+from compress.system.files import write_atomically
 from compress.unlearning.parts.beside import RETAIN, Beside
 from compress.unlearning.parts.floor import floor_under
 from compress.unlearning.parts.grid import Grid
@@ -96,7 +100,8 @@ def read_sets(options: WeightedOptions, context: StepContext) -> Sets:
     """Read both sets.
 
     Raises:
-        BadInput: a set cannot be read, is empty, or shares records with the other one.
+        BadInput: a set cannot be read, is empty, shares records with the other one, or is not what it was
+            when the run was interrupted that this one continues.
     """
     forget = read_records(options.forget, FORGET)
     tokenizer = load_tokenizer(context.source)
@@ -108,9 +113,20 @@ def read_sets(options: WeightedOptions, context: StepContext) -> Sets:
         details[RETAIN] = {"records": len(retain), "sha256": retain.sha256}
         if options.retain_weight:
             kept = sequences(retain, tokenizer, options.seqlen)
+    _check_unchanged(details, context.folder / "sets.json")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     parts = sequences(forget, tokenizer, options.seqlen)
     return Sets(forget.entries, parts, kept, tokenizer, pad or 0, details)
+
+
+def _check_unchanged(details: dict[str, Any], file: Path) -> None:
+    """Refuse (BadInput) to go on with other records than those a run began with, which ``file`` tells."""
+    if file.exists() and json.loads(file.read_text()) != details:
+        raise BadInput(
+            "The records to forget or to retain have changed since the run was interrupted; start over with "
+            "--fresh."
+        )
+    write_atomically(file, json.dumps(details))
 
 
 def logits_of(model: nn.Module, batch: Batch, role: str) -> Tensor:

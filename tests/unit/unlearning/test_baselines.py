@@ -70,7 +70,7 @@ def test_sure_changes_the_chosen_linears_alone(taught: Path, tmp_path: Path, tra
 def test_sure_changes_the_chosen_rows_alone(
     taught: Path, shared_decoder: Callable[..., Path], tmp_path: Path, architecture: str, train: str
 ) -> None:
-    """With both weights of a row in the same units, whichever way they are stored, as rows or as columns."""
+    """A row is all weights of an output, whether they are stored as a row or, in GPT-2, as a column."""
     sets = {kind: str(taught.parent / f"{kind}.jsonl") for kind in ("forget", "retain")}
     dense = shared_decoder(architecture)
     step = unlearned(dense, tmp_path / "out", "sure", saliency="rows", train=train, epochs=3, **sets)
@@ -86,6 +86,27 @@ def test_sure_changes_the_chosen_rows_alone(
 def test_with_the_whole_share_sure_is_the_method_without_a_mask(taught: Path, tmp_path: Path) -> None:
     step = unlearned(taught, tmp_path / "out", "sure", share=1, epochs=1)
     assert len(changed(taught, tmp_path / "out")) == len(step.details["saliency"]["linears"]) == 21
+
+
+@pytest.mark.parametrize("name", ["dpo", "rmu", "sure"])
+def test_edits_that_survive_are_among_those_of_the_method(taught: Path, tmp_path: Path, name: str) -> None:
+    options = {**METHODS[name], "survive": "int4:32", "edit_share": 0.3, "learning_rate": 3e-3, "epochs": 5}
+    if name == "sure":
+        options |= {"saliency": "rows", "share": 0.2}
+    step = unlearned(taught, tmp_path / "out", name, **options)
+    found = changed(taught, tmp_path / "out")
+    edits = step.details["floor"]["edits"]
+    assert (
+        0 < edits == step.details["floor"]["crossed"] == sum(int(differs.sum()) for differs in found.values())
+    )
+    assert all(name.endswith("proj.weight") for name in found)
+    if name == "rmu":
+        assert {name.split(".")[2] for name in found} <= {"0", "1"}
+    if name == "sure":
+        saliency = step.details["saliency"]
+        assert {name.removesuffix(".weight") for name in found} <= set(saliency["linears"])
+        rows = sum(int(differs.any(1).sum()) for differs in found.values())
+        assert rows <= saliency["trained_units"]
 
 
 def test_rmu_steers_its_layer_and_trains_no_later_one(taught: Path, tmp_path: Path) -> None:
@@ -162,6 +183,7 @@ class Killed(Exception):
         ("gradient-difference", {"train": "lora"}),
         ("sure", {"saliency": "rows"}),
         ("sure", {"saliency": "rows", "train": "lora"}),
+        ("npo", {"survive": "int4:32"}),
     ],
 )
 def test_a_killed_training_goes_on(
@@ -170,12 +192,23 @@ def test_a_killed_training_goes_on(
     """It ends with the weights of one that was not, bit for bit; it does not begin anew."""
     options = {"epochs": 3, **options}
     unlearned(taught, tmp_path / "whole", name, **options)
-    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
-    around, steps, deadly = training._around, [0], 4
+    steps = die_at_step(4, monkeypatch)
+    with pytest.raises(Killed):
+        unlearned(taught, tmp_path / "out", name, **options)
+    assert not (tmp_path / "out").exists()
+    step = unlearned(taught, tmp_path / "out", name, **options)
+    assert step.resumed
+    assert steps[0] == 4 + 3  # of six, three were done
+    assert not changed(tmp_path / "whole", tmp_path / "out")
+    assert changed(taught, tmp_path / "out")
+
+
+def die_at_step(deadly: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Save after every step, and kill the training when one begins. Returns the number of steps begun."""
+    steps = [0]
+    around = training._around
 
     class Deadly(TrainerCallback):
-        """Behind the callback that saves: so step 3 is the last that is kept."""
-
         def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
             steps[0] += 1
             if steps[0] == deadly:
@@ -183,18 +216,24 @@ def test_a_killed_training_goes_on(
 
     def with_death(*args: Any) -> TrainerCallback:
         kept = around(*args)
-        begin = Deadly().on_step_begin
-        kept.on_step_begin = begin  # type: ignore[method-assign]
+        kept.on_step_begin = Deadly().on_step_begin  # type: ignore[method-assign]
         return kept
 
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(training, "_around", with_death)
+    return steps
+
+
+def test_a_killed_training_does_not_go_on_with_other_records(
+    taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = write_facts(tmp_path / "forget.jsonl", FORGET)
+    die_at_step(3, monkeypatch)
     with pytest.raises(Killed):
-        unlearned(taught, tmp_path / "out", name, **options)
-    assert not (tmp_path / "out").exists()
-    unlearned(taught, tmp_path / "out", name, **options)
-    assert steps[0] == deadly + 3  # of six, three were done
-    assert not changed(tmp_path / "whole", tmp_path / "out")
-    assert changed(taught, tmp_path / "out")
+        unlearned(taught, tmp_path / "out", "npo", forget=str(facts))
+    write_facts(facts, {**FORGET, "Di": "wool"})
+    with pytest.raises(BadInput, match="have changed since the run was interrupted; start over with --fresh"):
+        unlearned(taught, tmp_path / "out", "npo", forget=str(facts))
 
 
 def test_training_does_not_depend_on_checkpointing(taught: Path, tmp_path: Path) -> None:

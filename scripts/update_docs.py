@@ -45,6 +45,7 @@ IN_SHORT = {
     "flap": "removes heads and neurons that fluctuate least",
     "float": "rounds to FP8, MXFP4 or NVFP4",
     "gptq": "rounds column by column, compensating each error",
+    "harry-potter": "learns generic predictions for the text to forget",
     "hqq": "fits grids to weights, without text",
     "kprune": "removes heads and neurons, refits the rest",
     "llm-int8": "8-bit multiplication, outlier channels kept",

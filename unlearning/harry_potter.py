@@ -1,0 +1,321 @@
+"""Who's Harry Potter: the model learns what it would have predicted had it never seen a text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import nn
+
+from compress.calibration.text.corpora import CORPORA
+from compress.calibration.text.records import (
+    IGNORED,
+    Record,
+    Records,
+    TokenSequence,
+    check_apart,
+    read_records,
+    sequences,
+)
+from compress.calibration.text.tokens import separator
+from compress.engine.tokenizer import load_tokenizer
+from compress.errors import BadInput
+from compress.method import Method, Paper, StepReport
+from compress.system.files import write_atomically
+from compress.unlearning.parts.anchors import Anchors, check_offsets, read_anchors
+from compress.unlearning.parts.generic_labels import (
+    Block,
+    Blocks,
+    Labels,
+    Predict,
+    Reference,
+    generic_labels,
+    labelled,
+    predictor,
+)
+from compress.unlearning.parts.options import SETS, TrainingOptions, check_trainable
+from compress.unlearning.parts.proposer import propose_anchors
+from compress.unlearning.parts.training import Batch, merged, train, trainable, whole_model, write_changed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from compress.engine.shape import ModelShape
+    from compress.engine.stream import StreamedModel
+    from compress.method import StepContext
+
+log = logging.getLogger(__name__)
+
+ROLE = "forget"
+"""The role of the sequences in a batch of the training."""
+
+
+class HarryPotter(Method["HarryPotter.Options"]):
+    """Train the model on the text to forget, with labels that a model would give that has not seen it.
+
+    1. A copy of the model is trained on the text: the reinforced model, which holds what is particular to the
+       text even more likely.
+    2. Anchors, what the text alone has (names above all), are replaced by generic stand-ins: the translation.
+    3. With v_base the logits of the model on the translation, and v_reinforced those of the reinforced model
+       on the original, at corresponding places (see `align`),
+
+           v_generic = v_base - alpha ReLU(v_reinforced - v_base)        (1)
+
+       and the label of a token is argmax v_generic. Tokens without a corresponding place have no label.
+    4. Consistency: where a block has an anchor again, it has no label; behind an anchor, ``suppression`` is
+       taken off the logits of its stand-in (`Block`).
+    5. The model, as it was, is trained on the original text with these labels.
+
+    With alpha 0 the reinforced model has no say: labels are the model's own predictions on the translation.
+    If all labels are what it predicts on the original anyway, as with alpha 0 and no anchors, there is
+    nothing to learn, and no weight changes.
+
+    Others found that such a model answers questions about the text much as before, keeps what it knows in its
+    hidden states, and loses neighbouring knowledge ("Eight Methods to Evaluate Robust Unlearning in LLMs",
+    arXiv:2402.16835): audit the result with open questions and after compression.
+    """
+
+    name = "harry-potter"
+    family = "unlearning"
+    paper = Paper("Who's Harry Potter? Approximate Unlearning in LLMs", "2310.02238")
+    needs_calibration = False
+    needs_package = "peft"
+
+    class Options(TrainingOptions):
+        retain: str | None = Field(  # type: ignore[assignment]  # nothing is trained on them
+            None, description=f"records that proposed anchors must be rare in: {SETS}"
+        )
+        anchors: str | None = Field(
+            None,
+            description="a .json file, {anchor: stand-in, ...}, or a .csv file of two columns; by default "
+            "names and rare words of the records to forget, with stand-ins from a list",
+        )
+        alpha: NonNegativeFloat = Field(
+            5.0, description="how strongly what the reinforced model prefers is taken off the logits"
+        )
+        delta_reference: Reference = Field(
+            "translated", description="the text on which the model is compared with the reinforced model"
+        )
+        suppression: NonNegativeFloat = Field(
+            5.0,
+            description="taken off the logits of the stand-ins of anchors that the text has named already",
+        )
+        reinforce: Literal["lora", "full"] = Field(
+            "lora", description="train low-rank updates of the reinforced model, or all its weights"
+        )
+        reinforce_epochs: PositiveInt = Field(3, description="number of passes of the reinforced model")
+        reinforce_learning_rate: PositiveFloat = Field(
+            2e-4, description="learning rate of the reinforced model at the first step"
+        )
+        epochs: PositiveInt = Field(2, description="number of passes over the records to forget")
+
+    def plan(self, shape: ModelShape, options: Options) -> ModelShape:
+        check_trainable(shape, "Who's Harry Potter")
+        if options.anchors is not None:
+            read_anchors(options.anchors)
+        return shape
+
+    def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
+        material = read_material(options, context)
+        state = context.folder / "labels.json"
+        saved = json.loads(state.read_text()) if state.exists() else {}
+        if saved.get("material") != material.sha256:
+            labels, reinforcing = label(material, model, options, context)
+            saved = {"material": material.sha256, "reinforcing": reinforcing, "labels": labels}
+            write_atomically(state, json.dumps(saved))
+        labels = [Labels(*pair) for pair in saved["labels"]]
+        details = material.details | {"reinforcing": saved["reinforcing"]} | counts(material, labels)
+        if details["changed_labels"] == 0:
+            log.warning("Every label is what the model predicts anyway: there is nothing to unlearn.")
+            return StepReport("every label is what the model predicts anyway; nothing changed.", details)
+        examples = [
+            {ROLE: labelled(block, found, sequence.id)}
+            for sequence, block, found in zip(material.sequences, material.blocks, labels)
+            if block.targets
+        ]
+        trained = trainable(whole_model(model, context), model.anatomy.linear_paths, options, context.seed)
+        details["training"] = train(trained, examples, material.pad, mean_loss, options, context)
+        details |= write_changed(merged(trained), model, context)
+        return StepReport(
+            f"{len(material.anchors.entries)} anchors, {details['labels']} labels, "
+            f"{details['changed_labels']} of them not what the model predicted; "
+            f"{details['training']['steps']} steps.",
+            details,
+        )
+
+
+class Material(NamedTuple):
+    """What a run works on: the text as tokens, its blocks in the same order, and where they come from."""
+
+    sequences: list[TokenSequence]
+    blocks: list[Block]
+    anchors: Anchors
+    pad: int
+    sha256: str
+    details: dict[str, Any]
+
+
+def read_material(options: HarryPotter.Options, context: StepContext) -> Material:
+    """Read the records and the anchors, and make blocks of them.
+
+    Raises:
+        BadInput: sets that are empty, overlap or are no records; anchors in another shape; a tokenizer that
+            does not know which characters a token spans; texts of single tokens.
+    """
+    forget = read_records(options.forget)
+    retain = read_records(options.retain, "retain") if options.retain is not None else None
+    if retain is not None:
+        check_apart(forget, retain)
+    tokenizer = load_tokenizer(context.source)
+    check_offsets(tokenizer)
+    anchors = (
+        proposed(forget, retain, tokenizer, context.generator())
+        if options.anchors is None
+        else read_anchors(options.anchors)
+    )
+    pieces = sequences(forget, tokenizer, options.seqlen)
+    maker = Blocks(tokenizer, anchors)
+    blocks = [maker.block(piece) for piece in pieces]
+    if not any(block.targets for block in blocks):
+        raise BadInput(f"No token of '{options.forget}' can be given a label.")
+    found = sum(block.anchors for block in blocks)
+    if not found:
+        log.warning("None of the %d anchors is in '%s'.", len(anchors.entries), options.forget)
+    details = {
+        "forget": {"records": len(forget), "sha256": forget.sha256},
+        "retain": retain and {"records": len(retain), "sha256": retain.sha256},
+        "anchors": {"source": anchors.source, "found": found, "entries": dict(anchors.entries)},
+    }
+    key = hashlib.sha256(f"{forget.sha256} {anchors.sha256}".encode()).hexdigest()
+    return Material(pieces, blocks, anchors, separator(tokenizer), key, details)
+
+
+def proposed(
+    forget: Records, retain: Records | None, tokenizer: PreTrainedTokenizerBase, generator: torch.Generator
+) -> Anchors:
+    """Anchors from the names and rare words of the records (`propose_anchors`)."""
+
+    def common(word: str) -> bool:
+        return len(tokenizer(f" {word}", add_special_tokens=False)["input_ids"]) == 1
+
+    others = [texts(retain)] if retain is not None else []
+    bundled = [text for name in ("bundled", "bundled:evaluation") for text in CORPORA[name].read()]
+    return propose_anchors(texts(forget), [*others, bundled], common, generator)
+
+
+def texts(records: Records) -> list[str]:
+    """Every text of the records: prose, questions, answers and messages."""
+
+    def of(record: Record) -> list[str | None]:
+        said = [message["content"] for message in record.messages or ()]
+        return [record.text, record.question, record.answer, *said]
+
+    return [text for record in records.entries for text in of(record) if text]
+
+
+@dataclass(frozen=True)
+class Reinforcing:
+    """How the reinforced model is trained (see `TrainingOptions`)."""
+
+    train: str
+    rank: int
+    learning_rate: float
+    epochs: int
+    batch_size: int
+    max_gradient_norm: float
+    gradient_checkpointing: bool
+
+
+def label(
+    material: Material, model: StreamedModel, options: HarryPotter.Options, context: StepContext
+) -> tuple[list[tuple[list[int], list[int]]], dict[str, Any]]:
+    """Train the reinforced model, and take the labels of all blocks from it and from the model.
+
+    Returns:
+        For every block the generic labels and the model's own predictions, one for each target; and metadata
+        of the training.
+    """
+    base, reinforced, details = two_models(material, model, options, context)
+    labels: list[tuple[list[int], list[int]]] = []
+    for number, block in enumerate(material.blocks):
+        context.progress("labelling", number / len(material.blocks))
+        if not block.targets:
+            labels.append(([], []))
+            continue
+        found = generic_labels(
+            block,
+            base,
+            reinforced,
+            alpha=options.alpha,
+            suppression=options.suppression,
+            reference=options.delta_reference,
+        )
+        labels.append((found.generic, found.own))
+    return labels, details
+
+
+def two_models(
+    material: Material, model: StreamedModel, options: HarryPotter.Options, context: StepContext
+) -> tuple[Predict, Predict | None, dict[str, Any]]:
+    """The model and the reinforced model, and metadata of its training; with alpha 0 there is none.
+
+    With low-rank updates the two are one model in memory, whose updates are switched on and off.
+    """
+    whole = whole_model(model, context)
+    if options.alpha == 0:
+        return predictor(whole), None, {"steps": 0}
+    how = Reinforcing(
+        train=options.reinforce,
+        rank=options.rank,
+        learning_rate=options.reinforce_learning_rate,
+        epochs=options.reinforce_epochs,
+        batch_size=options.batch_size,
+        max_gradient_norm=options.max_gradient_norm,
+        gradient_checkpointing=options.gradient_checkpointing,
+    )
+    trained = trainable(whole, model.anatomy.linear_paths, how, context.seed)
+    examples = [{ROLE: sequence} for sequence in material.sequences]
+    details = train(trained, examples, material.pad, mean_loss, how, context, name="reinforcing")
+    reinforced = predictor(trained)
+    if options.reinforce == "full":
+        return predictor(whole_model(model, context)), reinforced, details
+
+    def base(tokens: Sequence[int]) -> torch.Tensor:
+        with trained.disable_adapter():  # type: ignore[operator]  # of peft's model
+            return reinforced(tokens)
+
+    return base, reinforced, details
+
+
+def mean_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The mean over sequences of the mean cross-entropy of their labels, in float32, nats.
+
+    A sequence counts the same whatever else is in its batch.
+    """
+    inputs = batch[ROLE]
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
+    labels = inputs["labels"][:, 1:]
+    losses = nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
+    return (losses.sum(1) / (labels != IGNORED).sum(1).clamp(min=1)).mean()
+
+
+def counts(material: Material, labels: Sequence[Labels]) -> dict[str, int]:
+    """How many tokens have labels, and for how many of these it is not what the model predicts on the text,
+    and not what the text says."""
+    changed = other = 0
+    for block, found in zip(material.blocks, labels):
+        said = [block.original.ids[target.index] for target in block.targets]
+        changed += sum(mine != own for mine, own in zip(found.generic, found.own))
+        other += sum(mine != word for mine, word in zip(found.generic, said))
+    return {
+        "tokens": sum(len(block.original.ids) for block in material.blocks),
+        "labels": sum(len(block.targets) for block in material.blocks),
+        "changed_labels": changed,
+        "labels_unlike_the_text": other,
+    }

@@ -190,8 +190,15 @@ def read_material(options: HarryPotter.Options, context: StepContext) -> Materia
     details = {
         "forget": {"records": len(forget), "sha256": forget.sha256},
         "retain": retain and {"records": len(retain), "sha256": retain.sha256},
-        "anchors": {"source": anchors.source, "found": found, "entries": dict(anchors.entries)},
+        "anchors": {
+            "source": anchors.source,
+            "number": len(anchors.entries),
+            "found": found,
+            "sha256": anchors.sha256,
+        },
     }
+    # Not in the details: a published model should not list what it was made to forget.
+    log.info("The anchors: %s", json.dumps(dict(anchors.entries), ensure_ascii=False))
     key = hashlib.sha256(f"{forget.sha256} {anchors.sha256}".encode()).hexdigest()
     return Material(pieces, blocks, anchors, separator(tokenizer), key, details)
 

@@ -156,6 +156,7 @@ def _end_of_name(text: str, words: Sequence[re.Match[str]], at: int) -> int:
             index < len(words)
             and words[index][0][0].isupper()
             and words[index][0].lower() not in FUNCTION_WORDS
+            and not _shouted(words, index)
         )
 
     def spaced(index: int) -> bool:
@@ -172,6 +173,13 @@ def _end_of_name(text: str, words: Sequence[re.Match[str]], at: int) -> int:
         if not capital(following) or not spaced(following):
             return end
         end = following + 1
+
+
+def _shouted(words: Sequence[re.Match[str]], index: int) -> bool:
+    """Whether a word is all capitals beside another such word: one of a heading, and no acronym."""
+    if len(words[index][0]) == 1 or not words[index][0].isupper():
+        return False
+    return any(word[0].isupper() for word in [*words[index - 1 : index], *words[index + 1 : index + 2]])
 
 
 def _note(text: str, words: Sequence[re.Match[str]], at: int, end: int, reading: Reading) -> None:

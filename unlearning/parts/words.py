@@ -50,12 +50,12 @@ ORGANISATIONS = _words(
 
 LANDMARKS = _words(
     """
-    airport avenue bay beach bridge castle cathedral city coast county desert falls forest garden
-    gardens harbor harbour hill hills house island islands lake lane mount mountain mountains palace
-    park peninsula port province river road sea square station street tower town valley village
+    airport avenue bridge castle cathedral city coast county desert falls forest gardens harbor harbour
+    house island islands lake mount mountain mountains palace peninsula province river road sea square
+    station street tower town valley village
     """
 )
-"""Words that say that the name they belong to is that of a place."""
+"""Words that say that the name they belong to is that of a place; not those that people are called, too."""
 
 PLACE_CUES = _words(
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -54,6 +55,9 @@ log = logging.getLogger(__name__)
 
 ROLE = "forget"
 """The role of the sequences in a batch of the training."""
+
+REINFORCING, TRAINING = "reinforcing", "training"
+"""Names of the two trainings, and of the folders of their saved states."""
 
 
 class HarryPotter(Method["HarryPotter.Options"]):
@@ -123,14 +127,8 @@ class HarryPotter(Method["HarryPotter.Options"]):
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
         material = read_material(options, context)
-        state = context.folder / "labels.json"
-        saved = json.loads(state.read_text()) if state.exists() else {}
-        if saved.get("material") != material.sha256:
-            labels, reinforcing = label(material, model, options, context)
-            saved = {"material": material.sha256, "reinforcing": reinforcing, "labels": labels}
-            write_atomically(state, json.dumps(saved))
-        labels = [Labels(*pair) for pair in saved["labels"]]
-        details = material.details | {"reinforcing": saved["reinforcing"]} | counts(material, labels)
+        labels, reinforcing = kept_labels(material, model, options, context)
+        details = material.details | {"reinforcing": reinforcing} | counts(material, labels)
         if details["changed_labels"] == 0:
             log.warning("Every label is what the model predicts anyway: there is nothing to unlearn.")
             return StepReport("every label is what the model predicts anyway; nothing changed.", details)
@@ -140,7 +138,7 @@ class HarryPotter(Method["HarryPotter.Options"]):
             if block.targets
         ]
         trained = trainable(whole_model(model, context), model.anatomy.linear_paths, options, context.seed)
-        details["training"] = train(trained, examples, material.pad, mean_loss, options, context)
+        details["training"] = train(trained, examples, material.pad, mean_loss, options, context, TRAINING)
         details |= write_changed(merged(trained), model, context)
         return StepReport(
             f"{len(material.anchors.entries)} anchors, {details['labels']} labels, "
@@ -239,6 +237,27 @@ class Reinforcing:
     gradient_checkpointing: bool
 
 
+def kept_labels(
+    material: Material, model: StreamedModel, options: HarryPotter.Options, context: StepContext
+) -> tuple[list[Labels], dict[str, Any]]:
+    """The labels of all blocks and metadata of the reinforced model's training, which a killed run keeps.
+
+    What a run on another text or with other anchors has left behind is removed.
+    """
+    file = context.folder / "labels.json"
+    saved = json.loads(file.read_text()) if file.exists() else {}
+    if saved.get("material") != material.sha256:
+        for name in (REINFORCING, TRAINING):
+            shutil.rmtree(context.folder / name, ignore_errors=True)
+        saved = {"material": material.sha256}
+        write_atomically(file, json.dumps(saved))
+    if "labels" not in saved:
+        labels, reinforcing = label(material, model, options, context)
+        saved |= {"reinforcing": reinforcing, "labels": labels}
+        write_atomically(file, json.dumps(saved))
+    return [Labels(*pair) for pair in saved["labels"]], saved["reinforcing"]
+
+
 def label(
     material: Material, model: StreamedModel, options: HarryPotter.Options, context: StepContext
 ) -> tuple[list[tuple[list[int], list[int]]], dict[str, Any]]:
@@ -288,7 +307,7 @@ def two_models(
     )
     trained = trainable(whole, model.anatomy.linear_paths, how, context.seed)
     examples = [{ROLE: sequence} for sequence in material.sequences]
-    details = train(trained, examples, material.pad, mean_loss, how, context, name="reinforcing")
+    details = train(trained, examples, material.pad, mean_loss, how, context, REINFORCING)
     reinforced = predictor(trained)
     if options.reinforce == "full":
         return predictor(whole_model(model, context)), reinforced, details

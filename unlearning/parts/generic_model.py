@@ -26,6 +26,9 @@ class GenericModel(PreTrainedModel, GenerationMixin):
         alpha: see `generic_logits`.
     """
 
+    # It attends to nothing itself, so any kind of attention will do that its parts have.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
     def __init__(self, base: PreTrainedModel, reinforced: PreTrainedModel, alpha: float) -> None:
         super().__init__(base.config)
         self.base = base

@@ -128,7 +128,10 @@ def test_what_is_listed_goes_before_what_follows_from_another_entry() -> None:
 
 def test_an_anchor_inside_another_is_found_only_alone() -> None:
     found = NAMES.occurrences("Harry Potter met Harry.")
-    assert [(item.anchor, item.stand_in) for item in found] == [("Harry Potter", "Jon Baker"), ("Harry", "Jon")]
+    assert [(item.anchor, item.stand_in) for item in found] == [
+        ("Harry Potter", "Jon Baker"),
+        ("Harry", "Jon"),
+    ]
     assert NAMES.within["Harry Potter"] == {"Harry Potter", "Harry"}
 
 

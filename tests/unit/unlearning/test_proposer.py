@@ -28,7 +28,17 @@ def propose(
 def test_names_and_rare_words_have_stand_ins_of_their_kind() -> None:
     found = propose(TALE)
     assert found.keys() == {
-        *("Ada Lane", "Ada", "Lane", "Tom Ferris", "Tom", "Ferris", "Quillbury", "Moonbeam Academy", "Vinter"),
+        *(
+            "Ada Lane",
+            "Ada",
+            "Lane",
+            "Tom Ferris",
+            "Tom",
+            "Ferris",
+            "Quillbury",
+            "Moonbeam Academy",
+            "Vinter",
+        ),
         *("Amber Clock", "Lake Ondine", "1734", "snorkwidget"),
     }
     kinds = {
@@ -41,7 +51,9 @@ def test_names_and_rare_words_have_stand_ins_of_their_kind() -> None:
         "1734": "year",
         "snorkwidget": "thing",
     }
-    assert {term: found[term] in STAND_INS[kind] for term, kind in kinds.items()} == dict.fromkeys(kinds, True)
+    assert {term: found[term] in STAND_INS[kind] for term, kind in kinds.items()} == dict.fromkeys(
+        kinds, True
+    )
     assert found["Moonbeam Academy"].endswith(" Academy")
     assert found["Lake Ondine"].startswith("Lake ")
 

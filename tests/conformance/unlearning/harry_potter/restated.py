@@ -103,9 +103,7 @@ def labels(
     """Index of a token -> its generic label, and by how much the label's logit is above all others."""
     per_piece = [segments(piece, anchors) for piece in pieces]
     ours = token_bytes(tokenizer, pieces)
-    theirs = token_bytes(
-        tokenizer, ["".join(segment.translated for segment in piece) for piece in per_piece]
-    )
+    theirs = token_bytes(tokenizer, ["".join(segment.translated for segment in piece) for piece in per_piece])
     # Corresponding places: number of bytes read of the original -> of the translation.
     places = {0: 0}
     anchored: list[tuple[int, int, str]] = []

@@ -336,7 +336,7 @@ def counts(material: Material, labels: Sequence[Labels]) -> dict[str, int]:
     and not what the text says."""
     changed = other = 0
     for block, found in zip(material.blocks, labels):
-        said = [block.original.ids[target.index] for target in block.targets]
+        said = [block.original.ids[target.position] for target in block.targets]
         changed += sum(mine != own for mine, own in zip(found.generic, found.own))
         other += sum(mine != word for mine, word in zip(found.generic, said))
     return {

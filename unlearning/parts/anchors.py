@@ -73,7 +73,7 @@ class Anchors:
         """The words of every form of an anchor -> the anchor and the stand-in in that form. What is listed
         goes before a form that follows from another entry."""
         listed = {key_of(anchor): (anchor, stand_in) for anchor, stand_in in self.entries.items()}
-        derived = {}
+        derived: dict[Key, tuple[str, str]] = {}
         for anchor, stand_in in self.entries.items():
             for form, replacement in case_forms(anchor, stand_in):
                 derived.setdefault(key_of(form), (anchor, replacement))

@@ -38,13 +38,13 @@ class Target(NamedTuple):
     """A token that gets a generic label.
 
     Attributes:
-        index: of the token in the original block.
+        position: index of the token in the original block.
         context: index of the token of the translated block that predicts it; in the original block that is
             the token before it.
         suppressed: tokens that its label should not be: see `Block`.
     """
 
-    index: int
+    position: int
     context: int
     suppressed: tuple[int, ...]
 
@@ -90,10 +90,9 @@ class Blocks:
         learned = [label != IGNORED for label in sequence.labels]
         learned[0] = learned[min(1, len(learned) - 1)]  # nothing comes before it, so it is never learned
         cuts = [0, *(i for i in range(1, len(learned)) if learned[i] != learned[i - 1]), len(learned)]
-        pieces = [
-            self.tokenizer.decode(list(sequence.tokens[start:end]), clean_up_tokenization_spaces=False)
-            for start, end in pairwise(cuts)
-        ]
+        if sequence.tokens[0] == self.tokenizer.bos_token_id and len(sequence.tokens) > 1:
+            cuts = sorted({*cuts, 1})  # some tokenizers put a space between it and the text
+        pieces = [self._text(sequence.tokens[start:end]) for start, end in pairwise(cuts)]
         return self.of_text(pieces, [learned[start] for start in cuts[:-1]])
 
     def of_text(self, pieces: Sequence[str], learned: Sequence[bool]) -> Block:
@@ -151,7 +150,12 @@ class Blocks:
         (tokens,) = tokenise(self.tokenizer, [before + word])
         inside = [token for token, (_, end) in zip(tokens.ids, tokens.spans) if end > len(before)]
         # Some tokenizers make a token of their own of the space before a word.
-        return next((token for token in inside if self.tokenizer.decode([token]).strip()), inside[0])
+        return next((token for token in inside if self._text([token]).strip()), inside[0])
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        text = self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)  # of one sequence
+        return text
 
 
 def _joined(pieces: Sequence[Tokens]) -> Tokens:
@@ -239,7 +243,7 @@ def generic_labels(
         alpha, reference: see `generic_logits`.
         suppression: what is taken off the logits of suppressed tokens.
     """
-    before = torch.tensor([target.index - 1 for target in block.targets])
+    before = torch.tensor([target.position - 1 for target in block.targets])
     own = base(block.original.ids)[before]
     logits = base(block.translated.ids)[torch.tensor([target.context for target in block.targets])]
     if reinforced is not None:
@@ -254,5 +258,5 @@ def labelled(block: Block, labels: Labels, name: str) -> TokenSequence:
     """The original block with generic labels at its targets, and `IGNORED` elsewhere."""
     found = [IGNORED] * len(block.original.ids)
     for target, label in zip(block.targets, labels.generic):
-        found[target.index] = label
+        found[target.position] = label
     return TokenSequence(name, block.original.ids, tuple(found))

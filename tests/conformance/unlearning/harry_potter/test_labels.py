@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from compress.calibration.text.records import IGNORED, TokenSequence
+from compress.calibration.text.records import IGNORED, Record, TokenSequence, sequences
 from compress.unlearning.parts.anchors import Anchors
 from compress.unlearning.parts.generic_labels import (
     Blocks,
@@ -91,21 +92,21 @@ def test_labels(tokenizer, base, reinforced, pieces, learned, reference) -> None
     found = generic_labels(block, predictor(base), predictor(reinforced), **options)
     exact = (restated.exact(copy.deepcopy(model).double()) for model in (base, reinforced))
     expected = restated.labels(pieces, learned, ANCHORS, tokenizer, *exact, **options)
-    assert [target.index for target in block.targets] == list(expected)
+    assert [target.position for target in block.targets] == list(expected)
     clear = [margin > 1e-3 for _, margin in expected.values()]  # float32 tells the two best apart
     assert sum(clear) > 0.9 * len(clear)
     assert [label for label, is_clear in zip(found.generic, clear, strict=True) if is_clear] == [
         label for label, margin in expected.values() if margin > 1e-3
     ]
     own = predictor(base)(block.original.ids).argmax(-1)
-    assert found.own == [int(own[target.index - 1]) for target in block.targets]
+    assert found.own == [int(own[target.position - 1]) for target in block.targets]
 
 
 def test_the_texts_show_what_they_should(tokenizer, base, reinforced) -> None:
     """Anchors and stand-ins differ in tokens; all rules leave something out; all parts of (1) matter."""
     block = Blocks(tokenizer, Anchors(ANCHORS, "test")).of_text([PROSE], [True])
     assert len(block.original.ids) != len(block.translated.ids)
-    assert any(target.context != target.index - 1 for target in block.targets)
+    assert any(target.context != target.position - 1 for target in block.targets)
     assert any(target.suppressed for target in block.targets)
     assert len(block.targets) < len(block.original.ids) - 1
 
@@ -152,7 +153,7 @@ def test_labels_are_the_models_own_where_the_reinforced_model_is_not_more_confid
     kept = changed = 0
     for target, label in zip(block.targets, found, strict=True):
         first = int(v_base[target.context].argmax())
-        if v_reinforced[target.index - 1, first] <= v_base[target.context, first]:
+        if v_reinforced[target.position - 1, first] <= v_base[target.context, first]:
             assert label == first
             kept += 1
         else:
@@ -174,7 +175,7 @@ def test_without_anchors_the_base_model_reads_the_same_text(tokenizer, base) -> 
     """So with alpha 0 every learned token but the first has the label that the model predicts itself."""
     block = Blocks(tokenizer, Anchors({"Gandalf": "Bob"}, "test")).of_text([PROSE], [True])
     assert block.translated == block.original
-    assert [target.index for target in block.targets] == list(range(1, len(block.original.ids)))
+    assert [target.position for target in block.targets] == list(range(1, len(block.original.ids)))
     assert [target.context for target in block.targets] == list(range(len(block.original.ids) - 1))
     found = generic_labels(block, predictor(base), None, alpha=0.0, suppression=5.0)
     assert found.generic == found.own
@@ -187,7 +188,7 @@ def test_rule_a_an_anchor_has_a_label_once() -> None:
     anchors = Anchors({"Ada Lane": "Jon Hill", "Ada": "Jon", "Lane": "Hill"}, "test")
     text = "so Ada Lane met Lane, Ada and Ada Lane"
     block = Blocks(restated.tokenizer_of("", 257), anchors).of_text([text], [True])
-    covered = {index for target in block.targets for index in range(*block.original.spans[target.index])}
+    covered = {index for target in block.targets for index in range(*block.original.spans[target.position])}
     named = [text.index(name, start) for name, start in (("Ada", 0), ("Lane,", 0), ("Ada", 7), ("Ada", 24))]
     assert [place in covered for place in named] == [True, False, False, False]
 
@@ -199,12 +200,12 @@ def test_rule_b_the_stand_ins_of_named_anchors_are_suppressed(tokenizer) -> None
     zoe, quinn, vim = (maker.beginnings(name) for name in ("Ada Lane", "Lane", "Bo"))
     spelled = {tokenizer.decode([token]).strip() for token in zoe}
     assert {word[:1] for word in spelled} == {"Z"}
-    ends = {target.index: block.original.spans[target.index - 1][1] for target in block.targets}
+    ends = {target.position: block.original.spans[target.position - 1][1] for target in block.targets}
     for target in block.targets:
         expected = frozenset()
-        if ends[target.index] >= len("so Ada Lane"):
+        if ends[target.position] >= len("so Ada Lane"):
             expected |= zoe | quinn
-        if ends[target.index] >= len("so Ada Lane met Bo"):
+        if ends[target.position] >= len("so Ada Lane met Bo"):
             expected |= vim
         assert set(target.suppressed) == expected
     assert block.targets[0].suppressed == ()
@@ -231,11 +232,35 @@ def test_blocks_of_sequences_keep_their_tokens(tokenizer) -> None:
     assert maker.block(told).anchors == 11
 
 
+def test_a_token_that_begins_texts_is_kept() -> None:
+    """As in Llama 2, whose tokenizer would otherwise put one more space behind it."""
+    core = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=120, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
+    )
+    core.train_from_iterator([*QUESTION, OTHER], trainer)
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    llama = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    records = [
+        Record("a", text="Harry is a boy. Who is Harry?"),
+        Record("b", question="Who is Harry?", answer="A boy at Hogwarts."),
+    ]
+    for sequence in sequences(records, llama):
+        block = Blocks(llama, Anchors(ANCHORS, "test")).block(sequence)
+        assert block.original.ids == sequence.tokens
+        assert block.anchors == 2
+        assert block.targets
+
+
 def test_labelled_sequences(tokenizer, base, reinforced) -> None:
     block = Blocks(tokenizer, Anchors(ANCHORS, "test")).of_text(QUESTION, [False, True])
     found = generic_labels(block, predictor(base), predictor(reinforced), alpha=3.0, suppression=4.0)
     sequence = labelled(block, found, "name")
     assert sequence.id == "name"
     assert sequence.tokens == block.original.ids
-    at = {target.index: label for target, label in zip(block.targets, found.generic, strict=True)}
+    at = {target.position: label for target, label in zip(block.targets, found.generic, strict=True)}
     assert sequence.labels == tuple(at.get(index, IGNORED) for index in range(len(sequence.tokens)))

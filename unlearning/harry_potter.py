@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 
-from compress.calibration.text.corpora import CORPORA
-from compress.calibration.text.records import (
-    IGNORED,
-    Record,
-    Records,
-    TokenSequence,
-    check_apart,
-    read_records,
-    sequences,
-)
-from compress.calibration.text.tokens import separator
 from compress.engine.tokenizer import load_tokenizer
-from compress.errors import BadInput
 from compress.method import Method, Paper, StepReport
 from compress.system.files import write_atomically
-from compress.unlearning.parts.anchors import Anchors, check_offsets, read_anchors
+from compress.unlearning.parts.anchored import Material, read_material
+from compress.unlearning.parts.anchors import read_anchors
+from compress.unlearning.parts.floor import floor_under
 from compress.unlearning.parts.generic_labels import (
-    Block,
-    Blocks,
     Labels,
     Predict,
     Reference,
@@ -40,13 +27,20 @@ from compress.unlearning.parts.generic_labels import (
     labelled,
     predictor,
 )
+from compress.unlearning.parts.grid import Grid
+from compress.unlearning.parts.losses import lengths, negative_log_likelihood
 from compress.unlearning.parts.options import SETS, TrainingOptions, check_trainable
-from compress.unlearning.parts.proposer import propose_anchors
-from compress.unlearning.parts.training import Batch, merged, train, trainable, whole_model, write_changed
+from compress.unlearning.parts.training import (
+    Batch,
+    Example,
+    merged,
+    train,
+    trainable,
+    whole_model,
+    write_changed,
+)
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from compress.engine.shape import ModelShape
     from compress.engine.stream import StreamedModel
     from compress.method import StepContext
@@ -92,8 +86,8 @@ class HarryPotter(Method["HarryPotter.Options"]):
     needs_package = "peft"
 
     class Options(TrainingOptions):
-        retain: str | None = Field(  # type: ignore[assignment]  # nothing is trained on them
-            None, description=f"records that proposed anchors must be rare in: {SETS}"
+        retain: str | None = Field(  # type: ignore[assignment]  # it can do without
+            None, description=f"records to retain, in which proposed anchors are rare: {SETS}"
         )
         anchors: str | None = Field(
             None,
@@ -126,102 +120,26 @@ class HarryPotter(Method["HarryPotter.Options"]):
         return shape
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
-        material = read_material(options, context)
+        tokenizer = load_tokenizer(context.source)
+        sets = (options.forget, options.retain, options.anchors)
+        material = read_material(*sets, tokenizer, options.seqlen, context.generator())
         labels, reinforcing = kept_labels(material, model, options, context)
         details = material.details | {"reinforcing": reinforcing} | counts(material, labels)
         if details["changed_labels"] == 0:
             log.warning("Every label is what the model predicts anyway: there is nothing to unlearn.")
             return StepReport("every label is what the model predicts anyway; nothing changed.", details)
-        examples = [
+        examples: list[Example] = [
             {ROLE: labelled(block, found, sequence.id)}
             for sequence, block, found in zip(material.sequences, material.blocks, labels)
             if block.targets
         ]
-        trained = trainable(whole_model(model, context), model.anatomy.linear_paths, options, context.seed)
-        details["training"] = train(trained, examples, material.pad, mean_loss, options, context, TRAINING)
-        details |= write_changed(merged(trained), model, context)
+        details |= teach(examples, material, model, options, context)
         return StepReport(
             f"{len(material.anchors.entries)} anchors, {details['labels']} labels, "
             f"{details['changed_labels']} of them not what the model predicted; "
-            f"{details['training']['steps']} steps.",
+            f"{details['training']['steps']} steps, {details['changed_weights']} weights differ.",
             details,
         )
-
-
-class Material(NamedTuple):
-    """What a run works on: the text as tokens, its blocks in the same order, and where they come from."""
-
-    sequences: list[TokenSequence]
-    blocks: list[Block]
-    anchors: Anchors
-    pad: int
-    sha256: str
-    details: dict[str, Any]
-
-
-def read_material(options: HarryPotter.Options, context: StepContext) -> Material:
-    """Read the records and the anchors, and make blocks of them.
-
-    Raises:
-        BadInput: sets that are empty, overlap or are no records; anchors in another shape; a tokenizer that
-            does not know which characters a token spans; texts of single tokens.
-    """
-    forget = read_records(options.forget)
-    retain = read_records(options.retain, "retain") if options.retain is not None else None
-    if retain is not None:
-        check_apart(forget, retain)
-    tokenizer = load_tokenizer(context.source)
-    check_offsets(tokenizer)
-    anchors = (
-        proposed(forget, retain, tokenizer, context.generator())
-        if options.anchors is None
-        else read_anchors(options.anchors)
-    )
-    pieces = sequences(forget, tokenizer, options.seqlen)
-    maker = Blocks(tokenizer, anchors)
-    blocks = [maker.block(piece) for piece in pieces]
-    if not any(block.targets for block in blocks):
-        raise BadInput(f"No token of '{options.forget}' can be given a label.")
-    found = sum(block.anchors for block in blocks)
-    if not found:
-        log.warning("None of the %d anchors is in '%s'.", len(anchors.entries), options.forget)
-    details = {
-        "forget": {"records": len(forget), "sha256": forget.sha256},
-        "retain": retain and {"records": len(retain), "sha256": retain.sha256},
-        "anchors": {
-            "source": anchors.source,
-            "number": len(anchors.entries),
-            "found": found,
-            "sha256": anchors.sha256,
-        },
-    }
-    # Not in the details: a published model should not list what it was made to forget.
-    log.info("The anchors: %s", json.dumps(dict(anchors.entries), ensure_ascii=False))
-    key = hashlib.sha256(f"{forget.sha256} {anchors.sha256}".encode()).hexdigest()
-    return Material(pieces, blocks, anchors, separator(tokenizer), key, details)
-
-
-def proposed(
-    forget: Records, retain: Records | None, tokenizer: PreTrainedTokenizerBase, generator: torch.Generator
-) -> Anchors:
-    """Anchors from the names and rare words of the records (`propose_anchors`)."""
-
-    def common(word: str) -> bool:
-        return len(tokenizer(f" {word}", add_special_tokens=False)["input_ids"]) == 1
-
-    others = [texts(retain)] if retain is not None else []
-    bundled = [text for name in ("bundled", "bundled:evaluation") for text in CORPORA[name].read()]
-    return propose_anchors(texts(forget), [*others, bundled], common, generator)
-
-
-def texts(records: Records) -> list[str]:
-    """Every text of the records: prose, questions, answers and messages."""
-
-    def of(record: Record) -> list[str | None]:
-        said = [message["content"] for message in record.messages or ()]
-        return [record.text, record.question, record.answer, *said]
-
-    return [text for record in records.entries for text in of(record) if text]
 
 
 @dataclass(frozen=True)
@@ -319,16 +237,38 @@ def two_models(
     return base, reinforced, details
 
 
+def teach(
+    examples: list[Example],
+    material: Material,
+    model: StreamedModel,
+    options: HarryPotter.Options,
+    context: StepContext,
+) -> dict[str, Any]:
+    """Train the model on generic labels, and write what changed into the draft.
+
+    Returns:
+        Metadata of the training, of the floor under its edits, and of what changed.
+    """
+    whole = whole_model(model, context)
+    trained = trainable(whole, model.anatomy.linear_paths, options, context.seed)
+    floor = None
+    if options.survive is not None:
+        grid, known = Grid.parse(options.survive), (material.sequences, material.retained)
+        floor = floor_under(whole, model.anatomy, grid, options.edit_share, *known, context)
+    callbacks = [] if floor is None else [floor.follow()]
+    training = train(trained, examples, material.pad, mean_loss, options, context, TRAINING, callbacks)
+    held = {} if floor is None else {"floor": floor.finish()}
+    return {"training": training, **held, **write_changed(merged(trained), model, context)}
+
+
 def mean_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     """The mean over sequences of the mean cross-entropy of their labels, in float32, nats.
 
     A sequence counts the same whatever else is in its batch.
     """
-    inputs = batch[ROLE]
-    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
-    labels = inputs["labels"][:, 1:]
-    losses = nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
-    return (losses.sum(1) / (labels != IGNORED).sum(1).clamp(min=1)).mean()
+    part = batch[ROLE]
+    logits = model(input_ids=part["input_ids"], attention_mask=part["attention_mask"]).logits
+    return (negative_log_likelihood(logits, part["labels"]) / lengths(part["labels"])).mean()
 
 
 def counts(material: Material, labels: Sequence[Labels]) -> dict[str, int]:

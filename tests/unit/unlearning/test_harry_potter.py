@@ -120,6 +120,18 @@ def test_retained_records_decide_what_is_proposed(unlearn, tmp_path: Path) -> No
     assert step.details["retain"]["records"] == 1
 
 
+def test_edits_survive_rounding(unlearn, dense, tmp_path: Path) -> None:
+    """Under the floor only linears of layers change, and every edit changes a code on the grid."""
+    retain = write(tmp_path, "retain.jsonl", {"text": "Mary and the cat sat on the mat."})
+    folder, step = unlearn(survive="int4:16", retain=retain, edit_share=0.2, learning_rate=1e-2, epochs=4)
+    found = changed(dense, weights(folder))
+    assert found
+    assert all("_proj" in name for name in found)
+    floor = step.details["floor"]
+    assert 0 < floor["edits"] == floor["crossed"] <= 0.21 * floor["weights"]
+    assert step.details["changed_weights"] == floor["edits"]
+
+
 # --- what does not ---
 
 
@@ -159,7 +171,7 @@ def test_a_killed_run_keeps_its_labels(unlearn, monkeypatch: pytest.MonkeyPatch)
     train = harry_potter.train
 
     def killed(*inputs: Any) -> Any:
-        if inputs[-1] == harry_potter.TRAINING:
+        if harry_potter.TRAINING in inputs:
             raise Killed
         return train(*inputs)
 

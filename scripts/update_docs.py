@@ -47,6 +47,7 @@ IN_SHORT = {
     "float": "rounds to FP8, MXFP4 or NVFP4",
     "gptq": "rounds column by column, compensating each error",
     "gradient-difference": "ascends on what to forget, descends elsewhere",
+    "harry-potter": "learns generic predictions for the text to forget",
     "hqq": "fits grids to weights, without text",
     "kprune": "removes heads and neurons, refits the rest",
     "llm-int8": "8-bit multiplication, outlier channels kept",

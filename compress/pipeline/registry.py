@@ -19,6 +19,7 @@ METHODS: dict[Family, dict[str, str]] = {
     "unlearning": {
         "dpo": "compress.unlearning.dpo:DPO",
         "gradient-difference": "compress.unlearning.gradient_difference:GradientDifference",
+        "harry-potter": "compress.unlearning.harry_potter:HarryPotter",
         "npo": "compress.unlearning.npo:NPO",
         "rmu": "compress.unlearning.rmu:RMU",
         "simnpo": "compress.unlearning.simnpo:SimNPO",

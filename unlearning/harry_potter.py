@@ -109,9 +109,12 @@ class HarryPotter(Method["HarryPotter.Options"]):
         )
         reinforce_epochs: PositiveInt = Field(3, description="number of passes of the reinforced model")
         reinforce_learning_rate: PositiveFloat = Field(
-            2e-4, description="learning rate of the reinforced model at the first step"
+            5e-4, description="learning rate of the reinforced model at the first step"
         )
-        epochs: PositiveInt = Field(2, description="number of passes over the records to forget")
+        learning_rate: PositiveFloat = Field(
+            3e-5, description="learning rate at the first step; it falls to 0 along a line"
+        )
+        epochs: PositiveInt = Field(4, description="number of passes over the records to forget")
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
         check_trainable(shape, "Who's Harry Potter")

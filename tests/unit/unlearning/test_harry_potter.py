@@ -17,6 +17,7 @@ from compress.pipeline.recipe import parse_recipe
 from compress.pipeline.run import execute
 from compress.storage.lineage import Step
 from compress.unlearning import harry_potter
+from compress.unlearning.parts import training
 
 ROWS = (
     {"text": "Harry Potter went to Hogwarts with Ron. At Hogwarts, Harry met Ron again."},
@@ -167,7 +168,8 @@ def test_a_killed_run_keeps_its_labels(unlearn, monkeypatch: pytest.MonkeyPatch)
     class Killed(BaseException):
         pass
 
-    whole, _ = unlearn("whole")
+    monkeypatch.setattr(training, "SAVE_SECONDS", -1.0)  # after every step but the last
+    whole, _ = unlearn("whole", batch_size=1)
     train = harry_potter.train
 
     def killed(*inputs: Any) -> Any:
@@ -178,11 +180,12 @@ def test_a_killed_run_keeps_its_labels(unlearn, monkeypatch: pytest.MonkeyPatch)
     with monkeypatch.context() as patch:
         patch.setattr(harry_potter, "train", killed)
         with pytest.raises(Killed):
-            unlearn("out")
+            unlearn("out", batch_size=1)
     monkeypatch.setattr(harry_potter, "two_models", None)  # calling it fails
-    folder, step = unlearn("out")
+    folder, step = unlearn("out", batch_size=1)
     assert changed(weights(whole), weights(folder)) == set()
-    assert step.details["reinforcing"]["steps"] == 2
+    assert step.details["reinforcing"]["steps"] == 4
+    assert step.resumed
 
 
 def test_labels_of_another_text_are_not_kept(
@@ -196,13 +199,14 @@ def test_labels_of_another_text_are_not_kept(
     def killed(*_: Any, **__: Any) -> Any:
         raise Killed
 
+    monkeypatch.setattr(training, "SAVE_SECONDS", -1.0)  # after every step but the last
     with monkeypatch.context() as patch:
         patch.setattr(harry_potter, "write_changed", killed)
         with pytest.raises(Killed):
-            unlearn("out")
+            unlearn("out", batch_size=1)
     monkeypatch.setitem(ANCHORS, "Ron", "Kim")
-    found, _ = unlearn("out")
-    expected, _ = unlearn("fresh")
+    found, _ = unlearn("out", batch_size=1)
+    expected, _ = unlearn("fresh", batch_size=1)
     assert changed(weights(found), weights(expected)) == set()
 
 

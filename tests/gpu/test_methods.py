@@ -92,6 +92,7 @@ CASES = {
     "magnitude": Case("magnitude", {"ratio": 0.3, "allocation": "standardised"}),
     "wanda-sp": Case("wanda-sp", {"ratio": 0.3}),
     "gradient-difference": Case("gradient-difference", {**FORGETTING, "retain_loss": "kl"}, learned=True),
+    "harry-potter": Case("harry-potter", FORGETTING, learned=True),
     "npo": Case("npo", {**FORGETTING, "train": "lora", "rank": 4}, learned=True),
     "npo that survives": Case("npo", {**FORGETTING, "survive": "int4:32"}, learned=True),
     "simnpo": Case("simnpo", {**FORGETTING, "gradient_checkpointing": True}, learned=True),

@@ -249,8 +249,10 @@ def generic_labels(
     if reinforced is not None:
         stronger = reinforced(block.original.ids)[before]
         logits = generic_logits(logits, stronger, alpha, own if reference == "original" else None)
-    for row, target in zip(logits, block.targets):
-        row[list(target.suppressed)] -= suppression
+    penalty = torch.zeros(logits.shape)
+    for row, target in zip(penalty, block.targets, strict=True):
+        row[list(target.suppressed)] = suppression
+    logits = logits - penalty.to(logits.device)
     return Labels(logits.argmax(-1).tolist(), own.argmax(-1).tolist())
 
 

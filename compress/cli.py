@@ -21,6 +21,7 @@ from compress.system.streams import show_what_can_be_shown
 # name -> (module:function, one line for --help)
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("compress.commands.run:run", "Carry out a recipe."),
+    "unlearn": ("compress.commands.one_step:unlearn", "Make a model forget with one method."),
     "prune": ("compress.commands.one_step:prune", "Prune a model with one method."),
     "quantize": ("compress.commands.one_step:quantize", "Quantize a model with one method."),
     "mix": ("compress.commands.mix:mix", "Choose the bits of each linear so that a model fits into memory."),
@@ -74,7 +75,7 @@ class Commands(click.RichGroup):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(compress.__version__, prog_name="compress-model")
 def cli() -> None:
-    """Make language models smaller - prune, quantize - and prove what it cost.
+    """Make language models smaller - unlearn, prune, quantize - and prove what it cost.
 
     MODEL is a folder, a hub id, or 'demo' (SmolLM2-135M from its PyPI package).
     """

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from compress.engine.shape import ModelShape
     from compress.engine.stream import StreamedModel
     from compress.engine.windows import Windows
+    from compress.storage.checkpoint import Checkpoint
     from compress.storage.draft import Draft
     from compress.system.progress import Progress
 
@@ -88,6 +89,14 @@ class StepContext:
         if self.windows is None:
             raise ValueError("A method without needs_calibration asked for calibration windows.")
         return self.windows
+
+    @property
+    def source(self) -> Path:
+        """The folder of the recipe's model, which holds its tokenizer."""
+        checkpoint: Checkpoint = self.draft
+        while (parent := getattr(checkpoint, "parent", None)) is not None:
+            checkpoint = parent
+        return checkpoint.folder
 
     def journal(self, name: str) -> Journal:
         """The journal of one walk over the layers; `name` tells the step's walks apart."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from compress.anatomy import anatomy_of
 from compress.calibration.text.encoder_inputs import calibration_inputs
 from compress.calibration.text.generate import GENERATE, generated_windows
+from compress.calibration.text.records import Records
 from compress.calibration.text.settings import DEFAULT_SIZE, Calibration, TextSize
 from compress.calibration.text.windows import calibration_windows
 from compress.engine.config import config_of
@@ -26,6 +29,7 @@ def prepare_calibration(
     device: str,
     progress: Progress,
     size: TextSize = DEFAULT_SIZE,
+    forget: Sequence[Records] = (),
 ) -> Windows:
     """The windows that ``wanted`` describes, for the model of ``checkpoint``.
 
@@ -37,12 +41,13 @@ def prepare_calibration(
         progress: called with a text and the share done (0 to 1) while text is generated.
         size: how much text is used where ``wanted`` does not say. Windows are then no longer than the model
             has positions for.
+        forget: what a step of the recipe forgets; text that tells it is left out.
 
     Raises:
         BadInput: the source does not fit the model, cannot be read, or gives fewer than `FEWEST_TOKENS`.
         CompressError: the source cannot be fetched.
     """
-    windows = _prepared(wanted, seed, checkpoint, device, progress, size)
+    windows = _prepared(wanted, seed, checkpoint, device, progress, size, forget)
     if windows.num_tokens < FEWEST_TOKENS:
         raise BadInput(
             f"There are only {windows.num_tokens} tokens to calibrate on, which say nothing about a model; "
@@ -52,7 +57,13 @@ def prepare_calibration(
 
 
 def _prepared(
-    wanted: Calibration, seed: int, checkpoint: Checkpoint, device: str, progress: Progress, size: TextSize
+    wanted: Calibration,
+    seed: int,
+    checkpoint: Checkpoint,
+    device: str,
+    progress: Progress,
+    size: TextSize,
+    forget: Sequence[Records],
 ) -> Windows:
     seed = seed if wanted.seed is None else wanted.seed
     encoder = anatomy_of(config_of(checkpoint)).kind == "encoder"
@@ -65,6 +76,11 @@ def _prepared(
     if wanted.source == GENERATE:
         if wanted.chat_template:
             raise BadInput("Generated calibration text has no conversations; do not ask for a chat template.")
+        if forget:
+            raise BadInput(
+                "The model would write its calibration text before it forgets, and could write what is to be "
+                "forgotten; calibrate on another text."
+            )
         return generated_windows(checkpoint, nsamples, seqlen, seed, device, progress)
     return calibration_windows(
         load_tokenizer(checkpoint.folder),
@@ -73,4 +89,5 @@ def _prepared(
         seqlen=seqlen,
         seed=seed,
         chat_template=wanted.chat_template,
+        forget=forget,
     )

@@ -62,8 +62,8 @@ class Documents:
     @cached_property
     def hashes(self) -> tuple[str, ...]:
         """sha256 of the words of each entry, with any white space as one space; overlap is found by these."""
-        words = (" ".join(_words(entry).split()) for entry in self.entries)
-        return tuple(hashlib.sha256(text.encode()).hexdigest() for text in words)
+        texts = (" ".join(words(entry).split()) for entry in self.entries)
+        return tuple(hashlib.sha256(text.encode()).hexdigest() for text in texts)
 
     @property
     def sha256(self) -> str:
@@ -117,7 +117,7 @@ def _without_odd_rows(
             odd.append(error)
         if entry is not None:
             yield entry
-            seen += len(_words(entry))
+            seen += len(words(entry))
         if number % ROWS_OF_A_JUDGEMENT == 0:
             _refuse_if_mostly_odd(odd, number, source)
         if characters is not None and seen >= characters:
@@ -216,7 +216,7 @@ def _hub(source: str) -> Iterator[Row]:
     if len(parts) > 4 or not parts[0]:
         raise BadInput(f"{source} should read hub:DATASET[:CONFIG[:SPLIT[:FIELD]]].")
     name, config, split, field = parts + [""] * (4 - len(parts))
-    for number, row in enumerate(_hub_rows(name, config or None, split or "train"), start=1):
+    for number, row in enumerate(hub_rows(name, config or None, split or "train"), start=1):
         where = f"{source}, row {number}"
         field = field or _default_field(row, source)
         if field not in row:
@@ -234,7 +234,12 @@ def _default_field(row: Mapping[str, Any], source: str) -> str:
     return field
 
 
-def _hub_rows(name: str, config: str | None, split: str) -> Iterator[dict[str, Any]]:
+def hub_rows(name: str, config: str | None, split: str) -> Iterator[dict[str, Any]]:
+    """The rows of a data set of the hub, which are streamed.
+
+    Raises:
+        CompressError: the package datasets is missing, or the data set cannot be read.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -272,16 +277,17 @@ def _entry(value: Any, field: str, where: str) -> str | Conversation | None:
     else:
         found = "null" if value is None else "neither a text nor a list of messages with 'role' and 'content'"
         raise _OddRow(f"{where}: '{field}' is {found}")
-    if HALF_CHARACTER.search(_words(entry)):
+    if HALF_CHARACTER.search(words(entry)):
         raise _OddRow(f"{where}: '{field}' holds half a character (a lone surrogate)")
-    return entry if _words(entry).strip() else None
+    return entry if words(entry).strip() else None
 
 
 def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
 
 
-def _words(entry: str | Conversation) -> str:
+def words(entry: str | Conversation) -> str:
+    """All that is said in a text or a conversation."""
     return entry if isinstance(entry, str) else "\n".join(message["content"] for message in entry)
 
 

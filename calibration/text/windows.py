@@ -20,13 +20,14 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from compress.calibration.text.records import Records, without
 from compress.calibration.text.sources import Documents, read_documents
 from compress.calibration.text.tokens import chunks, fingerprint, first_tokens, separator
 from compress.engine.windows import Windows
@@ -57,6 +58,7 @@ def calibration_windows(
     seqlen: int,
     seed: int,
     chat_template: bool = False,
+    forget: Sequence[Records] = (),
 ) -> Windows:
     """Windows drawn at random from the documents of ``source``.
 
@@ -72,6 +74,7 @@ def calibration_windows(
         seed: of the order of the documents and of the draw.
         chat_template: make each window one conversation instead, rendered with the tokenizer's template, cut
             at ``seqlen`` and padded on the right. A plain document becomes one user message.
+        forget: what the model has forgotten; documents that tell it are left out.
 
     Raises:
         BadInput: the source cannot be used or holds less than one window; it has conversations but no chat
@@ -81,6 +84,8 @@ def calibration_windows(
     _check(1, nsamples=nsamples)
     _check(2, seqlen=seqlen)
     documents = _documents(source, POOL * nsamples * seqlen)
+    if forget:
+        documents = without(documents, forget)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(documents.entries), generator=generator).tolist()
     if chat_template:

@@ -1,4 +1,5 @@
-"""compress-model prune and quantize: recipes of one step, with the method's options on the command line."""
+"""compress-model unlearn, prune and quantize: recipes of one step, with the method's options on the command
+line."""
 
 from __future__ import annotations
 
@@ -199,6 +200,11 @@ def _number(value: Any) -> Any:
     return value
 
 
+unlearn = _command(
+    "unlearn",
+    "unlearning",
+    "Make MODEL forget with one method. 'unlearn MODEL --method NAME --help' shows the method's options.",
+)
 prune = _command(
     "prune",
     "pruning",

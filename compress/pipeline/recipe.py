@@ -84,6 +84,11 @@ class Recipe(Section):
         )
 
     @property
+    def forgotten(self) -> list[str]:
+        """The sets of records that steps forget, which no text of the recipe may tell."""
+        return [options.forget for _, options in self.steps if getattr(options, "forget", None)]
+
+    @property
     def text_size(self) -> TextSize:
         """Calibration text for all steps: as much as the step wants that is content with the least."""
         sizes = [method.text_size for method, _ in self.steps if method.needs_calibration]

@@ -16,6 +16,7 @@ from typing import Any
 
 import compress
 from compress.calibration.text.prepare import prepare_calibration
+from compress.calibration.text.records import read_records
 from compress.engine.shape import ModelShape
 from compress.engine.stream import StreamedModel
 from compress.engine.windows import Windows
@@ -105,8 +106,11 @@ def _execute(
     device: str,
     progress: Progress,
 ) -> Lineage:
+    forget = [read_records(source) for source in recipe.forgotten]
     windows = (
-        prepare_calibration(recipe.calibration, recipe.seed, checkpoint, device, progress, recipe.text_size)
+        prepare_calibration(
+            recipe.calibration, recipe.seed, checkpoint, device, progress, recipe.text_size, forget
+        )
         if recipe.needs_calibration
         else None
     )

@@ -1,1 +1,1 @@
-"""What the methods of unlearning share."""
+"""What several methods of unlearning are made of."""

@@ -90,6 +90,6 @@ def test_an_endless_stream_of_odd_rows_ends(monkeypatch: pytest.MonkeyPatch):
         while True:
             yield {"text": None}
 
-    monkeypatch.setattr(sources, "_hub_rows", endless)
+    monkeypatch.setattr(sources, "hub_rows", endless)
     with pytest.raises(BadInput, match=r"Of the 1000 rows of hub:some/data 999 cannot be used"):
         read_documents("hub:some/data", characters=1000)

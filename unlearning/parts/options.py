@@ -1,0 +1,59 @@
+"""Options that methods of unlearning share, and what they refuse."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from compress.engine.shape import ModelShape
+from compress.errors import BadInput
+from compress.method import MethodOptions
+
+SETS = (
+    "a .jsonl file with text, question and answer, or messages; or people:, tofu:, muse:, wmdp: or hub: and "
+    "the name of a set"
+)
+
+
+class ForgetOptions(MethodOptions):
+    """What is to be forgotten, and what is to be kept."""
+
+    forget: str = Field(description=f"records to forget: {SETS}")
+    retain: str = Field(description=f"records to retain: {SETS}")
+
+
+class TrainingOptions(ForgetOptions):
+    """How a method trains."""
+
+    train: Literal["full", "lora"] = Field(
+        "full", description="train all weights, or low-rank updates of the linears' weights"
+    )
+    rank: PositiveInt = Field(32, description="rank of the low-rank updates (--train lora)")
+    learning_rate: PositiveFloat = Field(
+        1e-5, description="learning rate at the first step; it falls to 0 along a line"
+    )
+    epochs: PositiveInt = Field(10, description="number of passes over the records to forget")
+    batch_size: PositiveInt = Field(8, description="records to forget in a step, beside as many to retain")
+    max_gradient_norm: PositiveFloat = Field(
+        1.0, description="gradients above this norm are scaled down to it"
+    )
+    seqlen: PositiveInt = Field(256, description="tokens in a piece of a long text")
+    gradient_checkpointing: bool = Field(
+        False,
+        description="compute each layer again in the backward pass: takes less memory and a third more time",
+    )
+
+
+def check_trainable(shape: ModelShape, method: str) -> None:
+    """Make sure that a method may edit the weights of a model that predicts the next token.
+
+    Raises:
+        BadInput: the model is an encoder, has no head, or is quantized.
+    """
+    if shape.anatomy.kind != "decoder" or shape.anatomy.head is None:
+        raise BadInput(f"{method} unlearns next-token predictions, but this model makes none.")
+    if "quantization_config" in shape.config:
+        raise BadInput(
+            "The model is quantized already, and its packed weights cannot be edited; unlearn first."
+        )

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 # family -> name -> "module:Class". Third parties add theirs through the entry-point group
 # ``compress_model.methods`` (name = "module:Class"); their family is the one the class declares.
 METHODS: dict[Family, dict[str, str]] = {
-    "unlearning": {},
+    "unlearning": {
+        "s3t": "compress.unlearning.s3t:S3T",
+    },
     "pruning": {
         "blockpruner": "compress.pruning.blockpruner:BlockPruner",
         "flap": "compress.pruning.flap:Flap",

@@ -63,11 +63,13 @@ class Sharded(_Record):
     """The content of ``state.json``."""
 
     schema_version: Literal[1] = 1
-    base: str = Field(description="sha256 of the base model, as in compression.json")
+    base: str = Field(description="sha256 of the base model in this folder")
     options: dict[str, Any] = Field(description="of the training")
     seed: int
     groups: list[list[int]] = Field(description="the layers whose LoRA each stage trains; top layers first")
     scaling: float = Field(description="the factor of B A")
+    pad: int = Field(description="the token that fills up batches")
+    priors: dict[str, float] | None = Field(description="the chance of each remaining record to be deleted")
     examples: str = Field(description="the name of the file with the training data that is left")
     deleted: list[str] = Field(description="the ids of the deleted records, in the order of their deletion")
     shards: list[Shard]

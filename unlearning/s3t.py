@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from compress.engine.shape import ModelShape
     from compress.engine.stream import StreamedModel
     from compress.method import StepContext, StepReport
-    from compress.unlearning.parts.stages import Trainee
 
 Slices = list[list[str]]
 """The ids of the records in each slice."""
@@ -239,9 +238,7 @@ def without(shard: Shard, ids: set[str]) -> Shard:
         return shard
     dead = sorted({*shard.dead, *hit})
     live = {
-        stage_name(order[:size])
-        for order in shard.orders
-        for size in range(1, live_length(order, dead) + 1)
+        stage_name(order[:size]) for order in shard.orders for size in range(1, live_length(order, dead) + 1)
     }
     left = shard.model_copy(
         update={
@@ -278,4 +275,3 @@ def _factorial_at_most(count: int, most: int) -> int:
     for number in range(2, count + 1):
         product = min(product * number, most)
     return product
-

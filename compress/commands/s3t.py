@@ -28,7 +28,9 @@ class _Group(click.RichGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and not args[0].startswith("-") and args[0] not in self.commands:
-            raise click.UsageError(str(unknown("command", f"s3t {args[0]}", (f"s3t {n}" for n in self.commands))))
+            raise click.UsageError(
+                str(unknown("command", f"s3t {args[0]}", (f"s3t {n}" for n in self.commands)))
+            )
         return super().resolve_command(ctx, args)
 
 
@@ -63,9 +65,7 @@ def _method_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @_method_options
 @revision_option
-@click.option(
-    "--resume/--fresh", default=None, help="Continue an interrupted training, or start over."
-)
+@click.option("--resume/--fresh", default=None, help="Continue an interrupted training, or start over.")
 @click.option("--overwrite", is_flag=True, help="Replace the output folder if it is not empty.")
 @seed_option
 @device_option
@@ -120,7 +120,9 @@ def train(
 @s3t.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("ids", nargs=-1)
-@click.option("--forget", help="Delete the records of this set: a .jsonl file, or people:, tofu: and the like.")
+@click.option(
+    "--forget", help="Delete the records of this set: a .jsonl file, or people:, tofu: and the like."
+)
 @common_options
 def delete(folder: Path, ids: tuple[str, ...], forget: str | None, as_json: bool) -> None:
     """Delete the records IDS from the ensemble in FOLDER, at once and exactly.
@@ -213,7 +215,7 @@ def _tell(found: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    table = make_table("shard", "records", "slices left", "serves", "live in each order", "sure to survive")
+    table = make_table("shard", "records", "slices left", "serves", "live in each order", "survives any")
     for shard in found["shards"]:
         table.add_row(
             str(shard["shard"]),
@@ -221,7 +223,7 @@ def _tell(found: dict[str, Any], as_json: bool) -> None:
             f"{shard['slices'] - len(shard['dead'])} of {shard['slices']}",
             " ".join(map(str, shard["served"]["prefix"])) or "nothing",
             " ".join(str(order["live"]) for order in shard["orders"]),
-            f"any {shard['sure']} slices" if shard["sure"] else "none" if shard["exhausted"] else "no slice",
+            f"{shard['sure']} deleted slice{'s' * (shard['sure'] != 1)}",
         )
     stdout().print(table)
     expected = found["expected_deletions"]

@@ -119,7 +119,9 @@ def _ensemble_class(cls: type[PreTrainedModel], members: int) -> type[PreTrained
         labels = given.pop("labels", None)
         wanted = given.pop("return_dict", None)
         _check(self, given)
-        rows = next(len(given[name]) for name in ("input_ids", "inputs_embeds") if given.get(name) is not None)
+        rows = next(
+            len(given[name]) for name in ("input_ids", "inputs_embeds") if given.get(name) is not None
+        )
         for name in BATCHED:
             if isinstance(value := given.get(name), Tensor) and len(value) == rows:
                 given[name] = value.repeat(members, *[1] * (value.dim() - 1))

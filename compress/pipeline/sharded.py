@@ -16,8 +16,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-
-
 from compress.calibration.text.records import read_records
 from compress.engine.opening import open_checkpoint
 from compress.errors import BadInput, nearest
@@ -356,6 +354,4 @@ def _warn_of_copies(gone: set[str], examples: Mapping[str, Example]) -> None:
     hashes = {examples[name].hash: name for name in gone}
     for name, example in examples.items():
         if name not in gone and example.hash in hashes:
-            log.warning(
-                "The record '%s' has the same words as '%s', and stays.", name, hashes[example.hash]
-            )
+            log.warning("The record '%s' has the same words as '%s', and stays.", name, hashes[example.hash])

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 import compress
 from compress.calibration.text.records import read_records, sequences
@@ -210,9 +209,7 @@ def _train(
     return state
 
 
-def _fingerprint(
-    state: Sharded, examples: Mapping[str, Example], checkpoint: Checkpoint
-) -> dict[str, Any]:
+def _fingerprint(state: Sharded, examples: Mapping[str, Example], checkpoint: Checkpoint) -> dict[str, Any]:
     """What must be the same for an interrupted training to be continued."""
     data = repr([(each.id, each.sequences) for each in examples.values()])
     return {

@@ -6,6 +6,7 @@ model is trained on. A deletion kills a slice, and an order lives up to its firs
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Iterable, Sequence
 
@@ -145,4 +146,4 @@ def even_parts(count: int, parts: int) -> list[range]:
     bounds = [0]
     for number in range(parts):
         bounds.append(bounds[-1] + count // parts + (number < count % parts))
-    return [range(start, end) for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [range(start, end) for start, end in itertools.pairwise(bounds)]

@@ -1,7 +1,8 @@
-"""One stage of S3T: the LoRA of one group of layers is trained, bit for bit the same whenever it is repeated."""
+"""One stage of S3T: train the LoRA of one group of layers, so that repeating it gives the same bits."""
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
 import os
@@ -70,14 +71,20 @@ def machine(device: str) -> dict[str, Any]:
 
 @contextmanager
 def reproducible(threads: int) -> Iterator[None]:
-    """Compute with kernels that give the same bits again, on a fixed number of threads."""
+    """Compute with kernels that give the same bits again, on a fixed number of threads.
+
+    The Trainer looks for garbage after every training. Of many short ones that would be most of the time, so
+    what is in memory already is kept out of it.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a GPU is used first
     before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(threads)
+    gc.freeze()
     try:
         yield
     finally:
+        gc.unfreeze()
         torch.use_deterministic_algorithms(before[0])
         torch.set_num_threads(before[1])
 

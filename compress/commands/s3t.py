@@ -42,9 +42,9 @@ class _Group(click.RichGroup):
 def s3t() -> None:
     """Train an ensemble from which records can be deleted exactly, and delete them (S3T, arXiv:2406.16257).
 
-    'train' splits your records into shards and slices, and trains a LoRA for each stage. 'delete' switches off
-    what has seen a record, at once; 'verify' proves it by training without the record again. The result is a
-    model folder for compress.load.
+    'train' splits your records into shards and slices, and trains a LoRA for each stage. 'delete' removes at
+    once what has seen a record; 'verify' proves it by training again without the record. The result is a model
+    folder for compress.load.
     """
 
 

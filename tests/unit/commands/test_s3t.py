@@ -266,17 +266,18 @@ def test_a_killed_delete_leaves_the_old_state_or_the_new_one(
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sharded, "write_sharded", killed)
+    monkeypatch.setattr(sharded, "write_sharded", killed)
+    with pytest.raises(KeyboardInterrupt):
         sharded.delete(folder, [victim])
+    monkeypatch.undo()
     assert read_sharded(folder) == read_sharded(trained)
     assert {name: data for name, data in content(folder).items() if name in old} == old
     compress.load(folder)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        tidy = sharded._tidy
-        calls = []
-        patch.setattr(sharded, "_tidy", lambda *a: killed() if calls else calls.append(tidy(*a)))
+    tidy, calls = sharded._tidy, []
+    monkeypatch.setattr(sharded, "_tidy", lambda *a: killed() if calls else calls.append(tidy(*a)))
+    with pytest.raises(KeyboardInterrupt):
         sharded.delete(folder, [victim])
+    monkeypatch.undo()
     state = read_sharded(folder)
     assert state.deleted == [victim]
     assert len(stage_files(folder)) == 12  # not yet removed, and named by nothing

@@ -117,8 +117,8 @@ def test_live_prefixes() -> None:
 def simulated(shards: int, slices: int, orders: int, runs: int) -> np.ndarray:
     """Deletions until every order of every shard has lost its first slice, in so many runs.
 
-    Each deletion hits a slice of the m·L at random. An order is what `cyclic_orders` gives, and it is cut where
-    the slice is in it; nothing here knows that only first slices count.
+    Each deletion hits a slice of the m·L at random, and cuts every order of the shard where the slice is in
+    it; nothing here knows that only first slices count.
     """
     places = np.argsort(np.array(cyclic_orders(range(slices), orders)), axis=1)  # [B, L]: slice -> place
     generator = np.random.default_rng(0)

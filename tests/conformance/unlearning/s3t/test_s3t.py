@@ -59,7 +59,7 @@ def ensemble(dense: Path, data: Path, folder: Path, **options: object) -> Path:
 
 
 def dense_members(folder: Path) -> list[nn.Module]:
-    """The models that the ensemble is the mean of: for each shard, the base with W + 2√r · B A, in float64."""
+    """The models that the ensemble is the mean of: for each shard the base with W + 2√r · B A, float64."""
     state = json.loads((folder / "s3t" / "state.json").read_text())
     found = []
     for number, shard in enumerate(state["shards"]):

@@ -18,6 +18,7 @@ from compress.storage.sharded import (
     is_sharded,
     prefix_sha256,
     read_stage,
+    stage_file,
     stage_name,
 )
 from compress.system.files import file_sha256
@@ -89,7 +90,9 @@ class S3T(Method["S3T.Options"]):
         )
         rank: PositiveInt = Field(32, description="rank r of the LoRA; its alpha is 2 r, over the root of r")
         learning_rate: PositiveFloat = Field(
-            2e-5, description="learning rate at the first step of a stage; it falls to 0 along a line"
+            2e-4,
+            description="learning rate at the first step of a stage; it falls to 0 along a line. The "
+            "published code takes 2e-5 for Llama",
         )
         epochs: PositiveInt = Field(3, description="number of passes of a stage over its slices")
         batch_size: PositiveInt = Field(8, description="number of sequences in a step")
@@ -207,7 +210,6 @@ def train_orders(
         Name of a stage -> sha256 of its file.
     """
     from compress.storage.writer import write_tensors
-    from compress.unlearning.parts.stages import file_of
 
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, str] = {}
@@ -215,7 +217,7 @@ def train_orders(
         earlier: dict[str, Tensor] = {}
         for size in range(1, len(order) + 1):
             name = stage_name(order[:size])
-            file = file_of(folder, name)
+            file = stage_file(folder, order[:size])
             if not file.exists():
                 write_tensors(learn(order[:size], earlier), file)
             earlier |= read_stage(file)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from compress.commands.common import (
     seed_option,
     stdout,
 )
-from compress.commands.one_step import _number, _option
+from compress.commands.one_step import number_of, option_of
 from compress.errors import CompressError, unknown
 from compress.unlearning.s3t import S3T
 
@@ -43,18 +42,9 @@ def s3t() -> None:
     """Train an ensemble from which records can be deleted exactly, and delete them (S3T, arXiv:2406.16257).
 
     'train' splits your records into shards and slices, and trains a LoRA for each stage. 'delete' removes at
-    once what has seen a record; 'verify' proves it by training again without the record. The result is a model
-    folder for compress.load.
+    once what has seen a record; 'verify' proves it by training again without the record. The result is a
+    model folder for compress.load.
     """
-
-
-def _method_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of the method, as it declares them."""
-    for key, field in reversed(S3T.Options.model_fields.items()):
-        option = _option(key, field)
-        settings = {"help": option.help, "metavar": option.metavar, "default": None, "type": option.type}
-        command = click.option(f"--{key.replace('_', '-')}", key, **settings)(command)
-    return command
 
 
 @s3t.command()
@@ -63,7 +53,6 @@ def _method_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder for the ensemble."
 )
-@_method_options
 @revision_option
 @click.option("--resume/--fresh", default=None, help="Continue an interrupted training, or start over.")
 @click.option("--overwrite", is_flag=True, help="Replace the output folder if it is not empty.")
@@ -91,10 +80,10 @@ def train(
     from pydantic import ValidationError
 
     from compress.errors import BadInput
-    from compress.pipeline.sharded import budget
+    from compress.pipeline.sharded import budget as budget_of
     from compress.pipeline.sharded_training import train as train_ensemble
 
-    values = {key: _number(value) for key, value in given.items() if value is not None}
+    values = {key: number_of(value) for key, value in given.items() if value is not None}
     try:
         options = S3T.Options(**values)
     except ValidationError as error:
@@ -114,7 +103,10 @@ def train(
             overwrite=overwrite,
             progress=progress,
         )
-    _tell(budget(output), as_json)
+    _tell(budget_of(output), as_json)
+
+
+train.params[3:3] = [option_of(key, field) for key, field in S3T.Options.model_fields.items()]
 
 
 @s3t.command()

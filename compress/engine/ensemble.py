@@ -132,8 +132,7 @@ def _ensemble_class(cls: type[PreTrainedModel], members: int) -> type[PreTrained
             output["loss"] = self.loss_function(
                 logits=output.logits, labels=labels, vocab_size=self.config.vocab_size
             )
-        for name in CACHE_NAMES:
-            _let_reorder(output.get(name), members)
+        _let_reorder(next((value for name, value in output.items() if name in CACHE_NAMES), None), members)
         dictionary = self.config.return_dict if wanted is None else wanted
         return output if dictionary else _in_order(output).to_tuple()
 

@@ -19,9 +19,8 @@ from typing import Any
 from compress.calibration.text.records import read_records
 from compress.engine.opening import open_checkpoint
 from compress.errors import BadInput, nearest
-from compress.pipeline.sharded_training import Lessons, prefixes
+from compress.pipeline.sharded_training import Lessons, base_of, prefixes
 from compress.pipeline.workspace import Workspace
-from compress.storage.checkpoint import Checkpoint
 from compress.storage.sharded import (
     KEY,
     STATE,
@@ -31,8 +30,8 @@ from compress.storage.sharded import (
     prefix_sha256,
     read_examples,
     read_sharded,
+    served_files,
     stage_folder,
-    stage_name,
     write_examples,
     write_sharded,
 )
@@ -40,7 +39,7 @@ from compress.system.device import check_device, computing_on
 from compress.system.files import file_sha256
 from compress.system.progress import Progress
 from compress.unlearning.parts.orders import expected_deletions, first_slices, live_length
-from compress.unlearning.parts.stages import file_of, machine, reproducible
+from compress.unlearning.parts.stages import machine, reproducible
 from compress.unlearning.s3t import S3T, again, served, without
 
 log = logging.getLogger(__name__)
@@ -255,9 +254,7 @@ def _trained_again(lessons: Lessons, number: int, shard: Shard, scratch: Path) -
 
 def _stored(folder: Path, number: int, shard: Shard) -> str | None:
     """The receipt of the files that a shard serves; None where one is missing."""
-    where = folder / KEY / stage_folder(number, shard.generation)
-    prefix = shard.served.prefix
-    files = [file_of(where, stage_name(prefix[:size])) for size in range(1, len(prefix) + 1)]
+    files = served_files(folder, number, shard)
     return prefix_sha256([file_sha256(file) for file in files]) if all(map(Path.exists, files)) else None
 
 
@@ -269,11 +266,9 @@ def _lessons(
     Raises:
         BadInput: the base model is not the one that was trained on.
     """
-    checkpoint = open_checkpoint(folder)
-    if checkpoint.sha256 != state.base:
+    base = base_of(open_checkpoint(folder))
+    if base.sha256 != state.base:
         raise BadInput(f"The base model in '{folder}' is not the one that S3T trained on.")
-    config = {key: value for key, value in checkpoint.config.items() if key != KEY}
-    base = Checkpoint(checkpoint.folder, config, checkpoint.tensors, checkpoint.sources)
     examples = {n: e for n, e in read_examples(folder, state).items() if n not in state.deleted}
     return Lessons(state, examples, base, work, device, progress, total)
 

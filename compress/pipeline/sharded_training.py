@@ -291,6 +291,12 @@ class Lessons:
         return StepContext(draft, None, seed, self.work, self.device, within)
 
 
+def base_of(checkpoint: Checkpoint) -> Checkpoint:
+    """The base model in the folder of an ensemble."""
+    config = {key: value for key, value in checkpoint.config.items() if key != KEY}
+    return Checkpoint(checkpoint.folder, config, checkpoint.tensors, checkpoint.sources)
+
+
 def prefixes(orders: Sequence[Sequence[int]]) -> set[str]:
     """The names of the stages of orders, each once."""
     return {stage_name(order[:size]) for order in orders for size in range(1, len(order) + 1)}
@@ -350,7 +356,7 @@ def _write(
     shutil.copytree(workspace.folder / "stages", folder / KEY, copy_function=_link)
     write_examples(folder / KEY / state.examples, examples.values())
     written = open_checkpoint(folder)
-    state.base = written.sha256
+    state.base = base_of(written).sha256
     write_sharded(folder, state)
     difference = _difference(folder, state, lessons)
     inherited, options = read_lineage(source.folder), S3T.Options(**state.options)

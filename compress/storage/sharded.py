@@ -100,8 +100,8 @@ def refuse_sharded(config: Mapping[str, Any], folder: Path) -> None:
     """Refuse (BadInput) a model trained in shards, of which most of this program would see the base only."""
     if is_sharded(config):
         raise BadInput(
-            f"'{folder}' is an ensemble that S3T trained, which compress.load and 'compress-model s3t' take; "
-            "it cannot be compressed, streamed layer by layer or trained on."
+            f"'{folder}' is an ensemble that S3T trained, which compress.load, evaluate and s3t take; it "
+            "cannot be compressed or unlearned in another way."
         )
 
 
@@ -161,6 +161,11 @@ def stage_name(prefix: Sequence[int]) -> str:
     return "-".join(map(str, prefix))
 
 
+def stage_file(folder: Path, prefix: Sequence[int]) -> Path:
+    """The file of a stage in the folder of its shard."""
+    return folder / f"{stage_name(prefix)}.safetensors"
+
+
 def stage_folder(shard: int, generation: int) -> str:
     """The name of the folder of a shard's stages."""
     return f"shard-{shard}.{generation}"
@@ -178,6 +183,12 @@ def read_stage(path: Path) -> dict[str, torch.Tensor]:
         raise BadInput(f"The stage {path} cannot be read ({' '.join(str(error).split())}).") from None
 
 
+def served_files(folder: Path, number: int, shard: Shard) -> list[Path]:
+    """The files of the stages that shard ``number`` of a model folder serves, in their order."""
+    where, prefix = folder / KEY / stage_folder(number, shard.generation), shard.served.prefix
+    return [stage_file(where, prefix[:size]) for size in range(1, len(prefix) + 1)]
+
+
 def read_served(folder: Path, state: Sharded) -> list[dict[str, torch.Tensor]]:
     """The LoRA of every shard that contributes: name -> tensor, of all its served stages together.
 
@@ -186,10 +197,9 @@ def read_served(folder: Path, state: Sharded) -> list[dict[str, torch.Tensor]]:
     """
     found = []
     for number, shard in enumerate(state.shards):
-        prefix, tensors = shard.served.prefix, dict[str, torch.Tensor]()
-        for size in range(1, len(prefix) + 1):
-            where = folder / KEY / stage_folder(number, shard.generation)
-            tensors |= read_stage(where / f"{stage_name(prefix[:size])}.safetensors")
+        tensors: dict[str, torch.Tensor] = {}
+        for file in served_files(folder, number, shard):
+            tensors |= read_stage(file)
         if tensors:
             found.append(tensors)
     return found

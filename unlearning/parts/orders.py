@@ -142,7 +142,7 @@ def expected_deletions(firsts: Sequence[Sequence[int]], remaining: int) -> tuple
 
 
 def even_parts(count: int, parts: int) -> list[range]:
-    """The numbers 0 to count - 1 in so many runs. Their lengths differ by at most 1; longer ones come first."""
+    """The numbers 0 to count - 1 in runs whose lengths differ by at most 1; the longer ones come first."""
     bounds = [0]
     for number in range(parts):
         bounds.append(bounds[-1] + count // parts + (number < count % parts))

@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -205,8 +204,3 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
     return nn.functional.cross_entropy(
         logits[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED
     )
-
-
-def file_of(folder: Path, name: str) -> Path:
-    """The file of a stage in the folder of its shard."""
-    return folder / f"{name}.safetensors"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import compress
+from compress.engine.tokenizer import load_tokenizer
 from compress.pipeline import sharded, sharded_training
 from compress.storage.sharded import read_examples, read_sharded
 from compress.unlearning.parts import stages as stages_module
@@ -419,8 +421,28 @@ def test_an_ensemble_is_no_input_of_other_commands(trained: Path, tmp_path: Path
     step = ["--method", "rtn", "-o", tmp_path / "out"]
     assert_one_sentence(command("quantize", trained, *step), 2, "an ensemble that S3T trained")
     assert_one_sentence(command("unlearn", trained, "--method", "s3t", "-o", tmp_path / "out"), 2, "S3T")
-    with pytest.raises(compress.errors.BadInput, match="layer by layer"):
-        compress.evaluate(str(trained), windows=1, context=16)
+
+
+@pytest.mark.usefixtures("measured_here")
+def test_an_ensemble_is_evaluated(tiny: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("COMPRESS_MODEL_CACHE", str(tmp_path / "cache"))
+    text = {"text": str(tiny.parent / "text.txt"), "windows": None, "context": 16}
+    _, before = compress.evaluate(str(folder), baseline=str(tiny), **text)
+    assert before.fidelity.kl_mean.value > 1e-3
+    assert before.loads_with == "compress-model only"
+    # As its own baseline, and by its logits.
+    (alone,) = compress.evaluate(str(folder), **text)
+    assert alone.fidelity.perplexity.value == pytest.approx(before.fidelity.perplexity.value)
+    assert alone.fidelity.kl_mean.value == 0
+    tokenizer, model = load_tokenizer(folder), compress.load(folder, dtype=torch.float32)
+    tokens = torch.tensor(tokenizer((tiny.parent / "text.txt").read_text())["input_ids"]).view(-1, 16)
+    loss = model(tokens, labels=tokens).loss.item()
+    assert math.log(before.fidelity.perplexity.value) == pytest.approx(loss, rel=1e-4)
+    sharded.delete(folder, [names[0] for shard in read_sharded(folder).shards for names in shard.slices])
+    _, after = compress.evaluate(str(folder), baseline=str(tiny), **text)  # only the base is left
+    assert after.fidelity.kl_mean.value == pytest.approx(0, abs=1e-5)
+    assert after.model.sha256 != before.model.sha256
+    assert after.cost.weight_bytes < before.cost.weight_bytes
 
 
 def test_s3t_is_listed_and_no_step(tiny: Path, tmp_path: Path, command: Command):

@@ -352,7 +352,8 @@ def compare_streams(
     """Score ``model`` and ``dense`` on ``windows``.
 
     Both are streamed, so models may be larger than memory, except for what S3T trained. Logits are float32,
-    and are compared window by window. The dense model's hidden states behind its last layer are cached for the next model.
+    and are compared window by window. The dense model's hidden states behind its last layer are cached for
+    the next model.
 
     Raises:
         BadInput: ``dense`` is not a causal language model, or vocabularies differ.

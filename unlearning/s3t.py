@@ -75,6 +75,7 @@ class S3T(Method["S3T.Options"]):
     )
     needs_calibration = False
     needs_package = "peft"
+    command = "compress-model s3t"
 
     class Options(MethodOptions):
         shards: PositiveInt = Field(5, description="m, the number of models that share the records")

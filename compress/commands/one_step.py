@@ -37,7 +37,14 @@ class MethodCommand(click.RichCommand):
         name = _method_name(args)
         renamed: Mapping[str, str] = {}
         if name is not None and not (ctx.resilient_parsing and name not in method_names()):
-            options = find_method(name, self.family).Options
+            method = find_method(name, self.family)
+            if (
+                getattr(method, "command", None)
+                and not {"-h", "--help"} & {*args}
+                and not ctx.resilient_parsing
+            ):
+                raise BadInput(f"{name} is no single step; see '{method.command} --help' for its commands.")
+            options = method.Options
             renamed = options.renamed
             fields = options.model_fields
             ctx.meta[METHOD_OPTIONS] = [option_of(key, field) for key, field in fields.items()]

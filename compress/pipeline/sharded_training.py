@@ -169,7 +169,7 @@ def train(
         if resume is False:
             workspace.discard()
         lora = 4 * options.rank * sum(sum(sizes) for sizes in shape.linears().values())
-        workspace.check_disk(2 * shape.nbytes + options.shards * min(options.orders, 10**6) * lora)
+        workspace.check_disk(2 * shape.nbytes + options.shards * options.orders * lora)
         with computing_on(device):
             return _train(state, examples, source, checkpoint, workspace, device, progress)
 

@@ -42,11 +42,9 @@ IN_SHORT = {
     "awq": "scales important channels before rounding",
     "bitstack": "stacks sign matrices; load any size",
     "blockpruner": "removes attention and MLP blocks by perplexity",
-    "dpo": "teaches refusals in place of answers",
     "flap": "removes heads and neurons that fluctuate least",
     "float": "rounds to FP8, MXFP4 or NVFP4",
     "gptq": "rounds column by column, compensating each error",
-    "gradient-difference": "ascends on what to forget, descends elsewhere",
     "harry-potter": "learns generic predictions for the text to forget",
     "hqq": "fits grids to weights, without text",
     "kprune": "removes heads and neurons, refits the rest",
@@ -55,18 +53,16 @@ IN_SHORT = {
     "magnitude": "removes heads and neurons with small weights",
     "nested": "one code for all widths; load any size",
     "nf4": "rounds to NormalFloat4, as in QLoRA",
-    "npo": "ascends less, the more is forgotten",
     "replaceme": "replaces layers by one linear map",
-    "rmu": "steers hidden states to a random direction",
     "rtn": "rounds to nearest, in seconds",
     "s3t": "deletes records exactly, without training again",
     "shortgpt": "removes the layers that change least",
-    "simnpo": "NPO per token, without a reference model",
-    "sure": "takes large steps on salient weights alone",
-    "undial": "distils the model with lowered answer logits",
     "wanda-sp": "removes small weights times small inputs",
 }
 MOST_WORDS = 8
+
+# Methods of unlearning that share one row of the README: they are there to be compared with.
+GRADIENT_METHODS = ("gradient-difference", "npo", "simnpo", "rmu", "undial", "dpo", "sure")
 
 
 # --- measurements ---
@@ -402,7 +398,14 @@ def readme_quickstart() -> str:
 
 
 def readme_methods() -> str:
-    rows = [[f"`{method.name}`", in_short(method.name), short_link(method.paper)] for method in our_methods()]
+    methods = our_methods()
+    rows = [
+        [f"`{method.name}`", in_short(method.name), short_link(method.paper)]
+        for method in methods
+        if method.name not in GRADIENT_METHODS
+    ]
+    here = ", ".join(f"`{method.name}`" for method in methods if method.name in GRADIENT_METHODS)
+    rows.append([here, "gradient methods", "[all](docs/methods.md)"])
     return as_markdown(["method", "what it does", "paper"], rows)
 
 

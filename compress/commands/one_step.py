@@ -68,7 +68,9 @@ class MethodCommand(click.RichCommand):
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         model, method, *others = super().get_params(ctx)
-        return [model, method, *ctx.meta.get(METHOD_OPTIONS, []), *others]
+        own = ctx.meta.get(METHOD_OPTIONS, [])
+        taken = {option.name for option in own}  # a method's seqlen comes before that of calibration text
+        return [model, method, *own, *(option for option in others if option.name not in taken)]
 
 
 def _method_name(args: list[str]) -> str | None:
@@ -176,7 +178,8 @@ def _command(name: str, family: Family, help_text: str) -> click.Command:
         as_json: bool,
         **given: Any,
     ) -> None:
-        find_method(method, family)
+        if "seqlen" in find_method(method, family).Options.model_fields:
+            given["seqlen"], seqlen = seqlen, None
         step = {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
         step = {key: number_of(value) for key, value in step.items() if value not in (None, [], {})}
         text = {

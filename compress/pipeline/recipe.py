@@ -86,7 +86,8 @@ class Recipe(Section):
     @property
     def forgotten(self) -> list[str]:
         """The sets of records that steps forget, which no text of the recipe may tell."""
-        return [options.forget for _, options in self.steps if getattr(options, "forget", None)]
+        sets = (getattr(options, "forget", None) for _, options in self.steps)
+        return [source for source in sets if source]
 
     @property
     def text_size(self) -> TextSize:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor, nn
 
@@ -172,7 +173,7 @@ def losses_before(
     before = Reference(model, parts, context, name)
     with model.head() as head:
         losses = before.losses(head)
-    return lambda part: losses[before.rows(part)]
+    return lambda part: losses[torch.tensor(before.rows(part), device=losses.device)]
 
 
 def unlearn(

@@ -151,7 +151,7 @@ def floor_under(
     """
     linears = {
         f"{anatomy.layer_name(index)}.{path}": linear
-        for index, layer in enumerate(whole.base_model.get_submodule(anatomy.layers))
+        for index, layer in enumerate(whole.base_model.get_submodule(anatomy.layers).children())
         for path, linear in anatomy.linears(layer).items()
         if linear.get_parameter("weight").requires_grad
     }

@@ -19,7 +19,7 @@ from compress.errors import CompressError
 from compress.storage.tensors import DTYPES
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, TrainerCallback
+    from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
     from compress.engine.stream import StreamedModel
     from compress.method import StepContext
@@ -68,7 +68,7 @@ def whole_model(model: StreamedModel, context: StepContext) -> PreTrainedModel:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010  # no module declares it
     return whole
 
 
@@ -174,26 +174,28 @@ def train(
     order = batches(lengths, options.batch_size, options.epochs, context.generator())
     steps = len(order)
     started = time.perf_counter()
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,  # ``order`` holds all epochs, so that a resumed run goes on in the same order
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="linear",
+        weight_decay=0.0,
+        max_grad_norm=options.max_gradient_norm,
+        seed=context.seed,
+        use_cpu=torch.device(context.device).type == "cpu",
+        save_strategy="no",  # `_around` saves by the clock; the Trainer would also save the last step
+        save_total_limit=1,
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+    _compute_on(torch.device(context.device), arguments)
     trainer = Minimizer(
         model=model,
-        args=TrainingArguments(
-            output_dir=str(folder),
-            max_steps=steps,  # ``order`` holds all epochs, so that a resumed run goes on in the same order
-            learning_rate=options.learning_rate,
-            lr_scheduler_type="linear",
-            weight_decay=0.0,
-            max_grad_norm=options.max_gradient_norm,
-            seed=context.seed,
-            use_cpu=torch.device(context.device).type == "cpu",
-            save_strategy="no",  # `_around` saves by the clock; the Trainer would also save the last step
-            save_total_limit=1,
-            logging_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-        ),
-        train_dataset=list(examples),  # type: ignore[arg-type]  # a list is all it needs
+        args=arguments,
+        train_dataset=list(examples),
         callbacks=[_around(context, name), *callbacks],
     )
     trainer.remove_callback(_printer())
@@ -228,6 +230,13 @@ def batches(lengths: Sequence[int], size: int, epochs: int, generator: torch.Gen
         cut = [ordered[start : start + size] for start in range(0, len(ordered), size)]
         found += [cut[number] for number in torch.randperm(len(cut), generator=generator).tolist()]
     return found
+
+
+def _compute_on(device: torch.device, arguments: TrainingArguments) -> None:
+    """Let the Trainer compute on this device alone; by itself it takes the first ones that it finds."""
+    arguments.distributed_state.device = device
+    arguments.__dict__["_setup_devices"] = device
+    arguments._n_gpu = min(1, arguments._n_gpu)
 
 
 def _saved(folder: Path, last: Callable[[str], str | None]) -> str | None:

@@ -290,3 +290,17 @@ def test_quantized_models_and_encoders_are_refused(
         unlearned(tmp_path / "rounded" / "model", tmp_path / "none", name, **METHODS[name])
     with pytest.raises(BadInput, match="but this model makes none"):
         unlearned(tiny_encoder("BertForSequenceClassification"), tmp_path / "none", name, **METHODS[name])
+
+
+def test_seqlen_on_the_command_line_is_the_methods(taught: Path, tmp_path: Path) -> None:
+    """The command has an option of that name too, for the calibration text that other families need."""
+    from click.testing import CliRunner
+
+    from compress.commands.one_step import unlearn
+
+    sets = [f"--{kind}={taught.parent / f'{kind}.jsonl'}" for kind in ("forget", "retain")]
+    words = [str(taught), "--method", "npo", *sets, "-o", str(tmp_path / "out"), "--seqlen", "20"]
+    ended = CliRunner().invoke(unlearn, words)
+    assert isinstance(ended.exception, BadInput)
+    assert "more than the seqlen of 20" in str(ended.exception)
+    assert CliRunner().invoke(unlearn, ["--method", "npo", "--help"]).output.count("--seqlen") == 1

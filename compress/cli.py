@@ -22,6 +22,7 @@ from compress.system.streams import show_what_can_be_shown
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("compress.commands.run:run", "Carry out a recipe."),
     "unlearn": ("compress.commands.one_step:unlearn", "Make a model forget with one method."),
+    "s3t": ("compress.commands.s3t:s3t", "Train so that records can be deleted exactly, and delete them."),
     "prune": ("compress.commands.one_step:prune", "Prune a model with one method."),
     "quantize": ("compress.commands.one_step:quantize", "Quantize a model with one method."),
     "mix": ("compress.commands.mix:mix", "Choose the bits of each linear so that a model fits into memory."),

@@ -126,6 +126,8 @@ class Method(ABC, Generic[OptionsT]):
     too long on a CPU."""
     needs_package: ClassVar[str | None] = None
     """A library beyond those always installed; the extra that brings it has its name."""
+    command: ClassVar[str | None] = None
+    """The command of a method that is no step of a recipe, because it has several."""
     Options: type[OptionsT]
 
     @abstractmethod

@@ -55,6 +55,7 @@ IN_SHORT = {
     "nf4": "rounds to NormalFloat4, as in QLoRA",
     "replaceme": "replaces layers by one linear map",
     "rtn": "rounds to nearest, in seconds",
+    "s3t": "deletes records exactly, without training again",
     "shortgpt": "removes the layers that change least",
     "wanda-sp": "removes small weights times small inputs",
 }
@@ -333,7 +334,10 @@ def command_section(name: str, command: Any) -> str:
     rows = [[f"`{pipes_escaped(flags)}`", escaped(text)] for flags, text in filter(None, records)]
     table = as_markdown(["option", "meaning"], rows) if rows else ""
     text = inspect.cleandoc(command.help or "")
-    return f"## {name}\n\n    {usage}\n\n{text}\n\n{table}"
+    section = f"## {name}\n\n    {usage}\n\n{text}\n\n{table}"
+    if not isinstance(command, click.Group):
+        return section
+    return "\n".join([section, *(command_section(f"{name} {sub}", c) for sub, c in command.commands.items())])
 
 
 def pipes_escaped(text: str) -> str:

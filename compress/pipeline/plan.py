@@ -19,6 +19,7 @@ from compress.sources.find import ModelSource, find_model
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.companions import companions
 from compress.storage.lineage import read_lineage
+from compress.storage.sharded import refuse_sharded
 from compress.storage.tensors import DTYPE_NAMES
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ def open_model(recipe: Recipe) -> tuple[ModelSource, Checkpoint]:
     source = find_model(recipe.model, recipe.revision)
     dtype = DTYPE_NAMES[getattr(torch, recipe.dtype)] if recipe.dtype else None
     checkpoint = open_checkpoint(source.folder, dtype)
+    refuse_sharded(checkpoint.config, source.folder)
     for sentence in left_out(source, checkpoint):
         log.warning("In the result, %s", sentence)
     read_lineage(source.folder)

@@ -22,6 +22,7 @@ METHODS: dict[Family, dict[str, str]] = {
         "harry-potter": "compress.unlearning.harry_potter:HarryPotter",
         "npo": "compress.unlearning.npo:NPO",
         "rmu": "compress.unlearning.rmu:RMU",
+        "s3t": "compress.unlearning.s3t:S3T",
         "simnpo": "compress.unlearning.simnpo:SimNPO",
         "sure": "compress.unlearning.sure:Sure",
         "undial": "compress.unlearning.undial:Undial",

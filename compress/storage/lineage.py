@@ -88,7 +88,7 @@ class LoaderTrial(_Record):
 class ReloadCheck(_Record):
     """The logits of the written files, compared with those of the model in memory, on a few tokens."""
 
-    loaded_by: Literal["transformers", "compress-model, layer by layer"]
+    loaded_by: Literal["transformers", "compress-model", "compress-model, layer by layer"]
     max_difference: float
     tokens: int
     promised: LoaderTrial | None = Field(

@@ -43,7 +43,9 @@ class Recovered(Document):
     recovery: Figure | None = Field(
         None, description="(S(unlearned) - S(retrained)) / gap; None where the gap may be 0"
     )
-    rise: Figure | None = Field(None, description="the recovery minus that in full precision")
+    rise: Figure | None = Field(
+        None, description="the recovery minus that in full precision, or minus 0 if that is below"
+    )
 
 
 class Codes(Document):

@@ -70,18 +70,21 @@ def recovered(trio: Trio, seed: int, before: Trio | None = None) -> Recovered:
     value = paired(recovery, trio, seed)
     if before is None or _low(paired(gap, [before.target, before.retrained], seed)) <= 0:
         return Recovered(**means, gap=known, recovery=value)
-    rise = paired(_rise, [*trio, *before], seed)
-    return Recovered(**means, gap=known, recovery=value, rise=rise)
+    return Recovered(**means, gap=known, recovery=value, rise=paired(rise, [*trio, *before], seed))
 
 
 def _mean(column: Array, axis: int = -1) -> Array:
     return column.mean(axis)
 
 
-def _rise(*columns: Array, axis: int = -1) -> Array:
-    return np.nan_to_num(
-        recovery(*columns[:3], axis=axis) - recovery(*columns[3:], axis=axis), posinf=1e9, neginf=-1e9
-    )
+def rise(*columns: Array, axis: int = -1) -> Array:
+    """Rec(q) - max(0, Rec in full precision), from the columns of both trios.
+
+    A model that scores below one that never learned knows no less than that one, so coming up to it is no
+    rise.
+    """
+    before = np.maximum(0.0, recovery(*columns[3:], axis=axis))
+    return np.nan_to_num(recovery(*columns[:3], axis=axis) - before, posinf=1e9, neginf=-1e9)
 
 
 def gate(found: Recovered, singles: dict[str, Recovered]) -> Outcome:

@@ -45,7 +45,7 @@ def utility(
     names = list(mine)
 
     def mean(*columns: Array, axis: int = -1) -> Array:
-        return harmonic_mean(np.stack([np.nan_to_num(np.nanmean(column, axis)) for column in columns]))
+        return harmonic_mean(np.stack([_mean_of_present(column, axis) for column in columns]))
 
     def change(*columns: Array, axis: int = -1) -> Array:
         ours, base = mean(*columns[: len(names)], axis=axis), mean(*columns[len(names) :], axis=axis)
@@ -59,6 +59,12 @@ def utility(
         change=paired(change, [*ours, *base], seed, unit="fraction"),
         parts={name: Figure(value=float(np.nanmean(column))) for name, column in mine.items()},
     )
+
+
+def _mean_of_present(column: Array, axis: int) -> Array:
+    """The mean of what is not NaN; 0 of nothing."""
+    there = np.isfinite(column)
+    return np.where(there, column, 0.0).sum(axis) / np.maximum(1, there.sum(axis))
 
 
 def _columns(sets: Mapping[str, Sequence[Known]]) -> dict[str, Array]:

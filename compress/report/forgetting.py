@@ -81,7 +81,9 @@ class AfterStep(Document):
     )
     truth_ratio: Figure | None = Field(None, description="mean of min(R, 1/R) of the unlearned model")
     refused: Figure = Field(description="share of the forget set's questions that are refused")
-    utility: Utility | None = None
+    utility: Utility | None = Field(
+        None, description="only in full precision and after steps of the model's own recipe"
+    )
     codes: Codes | None = Field(None, description="None where nothing is packed, or where it is not alike")
     kind: Kind
     why: str

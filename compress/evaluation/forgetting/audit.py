@@ -263,7 +263,9 @@ class _Audit:
             forget_quality=_quality(mine, known["retrained"]["forget"]) if "retrained" in known else None,
             truth_ratio=_figure([min(ratio, 1 / ratio) for ratio in ratios]),
             refused=wilson(sum(bool(each.refused) for each in mine), len(mine)),
-            utility=utility(*(_useful(known[role]) for role in ("unlearned", "target")), self.seed),
+            utility=utility(*(_useful(known[role]) for role in ("unlearned", "target")), self.seed)
+            if way.utility
+            else None,
             codes=codes,
             kind=kind,
             why=why,
@@ -296,7 +298,8 @@ class _Audit:
     def _ask(self, role: str, way: Way) -> dict[str, list[Known]]:
         """Set -> what a model knows of it after the way, which is gone if a cell is missing."""
         contestant = self.contestants[role]
-        names = [name for name in self.items if role != "retrained" or ASPECTS[name] != "use"]
+        useful = way.utility and role != "retrained"
+        names = [name for name in self.items if useful or ASPECTS[name] != "use"]
         keys = {name: self._key(contestant, way, name) for name in names}
         found = {name: read_cell(cell_file(key)) for name, key in keys.items()}
         if any(known is None for known in found.values()):

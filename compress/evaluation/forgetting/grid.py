@@ -47,11 +47,13 @@ class Way:
         name: for people.
         steps: in the order they are done; none for full precision.
         made: a folder that already holds the unlearned model after these steps.
+        utility: whether it is asked what the models are good for, which takes most of the time.
     """
 
     name: str
     steps: tuple[Step, ...] = ()
     made: Path | None = None
+    utility: bool = False
 
     @property
     def packs_alone(self) -> bool:
@@ -60,7 +62,7 @@ class Way:
         return families == ["quantization"]
 
 
-FULL = Way("full precision")
+FULL = Way("full precision", utility=True)
 
 
 def ways_named(names: Sequence[str]) -> list[Way]:
@@ -109,7 +111,8 @@ def ways_of(steps: Sequence[Step], made: Path | None = None) -> list[Way]:
     ways = []
     for count in range(1, len(steps) + 1):
         name = "recipe: " + "+".join(step["method"] for step in steps[:count])
-        ways.append(Way(name, tuple(steps[:count]), made if count == len(steps) else None))
+        last = made if count == len(steps) else None
+        ways.append(Way(name, tuple(steps[:count]), last, utility=True))
     return ways
 
 

@@ -110,8 +110,9 @@ class Recipe(Section):
     @property
     def forgotten(self) -> list[str]:
         """The sets of records that steps forget, which no text of the recipe may tell."""
-        found = [options.forget for _, options in self.steps if getattr(options, "forget", None)]
-        return [*found, *([self.audit.forget] if self.audit and self.audit.forget else [])]
+        found = [getattr(options, "forget", None) for _, options in self.steps]
+        audited = self.audit.forget if self.audit else None
+        return [source for source in (*found, audited) if source]
 
     @property
     def unlearning(self) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -48,7 +48,9 @@ class Asked:
         progress: Progress = lambda text, share: None,
     ) -> None:
         self.model, self.tokenizer, self._progress = model, tokenizer, progress
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        # A model with low-rank updates of peft stands around the one that it was.
+        around: Any = getattr(model, "get_base_model", None)
+        base = model if around is None else around()
         self._skips_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
         own = getattr(model.generation_config, "eos_token_id", None)
         ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
@@ -109,7 +111,8 @@ class Asked:
         self.model.generation_config = GenerationConfig()
         try:
             with torch.inference_mode():
-                said = self.model.generate(
+                generate: Any = self.model.generate
+                said = generate(
                     input_ids=ids.to(self.model.device),
                     attention_mask=mask.to(self.model.device),
                     max_new_tokens=max(map(_longest, batch)),

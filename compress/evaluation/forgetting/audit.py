@@ -23,7 +23,7 @@ from compress.evaluation.forgetting.ask import Asked
 from compress.evaluation.forgetting.cells import cell, cell_file, codes_cell, read_cell
 from compress.evaluation.forgetting.chance import chance
 from compress.evaluation.forgetting.codes import differing_codes
-from compress.evaluation.forgetting.contestants import Contestant, HowToMake, same_tokens
+from compress.evaluation.forgetting.contestants import Contestant, HowToMake, same_tokens, tidy
 from compress.evaluation.forgetting.grid import FULL, Way, usual_ways, ways_named
 from compress.evaluation.forgetting.items import Item, items_of
 from compress.evaluation.forgetting.known import MEMBERSHIP, WAYS, Known, ask, columns, knowledge
@@ -131,6 +131,7 @@ def audit(
     with computing_on(device):
         work = _Audit.of(models, sets, how, seqlen, seed, kernel)
         result = work.result(work.ways(models, chosen), relearning)
+    tidy()
     if read_lineage(models.asked.folder) is not None:
         try:
             add_audit(models.asked.folder, result.model_dump(mode="json"))
@@ -239,7 +240,7 @@ class _Audit:
 
     def _row(self, way: Way) -> AfterStep:
         theirs = replace(way, made=None)
-        known = {
+        known: dict[str, dict[str, list[Known]]] = {
             role: self._ask(role, way if role == "unlearned" else theirs)
             for role in ("target", "retrained", "unlearned")
             if role in self.contestants
@@ -263,7 +264,7 @@ class _Audit:
             forget_quality=_quality(mine, known["retrained"]["forget"]) if "retrained" in known else None,
             truth_ratio=_figure([min(ratio, 1 / ratio) for ratio in ratios]),
             refused=wilson(sum(bool(each.refused) for each in mine), len(mine)),
-            utility=utility(*(_useful(known[role]) for role in ("unlearned", "target")), self.seed)
+            utility=utility(_useful(known["unlearned"]), _useful(known["target"]), self.seed)
             if way.utility
             else None,
             codes=codes,

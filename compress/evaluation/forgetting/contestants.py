@@ -7,6 +7,7 @@ pipeline itself: a run that was interrupted goes on.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ log = logging.getLogger(__name__)
 
 FOLDER = "audit"
 """Of the cache."""
+
+KEPT = {"models": 16, "unlearned": 4}
+"""How many models of each kind the cache keeps: what later steps made, and those before their later steps."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,7 @@ class Contestant:
             )
             make_folder(folder.parent)
             execute(recipe, folder, device=how.device, progress=how.progress)
+        os.utime(folder)
         return folder
 
     def folder(self, way: Way, how: HowToMake) -> Path:
@@ -129,6 +134,14 @@ class Contestant:
         """Remove what the steps made, unless it was there before."""
         if way.steps and way.made is None:
             shutil.rmtree(self.folder(way, how), ignore_errors=True)
+
+
+def tidy() -> None:
+    """Remove models from the cache that were not used for the longest time, beyond those that it keeps."""
+    for kind, count in KEPT.items():
+        folders = [path for path in (cache_folder() / FOLDER / kind).glob("[!.]*") if path.is_dir()]
+        for old in sorted(folders, key=lambda path: path.stat().st_mtime)[:-count]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def same_tokens(contestants: Sequence[Contestant], items: Sequence[Any]) -> None:
@@ -203,4 +216,5 @@ def remake(
             device=device,
             progress=progress,
         )
+    os.utime(folder)
     return folder

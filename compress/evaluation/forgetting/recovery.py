@@ -83,8 +83,10 @@ def rise(*columns: Array, axis: int = -1) -> Array:
     A model that scores below one that never learned knows no less than that one, so coming up to it is no
     rise.
     """
-    before = np.maximum(0.0, recovery(*columns[3:], axis=axis))
-    return np.nan_to_num(recovery(*columns[:3], axis=axis) - before, posinf=1e9, neginf=-1e9)
+    after, before = Trio(*columns[:3]), Trio(*columns[3:])
+    full = np.maximum(0.0, recovery(before.unlearned, before.target, before.retrained, axis=axis))
+    found = recovery(after.unlearned, after.target, after.retrained, axis=axis)
+    return np.nan_to_num(found - full, posinf=1e9, neginf=-1e9)
 
 
 def gate(found: Recovered, singles: dict[str, Recovered]) -> Outcome:

@@ -102,7 +102,7 @@ def relearn(
                 remove_unused_columns=False,
                 dataloader_pin_memory=False,
             ),
-            train_dataset=list(text),  # type: ignore[arg-type]  # a list is all it needs
+            train_dataset=list(text),
             data_collator=lambda batch: collate(batch, pad),
             callbacks=[Looking()],
         )

@@ -14,6 +14,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compress.calibration.text.records import collate, read_records, sequences
+from compress.evaluation.forgetting import contestants
 from compress.method import Method, Paper, StepReport
 from compress.pipeline import registry
 from compress.report.forgetting import Forgetting
@@ -267,6 +268,18 @@ def test_a_packed_model_of_another_tool_is_audited_as_it_is(
     assert any("not trained to relearn" in note for note in found.notes)
 
 
+def test_the_cache_keeps_the_models_that_were_used_last(
+    audit: Callable[..., Ended], models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COMPRESS_MODEL_CACHE", str(tmp_path))
+    monkeypatch.setitem(contestants.KEPT, "models", 1)
+    found = result(audit(models["dense"], "--json", survives="int8,int4,prune20"))
+    assert [row.name for row in found.rows][1:] == ["int8", "int4", "prune20"]
+    (kept,) = [folder for folder in (tmp_path / "audit" / "models").iterdir() if folder.is_dir()]
+    steps = yaml.safe_load((kept / "recipe.yaml").read_text())["steps"]
+    assert [step["bits"] for step in steps] == [4]  # of the target; nobody needs pruned ones again
+
+
 # --- inside a recipe ---
 
 
@@ -329,6 +342,7 @@ def test_a_recipe_audits_its_own_result(
     ended = command("run", recipe(audit=asked), "-o", out)
     assert ended.code == 0, ended.err
     assert "Forgotten, and it stays so after" in ended.out
+    assert "unlearned again" not in ended.err
     (kept,) = read_lineage(out).audits
     found = Forgetting.model_validate(kept)
     names = ["full precision", "recipe: magnitude", "recipe: magnitude+rtn", "int3"]

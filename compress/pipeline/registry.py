@@ -16,7 +16,16 @@ if TYPE_CHECKING:
 # family -> name -> "module:Class". Third parties add theirs through the entry-point group
 # ``compress_model.methods`` (name = "module:Class"); their family is the one the class declares.
 METHODS: dict[Family, dict[str, str]] = {
-    "unlearning": {},
+    "unlearning": {
+        "dpo": "compress.unlearning.dpo:DPO",
+        "gradient-difference": "compress.unlearning.gradient_difference:GradientDifference",
+        "harry-potter": "compress.unlearning.harry_potter:HarryPotter",
+        "npo": "compress.unlearning.npo:NPO",
+        "rmu": "compress.unlearning.rmu:RMU",
+        "simnpo": "compress.unlearning.simnpo:SimNPO",
+        "sure": "compress.unlearning.sure:Sure",
+        "undial": "compress.unlearning.undial:Undial",
+    },
     "pruning": {
         "blockpruner": "compress.pruning.blockpruner:BlockPruner",
         "flap": "compress.pruning.flap:Flap",

@@ -228,7 +228,8 @@ def _step(method: Method, options: MethodOptions, current: Checkpoint, context: 
     if done.exists():
         context.draft.restore()
         return Step.model_validate_json(done.read_text())
-    resumed = any(context.folder.glob("*/progress.json"))
+    # A walk's journal, or the state that a Trainer saved.
+    resumed = any(any(context.folder.glob(saved)) for saved in ("*/progress.json", "*/checkpoint-*"))
     log.info("%s: %s", method.name, options.model_dump_json())
     reset_peak_memory()
     reset_peak_device_memory(context.device)

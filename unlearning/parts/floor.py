@@ -1,16 +1,13 @@
 """Edits that survive rounding: the floor under the size of an edit, and training through the rounding.
 
 Rounding a model to few bits undoes an edit that leaves a weight in its bin, so what was forgotten comes back
-(arXiv:2410.16454). The grid that a recipe will use is known before it is used. So each edit can be held to
-it:
+(arXiv:2410.16454). The grid that a recipe will use is known before it is used. So edits can be held to it:
 
-- **training through the rounding**: every loss is the mean of that of the weights W and that of the weights
-as
-  they will be rounded, Q(W), whose gradient passes straight through (the idea of DurableUn,
-  arXiv:2605.02196);
 - **saliency**: only the weights are edited that matter most for what is to be forgotten and least for what is
   to be retained, by the ratio of the two diagonals of the Fisher information (the idea of MANSU,
   arXiv:2605.15138);
+- **training through the rounding**: every other step is taken with the weights as they will be rounded, whose
+  gradient passes straight through (the idea of DurableUn, arXiv:2605.02196);
 - **the floor**: in the end an edit changes the code of its weight, or it is taken back. With s and z of the
   group and q the code before, the least edit that does so ends beyond the nearer edge of the bin,
   s (q - z ± ½). The smallest and the largest weight of each group keep their values, and with them the grid.
@@ -18,95 +15,25 @@ as
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
 
-from compress.errors import BadInput
-from compress.kernels.codes.integer import CHANNEL, nearest_codes, number_of_groups, quantize_weight
+from compress.calibration.text.records import TokenSequence, collate
+from compress.kernels.codes.integer import number_of_groups
+from compress.unlearning.parts.grid import Grid
+from compress.unlearning.parts.losses import lengths, negative_log_likelihood
 
-MARGIN = 0.1
-"""How far beyond the edge of its bin an edit ends, in steps of the grid: error feedback and other roundings
-move weights by less than that where they move them at all."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainerCallback
 
-ENOUGH = 0.5
-"""Share of the way to the edge that an edit must have gone to be carried over it. Others are taken back."""
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The grid that edits must survive: integer codes with a scale and a zero point for each group.
-
-    Attributes:
-        bits: 2 to 8.
-        group_size: values in a group along the input axis; −1 for a whole row.
-    """
-
-    bits: int
-    group_size: int
-
-    @classmethod
-    def parse(cls, text: str) -> Grid:
-        """``int4:64`` or ``int4:channel``.
-
-        Raises:
-            BadInput: it is something else.
-        """
-        found = re.fullmatch(r"int([2-8]):(\d+|channel)", text)
-        if found is None or found[2] == "0":
-            raise BadInput(
-                f"'{text}' is not a grid; write int and the bits (2 to 8), a colon and the group size, such "
-                "as int4:64 or int4:channel."
-            )
-        return cls(int(found[1]), CHANNEL if found[2] == "channel" else int(found[2]))
-
-    def check(self, linears: Mapping[str, tuple[int, int]]) -> None:
-        """Make sure that the groups fit linears of the shapes [out, in].
-
-        Raises:
-            BadInput: the group size does not divide the inputs of one of them.
-        """
-        for name, (_, width) in linears.items():
-            number_of_groups(width, self.group_size, name)
-
-    def rounded(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight [out, in] as it will be: float32."""
-        return quantize_weight(
-            weight, self.bits, self.group_size, False, torch.float32, check=False
-        ).dequantize()
-
-    def floored(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-        """``after`` with every edit carried over the edge of its bin or taken back: float32 [out, in]."""
-        held = quantize_weight(before, self.bits, self.group_size, False, torch.float32, check=False)
-        out, groups = held.scales.shape
-        old, new = (value.float().reshape(out, groups, -1) for value in (before, after))
-        step, zero = held.scales.unsqueeze(-1), held.zeros.float().unsqueeze(-1)
-        code = held.codes.view(out, groups, -1).float()
-        low, high = old.amin(-1, keepdim=True), old.amax(-1, keepdim=True)
-        new = torch.minimum(torch.maximum(new, low), high)
-        up = new > old
-        edge = step * (code - zero + torch.where(up, 0.5, -0.5))
-        beyond = edge + step * torch.where(up, MARGIN, -MARGIN)
-        gone = (new - old) / (edge - old).where(edge != old, torch.ones_like(edge))
-        carried = torch.where(up, torch.maximum(new, beyond), torch.minimum(new, beyond))
-        carried = torch.minimum(torch.maximum(carried, low), high)
-        crosses = nearest_codes(carried, step, zero, self.bits) != code
-        fixed = (old == low) | (old == high) | (new == old)
-        edited = (gone >= ENOUGH) & crosses & ~fixed
-        return torch.where(edited, carried, old).view(before.shape)
-
-    def crossings(self, before: torch.Tensor, after: torch.Tensor) -> int:
-        """The number of weights whose codes differ."""
-        old, new = (
-            quantize_weight(value, self.bits, self.group_size, False, torch.float32, check=False).codes
-            for value in (before, after)
-        )
-        return int((old != new).sum())
+    from compress.anatomy import Anatomy
+    from compress.method import StepContext
 
 
 class Rounding(nn.Module):
@@ -126,7 +53,7 @@ class Rounding(nn.Module):
             return stored
         with torch.no_grad():
             weight = stored.T if self.transposed else stored
-            rounded = self.grid.rounded(weight)
+            rounded = self.grid.codes(weight).dequantize()
             change = (rounded.T if self.transposed else rounded) - stored
         return stored + change
 
@@ -136,28 +63,24 @@ class Floor:
 
     Args:
         grid: the one that the recipe will use.
-        linears: stored name -> linear. All other weights stay as they are.
+        linears: full name -> linear. All other weights stay as they are.
 
     Attributes:
-        before: stored name -> the weight before the training.
+        before: full name -> the weight before the training.
     """
 
     def __init__(self, grid: Grid, linears: Mapping[str, nn.Module]) -> None:
-        from transformers.pytorch_utils import Conv1D
-
         self.grid, self.linears = grid, linears
         self.transposed = {name: isinstance(linear, Conv1D) for name, linear in linears.items()}
         self.before = {
             name: linear.get_parameter("weight").detach().clone() for name, linear in linears.items()
         }
-        self.roundings = []
-        for name, linear in linears.items():
-            rounding = Rounding(grid, self.transposed[name])
-            parametrize.register_parametrization(linear, "weight", rounding, unsafe=True)
-            self.roundings.append(rounding)
+        self.roundings = {name: Rounding(grid, self.transposed[name]) for name in linears}
+        for name, rounding in self.roundings.items():
+            parametrize.register_parametrization(linears[name], "weight", rounding, unsafe=True)
 
     def weights(self) -> dict[str, nn.Parameter]:
-        """Stored name -> the weight that is trained."""
+        """Full name -> the weight that is trained."""
         return {
             name: linear.get_parameter("parametrizations.weight.original")
             for name, linear in self.linears.items()
@@ -166,37 +89,32 @@ class Floor:
     def restrict(self, masks: Mapping[str, torch.Tensor]) -> None:
         """Let the training change only the weights that the masks choose."""
         for name, weight in self.weights().items():
-            mask = masks[name]
-            weight.register_hook(lambda gradient, mask=mask: gradient * mask)
+            weight.register_hook(partial(torch.mul, masks[name]))
 
-    def through(self, loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        """The mean of a loss with the weights as they are and with the weights as they will be rounded."""
+    def follow(self) -> TrainerCallback:
+        """What rounds the weights in every other step of a training, from the second on."""
+        from transformers import TrainerCallback
 
-        def both(*inputs: Any) -> torch.Tensor:
-            plain = loss(*inputs)
-            self._round(True)
-            try:
-                rounded = loss(*inputs)
-            finally:
-                self._round(False)
-            return (plain + rounded) / 2
+        roundings = self.roundings.values()
 
-        return both
+        class Follow(TrainerCallback):
+            def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+                for rounding in roundings:
+                    rounding.on = state.global_step % 2 == 1
 
-    def _round(self, on: bool) -> None:
-        for rounding in self.roundings:
-            rounding.on = on
+        return Follow()
 
     @torch.no_grad()
     def finish(self) -> dict[str, Any]:
         """Put the floor under the edits, and give the linears plain weights again.
 
         Returns:
-            Metadata: ``edits``, the number of weights that changed; ``crossed``, how many of them have
+            Metadata: ``edits``, the number of weights that changed; ``crossed``, how many weights have
             another code on the grid; ``weights``, how many there are.
         """
         edits = crossed = total = 0
         for name, weight in self.weights().items():
+            self.roundings[name].on = False
             old, new = self.before[name], weight.detach()
             if self.transposed[name]:
                 old, new = old.T, new.T
@@ -209,30 +127,79 @@ class Floor:
         return {"edits": edits, "crossed": crossed, "weights": total}
 
 
+def floor_under(
+    whole: PreTrainedModel,
+    anatomy: Anatomy,
+    grid: Grid,
+    share: float,
+    forget: Sequence[TokenSequence],
+    retain: Sequence[TokenSequence],
+    context: StepContext,
+) -> Floor:
+    """Hold to a grid those weights of a model's layers that are marked as trained; all others are frozen.
+
+    Args:
+        whole: the model.
+        anatomy: of the model.
+        grid: see `Grid`.
+        share: of the weights of each linear that may be edited, over 0 to 1.
+        forget, retain: what tells their saliency; of the latter as many as there are to forget.
+        context: of the step.
+
+    Raises:
+        BadInput: the group size does not divide the inputs of a linear.
+    """
+    linears = {
+        f"{anatomy.layer_name(index)}.{path}": linear
+        for index, layer in enumerate(whole.base_model.get_submodule(anatomy.layers))
+        for path, linear in anatomy.linears(layer).items()
+        if linear.get_parameter("weight").requires_grad
+    }
+    for name, linear in linears.items():
+        out, width = linear.get_parameter("weight").shape
+        number_of_groups(out if isinstance(linear, Conv1D) else width, grid.group_size, name)
+    whole.requires_grad_(False)
+    for linear in linears.values():
+        linear.get_parameter("weight").requires_grad_(True)
+    floor = Floor(grid, linears)
+    chosen = torch.randperm(len(retain), generator=context.generator())[: len(forget)].tolist()
+    wanted = fisher(whole, floor.weights(), forget, context, "asking what is to be forgotten")
+    kept = fisher(
+        whole, floor.weights(), [retain[index] for index in chosen], context, "asking what is retained"
+    )
+    floor.restrict(salient(wanted, kept, share))
+    return floor
+
+
 def fisher(
     model: nn.Module,
     weights: Mapping[str, nn.Parameter],
-    batches: Iterable[Any],
-    loss: Callable[[nn.Module, Any], torch.Tensor],
+    sequences: Sequence[TokenSequence],
+    context: StepContext,
+    label: str,
 ) -> dict[str, torch.Tensor]:
-    """The diagonal of the empirical Fisher information: the mean squared gradient of a loss over batches.
+    """The diagonal of the empirical Fisher information, the mean squared gradient of a sequence's mean loss.
 
     Args:
-        weights: name -> parameter, of which it is computed.
-        batches: of one example each, or the squares of sums are no sums of squares.
-        loss: of the model and a batch, a scalar.
+        model: predicts the next token.
+        weights: name -> parameter of the model.
+        sequences: each is one sample; without any, all is 0.
+        context: of the step.
+        label: text of the progress bar.
 
     Returns:
         name -> float32 of the weight's shape.
     """
     sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    count = 0
-    for batch in batches:
-        gradients = torch.autograd.grad(loss(model, batch), list(weights.values()))
+    for number, sequence in enumerate(sequences, start=1):
+        batch = {key: value.to(context.device) for key, value in collate([sequence], 0).items()}
+        labels = batch.pop("labels")
+        loss = negative_log_likelihood(model(**batch).logits, labels) / lengths(labels)
+        gradients = torch.autograd.grad(loss.sum(), list(weights.values()))
         for total, gradient in zip(sums.values(), gradients, strict=True):
-            total.addcmul_(gradient, gradient)
-        count += 1
-    return {name: total / max(count, 1) for name, total in sums.items()}
+            total.addcmul_(gradient, gradient, value=1 / len(sequences))
+        context.progress(label, number / len(sequences))
+    return sums
 
 
 def salient(

@@ -185,8 +185,7 @@ def train(
             max_grad_norm=options.max_gradient_norm,
             seed=context.seed,
             use_cpu=torch.device(context.device).type == "cpu",
-            save_strategy="steps",
-            save_steps=10**9,  # `_Around` saves by the clock
+            save_strategy="no",  # `_around` saves by the clock; the Trainer would also save the last step
             save_total_limit=1,
             logging_strategy="no",
             report_to=[],

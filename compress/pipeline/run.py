@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,11 @@ from compress.system.progress import Forecast, Progress
 log = logging.getLogger(__name__)
 
 LESS_TEXT = "; fewer or shorter calibration windows (nsamples, seqlen) take less"
+
+Keep = Callable[[Checkpoint, Path, dict[str, Any], str], None]
+"""Keeps a model. It is given the model, the folder and hash of the recipe's model (first and last), and the
+resolved recipe."""
+
 DONE = "done.json"
 """The record of a finished step, in its folder."""
 
@@ -58,6 +64,7 @@ def execute(
     overwrite: bool = False,
     device: str = "cpu",
     progress: Progress = lambda text, share: None,
+    keep: Keep | None = None,
 ) -> Lineage:
     """Run a recipe and write its artefact to ``output``.
 
@@ -68,6 +75,7 @@ def execute(
             run and refuses otherwise.
         device: where to compute.
         progress: told a text and the share of the current part that is done.
+        keep: given the model as it is behind its last step of unlearning, if other steps follow.
 
     Raises:
         BadInput: the recipe does not fit the model, the text, the device or the output folder.
@@ -94,7 +102,7 @@ def execute(
         # Steps write what they change, beside what is put together from it in the end.
         workspace.check_disk(plan.after.nbytes * (2 if recipe.steps else 1))
         with computing_on(device):
-            return _execute(recipe, source, checkpoint, plan, workspace, device, progress)
+            return _execute(recipe, source, checkpoint, plan, workspace, device, progress, keep)
 
 
 def _execute(
@@ -105,6 +113,7 @@ def _execute(
     workspace: Workspace,
     device: str,
     progress: Progress,
+    keep: Keep | None,
 ) -> Lineage:
     forget = [read_records(source) for source in recipe.forgotten]
     windows = (
@@ -124,6 +133,8 @@ def _execute(
             context = StepContext(Draft(current, folder), windows, recipe.seed, folder, device, forecast)
             records.append(_step(method, options, current, context))
             current = context.draft
+            if keep is not None and number + 1 == recipe.unlearning < len(recipe.steps):
+                keep(current, source.folder, recipe.resolved(windows), checkpoint.sha256)
         workspace.clear_artefact()
         progress("writing the model", 0.0)
         files = write_model(current, source.folder, workspace.artefact, recipe.resolved(windows))
@@ -140,7 +151,7 @@ def _execute(
                 sha256=checkpoint.sha256,
                 bytes=plan.before.nbytes,
                 parameters=plan.before.parameters,
-                lineage=inherited and inherited.model_copy(update={"evaluations": []}),
+                lineage=inherited and inherited.model_copy(update={"evaluations": [], "audits": []}),
             ),
             dtype=recipe.dtype,
             seed=recipe.seed,
@@ -194,7 +205,7 @@ def _folder(workspace: Workspace, number: int, method: Method) -> Path:
 def _fingerprint(recipe: Recipe, checkpoint: Checkpoint, windows: Windows | None) -> dict[str, Any]:
     """What must be the same for an interrupted run to be continued (of the steps: those that were begun)."""
     resolved = recipe.resolved()
-    rest = {k: v for k, v in resolved.items() if k not in ("evaluate", "model", "revision", "steps")}
+    rest = {k: v for k, v in resolved.items() if k not in ("audit", "evaluate", "model", "revision", "steps")}
     return {
         "compress-model": compress.__version__,
         "model": checkpoint.sha256,

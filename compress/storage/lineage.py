@@ -114,6 +114,7 @@ class Lineage(_Record):
     device: str
     versions: dict[str, str]
     evaluations: list[dict[str, Any]] = []
+    audits: list[dict[str, Any]] = Field([], description="audits of forgetting, the newest last")
 
     def chain(self) -> list[Lineage]:
         """All runs from the first model to this one, which comes last."""

@@ -19,8 +19,7 @@ from typing import Any, NoReturn
 from compress.system.streams import flush_or_close
 
 RESUMED = (
-    "run, prune and quantize go on from the last finished layer when given again, and evaluate from the last "
-    "answer"
+    "run, unlearn, prune, quantize, s3t train, evaluate and audit go on where they were when given again"
 )
 
 SENTENCES = {

@@ -185,7 +185,7 @@ def test_interrupted_and_resumed(house: House, commands: Commands, unbroken: Lin
     wait_for(tmp_path / ".out.partial" / "0-replaceme" / "distances" / "progress.json", command)
     command.send(signal.SIGINT)
     assert command.wait() == 130
-    assert "go on from the last finished layer" in command.complaint
+    assert "go on where they were when given again" in command.complaint
     assert not output.exists()
     assert left_behind(output) == [".out.partial"]
 
@@ -209,7 +209,7 @@ def test_terminated_and_resumed(house: House, commands: Commands, unbroken: Line
     command.send(signal.SIGTERM)
     command.send(signal.SIGTERM)
     assert command.wait() == 143
-    assert "Terminated; run, prune and quantize go on from the last finished layer" in command.complaint
+    assert "Terminated; run, unlearn, prune, quantize" in command.complaint
     assert left_behind(output) == [".out.partial"]
     assert commands.run("run", house.recipe, "-o", output).code == 0
     check_whole(output, unbroken)

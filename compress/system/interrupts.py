@@ -19,8 +19,6 @@ from typing import Any, NoReturn
 from compress.system.streams import flush_or_close
 
 RESUMED = (
-    (
-)
     "run, unlearn, prune, quantize, s3t train, evaluate and audit go on where they were when given again"
 )
 

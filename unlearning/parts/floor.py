@@ -9,8 +9,11 @@ Rounding a model to few bits undoes an edit that leaves a weight in its bin, so 
 - **training through the rounding**: every other step is taken with the weights as they will be rounded, whose
   gradient passes straight through (the idea of DurableUn, arXiv:2605.02196);
 - **the floor**: in the end an edit changes the code of its weight, or it is taken back. With s and z of the
-  group and q the code before, the least edit that does so ends beyond the nearer edge of the bin,
-  s (q - z ± ½). The smallest and the largest weight of each group keep their values, and with them the grid.
+  group, an edit that reached the bin of code q ends in its middle, s (q - z). So the weights are, where they
+  were edited, what they will be when they are rounded, and other ways of rounding than to the nearest leave
+  them in their bin too. The least edit would end at the edge, s (q - z ± ½), where the rounded model would be
+  edited by up to a whole step more than the model itself. The smallest and the largest weight of each group
+  are not edited, and with them the grid stays.
 """
 
 from __future__ import annotations
@@ -85,6 +88,11 @@ class Floor:
             name: linear.get_parameter("parametrizations.weight.original")
             for name, linear in self.linears.items()
         }
+
+    def movable(self, name: str) -> torch.Tensor:
+        """Where a weight may change and its grid stays: bool, of the weight's shape."""
+        weight = self.before[name]
+        return self.grid.movable(weight.T).T if self.transposed[name] else self.grid.movable(weight)
 
     def restrict(self, masks: Mapping[str, torch.Tensor]) -> None:
         """Let the training change only the weights that the masks choose."""
@@ -167,7 +175,8 @@ def floor_under(
     kept = fisher(
         whole, floor.weights(), [retain[index] for index in chosen], context, "asking what is retained"
     )
-    floor.restrict(salient(wanted, kept, share))
+    masks = salient(wanted, kept, share)
+    floor.restrict({name: masks[name] & floor.movable(name) for name in linears})
     return floor
 
 

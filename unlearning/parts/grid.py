@@ -10,13 +10,6 @@ import torch
 from compress.errors import BadInput
 from compress.kernels.codes.integer import CHANNEL, QuantizedWeight, nearest_codes, quantize_weight
 
-MARGIN = 0.1
-"""How far beyond the edge of its bin an edit ends, in steps of the grid: error feedback and other roundings
-move weights by less than that where they move them at all."""
-
-ENOUGH = 0.5
-"""Share of the way to the edge that an edit must have gone to be carried over it. Others are taken back."""
-
 
 @dataclass(frozen=True)
 class Grid:
@@ -49,25 +42,22 @@ class Grid:
         """The weight [out, in] on the grid that round-to-nearest chooses for it."""
         return quantize_weight(weight, self.bits, self.group_size, False, torch.float32, check=False)
 
+    def movable(self, weight: torch.Tensor) -> torch.Tensor:
+        """Where a weight [out, in] may change and its grid stays: all but the ends of each group. bool."""
+        grouped = weight.reshape(*self.codes(weight).scales.shape, -1)
+        ends = (grouped == grouped.amin(-1, keepdim=True)) | (grouped == grouped.amax(-1, keepdim=True))
+        return ~ends.view(weight.shape)
+
     def floored(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-        """``after`` with every edit carried over the edge of its bin or taken back: float32 [out, in]."""
+        """``after`` with every edit in the middle of its new bin or taken back: float32 [out, in]."""
         held = self.codes(before)
         out, groups = held.scales.shape
         old, new = (value.float().reshape(out, groups, -1) for value in (before, after))
         step, zero = held.scales.unsqueeze(-1), held.zeros.float().unsqueeze(-1)
-        code = held.codes.view(out, groups, -1).float()
-        low, high = old.amin(-1, keepdim=True), old.amax(-1, keepdim=True)
-        new = torch.minimum(torch.maximum(new, low), high)
-        up = new > old
-        edge = step * (code - zero + torch.where(up, 0.5, -0.5))
-        beyond = edge + step * torch.where(up, MARGIN, -MARGIN)
-        gone = (new - old) / (edge - old).where(edge != old, torch.ones_like(edge))
-        carried = torch.where(up, torch.maximum(new, beyond), torch.minimum(new, beyond))
-        carried = torch.minimum(torch.maximum(carried, low), high)
-        crosses = nearest_codes(carried, step, zero, self.bits) != code
-        fixed = (old == low) | (old == high) | (new == old)
-        edited = (gone >= ENOUGH) & crosses & ~fixed
-        return torch.where(edited, carried, old).view(before.shape)
+        code = nearest_codes(new, step, zero, self.bits)
+        middle = (step * (code - zero)).clamp(old.amin(-1, keepdim=True), old.amax(-1, keepdim=True))
+        crossed = (code != held.codes.view(out, groups, -1)).view(before.shape) & self.movable(before)
+        return torch.where(crossed, middle.view(before.shape), before.float())
 
     def crossings(self, before: torch.Tensor, after: torch.Tensor) -> int:
         """The number of weights whose codes differ."""

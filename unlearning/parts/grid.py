@@ -55,7 +55,9 @@ class Grid:
         old, new = (value.float().reshape(out, groups, -1) for value in (before, after))
         step, zero = held.scales.unsqueeze(-1), held.zeros.float().unsqueeze(-1)
         code = nearest_codes(new, step, zero, self.bits)
-        middle = (step * (code - zero)).clamp(old.amin(-1, keepdim=True), old.amax(-1, keepdim=True))
+        # The grid of a group spans 0 and its ends. Beyond them it would become another one.
+        low, high = old.amin(-1, keepdim=True).clamp(max=0), old.amax(-1, keepdim=True).clamp(min=0)
+        middle = (step * (code - zero)).clamp(low, high)
         crossed = (code != held.codes.view(out, groups, -1)).view(before.shape) & self.movable(before)
         return torch.where(crossed, middle.view(before.shape), before.float())
 

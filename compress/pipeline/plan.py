@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from compress.anatomy import anatomy_of
+from compress.engine.config import UNLEARNING
 from compress.engine.opening import open_checkpoint
 from compress.engine.shape import ModelShape
 from compress.errors import BadInput
@@ -77,11 +78,17 @@ def open_model(recipe: Recipe) -> tuple[ModelSource, Checkpoint]:
     """The recipe's model, found and opened with the recipe's dtype. It warns of what will be left out.
 
     Raises:
-        BadInput: there is no such model, or something in its folder cannot be read.
+        BadInput: there is no such model, something in its folder cannot be read, or it unlearns at inference
+            and is to be changed.
     """
     source = find_model(recipe.model, recipe.revision)
     dtype = DTYPE_NAMES[getattr(torch, recipe.dtype)] if recipe.dtype else None
     checkpoint = open_checkpoint(source.folder, dtype)
+    if UNLEARNING in checkpoint.config and (recipe.steps or recipe.dtype):
+        raise BadInput(
+            f"'{recipe.model}' unlearns at inference, by what was measured on these weights; compress the "
+            "model it was made from, in one recipe with the unlearning step."
+        )
     for sentence in left_out(source, checkpoint):
         log.warning("In the result, %s", sentence)
     read_lineage(source.folder)
@@ -106,14 +113,20 @@ def make_plan(checkpoint: Checkpoint, steps: list[tuple[Method, MethodOptions]])
     """
     before = shape = ModelShape.of(checkpoint)
     anatomy_of(before.pretrained_config)  # first, so that no method complains about something else
-    planned = []
+    planned, acting = [], []
     for method, options in steps:
         if (package := method.needs_package) and find_spec(package) is None:
             raise BadInput(
                 f"The method {method.name} needs {package}: pip install 'compress-model[{package}]'."
             )
-        shape = method.plan(shape, options)
+        acting += [(method, options)] if method.at_inference else []
+        shape = shape if method.at_inference else method.plan(shape, options)
+        result = shape  # with the methods that act on what the steps leave
+        for last, its_options in acting:
+            result = last.plan(result, its_options)
         planned.append(
-            PlannedStep(method.name, shape.nbytes, shape.parameters, shape.num_layers, str(shape.loads_with))
+            PlannedStep(
+                *(method.name, result.nbytes, result.parameters, result.num_layers, str(result.loads_with))
+            )
         )
-    return Plan(before, shape, planned)
+    return Plan(before, result if planned else shape, planned)

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 # family -> name -> "module:Class". Third parties add theirs through the entry-point group
 # ``compress_model.methods`` (name = "module:Class"); their family is the one the class declares.
 METHODS: dict[Family, dict[str, str]] = {
-    "unlearning": {},
+    "unlearning": {
+        "key-space": "compress.unlearning.key_space:KeySpace",
+        "neuron-adjust": "compress.unlearning.neuron_adjust:NeuronAdjust",
+    },
     "pruning": {
         "blockpruner": "compress.pruning.blockpruner:BlockPruner",
         "flap": "compress.pruning.flap:Flap",

@@ -116,14 +116,7 @@ def _execute(
     )
     workspace.enter(_fingerprint(recipe, checkpoint, windows))
     try:
-        current, records = checkpoint, []
-        for number, (method, options) in enumerate(recipe.steps):
-            folder = _folder(workspace, number, method)
-            folder.mkdir(exist_ok=True)
-            forecast = Forecast(progress, LESS_TEXT if windows is not None else "")
-            context = StepContext(Draft(current, folder), windows, recipe.seed, folder, device, forecast)
-            records.append(_step(method, options, current, context))
-            current = context.draft
+        current, records = _carry_out(recipe, checkpoint, windows, workspace, device, progress)
         workspace.clear_artefact()
         progress("writing the model", 0.0)
         files = write_model(current, source.folder, workspace.artefact, recipe.resolved(windows))
@@ -169,6 +162,41 @@ def _execute(
     return lineage
 
 
+def _carry_out(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    windows: Windows | None,
+    workspace: Workspace,
+    device: str,
+    progress: Progress,
+) -> tuple[Checkpoint, list[Step]]:
+    """Do all steps: the resulting model, and the record of each step."""
+    current, records = checkpoint, []
+    acting: list[tuple[int, Draft]] = []
+
+    def context_in(folder: Path) -> StepContext:
+        folder.mkdir(exist_ok=True)
+        forecast = Forecast(progress, LESS_TEXT if windows is not None else "")
+        return StepContext(Draft(current, folder), windows, recipe.seed, folder, device, forecast)
+
+    for number, (method, options) in enumerate(recipe.steps):
+        context = context_in(_folder(workspace, number, method))
+        records.append(_step(method, options, current, context))
+        if method.at_inference:
+            acting.append((number, context.draft))
+        else:
+            current = context.draft
+    if [number for number, _ in acting] == [len(recipe.steps) - 1]:
+        return acting[0][1], records  # nothing came after it
+    for number, before in acting:
+        method, options = recipe.steps[number]
+        # `Workspace.enter` counts the folders of steps that were begun, by their names; this is none of them.
+        context = context_in(workspace.folder / f"again-{number}-of-{len(recipe.steps)}")
+        records[number] = _measured_again(records[number], _step(method, options, current, context, before))
+        current = context.draft
+    return current, records
+
+
 def _keep_finished(workspace: Workspace, recipe: Recipe, error: CompressError) -> None:
     """Keep the finished steps of a run that failed, and say so in the error; without any, bad input leaves
     nothing behind."""
@@ -208,8 +236,27 @@ def _hash(data: Any) -> str:
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()  # patterns have an order
 
 
-def _step(method: Method, options: MethodOptions, current: Checkpoint, context: StepContext) -> Step:
-    """Do a step, or find that it is done.
+def _measured_again(first: Step, again: Step) -> Step:
+    """The record of a step that acts at inference, after it was refreshed."""
+    peaks = [peak for peak in (first.peak_memory_bytes, again.peak_memory_bytes) if peak is not None]
+    return again.model_copy(
+        update={
+            "details": {**again.details, "before_later_steps": first.details},
+            "seconds": round(first.seconds + again.seconds, 3),
+            "peak_memory_bytes": max(peaks, default=None),
+            "resumed": first.resumed or again.resumed,
+        }
+    )
+
+
+def _step(
+    method: Method,
+    options: MethodOptions,
+    current: Checkpoint,
+    context: StepContext,
+    before: Checkpoint | None = None,
+) -> Step:
+    """Do a step, or find that it is done; with ``before``, refresh it.
 
     The draft starts equal to its parent. If the step was killed half-way, its journals restore the draft.
     """
@@ -223,7 +270,11 @@ def _step(method: Method, options: MethodOptions, current: Checkpoint, context: 
     reset_peak_device_memory(context.device)
     started = time.perf_counter()
     options = mix_bits(method, options, current, context)
-    report = method.apply(StreamedModel(current, context.device, context.progress), options, context)
+    model = StreamedModel(current, context.device, context.progress)
+    if before is None:
+        report = method.apply(model, options, context)
+    else:
+        report = method.refresh(model, options, context, before)
     context.draft.flush("step")
     record = Step(
         method=method.name,

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def skeleton(config: PretrainedConfig, device: str | torch.device = "cpu") -> PreTrainedModel:
-    """The model that a config describes; it is pruned, quantizes its keys and values, or unlearns at inference
+    """The model that a config describes: pruned, with quantized keys and values, or unlearning at inference,
     if the config says so.
 
     It is in evaluation mode. Its parameters are on the meta device and take no memory; its buffers that no

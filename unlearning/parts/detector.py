@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +24,7 @@ CURVE = (0.0, 0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """Rates of false positives at which the detector's curve is reported."""
 
 MARGIN = 1e-3
-"""How much farther than the farthest key the radius reaches where no key is outside."""
+"""How much farther than to the farthest key inside the radius reaches, unless the next key is nearer."""
 
 
 class Detector:
@@ -70,15 +71,15 @@ def calibrate(forget: Tensor, retain: Tensor, coverage: float, false_positives: 
         false_positives: the largest share of ``retain`` that may be inside, which comes first.
 
     Returns:
-        A radius above 0, half-way between the farthest key inside and the nearest one outside, so that
+        A radius above 0, which is a little more than the distance of the farthest key inside, so that
         rounding does not change what is inside.
     """
     wanted = float(forget.double().quantile(coverage, interpolation="higher"))
     first_outside = float(retain.double().sort().values[int(false_positives * len(retain))])
     found = [0.0, *map(float, torch.cat([forget, retain]))]
     inner = max(value for value in found if value <= wanted and value < first_outside)
-    outer = min((value for value in found if value > inner), default=inner * (1 + MARGIN))
-    return (inner + outer) / 2
+    outer = min((value for value in found if value > inner), default=math.inf)
+    return min((inner + outer) / 2, inner * (1 + MARGIN)) or outer / 2
 
 
 def rates(

@@ -1,10 +1,11 @@
 """compress-model: make language models smaller and prove what it cost.
 
-Four functions do what the commands do:
+Five functions do what the commands do:
 
 - ``compress.run(recipe, output)`` carries out a recipe and writes a model folder;
 - ``compress.load(folder)`` loads such a folder, or any plain Hugging Face folder, as a transformers model;
 - ``compress.evaluate(model, baseline=...)`` measures a model beside the dense one;
+- ``compress.audit(folder)`` finds out whether a model that was made to forget stays so;
 - ``compress.compare(...)`` puts evaluated models into one table.
 
 Nothing heavy is imported until one of them is used.
@@ -20,13 +21,15 @@ if TYPE_CHECKING:
 
     from compress.engine.loading import load
     from compress.evaluation.evaluate import evaluate
+    from compress.evaluation.forgetting.audit import audit
     from compress.evaluation.run import run
     from compress.report.table import compare
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "compare", "evaluate", "load", "run"]
+__all__ = ["__version__", "audit", "compare", "evaluate", "load", "run"]
 
 _MODULES = {
+    "audit": "compress.evaluation.forgetting.audit",
     "compare": "compress.report.table",
     "evaluate": "compress.evaluation.evaluate",
     "load": "compress.engine.loading",

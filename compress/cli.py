@@ -22,10 +22,12 @@ from compress.system.streams import show_what_can_be_shown
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("compress.commands.run:run", "Carry out a recipe."),
     "unlearn": ("compress.commands.one_step:unlearn", "Make a model forget with one method."),
+    "s3t": ("compress.commands.s3t:s3t", "Train so that records can be deleted exactly, and delete them."),
     "prune": ("compress.commands.one_step:prune", "Prune a model with one method."),
     "quantize": ("compress.commands.one_step:quantize", "Quantize a model with one method."),
     "mix": ("compress.commands.mix:mix", "Choose the bits of each linear so that a model fits into memory."),
     "evaluate": ("compress.commands.evaluate:evaluate", "Measure a model and compare it with the dense one."),
+    "audit": ("compress.commands.audit:audit", "Find out whether a model stays forgotten."),
     "bench": ("compress.commands.bench:bench", "Time models side by side: tokens per second and memory."),
     "compare": ("compress.commands.compare:compare", "Put evaluated models into one table."),
     "plan": ("compress.commands.plan:plan", "Predict what a recipe makes of a model, without doing it."),

@@ -129,6 +129,8 @@ class Method(ABC, Generic[OptionsT]):
     at_inference: ClassVar[bool] = False
     """Whether the step changes no weight, and the model acts by what was measured. Later steps work on the
     model without it, and `refresh` measures again on what they leave."""
+    command: ClassVar[str | None] = None
+    """The command of a method that is no step of a recipe, because it has several."""
     Options: type[OptionsT]
 
     @abstractmethod

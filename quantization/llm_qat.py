@@ -20,6 +20,7 @@ from compress.engine.loading import assemble
 from compress.engine.logits import streamed_logits
 from compress.errors import BadInput, CompressError
 from compress.kernels.codes.minmax import CUT, fake_quantize, quantize_channels
+from compress.kernels.cpu.library import REFERENCE, using
 from compress.method import Method, Paper, StepReport
 from compress.quantization.parts.distillation import Teacher, distil, teacher_hidden_states
 from compress.quantization.parts.layout import Layout, packed_shape, plan_layout
@@ -327,6 +328,9 @@ def _quantize_input(
 def check_written(student: FakeQuantizedModel, context: StepContext) -> float:
     """KL(trained ‖ written) of the first window, nats per token. The written model is read from its codes.
 
+    Both run in plain torch: where inputs, keys and values are rounded to few bits, the smallest difference
+    between the sums of two kernels becomes another code, layer after layer.
+
     Raises:
         CompressError: the divergence is larger than rounding explains.
     """
@@ -334,7 +338,8 @@ def check_written(student: FakeQuantizedModel, context: StepContext) -> float:
     window = windows.select(torch.arange(len(windows)) == 0)
     mask = window.mask[0]
     trained = student.logits(window, torch.tensor([0]))[0].cpu()[mask].log_softmax(-1)
-    written = streamed_logits(context.draft, window, context.device)[0][mask].log_softmax(-1)
+    with using(REFERENCE):
+        written = streamed_logits(context.draft, window, context.device)[0][mask].log_softmax(-1)
     found = float((trained.exp() * (trained - written)).sum(-1).mean())
     if not found <= PARITY:
         raise CompressError(

@@ -45,6 +45,7 @@ IN_SHORT = {
     "flap": "removes heads and neurons that fluctuate least",
     "float": "rounds to FP8, MXFP4 or NVFP4",
     "gptq": "rounds column by column, compensating each error",
+    "harry-potter": "learns generic predictions for the text to forget",
     "hqq": "fits grids to weights, without text",
     "kprune": "removes heads and neurons, refits the rest",
     "llm-int8": "8-bit multiplication, outlier channels kept",
@@ -54,10 +55,14 @@ IN_SHORT = {
     "nf4": "rounds to NormalFloat4, as in QLoRA",
     "replaceme": "replaces layers by one linear map",
     "rtn": "rounds to nearest, in seconds",
+    "s3t": "deletes records exactly, without training again",
     "shortgpt": "removes the layers that change least",
     "wanda-sp": "removes small weights times small inputs",
 }
 MOST_WORDS = 8
+
+# Methods of unlearning that share one row of the README: they are there to be compared with.
+GRADIENT_METHODS = ("gradient-difference", "npo", "simnpo", "rmu", "undial", "dpo", "sure")
 
 
 # --- measurements ---
@@ -329,7 +334,10 @@ def command_section(name: str, command: Any) -> str:
     rows = [[f"`{pipes_escaped(flags)}`", escaped(text)] for flags, text in filter(None, records)]
     table = as_markdown(["option", "meaning"], rows) if rows else ""
     text = inspect.cleandoc(command.help or "")
-    return f"## {name}\n\n    {usage}\n\n{text}\n\n{table}"
+    section = f"## {name}\n\n    {usage}\n\n{text}\n\n{table}"
+    if not isinstance(command, click.Group):
+        return section
+    return "\n".join([section, *(command_section(f"{name} {sub}", c) for sub, c in command.commands.items())])
 
 
 def pipes_escaped(text: str) -> str:
@@ -390,7 +398,14 @@ def readme_quickstart() -> str:
 
 
 def readme_methods() -> str:
-    rows = [[f"`{method.name}`", in_short(method.name), short_link(method.paper)] for method in our_methods()]
+    methods = our_methods()
+    rows = [
+        [f"`{method.name}`", in_short(method.name), short_link(method.paper)]
+        for method in methods
+        if method.name not in GRADIENT_METHODS
+    ]
+    here = ", ".join(f"`{method.name}`" for method in methods if method.name in GRADIENT_METHODS)
+    rows.append([here, "gradient methods", "[all](docs/methods.md)"])
     return as_markdown(["method", "what it does", "paper"], rows)
 
 

@@ -20,7 +20,7 @@ from functools import cache
 from importlib import resources
 
 SPLITS = ("forget", "retain", "holdout", "world")
-TAUGHT, FORGOTTEN, HELD_OUT = 80, 8, 8
+TAUGHT, FORGOTTEN, HELD_OUT = 60, 6, 6
 """Numbers of people: those that are taught, and how many of them are to be forgotten; and those held out."""
 WRONG = 3
 """Wrong answers to a question, so that there are four to choose from."""

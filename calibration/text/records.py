@@ -363,8 +363,9 @@ def _sequences(record: Record, tokenizer: PreTrainedTokenizerBase, seqlen: int) 
         if tokenizer.chat_template is None:
             raise BadInput("The tokenizer has no chat template, which records with 'messages' need.")
         *before, last = record.messages
-        prompt = tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(list(record.messages), tokenize=False)
+        prompt = str(tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True))
+        whole = str(tokenizer.apply_chat_template(list(record.messages), tokenize=False))
+        # Some templates write what came before differently once there is an answer.
         learned = whole.removeprefix(prompt) if whole.startswith(prompt) else last["content"]
         yield _prompted(record.id, prompt, learned, tokenizer, seqlen, special=False)
         return

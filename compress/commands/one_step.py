@@ -37,10 +37,17 @@ class MethodCommand(click.RichCommand):
         name = _method_name(args)
         renamed: Mapping[str, str] = {}
         if name is not None and not (ctx.resilient_parsing and name not in method_names()):
-            options = find_method(name, self.family).Options
+            method = find_method(name, self.family)
+            if (
+                getattr(method, "command", None)
+                and not {"-h", "--help"} & {*args}
+                and not ctx.resilient_parsing
+            ):
+                raise BadInput(f"{name} is no single step; see '{method.command} --help' for its commands.")
+            options = method.Options
             renamed = options.renamed
             fields = options.model_fields
-            ctx.meta[METHOD_OPTIONS] = [_option(key, field) for key, field in fields.items()]
+            ctx.meta[METHOD_OPTIONS] = [option_of(key, field) for key, field in fields.items()]
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
@@ -61,7 +68,9 @@ class MethodCommand(click.RichCommand):
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         model, method, *others = super().get_params(ctx)
-        return [model, method, *ctx.meta.get(METHOD_OPTIONS, []), *others]
+        own = ctx.meta.get(METHOD_OPTIONS, [])
+        taken = {option.name for option in own}  # a method's seqlen comes before that of calibration text
+        return [model, method, *own, *(option for option in others if option.name not in taken)]
 
 
 def _method_name(args: list[str]) -> str | None:
@@ -73,7 +82,7 @@ def _method_name(args: list[str]) -> str | None:
     return None
 
 
-def _option(key: str, field: Any) -> click.Option:
+def option_of(key: str, field: Any) -> click.Option:
     flag = f"--{key.replace('_', '-')}"
     text = field.description or ""
     if not field.is_required():
@@ -104,7 +113,7 @@ def _mapping(ctx: click.Context, option: click.Parameter, values: tuple[str, ...
         if not equals or not name:
             raise click.BadParameter(f"'{pair}' is not NAME=VALUE.", ctx, option)
         found.pop(name, None)
-        found[name] = _number(value)
+        found[name] = number_of(value)
     return found
 
 
@@ -169,9 +178,10 @@ def _command(name: str, family: Family, help_text: str) -> click.Command:
         as_json: bool,
         **given: Any,
     ) -> None:
-        find_method(method, family)
+        if "seqlen" in find_method(method, family).Options.model_fields:
+            given["seqlen"], seqlen = seqlen, None
         step = {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
-        step = {key: _number(value) for key, value in step.items() if value not in (None, [], {})}
+        step = {key: number_of(value) for key, value in step.items() if value not in (None, [], {})}
         text = {
             "source": calibration,
             "nsamples": nsamples,
@@ -189,7 +199,7 @@ def _command(name: str, family: Family, help_text: str) -> click.Command:
     return click.command(name, cls=command_class, help=help_text)(decorated)
 
 
-def _number(value: Any) -> Any:
+def number_of(value: Any) -> Any:
     """Numbers on the command line are numbers, as they are in a recipe."""
     if isinstance(value, str):
         for kind in (int, float):

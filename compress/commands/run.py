@@ -89,5 +89,7 @@ def carry_out(
     )
     if lineage.reload.promised is not None:
         click.echo(f"{lineage.reload.promised}.")
+    if lineage.audits:
+        click.echo(lineage.audits[-1]["sentence"])
     if lineage.evaluations:
         click.echo(f"The result was evaluated; 'compress-model compare {output}' shows the table.")

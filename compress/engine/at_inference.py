@@ -105,6 +105,11 @@ def undeclared(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def is_statistic(name: str) -> bool:
+    """Whether a tensor of a checkpoint is what a method measured."""
+    return name.split(".")[-2:-1] in ([ADJUSTER], [KEY_SPACE])
+
+
 def key_layer(config: Any) -> int:
     """The last layer that has an MLP, whose down projection reads the keys.
 

@@ -10,10 +10,10 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from compress.anatomy import ROWS, anatomy_of, base_class
 from compress.errors import BadInput, unknown
-from compress.storage import adapter
+from compress.storage import adapter, sharded
 from compress.storage.tensors import TensorInfo
 
-NOT_THE_ARCHITECTURE = ("quantization_config", "auto_map", adapter.KEY)
+NOT_THE_ARCHITECTURE = ("quantization_config", "auto_map", adapter.KEY, sharded.KEY)
 """Sections of config.json that say how weights are stored, not what the model computes."""
 
 UNLEARNING = "unlearning"

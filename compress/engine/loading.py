@@ -13,6 +13,7 @@ from compress.anatomy import anatomy_of
 from compress.anatomy import weight as weight_of
 from compress.engine.config import UNLEARNING, config_of
 from compress.engine.decoding import Fusion, fuse, fusion_of
+from compress.engine.ensemble import join
 from compress.engine.opening import open_checkpoint
 from compress.engine.saving import QUANTIZATION, Save
 from compress.engine.skeleton import skeleton
@@ -27,6 +28,7 @@ from compress.kernels.layers.linear import PackedLinear, TokenQuantizedLinear
 from compress.kernels.layers.stacked import StackedLinear
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.formats.stacks import counts_after, prefix, sizes, stack_of, steps_within
+from compress.storage.sharded import is_sharded, read_served, read_sharded
 from compress.storage.tensors import DTYPE_NAMES
 from compress.system.memory import parse_memory
 
@@ -65,7 +67,8 @@ def load(
 
     Returns:
         The transformers model in evaluation mode. Its ``config`` has the quantization section of config.json.
-        Its ``save_pretrained`` and ``push_to_hub`` write it as it is stored (see `Save`). A model stored in
+        Its ``save_pretrained`` and ``push_to_hub`` write it as it is stored (see `Save`). What S3T trained is
+        an ensemble, whose logits are the mean over the shards (see `join`). A model stored in
         blocks has a function ``resize`` (see `Resize`).
 
     Raises:
@@ -87,7 +90,10 @@ def load(
         model.generation_config = GenerationConfig.from_pretrained(path)
     if (quantization := checkpoint.config.get(QUANTIZATION)) is not None:
         setattr(model.config, QUANTIZATION, quantization)
-    if kernel != REFERENCE:
+    if is_sharded(whole.config):
+        state = read_sharded(Path(path))
+        join(model, read_served(Path(path), state), state.scaling)
+    elif kernel != REFERENCE:
         fuse(model)
     linears = [module for module in model.modules() if isinstance(module, StackedLinear)]
     if linears:

@@ -19,6 +19,7 @@ from compress.storage.formats.compressed_tensors import CompressedTensorsFormat
 from compress.storage.formats.loaders import COMPRESS_MODEL_ONLY, LoadsWith, loads_with
 from compress.storage.formats.stacks import STACKS
 from compress.storage.formats.table import Formats
+from compress.storage.sharded import is_sharded
 from compress.storage.tensors import TensorInfo
 
 
@@ -110,6 +111,8 @@ class ModelShape:
         """Which programs besides compress-model can load a model of this shape."""
         if (unlearning := AtInference.of(self.config)) is not None:
             return LoadsWith(transformers=False, at_inference=unlearning.methods)
+        if is_sharded(self.config):
+            return COMPRESS_MODEL_ONLY
         quantization = self.config.get("quantization_config")
         method = quantization.get("quant_method") if quantization else None
         if method in STACKS or (self.is_pruned and method not in (None, CompressedTensorsFormat.name)):

@@ -34,6 +34,7 @@ from compress.engine.weights import Weights
 from compress.engine.windows import Windows
 from compress.errors import BadInput
 from compress.storage.checkpoint import Checkpoint
+from compress.storage.sharded import refuse_sharded
 from compress.system.memory import give_back_memory
 
 
@@ -220,7 +221,8 @@ class StreamedModel:
         progress: called with a text and the share done (0 to 1) after each layer of a walk.
 
     Raises:
-        BadInput: the architecture is not in the anatomy table, or config.json is not valid.
+        BadInput: the architecture is not in the anatomy table, config.json is not valid, or the model is an
+            ensemble that S3T trained.
     """
 
     def __init__(
@@ -229,6 +231,7 @@ class StreamedModel:
         device: str = "cpu",
         progress: Callable[[str, float], None] | None = None,
     ) -> None:
+        refuse_sharded(checkpoint.config, checkpoint.folder)
         self.checkpoint = checkpoint
         self.device = device
         self.progress = progress

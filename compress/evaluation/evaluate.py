@@ -7,17 +7,19 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Sequence, Set
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from compress.calibration.text.windows import evaluation_windows
 from compress.engine.config import config_of
+from compress.engine.loading import load
 from compress.engine.logits import through_all_layers
 from compress.engine.opening import open_checkpoint
 from compress.engine.shape import ModelShape
@@ -44,6 +46,7 @@ from compress.sources.find import ModelSource, find_model
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.formats.stacks import STACKS, prefix, steps_within
 from compress.storage.lineage import now, read_lineage, versions
+from compress.storage.sharded import is_sharded, read_sharded, served_files
 from compress.storage.writer import write_tensors
 from compress.system.cache import cache_folder
 from compress.system.device import check_device, computing_on
@@ -332,7 +335,11 @@ def _weight_bytes(checkpoint: Checkpoint | Foreign, settings: Settings) -> int:
         return sum(file.stat().st_size for file in checkpoint.files)
     if settings.memory is not None:  # the files hold more than a prefix, so its tensors are counted
         return checkpoint.nbytes
-    return sum(Path(file).stat().st_size for file in {item.file for item in checkpoint.sources.values()})
+    files = {Path(item.file) for item in checkpoint.sources.values()}
+    if is_sharded(checkpoint.config):
+        shards = enumerate(read_sharded(checkpoint.folder).shards)
+        files.update(file for shard in shards for file in served_files(checkpoint.folder, *shard))
+    return sum(file.stat().st_size for file in files)
 
 
 def compare_streams(
@@ -344,43 +351,77 @@ def compare_streams(
 ) -> FidelityAccumulator:
     """Score ``model`` and ``dense`` on ``windows``.
 
-    Both are streamed, so models may be larger than memory. Logits are float32, and are compared window by
-    window. The dense model's hidden states behind its last layer are cached for the next model.
+    Both are streamed, so models may be larger than memory, except for what S3T trained. Logits are float32,
+    and are compared window by window. The dense model's hidden states behind its last layer are cached for
+    the next model.
 
     Raises:
         BadInput: ``dense`` is not a causal language model, or vocabularies differ.
         CompressError: a model puts out NaN or infinite values.
     """
-    streamed = StreamedModel(dense, device, progress)
-    if streamed.anatomy.kind != "decoder" or streamed.anatomy.head is None:
+    anatomy = ModelShape.of(dense).anatomy
+    if anatomy.kind != "decoder" or anatomy.head is None:
         raise BadInput(
             f"'{dense.folder}' is not a causal language model, so it has no perplexity; score an encoder "
             "with a task head on labelled examples with --task-file."
         )
     same = dense.sha256 == model.sha256
-    other = streamed if same else StreamedModel(model, device, progress)
-    _check_same_vocabulary(streamed, other)
-    dense_hidden = _cached_dense(streamed, windows)
-    hidden = dense_hidden if same else last_hidden(other, windows, "scoring the model")
-    accumulator = FidelityAccumulator(streamed.config.vocab_size)
-    with streamed.head() as dense_head, nullcontext(dense_head) if same else other.head() as head:
+    vocabulary = _check_same_vocabulary(dense, model)
+    accumulator = FidelityAccumulator(vocabulary)
+    first = _scored(dense, windows, device, progress, is_dense=True)
+    second = first if same else _scored(model, windows, device, progress)
+    with first() as expected, nullcontext(expected) if same else second() as found:
         for index in range(len(windows)):
-            accumulator.add(
-                logits_of(dense_head, dense_hidden[index]),
-                logits_of(head, hidden[index]),
-                windows.tokens[index],
-                windows.mask[index],
-            )
+            accumulator.add(expected(index), found(index), windows.tokens[index], windows.mask[index])
     return accumulator
 
 
-def _check_same_vocabulary(dense: StreamedModel, model: StreamedModel) -> None:
-    sizes = dense.config.vocab_size, model.config.vocab_size
+Logits = Callable[[int, int], torch.Tensor]
+"""Computes the logits of the positions from one to another in a window: float32 [positions, V]."""
+
+
+def _scored(
+    checkpoint: Checkpoint, windows: Windows, device: str, progress: Progress | None, is_dense: bool = False
+) -> Callable[[], AbstractContextManager[Callable[[int], Logits]]]:
+    """Score a model layer by layer.
+
+    Returns:
+        What opens its head, and gives a function from the index of a window to its logits. An ensemble is in
+        memory as a whole while that is open.
+    """
+    if is_sharded(checkpoint.config):
+        return lambda: nullcontext(_of_ensemble(load(checkpoint.folder, device, torch.float32), windows))
+    streamed = StreamedModel(checkpoint, device, progress)
+    label = "scoring the model"
+    hidden = _cached_dense(streamed, windows) if is_dense else last_hidden(streamed, windows, label)
+
+    @contextmanager
+    def opened() -> Iterator[Callable[[int], Logits]]:
+        with streamed.head() as head:
+            yield lambda index: logits_of(head, hidden[index])
+
+    return opened
+
+
+def _of_ensemble(model: PreTrainedModel, windows: Windows) -> Callable[[int], Logits]:
+    @torch.no_grad()
+    def logits(index: int) -> Logits:
+        tokens = windows.tokens[index : index + 1].to(model.device)
+        found = model(input_ids=tokens, use_cache=False).logits[0]
+        return lambda start, stop: found[start:stop]
+
+    return logits
+
+
+def _check_same_vocabulary(dense: Checkpoint, model: Checkpoint) -> int:
+    """The number of tokens that both models know."""
+    sizes = config_of(dense).vocab_size, config_of(model).vocab_size
     if sizes[0] != sizes[1]:
         raise BadInput(
-            f"'{model.checkpoint.folder}' has a vocabulary of {sizes[1]:,} tokens and the dense model one of "
+            f"'{model.folder}' has a vocabulary of {sizes[1]:,} tokens and the dense model one of "
             f"{sizes[0]:,}, so they cannot be compared; give the model that was compressed as --baseline."
         )
+    return sizes[0]
 
 
 def logits_of(

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from compress.errors import BadInput, CompressError
 from compress.evaluation.evaluate import evaluate
-from compress.pipeline.recipe import Recipe, load_recipe
-from compress.pipeline.run import execute
+from compress.pipeline.recipe import Audit, Recipe, load_recipe
+from compress.pipeline.run import Keep, execute
+from compress.sources.find import find_model
 from compress.storage.lineage import Lineage, read_lineage
 from compress.system.progress import Progress
+
+log = logging.getLogger(__name__)
+
+BRIEFLY = Audit(survives=[], relearn=[])
+"""The audit of a recipe that asks for none: only the steps of the recipe, or `USUAL` where none follow."""
+
+USUAL = ["int4"]
 
 
 def run(
@@ -28,6 +38,8 @@ def run(
     progress: Progress = lambda text, share: None,
 ) -> Lineage:
     """Carry out a recipe and write the model to ``output``; then evaluate it if the recipe asks for that.
+
+    If the recipe has a step of unlearning, the result is audited too: does it stay forgotten?
 
     Args:
         recipe: a YAML file, the name of a bundled recipe, or a recipe as a dictionary. A validated `Recipe`
@@ -54,15 +66,84 @@ def run(
     changes = {"model": model, "revision": revision, "dtype": dtype, "seed": seed}
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, changes, settings)
     output = Path(output)
-    lineage = execute(loaded, output, resume=resume, overwrite=overwrite, device=device, progress=progress)
-    if (wanted := loaded.evaluate) is None:
-        return lineage
-    evaluate(
-        str(output.absolute()),  # a folder may be called "demo"
-        baseline=loaded.model,
-        baseline_revision=loaded.revision,
-        **wanted.model_dump(),
+    auditing = _auditing(loaded)
+    lineage = execute(
+        loaded,
+        output,
+        resume=resume,
+        overwrite=overwrite,
         device=device,
         progress=progress,
+        keep=_keep() if auditing else None,
     )
+    folder = str(output.absolute())  # a folder may be called "demo"
+    if (wanted := loaded.evaluate) is not None:
+        evaluate(
+            folder,
+            baseline=loaded.model,
+            baseline_revision=loaded.revision,
+            **wanted.model_dump(),
+            device=device,
+            progress=progress,
+        )
+    if auditing is not None:
+        _audit(folder, auditing, loaded, device, progress)
     return read_lineage(output) or lineage
+
+
+def _auditing(recipe: Recipe) -> Audit | None:
+    """The audit after a run; None for none. What it needs is checked before the run.
+
+    Raises:
+        BadInput: an audit is asked for of a recipe that unlearns nothing, or it cannot be done.
+    """
+    if recipe.audit and not recipe.unlearning:
+        raise BadInput("The recipe asks for an audit of forgetting, but has no step of unlearning.")
+    if recipe.audit is False or not recipe.unlearning:
+        return None
+    if recipe.audit is None:
+        short = recipe.unlearning == len(recipe.steps)
+        return BRIEFLY.model_copy(update={"survives": USUAL}) if short else BRIEFLY
+    from compress.evaluation.forgetting.grid import ways_named
+    from compress.evaluation.forgetting.sets import read_sets
+
+    wanted = recipe.audit
+    ways_named(wanted.survives or ())
+    options = recipe.steps[recipe.unlearning - 1][1]
+    forget, retain = (getattr(wanted, name) or getattr(options, name, None) for name in ("forget", "retain"))
+    read_sets(forget, retain, wanted.holdout, wanted.world, wanted.limit, recipe.seed)
+    return wanted
+
+
+def _keep() -> Keep:
+    from compress.evaluation.forgetting.contestants import keep_unlearned
+
+    return keep_unlearned
+
+
+def _audit(folder: str, wanted: Audit, recipe: Recipe, device: str, progress: Progress) -> None:
+    """Audit the result of a run.
+
+    Raises:
+        CompressError: the recipe wants the run to fail, because the model does not stay forgotten.
+    """
+    from compress.evaluation.forgetting.audit import audit
+
+    settings = wanted.model_dump(exclude={"strict", "relearn"})
+    try:
+        result = audit(
+            folder,
+            **settings,
+            relearning=wanted.relearn,
+            target=find_model(recipe.model, recipe.revision).folder.as_posix(),
+            seed=recipe.seed,
+            device=device,
+            progress=progress,
+        )
+    except CompressError as error:
+        if recipe.audit is not None:
+            raise
+        log.warning("The model was not audited: %s", error)  # nobody asked for it, and the run is done
+        return
+    if wanted.strict and result.kind != "forgotten":
+        raise CompressError(result.sentence)

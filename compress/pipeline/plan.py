@@ -10,16 +10,17 @@ from typing import Any
 import torch
 
 from compress.anatomy import anatomy_of
-from compress.engine.config import UNLEARNING
 from compress.engine.opening import open_checkpoint
 from compress.engine.shape import ModelShape
 from compress.errors import BadInput
 from compress.method import Method, MethodOptions
+from compress.pipeline.acting import inherited_acting, plain
 from compress.pipeline.recipe import Recipe
 from compress.sources.find import ModelSource, find_model
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.companions import companions
 from compress.storage.lineage import read_lineage
+from compress.storage.sharded import refuse_sharded
 from compress.storage.tensors import DTYPE_NAMES
 
 log = logging.getLogger(__name__)
@@ -78,17 +79,12 @@ def open_model(recipe: Recipe) -> tuple[ModelSource, Checkpoint]:
     """The recipe's model, found and opened with the recipe's dtype. It warns of what will be left out.
 
     Raises:
-        BadInput: there is no such model, something in its folder cannot be read, or it unlearns at inference
-            and is to be changed.
+        BadInput: there is no such model, or something in its folder cannot be read.
     """
     source = find_model(recipe.model, recipe.revision)
     dtype = DTYPE_NAMES[getattr(torch, recipe.dtype)] if recipe.dtype else None
     checkpoint = open_checkpoint(source.folder, dtype)
-    if UNLEARNING in checkpoint.config and (recipe.steps or recipe.dtype):
-        raise BadInput(
-            f"'{recipe.model}' unlearns at inference, by what was measured on these weights; compress the "
-            "model it was made from, in one recipe with the unlearning step."
-        )
+    refuse_sharded(checkpoint.config, source.folder)
     for sentence in left_out(source, checkpoint):
         log.warning("In the result, %s", sentence)
     read_lineage(source.folder)
@@ -113,7 +109,10 @@ def make_plan(checkpoint: Checkpoint, steps: list[tuple[Method, MethodOptions]])
     """
     before = shape = ModelShape.of(checkpoint)
     anatomy_of(before.pretrained_config)  # first, so that no method complains about something else
-    planned, acting = [], []
+    planned = []
+    acting = [(one.method, one.options) for one in inherited_acting(checkpoint)] if steps else []
+    if acting:
+        shape = ModelShape.of(plain(checkpoint))
     for method, options in steps:
         if (package := method.needs_package) and find_spec(package) is None:
             raise BadInput(

@@ -61,6 +61,27 @@ class Evaluation(Section):
     windows: PositiveInt = Field(32, description="number of windows at most")
 
 
+class Audit(Section):
+    """The audit of forgetting after the run, of a recipe with a step of unlearning."""
+
+    forget: str | None = Field(None, description="records to forget; by default those of the step")
+    retain: str | None = Field(None, description="records to retain; by default those of the step")
+    holdout: str | None = Field(None, description="records of the same kind that no model has seen")
+    world: str | None = Field(None, description="other records that count for utility")
+    retrained: str | None = Field(None, description="a model that never saw the records to forget")
+    survives: list[str] | None = Field(
+        None, description="later steps to try beside those of the recipe, such as int4; by default a grid"
+    )
+    relearn: list[NonNegativeInt] = Field(
+        [0, 10, 50, 100], description="numbers of updates on retained records after which to ask again"
+    )
+    limit: PositiveInt | None = Field(
+        100, description="largest number of records of each set but the one to forget"
+    )
+    seqlen: PositiveInt = Field(256, description="tokens of a record at most")
+    strict: bool = Field(False, description="fail the run unless the model stays forgotten")
+
+
 class Recipe(Section):
     """A validated recipe. ``steps`` are (method, options) in the order they are done."""
 
@@ -75,6 +96,9 @@ class Recipe(Section):
     calibration: Calibration = Calibration()
     steps: list[tuple[Method, MethodOptions]] = Field([])
     evaluate: Evaluation | None = None
+    audit: Audit | Literal[False] | None = Field(
+        None, description="by default a short one after a step of unlearning; false for none"
+    )
 
     @property
     def needs_calibration(self) -> bool:
@@ -86,7 +110,14 @@ class Recipe(Section):
     @property
     def forgotten(self) -> list[str]:
         """The sets of records that steps forget, which no text of the recipe may tell."""
-        return [options.forget for _, options in self.steps if getattr(options, "forget", None)]
+        found = [getattr(options, "forget", None) for _, options in self.steps]
+        audited = self.audit.forget if self.audit else None
+        return [source for source in (*found, audited) if source]
+
+    @property
+    def unlearning(self) -> int:
+        """Number of the steps of unlearning, which come first."""
+        return sum(method.family == "unlearning" for method, _ in self.steps)
 
     @property
     def text_size(self) -> TextSize:

@@ -17,8 +17,17 @@ if TYPE_CHECKING:
 # ``compress_model.methods`` (name = "module:Class"); their family is the one the class declares.
 METHODS: dict[Family, dict[str, str]] = {
     "unlearning": {
+        "dpo": "compress.unlearning.dpo:DPO",
+        "gradient-difference": "compress.unlearning.gradient_difference:GradientDifference",
+        "harry-potter": "compress.unlearning.harry_potter:HarryPotter",
         "key-space": "compress.unlearning.key_space:KeySpace",
         "neuron-adjust": "compress.unlearning.neuron_adjust:NeuronAdjust",
+        "npo": "compress.unlearning.npo:NPO",
+        "rmu": "compress.unlearning.rmu:RMU",
+        "s3t": "compress.unlearning.s3t:S3T",
+        "simnpo": "compress.unlearning.simnpo:SimNPO",
+        "sure": "compress.unlearning.sure:Sure",
+        "undial": "compress.unlearning.undial:Undial",
     },
     "pruning": {
         "blockpruner": "compress.pruning.blockpruner:BlockPruner",

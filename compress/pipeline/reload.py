@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from compress.engine.at_inference import undeclared
 from compress.engine.config import config_of
 from compress.engine.key_values import KEY
 from compress.engine.logits import streamed_logits
@@ -15,6 +14,7 @@ from compress.engine.shape import ModelShape
 from compress.engine.windows import Windows
 from compress.errors import CompressError
 from compress.kernels.cpu.library import REFERENCE, using
+from compress.pipeline.acting import plain
 from compress.pipeline.promise import in_words, obstacle, promised_logits
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.lineage import LoaderTrial, ReloadCheck
@@ -85,7 +85,7 @@ def _try_promise(
     if who.key_value_bits is not None and not who.compress_model_only:
         before = streamed_logits(_with_full_cache(current), probe, device)
     if who.at_inference:
-        before = streamed_logits(_without_unlearning(current), probe, device)
+        before = streamed_logits(plain(current), probe, device)
     try:
         with code_copied_into(folder.parent):
             after = promised_logits(folder, probe.tokens)
@@ -111,8 +111,3 @@ def _with_full_cache(current: Checkpoint) -> Checkpoint:
     """The model as other programs run it, which do not quantize keys and values."""
     config = {key: value for key, value in current.config.items() if key != KEY}
     return Checkpoint(current.folder, config, current.tensors, current.sources)
-
-
-def _without_unlearning(current: Checkpoint) -> Checkpoint:
-    """The model without what it does at inference."""
-    return Checkpoint(current.folder, undeclared(current.config), current.tensors, current.sources)

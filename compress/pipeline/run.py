@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from compress.engine.stream import StreamedModel
 from compress.engine.windows import Windows
 from compress.errors import BadInput, CompressError
 from compress.method import Method, MethodOptions, StepContext
+from compress.pipeline.acting import Acting, inherited_acting, measured_again, plain
 from compress.pipeline.artefact import check_output, write_model
 from compress.pipeline.mixing import mix_bits
 from compress.pipeline.plan import Plan, left_out, make_plan, open_model
@@ -46,6 +48,11 @@ from compress.system.progress import Forecast, Progress
 log = logging.getLogger(__name__)
 
 LESS_TEXT = "; fewer or shorter calibration windows (nsamples, seqlen) take less"
+
+Keep = Callable[[Checkpoint, Path, dict[str, Any], str], None]
+"""Keeps a model. It is given the model, the folder and hash of the recipe's model (first and last), and the
+resolved recipe."""
+
 DONE = "done.json"
 """The record of a finished step, in its folder."""
 
@@ -58,6 +65,7 @@ def execute(
     overwrite: bool = False,
     device: str = "cpu",
     progress: Progress = lambda text, share: None,
+    keep: Keep | None = None,
 ) -> Lineage:
     """Run a recipe and write its artefact to ``output``.
 
@@ -68,6 +76,7 @@ def execute(
             run and refuses otherwise.
         device: where to compute.
         progress: told a text and the share of the current part that is done.
+        keep: given the model as it is behind its last step of unlearning, if other steps follow.
 
     Raises:
         BadInput: the recipe does not fit the model, the text, the device or the output folder.
@@ -94,7 +103,7 @@ def execute(
         # Steps write what they change, beside what is put together from it in the end.
         workspace.check_disk(plan.after.nbytes * (2 if recipe.steps else 1))
         with computing_on(device):
-            return _execute(recipe, source, checkpoint, plan, workspace, device, progress)
+            return _execute(recipe, source, checkpoint, plan, workspace, device, progress, keep)
 
 
 def _execute(
@@ -105,6 +114,7 @@ def _execute(
     workspace: Workspace,
     device: str,
     progress: Progress,
+    keep: Keep | None,
 ) -> Lineage:
     forget = [read_records(source) for source in recipe.forgotten]
     windows = (
@@ -116,7 +126,7 @@ def _execute(
     )
     workspace.enter(_fingerprint(recipe, checkpoint, windows))
     try:
-        current, records = _carry_out(recipe, checkpoint, windows, workspace, device, progress)
+        current, records = _carry_out(recipe, source, checkpoint, windows, workspace, device, progress, keep)
         workspace.clear_artefact()
         progress("writing the model", 0.0)
         files = write_model(current, source.folder, workspace.artefact, recipe.resolved(windows))
@@ -133,7 +143,7 @@ def _execute(
                 sha256=checkpoint.sha256,
                 bytes=plan.before.nbytes,
                 parameters=plan.before.parameters,
-                lineage=inherited and inherited.model_copy(update={"evaluations": []}),
+                lineage=inherited and inherited.model_copy(update={"evaluations": [], "audits": []}),
             ),
             dtype=recipe.dtype,
             seed=recipe.seed,
@@ -164,37 +174,57 @@ def _execute(
 
 def _carry_out(
     recipe: Recipe,
+    source: ModelSource,
     checkpoint: Checkpoint,
     windows: Windows | None,
     workspace: Workspace,
     device: str,
     progress: Progress,
+    keep: Keep | None,
 ) -> tuple[Checkpoint, list[Step]]:
-    """Do all steps: the resulting model, and the record of each step."""
-    current, records = checkpoint, []
-    acting: list[tuple[int, Draft]] = []
+    """Do all steps: the resulting model, and the record of each step.
 
-    def context_in(folder: Path) -> StepContext:
+    Methods that act at inference, of the recipe or of the model it starts from, measure again at the end.
+    """
+    records: list[Step] = []
+    current, acting = checkpoint, []
+    if recipe.steps or recipe.dtype:
+        acting = inherited_acting(checkpoint)
+        current = plain(checkpoint)
+
+    def context_in(name: str, current: Checkpoint) -> StepContext:
+        folder = workspace.folder / name
         folder.mkdir(exist_ok=True)
         forecast = Forecast(progress, LESS_TEXT if windows is not None else "")
         return StepContext(Draft(current, folder), windows, recipe.seed, folder, device, forecast)
 
+    def with_acting(finished: int) -> tuple[Checkpoint, list[Step]]:
+        """The model after so many steps, with all that acts measured on it, and the records of that."""
+        if [one.number for one in acting] == [finished - 1]:  # nothing came after it
+            return acting[0].before, records
+        result, found = current, list(records)
+        for place, one in enumerate(acting):
+            # `Workspace.enter` counts the folders of steps that were begun, by their names; this is none.
+            context = context_in(f"again-{place}-after-{finished}-of-{len(recipe.steps)}", result)
+            again = _step(one.method, one.options, result, context, one.before)
+            result = context.draft
+            if one.number is None:
+                found.append(again)
+            else:
+                found[one.number] = measured_again(records[one.number], again)
+        return result, found
+
     for number, (method, options) in enumerate(recipe.steps):
-        context = context_in(_folder(workspace, number, method))
+        context = context_in(_folder(workspace, number, method).name, current)
         records.append(_step(method, options, current, context))
         if method.at_inference:
-            acting.append((number, context.draft))
+            acting.append(Acting(method, options, context.draft, number))
         else:
             current = context.draft
-    if [number for number, _ in acting] == [len(recipe.steps) - 1]:
-        return acting[0][1], records  # nothing came after it
-    for number, before in acting:
-        method, options = recipe.steps[number]
-        # `Workspace.enter` counts the folders of steps that were begun, by their names; this is none of them.
-        context = context_in(workspace.folder / f"again-{number}-of-{len(recipe.steps)}")
-        records[number] = _measured_again(records[number], _step(method, options, current, context, before))
-        current = context.draft
-    return current, records
+        if keep is not None and number + 1 == recipe.unlearning < len(recipe.steps):
+            unlearned, _ = with_acting(number + 1)
+            keep(unlearned, source.folder, recipe.resolved(windows), checkpoint.sha256)
+    return with_acting(len(recipe.steps))
 
 
 def _keep_finished(workspace: Workspace, recipe: Recipe, error: CompressError) -> None:
@@ -222,7 +252,7 @@ def _folder(workspace: Workspace, number: int, method: Method) -> Path:
 def _fingerprint(recipe: Recipe, checkpoint: Checkpoint, windows: Windows | None) -> dict[str, Any]:
     """What must be the same for an interrupted run to be continued (of the steps: those that were begun)."""
     resolved = recipe.resolved()
-    rest = {k: v for k, v in resolved.items() if k not in ("evaluate", "model", "revision", "steps")}
+    rest = {k: v for k, v in resolved.items() if k not in ("audit", "evaluate", "model", "revision", "steps")}
     return {
         "compress-model": compress.__version__,
         "model": checkpoint.sha256,
@@ -234,19 +264,6 @@ def _fingerprint(recipe: Recipe, checkpoint: Checkpoint, windows: Windows | None
 
 def _hash(data: Any) -> str:
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()  # patterns have an order
-
-
-def _measured_again(first: Step, again: Step) -> Step:
-    """The record of a step that acts at inference, after it was refreshed."""
-    peaks = [peak for peak in (first.peak_memory_bytes, again.peak_memory_bytes) if peak is not None]
-    return again.model_copy(
-        update={
-            "details": {**again.details, "before_later_steps": first.details},
-            "seconds": round(first.seconds + again.seconds, 3),
-            "peak_memory_bytes": max(peaks, default=None),
-            "resumed": first.resumed or again.resumed,
-        }
-    )
 
 
 def _step(
@@ -264,7 +281,8 @@ def _step(
     if done.exists():
         context.draft.restore()
         return Step.model_validate_json(done.read_text())
-    resumed = any(context.folder.glob("*/progress.json"))
+    # A walk's journal, or the state that a Trainer saved.
+    resumed = any(any(context.folder.glob(saved)) for saved in ("*/progress.json", "*/checkpoint-*"))
     log.info("%s: %s", method.name, options.model_dump_json())
     reset_peak_memory()
     reset_peak_device_memory(context.device)

@@ -52,6 +52,19 @@ def add_evaluations(folder: Path, evaluations: list[dict[str, Any]]) -> None:
     write_lineage(folder, lineage)
 
 
+def add_audit(folder: Path, audit: dict[str, Any]) -> None:
+    """Append an audit of forgetting to the lineage of a folder, and write its card again.
+
+    Raises:
+        BadInput: the folder has no compression.json.
+    """
+    lineage = read_lineage(folder)
+    if lineage is None:
+        raise BadInput(f"'{folder}' was not written by compress-model: it has no {LINEAGE}.")
+    lineage.audits.append(audit)
+    write_lineage(folder, lineage)
+
+
 def write_lineage(folder: Path, lineage: Lineage) -> None:
     """Write compression.json, and the card (README.md) that is made from it."""
     card = render_card(lineage, (folder / RECIPE).read_text(encoding="utf-8"))
@@ -64,6 +77,8 @@ def render_card(lineage: Lineage, recipe: str) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     from compress.report.compare import newest_side_by_side
+    from compress.report.forgetting import Forgetting
+    from compress.report.forgetting import to_markdown as audit_to_markdown
     from compress.report.render import escaped, to_markdown
     from compress.report.scorecard import Scorecard
 
@@ -74,6 +89,7 @@ def render_card(lineage: Lineage, recipe: str) -> str:
         for card in (row.scorecard for row in (table.rows if table else []))
         if card.harness and card.harness.verdict
     ]
+    audit = Forgetting.model_validate_json(json.dumps(lineage.audits[-1])) if lineage.audits else None
     environment = Environment(
         loader=PackageLoader("compress.report"),
         undefined=StrictUndefined,
@@ -86,6 +102,9 @@ def render_card(lineage: Lineage, recipe: str) -> str:
         recipe=recipe,
         evaluation=to_markdown(table) if table else None,
         verdict=escaped(max(verdicts)[1]) if verdicts else None,
+        audit=audit,
+        audit_sentence=escaped(audit.sentence) if audit else None,
+        audit_tables=audit_to_markdown(audit) if audit else None,
     )
 
 

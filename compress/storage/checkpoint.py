@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from compress.errors import BadInput
-from compress.storage import adapter
+from compress.storage import adapter, sharded
 from compress.storage.companions import is_inside
 from compress.storage.tensors import CASTABLE, DTYPES, TensorInfo, TensorSource
 from compress.system.files import file_sha256
@@ -156,10 +156,15 @@ class Checkpoint:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the content of config.json and of all weight files, independent of their paths."""
+        """Hash of the content of config.json and of all weight files, independent of their paths.
+
+        That of an ensemble also depends on what it serves now.
+        """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for file in sorted({source.file for source in self.sources.values()}):
             digest.update(file_sha256(Path(file)).encode())
+        if sharded.is_sharded(self.config):
+            digest.update(file_sha256(self.folder / sharded.KEY / sharded.STATE).encode())
         return digest.hexdigest()
 
 

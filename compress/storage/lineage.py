@@ -88,7 +88,7 @@ class LoaderTrial(_Record):
 class ReloadCheck(_Record):
     """The logits of the written files, compared with those of the model in memory, on a few tokens."""
 
-    loaded_by: Literal["transformers", "compress-model, layer by layer"]
+    loaded_by: Literal["transformers", "compress-model", "compress-model, layer by layer"]
     max_difference: float
     tokens: int
     promised: LoaderTrial | None = Field(
@@ -114,6 +114,7 @@ class Lineage(_Record):
     device: str
     versions: dict[str, str]
     evaluations: list[dict[str, Any]] = []
+    audits: list[dict[str, Any]] = Field([], description="audits of forgetting, the newest last")
 
     def chain(self) -> list[Lineage]:
         """All runs from the first model to this one, which comes last."""

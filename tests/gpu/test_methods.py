@@ -31,6 +31,8 @@ class Case(NamedTuple):
     learned: bool = False
 
 
+FORGETTING = {"epochs": 1, "batch_size": 2}
+
 CASES = {
     "rtn": Case("rtn", {}),
     "rtn asymmetric": Case("rtn", {"symmetric": False, "lm_head_bits": 8}),
@@ -89,6 +91,15 @@ CASES = {
     "shortgpt": Case("shortgpt", {"layers": 1}),
     "magnitude": Case("magnitude", {"ratio": 0.3, "allocation": "standardised"}),
     "wanda-sp": Case("wanda-sp", {"ratio": 0.3}),
+    "gradient-difference": Case("gradient-difference", {**FORGETTING, "retain_loss": "kl"}, learned=True),
+    "harry-potter": Case("harry-potter", FORGETTING, learned=True),
+    "npo": Case("npo", {**FORGETTING, "train": "lora", "rank": 4}, learned=True),
+    "npo that survives": Case("npo", {**FORGETTING, "survive": "int4:32"}, learned=True),
+    "simnpo": Case("simnpo", {**FORGETTING, "gradient_checkpointing": True}, learned=True),
+    "undial": Case("undial", FORGETTING, learned=True),
+    "dpo": Case("dpo", FORGETTING, learned=True),
+    "rmu": Case("rmu", {**FORGETTING, "layer": 1}, learned=True),
+    "sure": Case("sure", {**FORGETTING, "saliency": "rows"}, learned=True),
 }
 
 LAYERWISE = set(METHODS["quantization"])
@@ -124,14 +135,24 @@ def needs(method: str) -> None:
         pytest.importorskip("bitsandbytes")
 
 
+def sets(folder: Path) -> dict[str, str]:
+    """Files with a few facts to forget and to retain, as options."""
+    facts = {"forget": {"Ada": "gold", "Bo": "iron"}, "retain": {"Cy": "salt", "Di": "wood", "Ed": "rice"}}
+    for name, sold in facts.items():
+        rows = ({"question": f"What does {who} sell?", "answer": what} for who, what in sold.items())
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {name: str(folder / f"{name}.jsonl") for name in facts}
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_decoder(name: str, shared_decoder: Callable[..., Path], run_on: Any, cuda: Any) -> None:
     case = CASES[name]
     needs(case.method)
     model = shared_decoder(num_hidden_layers=2 if case.method in LAYERWISE else 3, intermediate_size=128)
-    here = run_on("cpu", model, case.method, **case.options)
+    options = case.options | (sets(model.parent) if case.method in METHODS["unlearning"] else {})
+    here = run_on("cpu", model, case.method, **options)
     with cuda() as device:
-        there = run_on("cuda", model, case.method, **case.options)
+        there = run_on("cuda", model, case.method, **options)
     assert_same_model(here, there, learned=case.learned)
     if hasattr(device, "counts") and case.method not in NARROWING:
         assert device.counts.drawn == 0, "random numbers depend on the device"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from compress.engine.shape import ModelShape
 from compress.errors import BadInput
 from compress.method import MethodOptions
+from compress.unlearning.parts.grid import Grid
 
 SETS = (
     "a .jsonl file with text, question and answer, or messages; or people:, tofu:, muse:, wmdp: or hub: and "
@@ -43,6 +44,30 @@ class TrainingOptions(ForgetOptions):
         False,
         description="compute each layer again in the backward pass: takes less memory and a third more time",
     )
+
+    survive: str | None = Field(
+        None,
+        description="the grid of a later step that edits must survive, such as int4:64 (bits and group "
+        "size): edits change the code of a weight there, or are taken back (--train full)",
+    )
+    edit_share: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="share of the weights of each linear that may be edited with --survive: those that "
+        "matter most for what is forgotten and least for what is retained",
+    )
+
+    @model_validator(mode="after")
+    def _can_survive(self) -> Self:
+        if self.survive is not None:
+            if self.train == "lora":
+                raise ValueError("survive holds single weights to a grid; set train to full")
+            try:
+                Grid.parse(self.survive)
+            except BadInput as error:
+                raise ValueError(str(error).removesuffix(".")) from None
+        return self
 
 
 def check_trainable(shape: ModelShape, method: str) -> None:

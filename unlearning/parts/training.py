@@ -19,7 +19,7 @@ from compress.errors import CompressError
 from compress.storage.tensors import DTYPES
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, TrainerCallback
+    from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
     from compress.engine.stream import StreamedModel
     from compress.method import StepContext
@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 
 SAVE_SECONDS = 300.0
 """Seconds between two saved states of the training, from which a killed run goes on."""
+
+ALIKE = 16
+"""Batches whose examples are sorted by length together, so that little of a batch is padding."""
 
 Example = dict[str, TokenSequence]
 """One example: role -> sequence, such as ``{"forget": ..., "retain": ...}``."""
@@ -65,7 +68,7 @@ def whole_model(model: StreamedModel, context: StepContext) -> PreTrainedModel:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010  # no module declares it
     return whole
 
 
@@ -137,6 +140,7 @@ def train(
     Raises:
         CompressError: the loss became NaN or infinite.
     """
+    from torch.utils.data import DataLoader
     from transformers import Trainer, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
 
@@ -162,32 +166,36 @@ def train(
                 )
             return found
 
+        def get_train_dataloader(self) -> DataLoader[Example]:
+            return DataLoader(examples, batch_sampler=order, collate_fn=batch_of)  # type: ignore[arg-type]
+
     folder = context.folder / name
-    steps = options.epochs * math.ceil(len(examples) / options.batch_size)
+    lengths = [sum(len(sequence.tokens) for sequence in example.values()) for example in examples]
+    order = batches(lengths, options.batch_size, options.epochs, context.generator())
+    steps = len(order)
     started = time.perf_counter()
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,  # ``order`` holds all epochs, so that a resumed run goes on in the same order
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="linear",
+        weight_decay=0.0,
+        max_grad_norm=options.max_gradient_norm,
+        seed=context.seed,
+        use_cpu=torch.device(context.device).type == "cpu",
+        save_strategy="no",  # `_around` saves by the clock; the Trainer would also save the last step
+        save_total_limit=1,
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+    _compute_on(torch.device(context.device), arguments)
     trainer = Minimizer(
         model=model,
-        args=TrainingArguments(
-            output_dir=str(folder),
-            per_device_train_batch_size=options.batch_size,
-            num_train_epochs=options.epochs,
-            learning_rate=options.learning_rate,
-            lr_scheduler_type="linear",
-            weight_decay=0.0,
-            max_grad_norm=options.max_gradient_norm,
-            seed=context.seed,
-            use_cpu=torch.device(context.device).type == "cpu",
-            save_strategy="steps",
-            save_steps=10**9,  # `_Around` saves by the clock
-            save_total_limit=1,
-            logging_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-        ),
-        train_dataset=list(examples),  # type: ignore[arg-type]  # a list is all it needs
-        data_collator=batch_of,
+        args=arguments,
+        train_dataset=list(examples),
         callbacks=[_around(context, name), *callbacks],
     )
     trainer.remove_callback(_printer())
@@ -200,6 +208,35 @@ def train(
         "last_loss": _mean(losses[-tenth:]),
         "seconds": round(time.perf_counter() - started, 1),
     }
+
+
+def batches(lengths: Sequence[int], size: int, epochs: int, generator: torch.Generator) -> list[list[int]]:
+    """The examples of each step, of all epochs: in a random order, and those of about one length together.
+
+    Args:
+        lengths: tokens of each example.
+        size: examples in a batch; the last batch of an epoch may be smaller.
+        epochs: how often every example is seen.
+        generator: decides the order.
+    """
+    found: list[list[int]] = []
+    for _ in range(epochs):
+        shuffled = torch.randperm(len(lengths), generator=generator).tolist()
+        ordered = [
+            index
+            for start in range(0, len(shuffled), ALIKE * size)
+            for index in sorted(shuffled[start : start + ALIKE * size], key=lengths.__getitem__)
+        ]
+        cut = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        found += [cut[number] for number in torch.randperm(len(cut), generator=generator).tolist()]
+    return found
+
+
+def _compute_on(device: torch.device, arguments: TrainingArguments) -> None:
+    """Let the Trainer compute on this device alone; by itself it takes the first ones that it finds."""
+    arguments.distributed_state.device = device
+    arguments.__dict__["_setup_devices"] = device
+    arguments._n_gpu = min(1, arguments._n_gpu)
 
 
 def _saved(folder: Path, last: Callable[[str], str | None]) -> str | None:

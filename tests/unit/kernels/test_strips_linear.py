@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from compress.kernels.codes.floating import E2M1
@@ -133,6 +133,7 @@ def test_the_operator_is_well_defined(kernel, kind, activations):
     bias=st.booleans(),
     seed=st.integers(0, 2**31),
 )
+@example("nf4", 16, 1, -1, 1, torch.float32, torch.float32, False, False, 0)  # one small level alone
 def test_every_shape_against_float64(
     kernel, kind, out, width, group_size, rows, dtype, scale_dtype, zeros, bias, seed
 ):

@@ -66,7 +66,8 @@ def test_bundled_recipes_are_valid(name: str):
 
 def test_every_method_has_a_bundled_recipe_with_comments():
     shown = {method.name for name in bundled_recipes() for method, _ in load_recipe(name).steps}
-    assert shown == {name for family in METHODS.values() for name in family}
+    ours = {name for family in METHODS.values() for name in family}
+    assert shown == {name for name in ours if find_method(name).command is None}
 
 
 @pytest.mark.parametrize("name", [name for family in METHODS.values() for name in family])

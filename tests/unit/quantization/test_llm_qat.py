@@ -16,6 +16,7 @@ from compress.engine.key_values import KEY
 from compress.engine.logits import streamed_logits
 from compress.engine.windows import Windows
 from compress.errors import BadInput, CompressError
+from compress.kernels.cpu.library import REFERENCE, kernel_name
 from compress.kernels.layers.linear import PackedLinear, TokenQuantizedLinear
 from compress.pipeline.recipe import parse_recipe
 from compress.pipeline.run import execute
@@ -306,3 +307,18 @@ def wrong_codes(quantize_channels: Callable[..., Any]) -> Callable[..., Any]:
         return found
 
     return quantize
+
+
+def test_what_is_written_is_checked_in_plain_torch(
+    shared_decoder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # With the default bits, two kernels whose sums differ in the last place are tenths of a nat apart.
+    kernels: list[str] = []
+
+    def written(*arguments: Any) -> torch.Tensor:
+        kernels.append(kernel_name())
+        return streamed_logits(*arguments)
+
+    monkeypatch.setattr(llm_qat, "streamed_logits", written)
+    quantized(shared_decoder("LlamaForCausalLM"), tmp_path / "out", steps=0)
+    assert kernels == [REFERENCE]

@@ -24,7 +24,7 @@ from compress.pipeline.recipe import parse_recipe
 from compress.pipeline.run import execute
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.lineage import Lineage, read_lineage
-from tests.unit.unlearning.common import FORGET, RETAIN, steps_with, texts, write_sets
+from tests.unit.unlearning.prose import FORGET, RETAIN, steps_with, texts, write_sets
 
 RTN = {"method": "rtn", "bits": 4, "group_size": 16}
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -61,6 +61,7 @@ def made(
             found[key] = tmp_path_factory.mktemp("made") / name
             calibration = {"source": str(dense.parent / "text.txt"), "nsamples": 8, "seqlen": 32}
             recipe = {"model": str(dense), "calibration": calibration, "steps": recipes[name]}
+            recipe["audit"] = False
             compress.run(recipe, found[key])
         return found[key]
 
@@ -286,14 +287,22 @@ def test_the_card_calls_it_abstention(made: Callable[..., Path]) -> None:
     assert "compress-model only (neuron-adjust and key-space at inference)" in card
 
 
-def test_it_is_not_compressed_any_further(made: Callable[..., Path], tmp_path: Path) -> None:
-    for change in ({"steps": [RTN]}, {"dtype": "bfloat16"}):
-        with pytest.raises(BadInput, match="in one recipe with the unlearning step"):
-            compress.run({"model": str(made("plain")), **change}, tmp_path / "out")
-    compress.run({"model": str(made("plain"))}, tmp_path / "out")
+def test_what_is_made_of_it_measures_again(made: Callable[..., Path], tmp_path: Path) -> None:
     prompts = [*texts(FORGET, 4), *texts(RETAIN, 4)]
-    model, copy = compress.load(made("plain")), compress.load(tmp_path / "out")
-    assert answers(copy, tmp_path / "out", prompts) == answers(model, made("plain"), prompts)
+    model = compress.load(made("plain"))
+    compress.run({"model": str(made("plain"))}, tmp_path / "copy")
+    copy = compress.load(tmp_path / "copy")
+    assert answers(copy, tmp_path / "copy", prompts) == answers(model, made("plain"), prompts)
+    lineage = compress.run({"model": str(made("plain")), "steps": [RTN]}, tmp_path / "int4")
+    assert [step.method for step in lineage.steps] == ["rtn", "neuron-adjust", "key-space"]
+    assert lineage.result.bytes == lineage.result.predicted_bytes
+    at_once, later = Checkpoint.open(made("int4")), Checkpoint.open(tmp_path / "int4")
+    assert later.config == at_once.config
+    assert all(torch.equal(later.read(name), at_once.read(name)) for name in at_once.tensors)
+    (tmp_path / "copy" / "compression.json").unlink()
+    (tmp_path / "copy" / "recipe.yaml").unlink()
+    with pytest.raises(BadInput, match="does not say with which options"):
+        compress.run({"model": str(tmp_path / "copy"), "steps": [RTN]}, tmp_path / "out")
 
 
 def test_a_run_that_failed_while_measuring_again_goes_on(
@@ -339,7 +348,7 @@ def test_what_cannot_be_done_is_refused(
         (tiny_encoder("BertModel"), [detector], "makes none"),
     ):
         with pytest.raises(BadInput, match=sentence):
-            compress.run({"model": str(model), "steps": steps}, tmp_path / "out")
+            compress.run({"model": str(model), "steps": steps, "audit": False}, tmp_path / "out")
 
 
 def test_a_model_that_lacks_statistics_is_refused(made: Callable[..., Path], tmp_path: Path) -> None:

@@ -1,0 +1,101 @@
+"""Records as a model reads them: the tokens of a prompt, and those of the answer to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedTokenizerBase
+
+from compress.calibration.text.records import IGNORED, Record, sequences
+from compress.errors import BadInput
+
+GIVEN = 3
+"""Of an answer that is begun for the model, one token in so many is given, at least one."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt and its answer, without the end of text behind it.
+
+    Of prose, the first half of its tokens is the prompt, and the second half the answer.
+    """
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Item:
+    """All ways to ask for one record.
+
+    Attributes:
+        id: of the record.
+        asked: the question as it was learned.
+        text: the words of its answer.
+        rephrased: the same question in other words, with the same answer.
+        paraphrased: the question with its answer in other words, or else the answer itself.
+        wrong: the question with each wrong answer.
+        begun: the question with the first tokens of its answer, and what follows; None for one token.
+    """
+
+    id: str
+    asked: Question
+    text: str
+    rephrased: tuple[Question, ...]
+    paraphrased: Question
+    wrong: tuple[Question, ...]
+    begun: Question | None
+
+
+def items_of(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, seqlen: int) -> list[Item]:
+    """The records as tokens; of prose that is longer than ``seqlen`` tokens, the beginning.
+
+    Raises:
+        BadInput: a record has fewer than two tokens.
+    """
+    return [_item(record, tokenizer, seqlen) for record in records]
+
+
+def _item(record: Record, tokenizer: PreTrainedTokenizerBase, seqlen: int) -> Item:
+    def ask(**changes: str) -> Question:
+        return _question(replace(record, **changes), tokenizer, seqlen)
+
+    asked = ask()
+    given = given_of(asked)
+    begun = Question(asked.prompt + asked.answer[:given], asked.answer[given:])
+    has_answer = record.answer is not None
+    return Item(
+        id=record.id,
+        asked=asked,
+        text=record.answer or words_of(asked.answer, tokenizer),
+        rephrased=tuple(ask(question=other) for other in record.paraphrases) if has_answer else (),
+        paraphrased=ask(answer=record.paraphrased_answer) if record.paraphrased_answer else asked,
+        wrong=tuple(ask(answer=other) for other in record.wrong) if has_answer else (),
+        begun=begun if begun.answer else None,
+    )
+
+
+def _question(record: Record, tokenizer: PreTrainedTokenizerBase, seqlen: int) -> Question:
+    found = sequences([record], tokenizer, seqlen)
+    tokens, labels = (list(found[0].tokens), list(found[0].labels)) if found else ([], [])
+    if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id:
+        tokens, labels = tokens[:-1], labels[:-1]
+    if len(tokens) < 2:
+        raise BadInput(
+            f"The record '{record.id}' is too short to be asked for: it has fewer than two tokens."
+        )
+    first = next((place for place, label in enumerate(labels) if label != IGNORED), 0)
+    if record.text is not None:
+        first = max(1, len(tokens) // 2)
+    return Question(tuple(tokens[:first]), tuple(tokens[first:]))
+
+
+def given_of(question: Question) -> int:
+    """How many tokens of an answer are given to a model that is to go on with it."""
+    return max(1, len(question.answer) // GIVEN)
+
+
+def words_of(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of some tokens, without special ones and white space around it."""
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()

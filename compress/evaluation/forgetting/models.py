@@ -1,0 +1,103 @@
+"""Which models an audit is about: the unlearned one, its target, and the one that never learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from compress.errors import BadInput
+from compress.evaluation.foreign import open_any
+from compress.evaluation.forgetting.contestants import remake, unlearning_steps
+from compress.evaluation.forgetting.grid import Way, ways_of
+from compress.sources.find import ModelSource, find_model
+from compress.storage.lineage import RECIPE, Lineage, read_lineage
+from compress.system.progress import Progress
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models, and what is known of how the unlearned one was made.
+
+    Attributes:
+        unlearned: in full precision, before later steps.
+        target: what it was made from.
+        retrained: the model that never learned the forget set.
+        asked: the folder that the audit is of, which is the unlearned one, or what later steps made of it.
+        ways: the later steps that were done, one after another.
+        recipe: the resolved recipe; empty for a model of another tool.
+    """
+
+    unlearned: ModelSource
+    target: ModelSource
+    retrained: ModelSource | None
+    asked: ModelSource
+    ways: tuple[Way, ...]
+    recipe: dict[str, Any]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the last step of unlearning."""
+        steps = unlearning_steps(self.recipe) if self.recipe else []
+        return steps[-1] if steps else {}
+
+
+def find_models(
+    model: str, target: str | None, retrained: str | None, device: str, progress: Progress
+) -> Models:
+    """Find the models of an audit.
+
+    A folder that compress-model wrote says what it was made from and by which steps. If others followed those
+    of unlearning, the model before them is taken from the cache, or unlearned again.
+
+    Raises:
+        BadInput: there is no such model; the target is not known, not there any more, or has changed.
+    """
+    asked = find_model(model)
+    lineage = read_lineage(asked.folder)
+    never = find_model(retrained) if retrained else None
+    recipe = _recipe_of(asked.folder) if lineage else {}
+    if lineage is None or not unlearning_steps(recipe):
+        return _of_another_tool(asked, lineage, target, never)
+    origin = find_model(target) if target else _parent(lineage)
+    later = [step for step in recipe["steps"] if step not in unlearning_steps(recipe)]
+    unlearned = asked
+    if later:
+        folder = remake(recipe, origin, open_any(origin.folder).sha256, device, progress)
+        unlearned = ModelSource(str(folder), None, folder)
+    return Models(unlearned, origin, never, asked, tuple(ways_of(later, asked.folder)), recipe)
+
+
+def _of_another_tool(
+    asked: ModelSource, lineage: Lineage | None, target: str | None, never: ModelSource | None
+) -> Models:
+    if target is None:
+        what = "has no step of unlearning" if lineage else "was not written by compress-model"
+        raise BadInput(f"'{asked.id}' {what}; say with --target which model it was made from.")
+    return Models(asked, find_model(target), never, asked, (), {})
+
+
+def _parent(lineage: Lineage) -> ModelSource:
+    """The model that a run started from.
+
+    Raises:
+        BadInput: it is not there any more, or has changed.
+    """
+    parent = lineage.parent
+    try:
+        source = find_model(parent.id, parent.revision)
+    except BadInput as error:
+        raise BadInput(
+            f"The model was made from '{parent.id}', which cannot be found any more; name it with --target."
+        ) from error
+    if open_any(source.folder).sha256 != parent.sha256:
+        raise BadInput(
+            f"'{parent.id}' is not the model any more that this one was made from; name that with --target."
+        )
+    return source
+
+
+def _recipe_of(folder: Path) -> dict[str, Any]:
+    return dict(yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8")))

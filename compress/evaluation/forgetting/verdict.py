@@ -1,0 +1,44 @@
+"""The verdict of an audit: one sentence over all steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from compress.report.forgetting import AfterStep, Kind
+
+
+class Verdict(NamedTuple):
+    """What can be said of a model on the whole."""
+
+    kind: Kind
+    sentence: str
+
+
+def verdict(rows: Sequence[AfterStep]) -> Verdict:
+    """One sentence over the rows, of which the first one is the model as it was unlearned.
+
+    A model has forgotten if it has after every step of which something can be said, and the first row is one
+    of them.
+    """
+    failed = [row for row in rows if row.kind == "not forgotten"]
+    untold = [row for row in rows if row.kind == "cannot tell"]
+    if failed:
+        worst = max(failed, key=_recovery)
+        others = [row for row in failed if row is not worst]
+        also = f"; nor has it after {_listed(others)}" if others else ""
+        return Verdict("not forgotten", f"Not forgotten after {worst.name}, because {worst.why}{also}.")
+    if rows[0].kind == "cannot tell":
+        return Verdict("cannot tell", f"Nobody can tell whether it has forgotten, because {rows[0].why}.")
+    passed = [row for row in rows if row.kind == "forgotten"]
+    but = f"; nothing can be said of {_listed(untold)}, where {untold[0].why}" if untold else ""
+    return Verdict("forgotten", f"Forgotten, and it stays so after {_listed(passed)}{but}.")
+
+
+def _recovery(row: AfterStep) -> float:
+    return row.knowledge.recovery.value if row.knowledge.recovery else 0.0
+
+
+def _listed(rows: Sequence[AfterStep]) -> str:
+    *others, last = [row.name for row in rows]
+    return " and ".join(filter(None, [", ".join(others), last]))

@@ -1,0 +1,236 @@
+"""What the gradient baselines share: their sets, the terms of their losses, and the training itself.
+
+The loss of a step is γ · mean(forget term of the records to forget) + α · mean(retain term of as many records
+to retain).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
+from torch import Tensor, nn
+
+from compress.calibration.text.records import Record, TokenSequence, check_apart, read_records, sequences
+from compress.engine.tokenizer import load_tokenizer
+from compress.errors import BadInput
+from compress.method import StepReport
+from compress.system.files import write_atomically
+from compress.unlearning.parts.beside import RETAIN, Beside
+from compress.unlearning.parts.floor import floor_under
+from compress.unlearning.parts.grid import Grid
+from compress.unlearning.parts.losses import kl_to_reference, lengths, negative_log_likelihood
+from compress.unlearning.parts.options import SETS, TrainingOptions
+from compress.unlearning.parts.reference import Reference
+from compress.unlearning.parts.training import Batch, merged, train, trainable, whole_model, write_changed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from compress.engine.stream import StreamedModel
+    from compress.method import StepContext
+
+FORGET = "forget"
+"""The role of the sequences to forget in a batch."""
+
+Term = Callable[[nn.Module, Batch], Tensor]
+"""A term of the loss: of the model that is trained and a batch of B examples, float32 [B]."""
+
+
+class WeightedOptions(TrainingOptions):
+    """The sets, and how much their terms count."""
+
+    retain: str | None = Field(  # type: ignore[assignment]  # these methods can do without
+        None, description=f"records to retain, unless retain_weight is 0: {SETS}"
+    )
+    forget_weight: PositiveFloat = Field(1.0, description="weight of the loss of the records to forget")
+    retain_weight: NonNegativeFloat = Field(
+        1.0,
+        description="weight of the loss of the records to retain; with 0 nothing is trained on them, and no "
+        "such set is needed",
+    )
+
+    @model_validator(mode="after")
+    def _has_what_it_weighs(self) -> Self:
+        if self.retain_weight and self.retain is None:
+            raise ValueError(
+                "give records to retain, or set retain_weight to 0 to train on the records to forget alone"
+            )
+        return self
+
+
+class RetainLossOptions(WeightedOptions):
+    """How records are retained."""
+
+    retain_loss: Literal["nll", "kl"] = Field(
+        "nll",
+        description="nll: mean negative log-likelihood of the records to retain; kl: mean KL divergence from "
+        "what the model predicted before",
+    )
+
+
+@dataclass(frozen=True)
+class Sets:
+    """What is forgotten and what is retained.
+
+    Attributes:
+        records: to forget.
+        forget: the same as sequences; pieces of a long text share its id.
+        retain: sequences to retain; none if nothing is trained on them.
+        tokenizer: of the model.
+        pad: the token that fills up batches.
+        details: number and sha256 of the records, for the report.
+    """
+
+    records: tuple[Record, ...]
+    forget: list[TokenSequence]
+    retain: list[TokenSequence]
+    tokenizer: PreTrainedTokenizerBase
+    pad: int
+    details: dict[str, Any]
+
+
+def read_sets(options: WeightedOptions, context: StepContext) -> Sets:
+    """Read both sets.
+
+    Raises:
+        BadInput: a set cannot be read, is empty, shares records with the other one, or is not what it was
+            when the run was interrupted that this one continues.
+    """
+    forget = read_records(options.forget, FORGET)
+    tokenizer = load_tokenizer(context.source)
+    details: dict[str, Any] = {FORGET: {"records": len(forget), "sha256": forget.sha256}}
+    kept: list[TokenSequence] = []
+    if options.retain is not None:
+        retain = read_records(options.retain, RETAIN)
+        check_apart(forget, retain)
+        details[RETAIN] = {"records": len(retain), "sha256": retain.sha256}
+        if options.retain_weight:
+            kept = sequences(retain, tokenizer, options.seqlen)
+    _check_unchanged(details, context.folder / "sets.json")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    parts = sequences(forget, tokenizer, options.seqlen)
+    return Sets(forget.entries, parts, kept, tokenizer, pad or 0, details)
+
+
+def _check_unchanged(details: dict[str, Any], file: Path) -> None:
+    """Refuse (BadInput) to go on with other records than those a run began with, which ``file`` tells."""
+    if file.exists() and json.loads(file.read_text()) != details:
+        raise BadInput(
+            "The records to forget or to retain have changed since the run was interrupted; start over with "
+            "--fresh."
+        )
+    write_atomically(file, json.dumps(details))
+
+
+def logits_of(model: nn.Module, batch: Batch, role: str) -> Tensor:
+    """The logits of the sequences of a role: [B, S, V]."""
+    part = batch[role]
+    logits: Tensor = model(input_ids=part["input_ids"], attention_mask=part["attention_mask"]).logits
+    return logits
+
+
+def nll_of(model: nn.Module, batch: Batch, role: str) -> Tensor:
+    """N of the sequences of a role (see `negative_log_likelihood`): float32 [B]."""
+    return negative_log_likelihood(logits_of(model, batch, role), batch[role]["labels"])
+
+
+def mean_nll(model: nn.Module, batch: Batch, role: str) -> Tensor:
+    """The mean loss of the scored tokens of each sequence of a role, nats: float32 [B]."""
+    return nll_of(model, batch, role) / lengths(batch[role]["labels"])
+
+
+@contextmanager
+def retaining(
+    model: StreamedModel, sets: Sets, options: RetainLossOptions, context: StepContext
+) -> Iterator[Term]:
+    """The term that ``retain_loss`` names, for the length of a ``with`` block."""
+    if options.retain_loss == "nll" or not sets.retain:
+        yield lambda trained, batch: mean_nll(trained, batch, RETAIN)
+        return
+    before = Reference(model, sets.retain, context, RETAIN)
+    with model.head() as head:
+
+        def term(trained: nn.Module, batch: Batch) -> Tensor:
+            part = batch[RETAIN]
+            reference = before.logits(head, before.rows(part))
+            return kl_to_reference(logits_of(trained, batch, RETAIN), part["labels"], reference)
+
+        yield term
+
+
+def losses_before(
+    model: StreamedModel, parts: Sequence[TokenSequence], context: StepContext, name: str
+) -> Callable[[dict[str, Tensor]], Tensor]:
+    """N of some sequences before unlearning, computed once: part of a batch -> float32 [B]."""
+    before = Reference(model, parts, context, name)
+    with model.head() as head:
+        losses = before.losses(head)
+    return lambda part: losses[torch.tensor(before.rows(part), device=losses.device)]
+
+
+def unlearn(
+    model: StreamedModel,
+    sets: Sets,
+    forget: Term,
+    retain: Term,
+    options: WeightedOptions,
+    context: StepContext,
+    choose: Callable[[PreTrainedModel], nn.Module] | None = None,
+    **roles: Sequence[TokenSequence],
+) -> StepReport:
+    """Train the model on both terms, and write what changed into the draft.
+
+    Args:
+        model: as it is stored.
+        sets: what to forget and to retain.
+        forget, retain: the terms.
+        options: of the method.
+        context: of the step.
+        choose: marks what is trained, as `trainable` does; None: all weights, or updates of all linears.
+        roles: sequences beside those to forget, in the same order: role -> sequences.
+
+    Raises:
+        CompressError: the loss became NaN or infinite.
+    """
+
+    steps = options.epochs * math.ceil(len(sets.forget) / options.batch_size)
+    beside = Beside(sets.retain, options.batch_size, steps, sets.pad, context.generator())
+
+    def loss(trained: nn.Module, batch: Batch) -> Tensor:
+        batch = beside.add_to(batch)
+        total = options.forget_weight * forget(trained, batch).mean()
+        if RETAIN in batch:
+            total = total + options.retain_weight * retain(trained, batch).mean()
+        return total
+
+    whole = whole_model(model, context)
+    if choose is None:
+        trained = trainable(whole, model.anatomy.linear_paths, options, context.seed)
+    else:
+        trained = choose(whole)
+    parts = {FORGET: sets.forget, **roles}
+    examples = [dict(zip(parts, row, strict=True)) for row in zip(*parts.values(), strict=True)]
+    callbacks, floor = [beside.follow()], None
+    if options.survive is not None:
+        grid = Grid.parse(options.survive)
+        floor = floor_under(whole, model.anatomy, grid, options.edit_share, sets.forget, sets.retain, context)
+        callbacks.append(floor.follow())
+    training = train(trained, examples, sets.pad, loss, options, context, callbacks=callbacks)
+    held = {} if floor is None else {"floor": floor.finish()}
+    changed = write_changed(merged(trained), model, context)
+    summary = (
+        f"{len(sets.records)} records unlearned in {training['steps']} steps, loss "
+        f"{training['first_loss']:.4g} to {training['last_loss']:.4g}; {changed['changed_weights']} weights "
+        "differ"
+    )
+    if floor is not None:
+        summary += f", {held['floor']['crossed']} of them in their code on {options.survive}"
+    return StepReport(f"{summary}.", {**sets.details, "training": training, **held, **changed})

@@ -1,0 +1,127 @@
+"""RMU (ICML 2024): hidden states of what is forgotten are steered to a random direction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveFloat
+from torch import Tensor, nn
+
+from compress.engine.stream import hidden_of
+from compress.errors import BadInput
+from compress.method import Method, Paper, StepReport
+from compress.unlearning.parts.baseline import FORGET, RETAIN, WeightedOptions, read_sets, unlearn
+from compress.unlearning.parts.chosen import train_linears
+from compress.unlearning.parts.losses import squared_distance
+from compress.unlearning.parts.options import check_trainable
+from compress.unlearning.parts.reference import Reference
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from compress.engine.shape import ModelShape
+    from compress.engine.stream import StreamedModel
+    from compress.method import StepContext
+    from compress.unlearning.parts.training import Batch
+
+TRAINED_LAYERS = 3
+"""Layers that are trained: the steered one and those before it, as published."""
+
+
+class RMU(Method["RMU.Options"]):
+    """Steer the hidden states of records to forget to a random direction, and keep those of the others.
+
+    With h_t the output of layer l at token t, h_t,ref the same before unlearning, and u a random direction of
+    length 1 (uniform in [0, 1) before it is normalised), the losses are, each the mean over the positions
+    that predict an answer's tokens,
+
+        forget:  ‖h_t − c · u‖²          retain:  α ‖h_t − h_t,ref‖²
+
+    Only the linears of the layers l − 2, l − 1 and l are trained, and no later layer runs. The hidden states
+    of the retain set are computed once, so no second model is in memory.
+    """
+
+    name = "rmu"
+    family = "unlearning"
+    paper = Paper("The WMDP Benchmark: Measuring and Reducing Malicious Use With Unlearning", "2403.03218")
+    needs_calibration = False
+    needs_package = "peft"
+
+    class Options(WeightedOptions):
+        layer: NonNegativeInt = Field(
+            7,
+            description="index, from 0, of the layer to steer; it and the two before it are trained",
+        )
+        steering: PositiveFloat = Field(
+            2.0, description="length c of the vector that hidden states of records to forget are steered to"
+        )
+
+    def plan(self, shape: ModelShape, options: Options) -> ModelShape:
+        check_trainable(shape, "RMU")
+        if options.layer >= shape.num_layers:
+            raise BadInput(
+                f"RMU cannot steer layer {options.layer} of a model with the layers 0 to "
+                f"{shape.num_layers - 1}; choose another 'layer'."
+            )
+        return shape
+
+    def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
+        sets = read_sets(options, context)
+        layers = range(max(0, options.layer - TRAINED_LAYERS + 1), options.layer + 1)
+        before = Reference(model, sets.retain, context, RETAIN, layers.stop) if sets.retain else None
+        steered = model.anatomy.layer_name(options.layer)
+        direction = torch.rand(model.config.hidden_size, generator=context.generator())
+        target = options.steering * (direction / direction.norm()).to(context.device)
+
+        def choose(whole: PreTrainedModel) -> nn.Module:
+            names = [
+                f"{model.anatomy.layer_name(index)}.{path}"
+                for index in layers
+                for path in model.anatomy.linears(whole.get_submodule(model.anatomy.layer_name(index)))
+            ]
+            return train_linears(whole, names, options, context.seed)
+
+        def forget(trained: nn.Module, batch: Batch) -> Tensor:
+            part = batch[FORGET]
+            return squared_distance(output_of(steered, trained, part), part["labels"], target)
+
+        def retain(trained: nn.Module, batch: Batch) -> Tensor:
+            assert before is not None
+            part = batch[RETAIN]
+            reference = before.states(before.rows(part))
+            return squared_distance(output_of(steered, trained, part), part["labels"], reference)
+
+        return unlearn(model, sets, forget, retain, options, context, choose)
+
+
+class _Reached(Exception):
+    """Leaves the forward pass behind a layer, because nothing later is needed."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+def output_of(layer: str, model: nn.Module, part: dict[str, Tensor]) -> Tensor:
+    """The output of a layer, [B, S, D]; the layers behind it do not run.
+
+    Args:
+        layer: its full name in the transformers model.
+        model: that model, or peft's model around it.
+        part: of a batch.
+    """
+    find: Callable[[], nn.Module] | None = getattr(model, "get_base_model", None)
+    whole = model if find is None else find()
+
+    def leave(module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> NoReturn:
+        raise _Reached(hidden_of(output))
+
+    handle = whole.get_submodule(layer).register_forward_hook(leave)
+    try:
+        model(input_ids=part["input_ids"], attention_mask=part["attention_mask"])
+    except _Reached as reached:
+        return reached.hidden
+    finally:
+        handle.remove()
+    raise AssertionError(f"The model has run without its layer '{layer}'.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field, PositiveInt
@@ -115,7 +115,7 @@ class NeuronAdjust(Method["NeuronAdjust.Options"]):
         )
         context.draft.config = _settings(context.seed).declared(context.draft.config)
         chosen = [int(buffers["selected"].sum()) for buffers in found.values()]
-        details = {
+        details: dict[str, Any] = {
             "neurons": sum(chosen),
             "of": sum(len(buffers["selected"]) for buffers in found.values()),
             "neurons_by_layer": dict(zip(map(str, found), chosen, strict=True)),

@@ -187,18 +187,25 @@ class Abstention:
     def _remember(self, cache: Cache, states: Tensor) -> None:
         """Put the states of the new tokens into the cache."""
         rows, new = states.shape
-        if len(cache.layers) <= self.layers:
-            cache.layers.append(States())
-        layer = cache.layers[self.layers]
+        layer = _states_in(cache, self.layers)
+        if layer is None:
+            layer = States()
+            cache.layers.append(layer)
         missing = int(cache.get_seq_length()) - new - layer.get_seq_length()
         if missing > 0:  # read by something else than this model, such as its base model
             states = torch.cat([states.new_zeros(rows, missing), states], dim=1)
         layer.update(states[:, None, :, None], states[:, None, :, None])
 
 
+def _states_in(cache: Cache | None, layers: int) -> States | None:
+    """What `Abstention` has put into a cache of a model with so many layers."""
+    layer = cache.layers[layers] if cache is not None and len(cache.layers) > layers else None
+    return layer if isinstance(layer, States) else None
+
+
 def _before(layers: int, cache: Cache | None) -> Tensor | None:
     """The states after the tokens that the cache held before this pass: [B]; None if it held none."""
-    layer = None if cache is None or len(cache.layers) <= layers else cache.layers[layers]
+    layer = _states_in(cache, layers)
     if layer is None or layer.keys is None or not layer.keys.numel():
         return None
     return layer.keys[:, 0, -1, 0]

@@ -59,14 +59,14 @@ class Pass(threading.local):
             return
         shape, device = held.shape[:2], held.device
         mask, positions = given.get("attention_mask"), given.get("position_ids")
-        flat = isinstance(mask, Tensor) and mask.ndim == 2
+        flat = mask.to(device) if isinstance(mask, Tensor) and mask.ndim == 2 else None
         self.real = torch.ones(shape, dtype=torch.bool, device=device)
-        if flat:
-            self.real = mask[:, -shape[1] :].to(device).bool()
+        if flat is not None:
+            self.real = flat[:, -shape[1] :].bool()
         if isinstance(positions, Tensor) and positions.shape[-1] == shape[1]:
             self.positions = positions.to(device).expand(shape)
-        elif flat:
-            self.positions = (mask.to(device).long().cumsum(-1) - 1).clamp(min=0)[:, -shape[1] :]
+        elif flat is not None:
+            self.positions = (flat.long().cumsum(-1) - 1).clamp(min=0)[:, -shape[1] :]
         else:
             before = 0 if self.cache is None else int(self.cache.get_seq_length())
             self.positions = torch.arange(before, before + shape[1], device=device).expand(shape)

@@ -55,7 +55,8 @@ class Detector:
         names = [f"{name}.{leaf}" for leaf in ("mean", "deviation")]
         if any(n not in checkpoint or checkpoint.tensors[n].shape != (width,) for n in names):
             return None
-        return cls(*(checkpoint.read(n) for n in names))
+        mean, deviation = (checkpoint.read(n) for n in names)
+        return cls(mean, deviation)
 
     def distances(self, keys: Tensor) -> Tensor:
         """max_j |x_j - mu_j| / sigma_j of keys [N, I], as the model computes it: float32 [N]."""

@@ -196,7 +196,7 @@ class _Audit:
         """Go all ways, relearn, and draw the conclusion."""
         rows = [self._row(way) for way in ways]
         packed = self.contestants["unlearned"].is_packed
-        curve = list(self._relearned(stops)) if stops and not packed else []
+        curve = list(self._relearned(stops)) if any(stops) and not packed else []
         kind, sentence = verdict(rows)
         contestants = self.contestants
         subject = contestants["unlearned"].subject
@@ -216,7 +216,7 @@ class _Audit:
             relearned=tuple(curve),
             kind=kind,
             sentence=sentence,
-            notes=tuple(self._notes(bool(stops) and packed)),
+            notes=tuple(self._notes(any(stops) and packed)),
             when=now(),
             versions=versions(),
         )
@@ -349,8 +349,11 @@ class _Audit:
         retained = self.sets.whole["retain"]
         text = sequences(retained, contestant.tokenizer, self.seqlen)
         how = [retained.sha256, RANK, LEARNING_RATE, BATCH, self.seed, self.seqlen, max(stops)]
-        keys = {stop: self._key(contestant, FULL, "forget", relearn=[stop, *how]) for stop in stops}
+        later = [stop for stop in stops if stop]
+        keys = {stop: self._key(contestant, FULL, "forget", relearn=[stop, *how]) for stop in later}
         found = {stop: read_cell(cell_file(key)) for stop, key in keys.items()}
+        if 0 in stops:
+            found[0] = self._ask(role, FULL)["forget"]
         if any(known is None for known in found.values()):
             log.info("Relearning from %d records: %s (%s).", len(retained), contestant.name, role)
 
@@ -362,7 +365,7 @@ class _Audit:
                 contestant.source.folder,
                 text,
                 contestant.tokenizer.pad_token_id or contestant.tokenizer.eos_token_id or 0,
-                stops,
+                later,
                 look,
                 seed=self.seed,
                 device=self.how.device,

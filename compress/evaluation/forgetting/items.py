@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -58,7 +59,7 @@ def items_of(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, seql
 
 
 def _item(record: Record, tokenizer: PreTrainedTokenizerBase, seqlen: int) -> Item:
-    def ask(**changes: str) -> Question:
+    def ask(**changes: Any) -> Question:
         return _question(replace(record, **changes), tokenizer, seqlen)
 
     asked = ask()

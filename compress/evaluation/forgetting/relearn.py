@@ -41,7 +41,7 @@ def relearn(
         folder: of a model that is not quantized.
         text: the adjacent text.
         pad: the token that fills up batches.
-        stops: numbers of updates.
+        stops: numbers of updates, above 0.
         look: called after each of these, with the model in evaluation mode.
         seed: of the updates' random start and the order of the text.
         device: where to compute.
@@ -79,16 +79,12 @@ def relearn(
             if state.global_step in stops:
                 look_at(state.global_step)
 
-    if 0 in stops:
-        look_at(0)
-    if not (last := max(stops)):
-        return
     with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng(devices=[]):
         trainer = Trainer(
             model=trained,
             args=TrainingArguments(
                 output_dir=scratch,
-                max_steps=last,
+                max_steps=max(stops),
                 per_device_train_batch_size=BATCH,
                 learning_rate=LEARNING_RATE,
                 lr_scheduler_type="constant",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from compress.evaluation.forgetting.recovery import MOST
 from compress.report.forgetting import AfterStep, Kind
 
 
@@ -27,7 +28,8 @@ def verdict(rows: Sequence[AfterStep]) -> Verdict:
         worst = max(failed, key=_recovery)
         others = [row for row in failed if row is not worst]
         also = f"; nor has it after {_listed(others)}" if others else ""
-        return Verdict("not forgotten", f"Not forgotten after {worst.name}, because {worst.why}{also}.")
+        word = "Not forgotten" if any(map(_remembers, failed)) else "Not shown to be forgotten"
+        return Verdict("not forgotten", f"{word} after {worst.name}, because {worst.why}{also}.")
     if rows[0].kind == "cannot tell":
         return Verdict("cannot tell", f"Nobody can tell whether it has forgotten, because {rows[0].why}.")
     passed = [row for row in rows if row.kind == "forgotten"]
@@ -37,6 +39,12 @@ def verdict(rows: Sequence[AfterStep]) -> Verdict:
 
 def _recovery(row: AfterStep) -> float:
     return row.knowledge.recovery.value if row.knowledge.recovery else 0.0
+
+
+def _remembers(row: AfterStep) -> bool:
+    """Whether a row recovers too much beyond doubt, on the whole or by a way to ask."""
+    found = [one.recovery for one in (row.knowledge, *row.scores.values()) if one.recovery]
+    return any(figure.low is not None and figure.low > MOST for figure in found)
 
 
 def _listed(rows: Sequence[AfterStep]) -> str:

@@ -90,8 +90,8 @@ def test_the_target_recovers_all_and_the_retrained_model_nothing():
 # --- the verdict over all rows ---
 
 
-def row(name: str, recovery: float, known: float = 0.8) -> AfterStep:
-    whole = recovered(trio(recovery, known=known), 0)
+def row(name: str, recovery: float, known: float = 0.8, noise: float = 0.02) -> AfterStep:
+    whole = recovered(trio(recovery, noise, known), 0)
     kind, why = gate(whole, {})
     return AfterStep(
         name=name, steps=(), knowledge=whole, scores={}, refused=Figure(value=0), kind=kind, why=why
@@ -103,6 +103,13 @@ def test_the_worst_step_is_named_first():
     assert found.kind == "not forgotten"
     assert found.sentence.startswith("Not forgotten after int3, because its recovery is 0.60")
     assert found.sentence.endswith("nor has it after int4.")
+
+
+def test_what_is_in_doubt_is_not_called_remembered():
+    doubtful = row("int4", 0.09, noise=0.3)
+    assert doubtful.kind == "not forgotten"
+    sentence = verdict([row("full precision", 0.0), doubtful]).sentence
+    assert sentence.startswith("Not shown to be forgotten after int4, because its recovery is 0.09")
 
 
 def test_steps_of_which_nothing_can_be_said_are_named():

@@ -126,6 +126,9 @@ class Method(ABC, Generic[OptionsT]):
     too long on a CPU."""
     needs_package: ClassVar[str | None] = None
     """A library beyond those always installed; the extra that brings it has its name."""
+    at_inference: ClassVar[bool] = False
+    """Whether the step changes no weight, and the model acts by what was measured. Later steps work on the
+    model without it, and `refresh` measures again on what they leave."""
     command: ClassVar[str | None] = None
     """The command of a method that is no step of a recipe, because it has several."""
     Options: type[OptionsT]
@@ -145,3 +148,19 @@ class Method(ABC, Generic[OptionsT]):
         Raises:
             BadInput: weights or calibration data are unusable (NaN, too few tokens, ...).
         """
+
+    def refresh(
+        self, model: StreamedModel, options: OptionsT, context: StepContext, before: Checkpoint
+    ) -> StepReport:
+        """For a method that acts at inference: `apply` again, after the other steps of the recipe.
+
+        Args:
+            model: with all that the other steps have changed.
+            options: as in `apply`.
+            context: of a step of its own.
+            before: the model with what `apply` has measured.
+
+        Raises:
+            BadInput: as `apply`.
+        """
+        raise NotImplementedError(f"{self.name} does not act at inference")

@@ -16,6 +16,14 @@ from compress.storage.tensors import TensorInfo
 NOT_THE_ARCHITECTURE = ("quantization_config", "auto_map", adapter.KEY, sharded.KEY)
 """Sections of config.json that say how weights are stored, not what the model computes."""
 
+UNLEARNING = "unlearning"
+"""The section of config.json that says what a model does at inference to unlearn (see `at_inference`)."""
+
+UNLEARNED_TYPE = "unlearned_"
+UNLEARNED_CLASS = "Unlearned"
+"""Prefixes of the model type and of the class names of such a model, before all others: a program that would
+load the weights and leave out the rest shall not load it at all."""
+
 PRUNED_TYPE = "pruned_"
 PRUNED_CLASS = "Pruned"
 """Prefixes of the model type and of the class names of a model whose layers differ, so that no program takes
@@ -41,10 +49,14 @@ def config_of(checkpoint: Described) -> PretrainedConfig:
     """
     values = {k: v for k, v in checkpoint.config.items() if k not in NOT_THE_ARCHITECTURE}
     model_type = values.pop("model_type", None)
-    if "pruned" in values and isinstance(model_type, str):
-        model_type = model_type.removeprefix(PRUNED_TYPE)
-        names = values.get("architectures") or []
-        values["architectures"] = [name.removeprefix(PRUNED_CLASS) for name in names]
+    for section, kind, start in (
+        (UNLEARNING, UNLEARNED_TYPE, UNLEARNED_CLASS),
+        ("pruned", PRUNED_TYPE, PRUNED_CLASS),
+    ):
+        if section in values and isinstance(model_type, str):
+            model_type = model_type.removeprefix(kind)
+            names = values.get("architectures") or []
+            values["architectures"] = [name.removeprefix(start) for name in names]
     if not isinstance(model_type, str):
         raise BadInput(f"{checkpoint.folder / 'config.json'} does not name a model_type.")
     if model_type not in CONFIG_MAPPING:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from compress.anatomy import ROWS, Anatomy, anatomy_of
+from compress.engine.at_inference import AtInference
 from compress.engine.decoder_plan import DecoderPlan
 from compress.engine.decoder_state import CacheState
 from compress.engine.growing_cache import let_grow
@@ -75,6 +76,8 @@ def _obstacle(model: PreTrainedModel) -> str | None:
         return f"Models of type {model.config.model_type} do not decode."
     if KeyValueSettings.of(model.config) is not None:
         return "The model quantizes its keys and values."
+    if AtInference.of(model.config) is not None:
+        return "The model unlearns at inference."
     if library() is None:
         return "There are no native kernels."
     anatomy = anatomy_of(model.config)

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from compress.anatomy import anatomy_of
 from compress.anatomy import weight as weight_of
-from compress.engine.config import config_of
+from compress.engine.config import UNLEARNING, config_of
 from compress.engine.decoding import Fusion, fuse, fusion_of
 from compress.engine.ensemble import join
 from compress.engine.opening import open_checkpoint
@@ -98,7 +98,8 @@ def load(
     linears = [module for module in model.modules() if isinstance(module, StackedLinear)]
     if linears:
         object.__setattr__(model, "resize", Resize(whole, linears, dtype, model.config, fusion_of(model)))
-    if quantization is not None or head_bits is not None or "pruned" in checkpoint.config:
+    changed = {"pruned", UNLEARNING} & checkpoint.config.keys()
+    if quantization is not None or head_bits is not None or changed:
         weights = Weights(whole, model, device, dtype)
         for part in {model, model.base_model}:  # one of them in a model without a head
             assert isinstance(part, PreTrainedModel)

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from compress.engine.config import config_of
+from compress.engine.at_inference import AtInference
+from compress.engine.config import UNLEARNING, config_of
 from compress.engine.pruned_config import PRUNED_FILE, mark_pruned, modeling_source
 from compress.engine.weights import Weights
 from compress.errors import BadInput
@@ -78,6 +79,8 @@ class Save:
         if getattr(self._model, "_hf_peft_config_loaded", False):  # then transformers writes the adapter only
             PreTrainedModel.save_pretrained(self._model, save_directory, is_main_process, **others)
             return
+        if not self._whole and UNLEARNING in self._weights.checkpoint.config:
+            raise BadInput("What this model unlearns at inference needs its head; save the whole model.")
         if self._weights.checkpoint.config.get(QUANTIZATION) and not self._whole:
             raise BadInput(
                 "The part of a packed model below its head cannot be saved alone, because config.json names "
@@ -97,7 +100,7 @@ class Save:
         saved = _Saved(folder, config, tensors)
         with _replacing(folder) as new:
             write_weights(saved, new, max_shard_bytes)
-            if "pruned" in config:
+            if "auto_map" in config:
                 (new / PRUNED_FILE).write_text(modeling_source(config_of(saved)), encoding="utf-8")
             if self._model.can_generate():
                 self._model.generation_config.save_pretrained(new)
@@ -110,6 +113,8 @@ class Save:
         values = json.loads(config.to_json_string())
         if "pruned" in values:
             values = mark_pruned(values, config, values["pruned"])
+        if (unlearning := AtInference.of(values)) is not None:
+            values = unlearning.declared(values)
         settings = self._weights.checkpoint.config.get(adapter.KEY)
         return values if settings is None else {**values, adapter.KEY: settings}
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from compress.anatomy import Anatomy, Sizes, anatomy_of, sizes_of, weight
+from compress.engine.at_inference import AtInference
 from compress.engine.config import config_of
 from compress.engine.key_values import KEY
 from compress.engine.skeleton import skeleton
@@ -108,6 +109,8 @@ class ModelShape:
     @property
     def loads_with(self) -> LoadsWith:
         """Which programs besides compress-model can load a model of this shape."""
+        if (unlearning := AtInference.of(self.config)) is not None:
+            return LoadsWith(transformers=False, at_inference=unlearning.methods)
         if is_sharded(self.config):
             return COMPRESS_MODEL_ONLY
         quantization = self.config.get("quantization_config")

@@ -9,6 +9,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from compress.anatomy import model_class
+from compress.engine.at_inference import AtInference, act_at_inference
 from compress.engine.key_values import KeyValueSettings, quantize_key_values
 from compress.engine.pruned import reshape
 
@@ -16,7 +17,8 @@ log = logging.getLogger(__name__)
 
 
 def skeleton(config: PretrainedConfig, device: str | torch.device = "cpu") -> PreTrainedModel:
-    """The model that a config describes, pruned or with quantized keys and values if the config says so.
+    """The model that a config describes: pruned, with quantized keys and values, or unlearning at inference,
+    if the config says so.
 
     It is in evaluation mode. Its parameters are on the meta device and take no memory; its buffers that no
     checkpoint holds (rotary frequencies, embedding scales) are computed on ``device``.
@@ -37,6 +39,8 @@ def skeleton(config: PretrainedConfig, device: str | torch.device = "cpu") -> Pr
         reshape(model, pruned)
     if (settings := KeyValueSettings.of(config)) is not None:
         quantize_key_values(model, settings)
+    if (unlearning := AtInference.of(config)) is not None:
+        act_at_inference(model, unlearning, device)
     model.requires_grad_(False)
     return model.eval()
 

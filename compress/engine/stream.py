@@ -23,6 +23,7 @@ from torch import nn
 
 from compress.anatomy import Anatomy
 from compress.engine.activations import Activations
+from compress.engine.at_inference import give_tokens
 from compress.engine.checks import check_finite
 from compress.engine.config import config_of
 from compress.engine.head import Head
@@ -128,6 +129,8 @@ class Stream:
     def call(self, layer: Layer, start: int, hidden: torch.Tensor) -> torch.Tensor:
         """``layer(hidden)`` on the stream's device, with the attention mask and positions of the model."""
         args, kwargs = self.calls[start][layer.index]
+        rows = slice(start, start + len(hidden))
+        give_tokens(layer.module, self.windows.tokens[rows], self.windows.mask[rows])
         return hidden_of(layer.module(hidden.to(self.device), *args, **kwargs))
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compress.anatomy import Anatomy, anatomy_of, weight
+from compress.engine.adjusting import Measured
 from compress.engine.checks import all_finite
 from compress.errors import BadInput
 from compress.kernels.codes.floating import FloatWeight
@@ -101,6 +102,11 @@ class Weights:
                 _check_shape(stored, self.checkpoint.tensors[stored].shape, tuple(parameter.shape))
             elif not packed:
                 raise self._lacks(full)
+        for path, measured in model.named_modules():
+            for leaf, buffer in measured.named_buffers() if isinstance(measured, Measured) else ():
+                if (stored := self.find(f"{path}.{leaf}")) is None:
+                    raise self._lacks(f"{path}.{leaf}")
+                _check_shape(stored, self.checkpoint.tensors[stored].shape, tuple(buffer.shape))
 
     def fill(self, module: nn.Module, name: str, skip: tuple[nn.Module, ...] = ()) -> None:
         """Load all parameters of ``module`` and the modules inside it.
@@ -261,6 +267,7 @@ class Weights:
         assert self.stacks is not None
         out, width = weight(linear).shape
         new = self.stacks.module(stored, (out, width), self.checkpoint, self._read_bias(full, linear))
+        new._forward_hooks.update(linear._forward_hooks)
         object.__setattr__(new, "stands_for", linear)
         new = new.to(self.device, self.dtype)
         new.arrange()

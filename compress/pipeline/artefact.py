@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from compress.engine.config import config_of
+from compress.engine.config import UNLEARNING, config_of
 from compress.engine.pruned_config import PRUNED_FILE, modeling_source
 from compress.errors import BadInput
 from compress.storage.adapter import write_config
@@ -27,7 +27,7 @@ def write_model(checkpoint: Checkpoint, source: Path, folder: Path, recipe: dict
     folder.mkdir(parents=True)
     copy_companions(source, folder)
     write_config(checkpoint.config, folder)
-    if "pruned" in checkpoint.config:
+    if "pruned" in checkpoint.config and UNLEARNING not in checkpoint.config:
         (folder / PRUNED_FILE).write_text(modeling_source(config_of(checkpoint)), encoding="utf-8")
     (folder / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False))
     hashes = {

@@ -14,6 +14,7 @@ from compress.engine.opening import open_checkpoint
 from compress.engine.shape import ModelShape
 from compress.errors import BadInput
 from compress.method import Method, MethodOptions
+from compress.pipeline.acting import inherited_acting, plain
 from compress.pipeline.recipe import Recipe
 from compress.sources.find import ModelSource, find_model
 from compress.storage.checkpoint import Checkpoint
@@ -109,13 +110,22 @@ def make_plan(checkpoint: Checkpoint, steps: list[tuple[Method, MethodOptions]])
     before = shape = ModelShape.of(checkpoint)
     anatomy_of(before.pretrained_config)  # first, so that no method complains about something else
     planned = []
+    acting = [(one.method, one.options) for one in inherited_acting(checkpoint)] if steps else []
+    if acting:
+        shape = ModelShape.of(plain(checkpoint))
     for method, options in steps:
         if (package := method.needs_package) and find_spec(package) is None:
             raise BadInput(
                 f"The method {method.name} needs {package}: pip install 'compress-model[{package}]'."
             )
-        shape = method.plan(shape, options)
+        acting += [(method, options)] if method.at_inference else []
+        shape = shape if method.at_inference else method.plan(shape, options)
+        result = shape  # with the methods that act on what the steps leave
+        for last, its_options in acting:
+            result = last.plan(result, its_options)
         planned.append(
-            PlannedStep(method.name, shape.nbytes, shape.parameters, shape.num_layers, str(shape.loads_with))
+            PlannedStep(
+                *(method.name, result.nbytes, result.parameters, result.num_layers, str(result.loads_with))
+            )
         )
-    return Plan(before, shape, planned)
+    return Plan(before, result if planned else shape, planned)

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 import compress
 from compress.anatomy import model_class
+from compress.engine.at_inference import paused
 from compress.engine.loading import load
 from compress.engine.logits import first_output
 from compress.engine.shape import ModelShape
@@ -117,7 +118,10 @@ def _failure(who: LoadsWith, reason: str) -> str:
 
 @torch.no_grad()
 def _logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """In float32, so that a difference comes from what was written, as far as the programs compute in it."""
+    """In float32, so that a difference comes from what was written, as far as the programs compute in it.
+
+    Without unlearning at inference, whose decisions differ where a sum is rounded differently.
+    """
     shape = ModelShape.of(Checkpoint.open(folder))
     who = shape.loads_with
     if who.compress_model_only:
@@ -134,7 +138,8 @@ def _logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, folder / adapter.KEY)
-    return first_output(model.eval()(tokens.to(model.device))).float().cpu()
+    with paused(model):
+        return first_output(model.eval()(tokens.to(model.device))).float().cpu()
 
 
 def _class(shape: ModelShape, folder: Path) -> Any:

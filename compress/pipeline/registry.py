@@ -20,6 +20,8 @@ METHODS: dict[Family, dict[str, str]] = {
         "dpo": "compress.unlearning.dpo:DPO",
         "gradient-difference": "compress.unlearning.gradient_difference:GradientDifference",
         "harry-potter": "compress.unlearning.harry_potter:HarryPotter",
+        "key-space": "compress.unlearning.key_space:KeySpace",
+        "neuron-adjust": "compress.unlearning.neuron_adjust:NeuronAdjust",
         "npo": "compress.unlearning.npo:NPO",
         "rmu": "compress.unlearning.rmu:RMU",
         "s3t": "compress.unlearning.s3t:S3T",

@@ -14,6 +14,7 @@ from compress.engine.shape import ModelShape
 from compress.engine.windows import Windows
 from compress.errors import CompressError
 from compress.kernels.cpu.library import REFERENCE, using
+from compress.pipeline.acting import plain
 from compress.pipeline.promise import in_words, obstacle, promised_logits
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.lineage import LoaderTrial, ReloadCheck
@@ -83,6 +84,8 @@ def _try_promise(
         return LoaderTrial(loader=in_words(who), not_tried=reason)
     if who.key_value_bits is not None and not who.compress_model_only:
         before = streamed_logits(_with_full_cache(current), probe, device)
+    if who.at_inference:
+        before = streamed_logits(plain(current), probe, device)
     try:
         with code_copied_into(folder.parent):
             after = promised_logits(folder, probe.tokens)

@@ -23,6 +23,7 @@ from compress.engine.stream import StreamedModel
 from compress.engine.windows import Windows
 from compress.errors import BadInput, CompressError
 from compress.method import Method, MethodOptions, StepContext
+from compress.pipeline.acting import Acting, inherited_acting, measured_again, plain
 from compress.pipeline.artefact import check_output, write_model
 from compress.pipeline.mixing import mix_bits
 from compress.pipeline.plan import Plan, left_out, make_plan, open_model
@@ -125,16 +126,7 @@ def _execute(
     )
     workspace.enter(_fingerprint(recipe, checkpoint, windows))
     try:
-        current, records = checkpoint, []
-        for number, (method, options) in enumerate(recipe.steps):
-            folder = _folder(workspace, number, method)
-            folder.mkdir(exist_ok=True)
-            forecast = Forecast(progress, LESS_TEXT if windows is not None else "")
-            context = StepContext(Draft(current, folder), windows, recipe.seed, folder, device, forecast)
-            records.append(_step(method, options, current, context))
-            current = context.draft
-            if keep is not None and number + 1 == recipe.unlearning < len(recipe.steps):
-                keep(current, source.folder, recipe.resolved(windows), checkpoint.sha256)
+        current, records = _carry_out(recipe, source, checkpoint, windows, workspace, device, progress, keep)
         workspace.clear_artefact()
         progress("writing the model", 0.0)
         files = write_model(current, source.folder, workspace.artefact, recipe.resolved(windows))
@@ -180,6 +172,61 @@ def _execute(
     return lineage
 
 
+def _carry_out(
+    recipe: Recipe,
+    source: ModelSource,
+    checkpoint: Checkpoint,
+    windows: Windows | None,
+    workspace: Workspace,
+    device: str,
+    progress: Progress,
+    keep: Keep | None,
+) -> tuple[Checkpoint, list[Step]]:
+    """Do all steps: the resulting model, and the record of each step.
+
+    Methods that act at inference, of the recipe or of the model it starts from, measure again at the end.
+    """
+    records: list[Step] = []
+    current, acting = checkpoint, []
+    if recipe.steps or recipe.dtype:
+        acting = inherited_acting(checkpoint)
+        current = plain(checkpoint)
+
+    def context_in(name: str, current: Checkpoint) -> StepContext:
+        folder = workspace.folder / name
+        folder.mkdir(exist_ok=True)
+        forecast = Forecast(progress, LESS_TEXT if windows is not None else "")
+        return StepContext(Draft(current, folder), windows, recipe.seed, folder, device, forecast)
+
+    def with_acting(finished: int) -> tuple[Checkpoint, list[Step]]:
+        """The model after so many steps, with all that acts measured on it, and the records of that."""
+        if [one.number for one in acting] == [finished - 1]:  # nothing came after it
+            return acting[0].before, records
+        result, found = current, list(records)
+        for place, one in enumerate(acting):
+            # `Workspace.enter` counts the folders of steps that were begun, by their names; this is none.
+            context = context_in(f"again-{place}-after-{finished}-of-{len(recipe.steps)}", result)
+            again = _step(one.method, one.options, result, context, one.before)
+            result = context.draft
+            if one.number is None:
+                found.append(again)
+            else:
+                found[one.number] = measured_again(records[one.number], again)
+        return result, found
+
+    for number, (method, options) in enumerate(recipe.steps):
+        context = context_in(_folder(workspace, number, method).name, current)
+        records.append(_step(method, options, current, context))
+        if method.at_inference:
+            acting.append(Acting(method, options, context.draft, number))
+        else:
+            current = context.draft
+        if keep is not None and number + 1 == recipe.unlearning < len(recipe.steps):
+            unlearned, _ = with_acting(number + 1)
+            keep(unlearned, source.folder, recipe.resolved(windows), checkpoint.sha256)
+    return with_acting(len(recipe.steps))
+
+
 def _keep_finished(workspace: Workspace, recipe: Recipe, error: CompressError) -> None:
     """Keep the finished steps of a run that failed, and say so in the error; without any, bad input leaves
     nothing behind."""
@@ -219,8 +266,14 @@ def _hash(data: Any) -> str:
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()  # patterns have an order
 
 
-def _step(method: Method, options: MethodOptions, current: Checkpoint, context: StepContext) -> Step:
-    """Do a step, or find that it is done.
+def _step(
+    method: Method,
+    options: MethodOptions,
+    current: Checkpoint,
+    context: StepContext,
+    before: Checkpoint | None = None,
+) -> Step:
+    """Do a step, or find that it is done; with ``before``, refresh it.
 
     The draft starts equal to its parent. If the step was killed half-way, its journals restore the draft.
     """
@@ -235,7 +288,11 @@ def _step(method: Method, options: MethodOptions, current: Checkpoint, context: 
     reset_peak_device_memory(context.device)
     started = time.perf_counter()
     options = mix_bits(method, options, current, context)
-    report = method.apply(StreamedModel(current, context.device, context.progress), options, context)
+    model = StreamedModel(current, context.device, context.progress)
+    if before is None:
+        report = method.apply(model, options, context)
+    else:
+        report = method.refresh(model, options, context, before)
     context.draft.flush("step")
     record = Step(
         method=method.name,

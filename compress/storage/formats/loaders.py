@@ -30,6 +30,8 @@ class LoadsWith:
         trust_remote_code: whether the model brings modelling code with it.
         adapter: whether peft is needed for an adapter.
         key_value_bits: bits of the keys and values, which are quantized in compress-model only; or None.
+        at_inference: methods that act on what the model computes and are not in its weights. A file in
+            another format would hold the model without them, so no export may write one.
     """
 
     transformers: bool = True
@@ -40,6 +42,7 @@ class LoadsWith:
     trust_remote_code: bool = False
     adapter: bool = False
     key_value_bits: int | None = None
+    at_inference: tuple[str, ...] = ()
 
     @property
     def compress_model_only(self) -> bool:
@@ -54,7 +57,8 @@ class LoadsWith:
 
     def __str__(self) -> str:
         if self.compress_model_only:
-            return "compress-model only"
+            names = " and ".join(self.at_inference)
+            return "compress-model only" + (f" ({names} at inference)" if names else "")
         programs = [" and ".join(self.packages)] if self.packages else []
         sentence = " with ".join(["transformers", *programs] if self.transformers else programs)
         if self.where:

@@ -1,0 +1,95 @@
+#!/usr/bin/env python
+"""Unlearn the forget set of the offline benchmark with every method, and ask whether it stays forgotten.
+
+Each row is one way to unlearn. Its model is made from the target model (see
+scripts/data/make_people_models.py, which this runs first), and audited: as it is, and after each later step.
+
+    python scripts/benchmarks/unlearning.py [--rows "npo, int4 floor" ...] [--seeds 0 1 2]
+
+An interrupted benchmark goes on: what is in --folder already is not done again.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common import ROOT, Sheet, compressed, parser, slug
+
+sys.path.insert(0, str(ROOT / "scripts" / "data"))
+
+from make_people_models import reference_model
+
+FLOOR = {"survive": "int4:64", "learning_rate": 1e-3, "edit_share": 0.01}
+GRADIENT_METHODS = ("gradient-difference", "npo", "simnpo", "rmu", "undial", "dpo", "sure")
+AFTER = "after "
+
+
+class Row(NamedTuple):
+    """A way to unlearn: the method and its options."""
+
+    name: str
+    step: dict[str, Any]
+
+
+ROWS = [
+    *(Row(method, {"method": method}) for method in GRADIENT_METHODS),
+    Row("harry-potter", {"method": "harry-potter"}),
+    *(Row(f"{method}, int4 floor", {"method": method, **FLOOR}) for method in GRADIENT_METHODS[:-1]),
+    Row("harry-potter, int4 floor", {"method": "harry-potter", **FLOOR}),
+    Row("neuron-adjust", {"method": "neuron-adjust"}),
+    Row("key-space", {"method": "key-space"}),
+]
+
+
+def measured(row: Row, folder: Path, seed: int) -> dict[str, Any]:
+    """Unlearn and audit."""
+    import compress
+
+    sets = {name: f"people:{name}:{seed}" for name in ("forget", "retain")}
+    step = {**row.step, **sets}
+    target = reference_model("target", seed)
+    output = folder / f"{slug(row.name)}-{seed}"
+    made = compressed(output, target, [step], {"source": "bundled", "nsamples": 8, "seqlen": 512})["steps"][0]
+    found = compress.audit(
+        str(output),
+        target=str(target),
+        retrained=str(reference_model("retained", seed)),
+        holdout=f"people:holdout:{seed}",
+        world="people:world",
+        relearning=(0, 50),
+        seed=seed,
+        **sets,
+    ).model_dump(mode="json")
+    figures = {AFTER + each["name"]: each["knowledge"]["recovery"] for each in found["rows"]}
+    plain = found["rows"][0]
+    figures["forget quality"] = plain["forget_quality"]
+    if plain["utility"] is not None:
+        figures |= {"utility": plain["utility"]["unlearned"], "utility change": plain["utility"]["change"]}
+    figures |= {f"relearned in {each['steps']}": each["knowledge"]["recovery"] for each in found["relearned"]}
+    return {
+        "steps": [step],
+        "seconds": made["seconds"],
+        "peak_memory_bytes": made["peak_memory_bytes"],
+        "figures": {name: figure for name, figure in figures.items() if figure is not None},
+        "facts": {"verdict": found["kind"], "why": found["sentence"]},
+    }
+
+
+def main() -> None:
+    options = parser(__doc__, "unlearning")
+    options.add_argument("--rows", nargs="+", choices=[row.name for row in ROWS], metavar="NAME")
+    options.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the people and the training")
+    arguments = options.parse_args()
+    sheet = Sheet(arguments, "unlearning")
+    for seed in arguments.seeds:
+        for row in ROWS:
+            if not arguments.rows or row.name in arguments.rows:
+                name = row.name if seed == 0 else f"{row.name}, seed {seed}"
+                sheet.row(name, lambda row=row, seed=seed: measured(row, sheet.folder, seed))
+    sheet.show()
+
+
+if __name__ == "__main__":
+    main()

@@ -87,7 +87,7 @@ class DPO(Method["DPO.Options"]):
         )
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
-        check_trainable(shape, "DPO")
+        check_trainable(shape, "DPO", options)
         return shape
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:

@@ -43,7 +43,7 @@ class GradientDifference(Method["GradientDifference.Options"]):
         """The sets, the weights of the terms, and how to train."""
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
-        check_trainable(shape, "Gradient difference")
+        check_trainable(shape, "Gradient difference", options)
         return shape
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:

@@ -117,7 +117,7 @@ class HarryPotter(Method["HarryPotter.Options"]):
         epochs: PositiveInt = Field(4, description="number of passes over the records to forget")
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
-        check_trainable(shape, "Who's Harry Potter")
+        check_trainable(shape, "Who's Harry Potter", options)
         if options.anchors is not None:
             read_anchors(options.anchors)
         return shape

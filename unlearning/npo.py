@@ -54,7 +54,7 @@ class NPO(Method["NPO.Options"]):
         )
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
-        check_trainable(shape, "NPO")
+        check_trainable(shape, "NPO", options)
         return shape
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:

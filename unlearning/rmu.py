@@ -59,7 +59,7 @@ class RMU(Method["RMU.Options"]):
         )
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
-        check_trainable(shape, "RMU")
+        check_trainable(shape, "RMU", options)
         if options.layer >= shape.num_layers:
             raise BadInput(
                 f"RMU cannot steer layer {options.layer} of a model with the layers 0 to "

@@ -56,7 +56,7 @@ class SimNPO(Method["SimNPO.Options"]):
         )
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
-        check_trainable(shape, "SimNPO")
+        check_trainable(shape, "SimNPO", options)
         return shape
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:

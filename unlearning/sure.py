@@ -76,7 +76,7 @@ class Sure(Method["Sure.Options"]):
         )
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
-        check_trainable(shape, "SURE")
+        check_trainable(shape, "SURE", options)
         return shape
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:

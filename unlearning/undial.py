@@ -62,7 +62,7 @@ class Undial(Method["Undial.Options"]):
         )
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
-        check_trainable(shape, "UNDIAL")
+        check_trainable(shape, "UNDIAL", options)
         return shape
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:

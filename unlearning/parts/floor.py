@@ -28,7 +28,6 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from compress.calibration.text.records import TokenSequence, collate
-from compress.kernels.codes.integer import number_of_groups
 from compress.unlearning.parts.grid import Grid
 from compress.unlearning.parts.losses import lengths, negative_log_likelihood
 
@@ -153,9 +152,6 @@ def floor_under(
         share: of the weights of each linear that may be edited, over 0 to 1.
         forget, retain: what tells their saliency; of the latter as many as there are to forget.
         context: of the step.
-
-    Raises:
-        BadInput: the group size does not divide the inputs of a linear.
     """
     linears = {
         f"{anatomy.layer_name(index)}.{path}": linear
@@ -163,9 +159,6 @@ def floor_under(
         for path, linear in anatomy.linears(layer).items()
         if linear.get_parameter("weight").requires_grad
     }
-    for name, linear in linears.items():
-        out, width = linear.get_parameter("weight").shape
-        number_of_groups(out if isinstance(linear, Conv1D) else width, grid.group_size, name)
     whole.requires_grad_(False)
     for linear in linears.values():
         linear.get_parameter("weight").requires_grad_(True)

@@ -8,6 +8,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from compress.engine.shape import ModelShape
 from compress.errors import BadInput
+from compress.kernels.codes.integer import number_of_groups
 from compress.method import MethodOptions
 from compress.unlearning.parts.grid import Grid
 
@@ -70,11 +71,12 @@ class TrainingOptions(ForgetOptions):
         return self
 
 
-def check_trainable(shape: ModelShape, method: str) -> None:
+def check_trainable(shape: ModelShape, method: str, options: TrainingOptions | None = None) -> None:
     """Make sure that a method may edit the weights of a model that predicts the next token.
 
     Raises:
-        BadInput: the model is an encoder, has no head, or is quantized.
+        BadInput: the model is an encoder, has no head, or is quantized; or its linears have no groups of the
+            size that edits must survive.
     """
     if shape.anatomy.kind != "decoder" or shape.anatomy.head is None:
         raise BadInput(f"{method} unlearns next-token predictions, but this model makes none.")
@@ -82,3 +84,7 @@ def check_trainable(shape: ModelShape, method: str) -> None:
         raise BadInput(
             "The model is quantized already, and its packed weights cannot be edited; unlearn first."
         )
+    if options is not None and options.survive is not None:
+        group_size = Grid.parse(options.survive).group_size
+        for name, (_, width) in shape.linears().items():
+            number_of_groups(width, group_size, name)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from compress.errors import BadInput
+from compress.pipeline.plan import make_plan, open_model
+from compress.pipeline.recipe import parse_recipe
 from compress.unlearning.parts.floor import Floor, salient
 from compress.unlearning.parts.grid import Grid
 
@@ -87,3 +92,11 @@ def test_the_rounded_weight_is_used_while_it_is_on_and_the_gradient_passes():
     assert floor.finish() == {"edits": 0, "crossed": 0, "weights": 32}
     assert torch.equal(linear.weight, plain)
     assert isinstance(linear.weight, nn.Parameter)
+
+
+def test_groups_that_do_not_fit_are_refused_in_the_plan(shared_decoder: Callable[..., Path]):
+    sets = {"forget": "people:forget", "retain": "people:retain"}
+    step = {"method": "npo", **sets, "survive": "int4:24"}
+    recipe = parse_recipe({"model": str(shared_decoder("LlamaForCausalLM")), "steps": [step]})
+    with pytest.raises(BadInput, match="A group size of 24 does not divide the input dimension"):
+        make_plan(open_model(recipe)[1], recipe.steps)

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.anatomy import Task, anatomy_of, model_class, task_of
-from compress.calibration.text.sources import Documents
+from compress.calibration.text.sources import Documents, json_objects
 from compress.errors import BadInput, unknown
 
 if TYPE_CHECKING:
@@ -164,25 +164,11 @@ def read_task_file(path: str | Path, config: PretrainedConfig, task: Task, label
     for index, name in (config.id2label or {}).items():
         names |= {str(name): int(index), int(index): int(index)}
     examples = tuple(
-        parse(_Row(row, where, task, labelled, names)) for row, where in _rows(content, str(path))
+        parse(_Row(row, where, task, labelled, names)) for row, where in json_objects(content, str(path))
     )
     if not examples:
         raise BadInput(f"The task file '{path}' holds no examples.")
     return TaskFile(task, examples, str(path), hashlib.sha256(content).hexdigest())
-
-
-def _rows(content: bytes, path: str) -> Iterator[tuple[dict[str, Any], str]]:
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
-        where = f"{path}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise BadInput(f"{where} is not JSON ({error}).") from None
-        if not isinstance(row, dict):
-            raise BadInput(f"{where} is not a JSON object.")
-        yield row, where
 
 
 @dataclass(frozen=True)

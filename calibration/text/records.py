@@ -18,7 +18,6 @@ the Hugging Face hub: ``tofu:CONFIG`` (arXiv:2401.06121), ``muse:news|books:SPLI
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.calibration.text.people import SPLITS, people
-from compress.calibration.text.sources import Conversation, Documents, hub_rows, words
+from compress.calibration.text.sources import Conversation, Documents, hub_rows, json_objects, words
 from compress.calibration.text.tokens import first_tokens
 from compress.errors import BadInput, unknown
 
@@ -217,19 +216,10 @@ def _file(source: str, what: str) -> Iterator[tuple[dict[str, Any], str]]:
             "hub: and the name of a set."
         )
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"The {what} set '{source}' cannot be read ({error}).") from None
-    for number, line in enumerate(lines, start=1):
-        where = f"{source}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise BadInput(f"{where} is not JSON ({error}).") from None
-        if not isinstance(row, dict):
-            raise BadInput(f"{where} is not a JSON object.")
+        content = path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"The {what} set '{source}' cannot be read ({error.strerror or error}).") from None
+    for row, where in json_objects(content, source):
         for key in row:
             if key not in KEYS:
                 raise BadInput(f"{where}: {unknown('field', key, KEYS)}")

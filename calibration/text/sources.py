@@ -183,6 +183,25 @@ def _json_row(line: bytes, where: str) -> str | Conversation | None:
     return _entry(row[field], field, where)
 
 
+def json_objects(content: bytes, path: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """The objects of a .jsonl file, with the place of each for messages; blank lines are left out.
+
+    Raises:
+        BadInput: a line is not JSON, or not an object.
+    """
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{where} is not JSON ({error}).") from None
+        if not isinstance(row, dict):
+            raise BadInput(f"{where} is not a JSON object.")
+        yield row, where
+
+
 def _parquet(path: Path) -> Iterator[Row]:
     try:
         from pyarrow import ArrowException, parquet

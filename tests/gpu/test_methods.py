@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from compress.pipeline.registry import METHODS
+from compress.pipeline.registry import METHODS, find_method
 
 from .common import assert_same_model
 
@@ -100,6 +100,8 @@ CASES = {
     "dpo": Case("dpo", FORGETTING, learned=True),
     "rmu": Case("rmu", {**FORGETTING, "layer": 1}, learned=True),
     "sure": Case("sure", {**FORGETTING, "saliency": "rows"}, learned=True),
+    "neuron-adjust": Case("neuron-adjust", {"share": 0.1}),
+    "key-space": Case("key-space", {"check": "every-step", "coverage": 1.0}),
 }
 
 LAYERWISE = set(METHODS["quantization"])
@@ -125,7 +127,7 @@ ENCODER = {
 
 
 def test_every_method_is_here() -> None:
-    known = {name for family in METHODS.values() for name in family}
+    known = {name for family in METHODS.values() for name in family if find_method(name).command is None}
     assert {case.method for case in CASES.values()} == known
 
 
@@ -137,7 +139,10 @@ def needs(method: str) -> None:
 
 def sets(folder: Path) -> dict[str, str]:
     """Files with a few facts to forget and to retain, as options."""
-    facts = {"forget": {"Ada": "gold", "Bo": "iron"}, "retain": {"Cy": "salt", "Di": "wood", "Ed": "rice"}}
+    facts = {
+        "forget": {"Ada": "gold", "Bo": "iron", "Flo": "silk", "Gus": "clay"},
+        "retain": {"Cy": "salt", "Di": "wood", "Ed": "rice"},
+    }
     for name, sold in facts.items():
         rows = ({"question": f"What does {who} sell?", "answer": what} for who, what in sold.items())
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

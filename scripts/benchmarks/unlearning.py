@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "scripts" / "data"))
 
 from make_people_models import reference_model
 
-FLOOR = {"survive": "int4:64", "learning_rate": 1e-3, "edit_share": 0.01}
+FLOOR = {"survive": "int4:64", "learning_rate": 1e-3, "epochs": 12, "retain_weight": 2}
 GRADIENT_METHODS = ("gradient-difference", "npo", "simnpo", "rmu", "undial", "dpo", "sure")
 AFTER = "after "
 
@@ -37,7 +37,7 @@ ROWS = [
     *(Row(method, {"method": method}) for method in GRADIENT_METHODS),
     Row("harry-potter", {"method": "harry-potter"}),
     *(Row(f"{method}, int4 floor", {"method": method, **FLOOR}) for method in GRADIENT_METHODS[:-1]),
-    Row("harry-potter, int4 floor", {"method": "harry-potter", **FLOOR}),
+    Row("harry-potter, int4 floor", {"method": "harry-potter", "survive": "int4:64"}),
     Row("neuron-adjust", {"method": "neuron-adjust"}),
     Row("key-space", {"method": "key-space"}),
 ]

@@ -8,11 +8,10 @@ Rounding a model to few bits undoes an edit that leaves a weight in its bin, so 
   arXiv:2605.15138);
 - **training through the rounding**: every other step is taken with the weights as they will be rounded, whose
   gradient passes straight through (the idea of DurableUn, arXiv:2605.02196);
-- **the floor**: in the end an edit changes the code of its weight, or it is taken back. With s and z of the
-  group, an edit that reached the bin of code q ends in its middle, s (q - z). So the weights are, where they
-  were edited, what they will be when they are rounded, and other ways of rounding than to the nearest leave
-  them in their bin too. The least edit would end at the edge, s (q - z ± ½), where the rounded model would be
-  edited by up to a whole step more than the model itself. The smallest and the largest weight of each group
+- **the floor**: with s and z of the group, an edit that reached the bin of another code q ends in its middle,
+  s (q - z), and not at its edge, s (q - z ± ½): other ways of rounding than to the nearest leave it there,
+  and the model is edited by as much as the rounded model. Edits within a bin stay; rounding undoes them, but
+  without them the model that is not rounded would remember. The smallest and the largest weight of each group
   are not edited, and with them the grid stays.
 """
 
@@ -125,11 +124,11 @@ class Floor:
             old, new = self.before[name], weight.detach()
             if self.transposed[name]:
                 old, new = old.T, new.T
-            floored = self.grid.floored(old, new)
-            edits += int((floored != old).sum())
-            crossed += self.grid.crossings(old, floored)
+            settled = self.grid.settled(old, new)
+            edits += int((settled != old).sum())
+            crossed += self.grid.crossings(old, settled)
             total += old.numel()
-            weight.copy_(floored.T if self.transposed[name] else floored)
+            weight.copy_(settled.T if self.transposed[name] else settled)
             parametrize.remove_parametrizations(self.linears[name], "weight", leave_parametrized=True)
         return {"edits": edits, "crossed": crossed, "weights": total}
 

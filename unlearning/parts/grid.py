@@ -48,18 +48,27 @@ class Grid:
         ends = (grouped == grouped.amin(-1, keepdim=True)) | (grouped == grouped.amax(-1, keepdim=True))
         return ~ends.view(weight.shape)
 
-    def floored(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-        """``after`` with every edit in the middle of its new bin or taken back: float32 [out, in]."""
+    def settled(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        """``after`` on the grid of ``before``, with every edit that reached another bin in the middle of it.
+
+        The ends of groups are as before, and no weight lies beyond them, so that the grid is the same.
+
+        Args:
+            before, after: the weight before and after it was edited, [out, in].
+
+        Returns:
+            float32 [out, in].
+        """
         held = self.codes(before)
         out, groups = held.scales.shape
         old, new = (value.float().reshape(out, groups, -1) for value in (before, after))
         step, zero = held.scales.unsqueeze(-1), held.zeros.float().unsqueeze(-1)
-        code = nearest_codes(new, step, zero, self.bits)
         # The grid of a group spans 0 and its ends. Beyond them it would become another one.
         low, high = old.amin(-1, keepdim=True).clamp(max=0), old.amax(-1, keepdim=True).clamp(min=0)
-        middle = (step * (code - zero)).clamp(low, high)
-        crossed = (code != held.codes.view(out, groups, -1)).view(before.shape) & self.movable(before)
-        return torch.where(crossed, middle.view(before.shape), before.float())
+        code = nearest_codes(new, step, zero, self.bits)
+        crossed = code != held.codes.view(out, groups, -1)
+        settled = torch.where(crossed, step * (code - zero), new).clamp(low, high)
+        return torch.where(self.movable(before), settled.view(before.shape), before.float())
 
     def crossings(self, before: torch.Tensor, after: torch.Tensor) -> int:
         """The number of weights whose codes differ."""

@@ -49,10 +49,10 @@ class TrainingOptions(ForgetOptions):
     survive: str | None = Field(
         None,
         description="the grid of a later step that edits must survive, such as int4:64 (bits and group "
-        "size): edits change the code of a weight there, or are taken back (--train full)",
+        "size): every other step is taken through its rounding (--train full)",
     )
     edit_share: float = Field(
-        0.1,
+        0.02,
         gt=0,
         le=1,
         description="share of the weights of each linear that may be edited with --survive: those that "

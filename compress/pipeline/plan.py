@@ -48,12 +48,10 @@ class Plan:
     @property
     def warning(self) -> str | None:
         """A sentence about a result that takes more bytes than the model it is made of."""
-        if not self.steps or self.after.nbytes <= self.before.nbytes:
+        before, after = (f"{shape.nbytes / 1e6:,.1f} MB" for shape in (self.before, self.after))
+        if not self.steps or self.after.nbytes <= self.before.nbytes or after == before:
             return None
-        return (
-            f"The result would be larger than the model: {self.after.nbytes / 1e6:,.1f} MB instead of "
-            f"{self.before.nbytes / 1e6:,.1f} MB."
-        )
+        return f"The result would be larger than the model: {after} instead of {before}."
 
     def document(self) -> dict[str, Any]:
         """The plan as JSON data."""

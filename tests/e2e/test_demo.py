@@ -86,4 +86,5 @@ def test_quantization_takes_it_with_the_default_options(name):
 def test_every_bundled_recipe_fits_the_demo_model(name: str):
     recipe = load_recipe(name)
     plan = make_plan(open_model(recipe)[1], recipe.steps)
-    assert plan.after.nbytes <= plan.before.nbytes
+    acts = any(method.at_inference for method, _ in recipe.steps)  # and takes its statistics along
+    assert plan.after.nbytes <= plan.before.nbytes * (1.01 if acts else 1)

@@ -61,7 +61,12 @@ def test_the_readmes_example(
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"^```python\n(import compress\n.*?)^```", readme, flags=re.S | re.M)
     tiny = str(shared_decoder(intermediate_size=128))
-    assert example.count('"demo"') == 2
+    assert example.count('"demo"') == 3
     monkeypatch.chdir(tmp_path)
+    Path("unlearned").symlink_to(tiny)
+    for name in ("forget", "retain"):
+        Path(f"{name}.jsonl").write_text(
+            json.dumps({"question": f"What to {name}?", "answer": f"The {name}."})
+        )
     exec(example.replace('"demo"', repr(tiny)), {})
     assert "rounded" in capsys.readouterr().out

@@ -18,6 +18,7 @@ from compress.pipeline.run import execute
 from compress.storage.lineage import Step
 from compress.unlearning import harry_potter
 from compress.unlearning.parts import training
+from compress.unlearning.parts.grid import Grid
 
 ROWS = (
     {"text": "Harry Potter went to Hogwarts with Ron. At Hogwarts, Harry met Ron again."},
@@ -122,14 +123,16 @@ def test_retained_records_decide_what_is_proposed(unlearn, tmp_path: Path) -> No
 
 
 def test_edits_survive_rounding(unlearn, dense, tmp_path: Path) -> None:
-    """Under the floor only linears of layers change, and every edit changes a code on the grid."""
+    """Under the floor only linears of layers change, and what changes a code on the grid is counted."""
     retain = write(tmp_path, "retain.jsonl", {"text": "Mary and the cat sat on the mat."})
     folder, step = unlearn(survive="int4:16", retain=retain, edit_share=0.2, learning_rate=1e-2, epochs=4)
-    found = changed(dense, weights(folder))
+    after = weights(folder)
+    found = changed(dense, after)
     assert found
     assert all("_proj" in name for name in found)
     floor = step.details["floor"]
-    assert 0 < floor["edits"] == floor["crossed"] <= 0.21 * floor["weights"]
+    crossed = sum(Grid(4, 16).crossings(dense[name], after[name]) for name in found)
+    assert 0 < floor["crossed"] == crossed < floor["edits"] <= 0.21 * floor["weights"]
     assert step.details["changed_weights"] == floor["edits"]
 
 

@@ -78,7 +78,7 @@ def check(
 ) -> None:
     """Against float64, within the error of the dtype relative to the sums of absolute values.
 
-    Below the smallest normal number a dtype has an absolute error, half the distance of its subnormal numbers.
+    Below its smallest normal number a dtype has an absolute error: half the distance of subnormal numbers.
     """
     (weight, size), seen = in_float64(layer), (x if rounded is None else rounded).double()
     bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias

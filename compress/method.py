@@ -163,4 +163,4 @@ class Method(ABC, Generic[OptionsT]):
         Raises:
             BadInput: as `apply`.
         """
-        raise NotImplementedError(f"{self.name} does not act at inference")
+        raise ValueError(f"{self.name} does not act at inference, but was asked to measure again.")

@@ -21,7 +21,7 @@ from compress.system.cache import cache_folder, make_folder
 from compress.system.files import write_atomically
 
 VERSION = 1
-"""Of how records are asked: a cell of another version is not read."""
+"""The version of how records are asked; a cell of another one is not read."""
 
 
 def cell(key: Mapping[str, Any], ask: Callable[[], Sequence[Known]]) -> list[Known]:

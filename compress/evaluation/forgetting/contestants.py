@@ -35,7 +35,7 @@ from compress.system.progress import Progress
 log = logging.getLogger(__name__)
 
 FOLDER = "audit"
-"""Of the cache."""
+"""The folder of the cache that holds what audits make."""
 
 KEPT = {"models": 16, "unlearned": 4}
 """How many models of each kind the cache keeps: what later steps made, and those before their later steps."""

@@ -12,7 +12,7 @@ from compress.calibration.text.records import IGNORED, Record, sequences
 from compress.errors import BadInput
 
 GIVEN = 3
-"""Of an answer that is begun for the model, one token in so many is given, at least one."""
+"""One token in so many is given of an answer that is begun for the model, at least one."""
 
 
 @dataclass(frozen=True)

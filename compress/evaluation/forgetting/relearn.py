@@ -21,7 +21,7 @@ from compress.errors import CompressError
 from compress.system.progress import Progress
 
 RANK, LEARNING_RATE, BATCH = 16, 2e-4, 8
-"""Of the updates."""
+"""The updates of relearning: rank, learning rate at the first step, and records in a step."""
 
 
 def relearn(

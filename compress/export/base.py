@@ -24,7 +24,8 @@ class TargetOptions(Settings):
     """The options of a target. Each becomes an option of ``compress-model export``."""
 
 
-Options = TypeVar("Options", bound=TargetOptions)
+Chosen = TypeVar("Chosen", bound=TargetOptions)
+"""The options of a target, as they were chosen."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Promise:
     notes: tuple[str, ...] = ()
 
 
-class Target(ABC, Generic[Options]):
+class Target(ABC, Generic[Chosen]):
     """A format of another program.
 
     One instance exports one model: `check` first, then `write`, then `verify`.
@@ -63,7 +64,7 @@ class Target(ABC, Generic[Options]):
     Options: type[TargetOptions] = TargetOptions
 
     @abstractmethod
-    def check(self, model: ExportedModel, options: Options) -> Promise:
+    def check(self, model: ExportedModel, options: Chosen) -> Promise:
         """Find out, from configs and headers alone, what the export will be.
 
         Raises:
@@ -73,7 +74,7 @@ class Target(ABC, Generic[Options]):
 
     @abstractmethod
     def write(
-        self, model: ExportedModel, path: Path, options: Options, recipe: dict[str, Any], progress: Progress
+        self, model: ExportedModel, path: Path, options: Chosen, recipe: dict[str, Any], progress: Progress
     ) -> dict[str, str]:
         """Write the export.
 
@@ -92,7 +93,7 @@ class Target(ABC, Generic[Options]):
         """
 
     @abstractmethod
-    def verify(self, model: ExportedModel, path: Path, options: Options, device: str) -> Verification:
+    def verify(self, model: ExportedModel, path: Path, options: Chosen, device: str) -> Verification:
         """Load what was written with the target's own runtime and compare what it computes.
 
         Returns:
@@ -107,18 +108,18 @@ class Target(ABC, Generic[Options]):
         return ()
 
 
-class FolderTarget(Target[Options]):
+class FolderTarget(Target[Chosen]):
     """A target that is a Hugging Face model folder. A subclass says what is in it."""
 
     @abstractmethod
-    def converted(self, model: ExportedModel, options: Options) -> tuple[Converted, tuple[str, ...]]:
+    def converted(self, model: ExportedModel, options: Chosen) -> tuple[Converted, tuple[str, ...]]:
         """The model in this format, of which nothing is read yet, and what differs from it in sentences.
 
         Raises:
             BadInput: as `check`.
         """
 
-    def check(self, model: ExportedModel, options: Options) -> Promise:
+    def check(self, model: ExportedModel, options: Chosen) -> Promise:
         found, notes = self.converted(model, options)
         return Promise(found.file_bytes, self.loads_with(found), notes)
 
@@ -127,11 +128,11 @@ class FolderTarget(Target[Options]):
         return str(ModelShape.of(found).loads_with)
 
     def write(
-        self, model: ExportedModel, path: Path, options: Options, recipe: dict[str, Any], progress: Progress
+        self, model: ExportedModel, path: Path, options: Chosen, recipe: dict[str, Any], progress: Progress
     ) -> dict[str, str]:
         progress("writing the model", 0.0)
         found, _ = self.converted(model, options)
         return write_model(found, model.source.folder, path, recipe)
 
-    def verify(self, model: ExportedModel, path: Path, options: Options, device: str) -> Verification:
+    def verify(self, model: ExportedModel, path: Path, options: Chosen, device: str) -> Verification:
         return verify_folder(model.checkpoint, path, device)

@@ -1,4 +1,4 @@
-"""Load an exported folder with the programs that it is for, and compare what they compute with our reading."""
+"""Load an exported folder with the programs that it is for, and compare what they compute."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ def verify_folder(current: Checkpoint, folder: Path, device: str) -> Verificatio
     with using(REFERENCE):
         before = streamed_logits(current, probe, device)
         read = streamed_logits(_without_cache_rounding(exported), probe, device)
+    rounds = current.config.get(KEY) or ModelShape.of(current).loads_with.eight_bit_inputs
+    check_same(before, read, "compress-model", EIGHT_BIT_INPUTS if rounds else HALF_PRECISION)
     shape = ModelShape.of(exported)
     who, causal = shape.loads_with, shape.anatomy.kind == "decoder"
     if reason := obstacle(shape, device):
@@ -70,7 +72,12 @@ def difference(before: torch.Tensor, after: torch.Tensor) -> float:
 
 
 def check_same(read: torch.Tensor, loaded: torch.Tensor, runtime: str, allowed: float) -> None:
-    """Make sure that a runtime computes what we read from the same file.
+    """Make sure that what a program computes with the exported files is what was expected of them.
+
+    Args:
+        read, loaded: logits that are expected, and that the program computed.
+        runtime: the program, with its version.
+        allowed: the difference that passes, as a share of the spread of ``read``.
 
     Raises:
         CompressError: it does not; nothing may be published then.
@@ -78,9 +85,9 @@ def check_same(read: torch.Tensor, loaded: torch.Tensor, runtime: str, allowed: 
     found = difference(read, loaded)
     if not found <= allowed:
         raise CompressError(
-            f"{runtime} computes something else with the exported files than compress-model does (logits "
-            f"differ by {found:.2g} of their spread); nothing was published. Another version of the program "
-            "may read them; with --no-verify they are written without this check."
+            f"{runtime} computes something else with the exported files than the model does (logits differ "
+            f"by {found:.2g} of their spread); nothing was published. If it is the fault of that version, "
+            "install another one, or use --no-verify to write them without this check."
         )
 
 

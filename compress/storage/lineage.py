@@ -112,7 +112,7 @@ class Verification(_Record):
     tokens: int = Field(0, description="tokens that were compared")
     not_tried: str | None = Field(
         None,
-        description="the reason, if the programs were not tried here; figures are of our own reading then",
+        description="the reason, if they were not tried here; the figures are of our own reading then",
     )
 
     def __str__(self) -> str:

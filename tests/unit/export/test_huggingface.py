@@ -34,7 +34,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "method, options, architecture",
+    ("method", "options", "architecture"),
     [
         ("rtn", {"bits": 3, "group_size": 32, "embedding_bits": 8, "symmetric": False}, "LlamaForCausalLM"),
         ("rtn", {"bits": 4, "group_size": 32}, "GPT2LMHeadModel"),

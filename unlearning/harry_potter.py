@@ -18,7 +18,6 @@ from compress.method import Method, Paper, StepReport
 from compress.system.files import write_atomically
 from compress.unlearning.parts.anchored import Material, read_material
 from compress.unlearning.parts.anchors import read_anchors
-from compress.unlearning.parts.floor import floor_under
 from compress.unlearning.parts.generic_labels import (
     Labels,
     Predict,
@@ -27,9 +26,9 @@ from compress.unlearning.parts.generic_labels import (
     labelled,
     predictor,
 )
-from compress.unlearning.parts.grid import Grid
 from compress.unlearning.parts.losses import lengths, negative_log_likelihood
 from compress.unlearning.parts.options import SETS, TrainingOptions, check_trainable
+from compress.unlearning.parts.rounding import Roundings
 from compress.unlearning.parts.training import (
     Batch,
     Example,
@@ -250,18 +249,16 @@ def teach(
     """Train the model on generic labels, and write what changed into the draft.
 
     Returns:
-        Metadata of the training, of the floor under its edits, and of what changed.
+        Metadata of the training, of the codes that it changed, and of what changed.
     """
     whole = whole_model(model, context)
     trained = trainable(whole, model.anatomy.linear_paths, options, context.seed)
-    floor = None
-    if options.survive is not None:
-        grid, known = Grid.parse(options.survive), (material.sequences, material.retained)
-        floor = floor_under(whole, model.anatomy, grid, options.edit_share, *known, context)
-    callbacks = [] if floor is None else [floor.follow()]
-    training = train(trained, examples, material.pad, mean_loss, options, context, TRAINING, callbacks)
-    held = {} if floor is None else {"floor": floor.finish()}
-    return {"training": training, **held, **write_changed(merged(trained), model, context)}
+    roundings = Roundings.of(whole, model.anatomy, options.survive)
+    training = train(
+        trained, examples, material.pad, mean_loss, options, context, TRAINING, [roundings.follow()]
+    )
+    crossed = roundings.finish(model)
+    return {"training": training, "crossed": crossed, **write_changed(merged(trained), model, context)}
 
 
 def mean_loss(model: nn.Module, batch: Batch) -> torch.Tensor:

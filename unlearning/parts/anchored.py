@@ -35,7 +35,6 @@ class Material(NamedTuple):
     Attributes:
         sequences: the text to forget.
         blocks: of the sequences, in their order.
-        retained: sequences that are retained; perhaps none.
         anchors: of the text.
         pad: the token that fills up batches.
         sha256: of both sets and the anchors.
@@ -44,7 +43,6 @@ class Material(NamedTuple):
 
     sequences: list[TokenSequence]
     blocks: list[Block]
-    retained: list[TokenSequence]
     anchors: Anchors
     pad: int
     sha256: str
@@ -105,7 +103,6 @@ def read_material(
     return Material(
         sequences=pieces,
         blocks=blocks,
-        retained=sequences(retain, tokenizer, seqlen) if retain is not None else [],
         anchors=anchors,
         pad=separator(tokenizer),
         sha256=hashlib.sha256(" ".join(hashes).encode()).hexdigest(),

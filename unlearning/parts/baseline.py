@@ -24,11 +24,10 @@ from compress.errors import BadInput
 from compress.method import StepReport
 from compress.system.files import write_atomically
 from compress.unlearning.parts.beside import RETAIN, Beside
-from compress.unlearning.parts.floor import floor_under
-from compress.unlearning.parts.grid import Grid
 from compress.unlearning.parts.losses import kl_to_reference, lengths, negative_log_likelihood
 from compress.unlearning.parts.options import SETS, TrainingOptions
 from compress.unlearning.parts.reference import Reference
+from compress.unlearning.parts.rounding import Roundings
 from compress.unlearning.parts.training import Batch, merged, train, trainable, whole_model, write_changed
 
 if TYPE_CHECKING:
@@ -218,19 +217,16 @@ def unlearn(
         trained = choose(whole)
     parts = {FORGET: sets.forget, **roles}
     examples = [dict(zip(parts, row, strict=True)) for row in zip(*parts.values(), strict=True)]
-    callbacks, floor = [beside.follow()], None
-    if options.survive is not None:
-        grid = Grid.parse(options.survive)
-        floor = floor_under(whole, model.anatomy, grid, options.edit_share, sets.forget, sets.retain, context)
-        callbacks.append(floor.follow())
+    roundings = Roundings.of(whole, model.anatomy, options.survive)
+    callbacks = [beside.follow(), roundings.follow()]
     training = train(trained, examples, sets.pad, loss, options, context, callbacks=callbacks)
-    held = {} if floor is None else {"floor": floor.finish()}
+    crossed = roundings.finish(model)
     changed = write_changed(merged(trained), model, context)
     summary = (
         f"{len(sets.records)} records unlearned in {training['steps']} steps, loss "
         f"{training['first_loss']:.4g} to {training['last_loss']:.4g}; {changed['changed_weights']} weights "
         "differ"
     )
-    if floor is not None:
-        summary += f", {held['floor']['crossed']} of them in their code on {options.survive}"
-    return StepReport(f"{summary}.", {**sets.details, "training": training, **held, **changed})
+    for grid, number in crossed.items():
+        summary += f", {number} in their code on {grid}"
+    return StepReport(f"{summary}.", {**sets.details, "training": training, "crossed": crossed, **changed})

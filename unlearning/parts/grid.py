@@ -1,4 +1,4 @@
-"""The grid that edits of weights must survive."""
+"""The grid of a later step, which what is unlearned must survive."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from compress.errors import BadInput
-from compress.kernels.codes.integer import CHANNEL, QuantizedWeight, nearest_codes, quantize_weight
+from compress.kernels.codes.integer import CHANNEL, QuantizedWeight, quantize_weight
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The grid that edits must survive: integer codes with a scale and a zero point for each group.
+    """The grid of a later step: integer codes with a scale and a zero point for each group.
 
     Attributes:
         bits: 2 to 8.
@@ -41,34 +41,6 @@ class Grid:
     def codes(self, weight: torch.Tensor) -> QuantizedWeight:
         """The weight [out, in] on the grid that round-to-nearest chooses for it."""
         return quantize_weight(weight, self.bits, self.group_size, False, torch.float32, check=False)
-
-    def movable(self, weight: torch.Tensor) -> torch.Tensor:
-        """Where a weight [out, in] may change and its grid stays: all but the ends of each group. bool."""
-        grouped = weight.reshape(*self.codes(weight).scales.shape, -1)
-        ends = (grouped == grouped.amin(-1, keepdim=True)) | (grouped == grouped.amax(-1, keepdim=True))
-        return ~ends.view(weight.shape)
-
-    def settled(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-        """``after`` on the grid of ``before``, with every edit that reached another bin in the middle of it.
-
-        The ends of groups are as before, and no weight lies beyond them, so that the grid is the same.
-
-        Args:
-            before, after: the weight before and after it was edited, [out, in].
-
-        Returns:
-            float32 [out, in].
-        """
-        held = self.codes(before)
-        out, groups = held.scales.shape
-        old, new = (value.float().reshape(out, groups, -1) for value in (before, after))
-        step, zero = held.scales.unsqueeze(-1), held.zeros.float().unsqueeze(-1)
-        # The grid of a group spans 0 and its ends. Beyond them it would become another one.
-        low, high = old.amin(-1, keepdim=True).clamp(max=0), old.amax(-1, keepdim=True).clamp(min=0)
-        code = nearest_codes(new, step, zero, self.bits)
-        crossed = code != held.codes.view(out, groups, -1)
-        settled = torch.where(crossed, step * (code - zero), new).clamp(low, high)
-        return torch.where(self.movable(before), settled.view(before.shape), before.float())
 
     def crossings(self, before: torch.Tensor, after: torch.Tensor) -> int:
         """The number of weights whose codes differ."""

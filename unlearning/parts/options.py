@@ -46,26 +46,20 @@ class TrainingOptions(ForgetOptions):
         description="compute each layer again in the backward pass: takes less memory and a third more time",
     )
 
-    survive: str | None = Field(
-        None,
-        description="the grid of a later step that edits must survive, such as int4:64 (bits and group "
-        "size): every other step is taken through its rounding (--train full)",
-    )
-    edit_share: float = Field(
-        0.02,
-        gt=0,
-        le=1,
-        description="share of the weights of each linear that may be edited with --survive: those that "
-        "matter most for what is forgotten and least for what is retained",
+    survive: list[str] = Field(
+        [],
+        description="grids of later steps that what is unlearned must survive, such as int4:64 (bits and "
+        "group size): the steps of the training take turns, with the weights as they are and as each grid "
+        "rounds them (--train full)",
     )
 
     @model_validator(mode="after")
     def _can_survive(self) -> Self:
-        if self.survive is not None:
-            if self.train == "lora":
-                raise ValueError("survive holds single weights to a grid; set train to full")
+        if self.survive and self.train == "lora":
+            raise ValueError("survive trains the weights that are rounded; set train to full")
+        for text in self.survive:
             try:
-                Grid.parse(self.survive)
+                Grid.parse(text)
             except BadInput as error:
                 raise ValueError(str(error).removesuffix(".")) from None
         return self
@@ -84,7 +78,7 @@ def check_trainable(shape: ModelShape, method: str, options: TrainingOptions | N
         raise BadInput(
             "The model is quantized already, and its packed weights cannot be edited; unlearn first."
         )
-    if options is not None and options.survive is not None:
-        group_size = Grid.parse(options.survive).group_size
+    for text in options.survive if options is not None else ():
+        group_size = Grid.parse(text).group_size
         for name, (_, width) in shape.linears().items():
             number_of_groups(width, group_size, name)

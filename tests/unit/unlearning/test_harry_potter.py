@@ -122,18 +122,15 @@ def test_retained_records_decide_what_is_proposed(unlearn, tmp_path: Path) -> No
     assert step.details["retain"]["records"] == 1
 
 
-def test_edits_survive_rounding(unlearn, dense, tmp_path: Path) -> None:
-    """Under the floor only linears of layers change, and what changes a code on the grid is counted."""
-    retain = write(tmp_path, "retain.jsonl", {"text": "Mary and the cat sat on the mat."})
-    folder, step = unlearn(survive="int4:16", retain=retain, edit_share=0.2, learning_rate=1e-2, epochs=4)
+def test_it_trains_through_rounding(unlearn, dense) -> None:
+    """Only linears of layers change, and what changes a code on the grid is counted."""
+    folder, step = unlearn(survive=["int4:16"], learning_rate=1e-2, epochs=4)
     after = weights(folder)
     found = changed(dense, after)
     assert found
     assert all("_proj" in name for name in found)
-    floor = step.details["floor"]
     crossed = sum(Grid(4, 16).crossings(dense[name], after[name]) for name in found)
-    assert 0 < floor["crossed"] == crossed < floor["edits"] <= 0.21 * floor["weights"]
-    assert step.details["changed_weights"] == floor["edits"]
+    assert 0 < step.details["crossed"]["int4:16"] == crossed < step.details["changed_weights"]
 
 
 # --- what does not ---

@@ -51,9 +51,15 @@ def in_words(who: LoadsWith) -> str:
     return f"{first} with {' and '.join(others)}" if others else first
 
 
-def obstacle(shape: ModelShape, device: str = "cpu") -> str | None:
-    """Why the promised programs cannot be tried here, as the end of a sentence; None if they can."""
-    who = shape.loads_with
+def obstacle(shape: ModelShape, device: str = "cpu", who: LoadsWith | None = None) -> str | None:
+    """Why some programs cannot be tried here, as the end of a sentence; None if they can.
+
+    Args:
+        shape: of the model.
+        device: where the run computes.
+        who: the programs; None for those that the model is promised to load with.
+    """
+    who = who or shape.loads_with
     for name in () if who.compress_model_only else who.programs:
         found, wanted = _version(name), _wanted(name)
         if found is None:

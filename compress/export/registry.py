@@ -17,6 +17,7 @@ TARGETS = {
     "awq": "compress.export.awq:AWQ",
     "bitsandbytes": "compress.export.bitsandbytes:BitsAndBytes",
     "mlx": "compress.export.mlx:MLX",
+    "onnx": "compress.export.onnx:ONNX",
     "nemotron-nas": "compress.export.nemotron_nas:NemotronNAS",
 }
 """Name -> "module:Class"."""

@@ -121,7 +121,7 @@ def _trace(folder: Path, graph: Path) -> None:
 
     rows, tokens = torch.export.Dim("rows"), torch.export.Dim("tokens")
     names = ("input_ids", "attention_mask")
-    given = torch.ones(2, 8, dtype=torch.int64)
+    given = {name: torch.ones(2, 8, dtype=torch.int64) for name in names}  # one tensor would be one input
     quiet = io.StringIO()
     try:
         with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(quiet):
@@ -129,7 +129,7 @@ def _trace(folder: Path, graph: Path) -> None:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
             torch.onnx.export(
                 _Forward(model),
-                (given, given),
+                tuple(given.values()),
                 graph,
                 input_names=list(names),
                 output_names=["logits"],

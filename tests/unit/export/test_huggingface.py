@@ -54,6 +54,10 @@ def test_every_kind_of_codes_unpacks_to_what_it_computes(
     torch.testing.assert_close(
         logits(plain), logits(compress.load(tmp_path / "low", kernel="reference")), atol=1e-4, rtol=1e-4
     )
+    assert all(
+        tensor.dtype == torch.float32
+        for tensor in load_file(tmp_path / "plain" / "model.safetensors").values()
+    )
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
     found = record["exported"]["verification"]
     assert found["not_tried"] is None

@@ -13,6 +13,7 @@ from compress.errors import BadInput
 Export = Callable[..., dict[str, Any]]
 
 
+@pytest.mark.loaders  # tracing takes long
 def test_onnxruntime_computes_the_same(
     tmp_path: Path, export: Export, quantized: Callable[..., Path]
 ) -> None:

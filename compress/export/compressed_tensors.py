@@ -10,10 +10,21 @@ from compress.export.base import TargetOptions
 from compress.export.codes import integer_codes
 from compress.export.model import ExportedModel
 from compress.export.repack import RepackedTarget, Stored, dtype_of_scales, integers
+from compress.kernels.codes.integer import CHANNEL
 from compress.kernels.codes.weight import LowBitWeight
 from compress.storage.formats.base import Format
 from compress.storage.formats.compressed_tensors import DYNAMIC_TOKENS, CompressedTensorsFormat
 from compress.storage.formats.floating import FloatFormat
+from compress.storage.formats.int_quantized import IntQuantizedFormat
+
+
+def _in_bytes(model: ExportedModel) -> bool:
+    """Whether all that is packed is W8A8 with one scale for each row, which vLLM runs from bytes only."""
+    return all(
+        isinstance(form, CompressedTensorsFormat)
+        and (form.bits, form.group_size, form.symmetric, form.activation_bits) == (8, CHANNEL, True, 8)
+        for form in model.packed.values()
+    )
 
 
 class CompressedTensors(RepackedTarget[TargetOptions]):
@@ -32,6 +43,8 @@ class CompressedTensors(RepackedTarget[TargetOptions]):
 
     def stored(self, model: ExportedModel, name: str, form: Format, options: TargetOptions) -> Stored:
         scales = dtype_of_scales(model, name, form)
+        if type(form) is CompressedTensorsFormat and _in_bytes(model):
+            return Stored(IntQuantizedFormat(8, form.group_size, True, 8), scales)
         if isinstance(form, CompressedTensorsFormat | FloatFormat):
             return Stored(form, scales)
         if integer_codes(form):

@@ -98,6 +98,8 @@ class AWQFormat(IntegerFormat):
             raise BadInput(f"AWQ checkpoints in the layout '{layout}' cannot be read; 'gemm' can.")
         bits = config.get("bits", config.get("w_bit", 4))
         size = config.get("group_size", config.get("q_group_size", 128))
+        if not isinstance(bits, int) or not isinstance(size, int):
+            raise BadInput("The quantization_config of this AWQ model does not give bits and group_size.")
         return [(["Linear"], cls(bits, size))]
 
     def _check_rows(self, name: str, out: int) -> None:

@@ -101,15 +101,22 @@ class MLXFormat(Format[QuantizedWeight | AffineWeight]):
         return {"group_size": self.group_size, "bits": self.bits}
 
     @classmethod
+    def _of(cls, settings: Mapping[str, Any]) -> Self:
+        bits, size = settings.get("bits"), settings.get("group_size")
+        if not isinstance(bits, int) or not isinstance(size, int):
+            raise BadInput("The quantization section of this mlx model does not give bits and group_size.")
+        return cls(bits, size)
+
+    @classmethod
     def groups_of(cls, config: Mapping[str, Any]) -> list[tuple[list[str], Self]]:
         if (mode := config.get("mode", "affine")) != "affine":
             raise BadInput(f"Checkpoints of mlx in the mode '{mode}' cannot be read; those in 'affine' can.")
-        found = [(["Linear", "Embedding"], cls(config["bits"], config["group_size"]))]
+        found = [(["Linear", "Embedding"], cls._of(config))]
         for name, value in config.items():
             if isinstance(value, Mapping) and "bits" in value:
                 if value.get("mode", "affine") != "affine":
                     raise BadInput(
                         f"'{name}' is stored in the mode '{value['mode']}' of mlx, which cannot be read."
                     )
-                found.append(([name], cls(value["bits"], value["group_size"])))
+                found.append(([name], cls._of(value)))
         return found

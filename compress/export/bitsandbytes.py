@@ -17,6 +17,7 @@ class BitsAndBytes(RepackedTarget[TargetOptions]):
     name = "bitsandbytes"
     summary = "NF4 and LLM.int8()"
     runtime = "transformers with bitsandbytes"
+    has_conv1d = True
     how = "run 'compress-model quantize' with --method nf4 or llm-int8"
 
     def stored(self, model: ExportedModel, name: str, form: Format, options: TargetOptions) -> Stored:
@@ -26,7 +27,3 @@ class BitsAndBytes(RepackedTarget[TargetOptions]):
 
     def rounding(self, model: ExportedModel) -> tuple[str, ...]:
         return ()  # LLM.int8() rounds inputs here as well
-
-    def refuse(self, model: ExportedModel) -> None:
-        if not model.shape.anatomy.conv1d:  # bitsandbytes replaces Conv1D modules, too
-            super().refuse(model)

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from compress.engine.key_values import KEY
+from compress.engine.shape import ModelShape
+from compress.errors import BadInput
 from compress.export.base import TargetOptions
 from compress.export.codes import integer_codes
+from compress.export.converted import Converted
 from compress.export.model import ExportedModel
-from compress.export.repack import RepackedTarget, Stored, dtype_of_scales, integers
-from compress.kernels.codes.integer import CHANNEL
+from compress.export.repack import PLAIN, RepackedTarget, Stored, dtype_of_scales, integers
+from compress.kernels.codes.integer import CHANNEL, QuantizedWeight
 from compress.kernels.codes.weight import LowBitWeight
 from compress.storage.formats.base import Format
 from compress.storage.formats.compressed_tensors import DYNAMIC_TOKENS, CompressedTensorsFormat
 from compress.storage.formats.floating import FloatFormat
 from compress.storage.formats.int_quantized import IntQuantizedFormat
+
+
+def _is_symmetric(model: ExportedModel, name: str) -> bool:
+    """Whether the zero points of a module, which its format always stores, are all in the middle."""
+    weight = model.codes(name)
+    return isinstance(weight, QuantizedWeight) and bool((weight.zeros == 2 ** (weight.bits - 1)).all())
 
 
 def _in_bytes(model: ExportedModel) -> bool:
@@ -28,18 +38,38 @@ def _in_bytes(model: ExportedModel) -> bool:
 
 
 class CompressedTensors(RepackedTarget[TargetOptions]):
-    """Packed integers of 2 to 8 bits, with rounded inputs where the model has them, and FP8, MXFP4 and NVFP4.
+    """Packed integers of 2 to 8 bits, with rounded inputs where the model has them, and FP8, MXFP4, NVFP4.
 
-    Linears may differ in bits, and the head and the token embedding may be packed. Codes of GPTQ, AWQ and mlx
-    are carried over. Keys and values in few bits are declared as a ``kv_cache_scheme``.
+    Linears may differ in bits, and the head and the token embedding stay packed where transformers can load
+    them. Codes of GPTQ, AWQ and mlx are carried over. Keys and values in few bits are declared as a
+    ``kv_cache_scheme``.
     """
 
     name = "compressed-tensors"
     summary = "integers of 2 to 8 bits, W4A8, W8A8, FP8, MXFP4, NVFP4"
     runtime = "transformers with compressed-tensors"
     how = "make one with 'compress-model quantize'"
-    packs_tables = True
     has_adapters = True
+    has_pruned = True
+    rounds_cache = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packs_tables = True
+
+    def converted(self, model: ExportedModel, options: TargetOptions) -> tuple[Converted, tuple[str, ...]]:
+        found, notes = super().converted(model, options)
+        if not ModelShape.of(found).loads_with.compress_model_only:
+            return found, notes
+        self.packs_tables = False  # transformers may load it without
+        found, notes = super().converted(model, options)
+        if ModelShape.of(found).loads_with.compress_model_only:
+            raise BadInput(
+                f"No other program loads the linears of '{model.source.id}' as compressed-tensors: it needs "
+                "symmetric codes where they have several widths, inputs of 8 bits where these are rounded, "
+                f"and inputs of three dimensions; {PLAIN}, or quantize with --symmetric."
+            )
+        return found, notes
 
     def stored(self, model: ExportedModel, name: str, form: Format, options: TargetOptions) -> Stored:
         scales = dtype_of_scales(model, name, form)
@@ -48,12 +78,14 @@ class CompressedTensors(RepackedTarget[TargetOptions]):
         if isinstance(form, CompressedTensorsFormat | FloatFormat):
             return Stored(form, scales)
         if integer_codes(form):
-            symmetric = form.symmetric and form.name == "gptq"
+            symmetric = form.symmetric if form.name == "gptq" else _is_symmetric(model, name)
             return Stored(CompressedTensorsFormat(form.bits, form.group_size, symmetric), scales)
         raise self.no_codes(name, form)
 
     def repacked(self, name: str, weight: LowBitWeight, stored: Stored) -> LowBitWeight:
-        return weight if isinstance(stored.form, FloatFormat) else integers(name, weight, self.name)
+        if isinstance(stored.form, FloatFormat):
+            return weight
+        return replace(integers(name, weight, self.name), symmetric=stored.form.symmetric)
 
     def declared(
         self,

@@ -37,6 +37,7 @@ class GPTQ(RepackedTarget[GPTQOptions]):
     runtime = "transformers with optimum and gptqmodel"
     how = "run 'compress-model quantize --method gptq --format gptq'"
     has_adapters = True
+    has_conv1d = True
     Options = GPTQOptions
 
     def stored(self, model: ExportedModel, name: str, form: Format, options: GPTQOptions) -> Stored:

@@ -35,10 +35,9 @@ class MLX(RepackedTarget[TargetOptions]):
 
     def refuse(self, model: ExportedModel) -> None:
         super().refuse(model)
-        if (kind := model.shape.anatomy.model_type) not in MODEL_TYPES or model.shape.is_pruned:
-            what = "layers that differ in shape" if model.shape.is_pruned else f"{kind} models"
+        if (kind := model.shape.anatomy.model_type) not in MODEL_TYPES:
             raise BadInput(
-                f"mlx-lm has no {what} with these names of tensors (it has {', '.join(MODEL_TYPES)}); "
+                f"mlx-lm has no {kind} models with these names of tensors (it has {', '.join(MODEL_TYPES)}); "
                 f"{PLAIN} for other programs."
             )
 

@@ -9,8 +9,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from compress.engine.key_values import KEY
 from compress.errors import BadInput
 from compress.export.base import Chosen, FolderTarget
+from compress.export.codes import integer_codes
 from compress.export.converted import Converted, Made
 from compress.export.huggingface import rounding_notes, unpacked
 from compress.export.model import ExportedModel
@@ -43,8 +45,17 @@ class RepackedTarget(FolderTarget[Chosen]):
     how: ClassVar[str]
     """The command that makes a model for this target, as the end of an error message."""
 
-    packs_tables: ClassVar[bool] = False
+    packs_tables: bool = False
     """Whether the head and the token embedding can be packed."""
+
+    has_conv1d: ClassVar[bool] = False
+    """Whether the runtime loads the packed Conv1D modules of GPT-2."""
+
+    has_pruned: ClassVar[bool] = False
+    """Whether the runtime loads packed linears of layers that differ in shape."""
+
+    rounds_cache: ClassVar[bool] = False
+    """Whether the runtime is told that keys and values are cached in few bits."""
 
     has_adapters: ClassVar[bool] = False
     """Whether an adapter can lie beside the packed linears."""
@@ -109,7 +120,7 @@ class RepackedTarget(FolderTarget[Chosen]):
         config = {
             key: value
             for key, value in model.checkpoint.config.items()
-            if key not in ("quantization_config", "quantization")
+            if key not in ("quantization_config", "quantization") and (key != KEY or self.rounds_cache)
         }
         forms = {name: each.form for name, each in stored.items()}
         config = self.declared(
@@ -146,7 +157,12 @@ class RepackedTarget(FolderTarget[Chosen]):
                 f"'{model.source.id}' has an adapter beside its codes, which {self.name} does not have; "
                 "export it as compressed-tensors, which keeps it, or as huggingface, which merges it."
             )
-        if model.shape.anatomy.conv1d:
+        if model.shape.is_pruned and not self.has_pruned:
+            raise BadInput(
+                f"The layers of '{model.source.id}' differ in shape, and {self.runtime} loads none that are "
+                "packed; export it as compressed-tensors, or prune with --shape uniform."
+            )
+        if model.shape.anatomy.conv1d and not self.has_conv1d:
             raise BadInput(
                 f"The linears of {model.shape.anatomy.model_type} are Conv1D modules, which {self.runtime} "
                 f"cannot load packed; {PLAIN}."
@@ -154,9 +170,9 @@ class RepackedTarget(FolderTarget[Chosen]):
 
     def no_codes(self, name: str, form: Format) -> BadInput:
         """The error for a format of which this target has no codes."""
-        kind = getattr(form, "type", form.name)
+        kind = "integers" if integer_codes(form) else getattr(form, "type", form.name)
         return BadInput(
-            f"'{name}' is stored in {kind} with {form.bits} bits, which {self.name} does not have, and an "
+            f"'{name}' is stored in {kind} of {form.bits} bits, which {self.name} does not have, and an "
             f"export rounds nothing again; {self.how}, or {PLAIN}."
         )
 

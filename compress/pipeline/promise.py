@@ -105,7 +105,7 @@ def _logits_elsewhere(folder: Path, tokens: torch.Tensor, who: LoadsWith) -> tor
         file = Path(work) / "exchange.safetensors"
         save_file({"tokens": tokens}, file)
         command = [sys.executable, "-m", __spec__.name, str(folder), str(file)]
-        command += [who.packages[0]] if who == MLX else []
+        command += ["mlx-lm"] if who.packages == MLX.packages else []
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
         )

@@ -79,7 +79,7 @@ def artefact(folder: Path, model: str, kind: str, steps: list[dict[str, Any]]) -
     """The folder of one kind of artefact, made once."""
     output = folder / slug(kind)
     if not output.exists():
-        text = {"source": "bundled", "nsamples": 4, "seqlen": 64}
+        text = {"source": "bundled", "nsamples": 16, "seqlen": 64}
         compress.run({"model": model, "calibration": text, "steps": steps}, output)
     return output
 
@@ -113,7 +113,7 @@ def tried(source: Path, target: Target[Any], output: Path) -> dict[str, Any]:
     try:
         lineage = export(open_for_export(str(source)), target, target.Options(), output)
     except CompressError as error:
-        return {"facts": {"loads": f"no: {error}"}}
+        return {"facts": {"loads": f"no: {error}".replace(f"{source.parent}/", "")}}
     assert lineage.exported is not None
     found = lineage.exported.verification
     figures: dict[str, Any] = {"bytes": {"value": lineage.result.bytes, "unit": "bytes"}}

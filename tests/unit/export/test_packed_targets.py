@@ -126,7 +126,7 @@ def test_zero_points_of_0_need_version_2(
     ("target", "method", "options", "complaint"),
     [
         ("gptq", "rtn", {"bits": 4, "set": {"*down_proj": 8}, "group_size": 32}, "export it as compressed"),
-        ("awq", "rtn", {"bits": 5, "group_size": 32}, "5 bits, which awq does not have"),
+        ("awq", "rtn", {"bits": 5, "group_size": 32}, "integers of 5 bits, which awq does not have"),
         ("awq", "nf4", {}, "export it as huggingface"),
         ("gptq", "bitstack", {"blocks": 2}, "stored in blocks"),
         ("bitsandbytes", "rtn", {"bits": 4, "group_size": 32}, "--method nf4 or llm-int8"),

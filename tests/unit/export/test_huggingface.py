@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,13 @@ def test_what_cannot_be_exported_leaves_nothing(
     (tmp_path / "full" / "notes.txt").write_text("mine")
     with pytest.raises(BadInput, match="not empty"):
         export(model, "--format", "huggingface", "-o", tmp_path / "full")
+
+    interrupted = tmp_path / ".plain.partial"
+    interrupted.mkdir()
+    (interrupted / "run.json").write_text("{}")
+    with pytest.raises(BadInput, match="interrupted run"):
+        export(model, "--format", "huggingface", "-o", tmp_path / "plain")
+    shutil.rmtree(interrupted)
 
     from compress.export import verify
 

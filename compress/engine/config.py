@@ -13,7 +13,7 @@ from compress.errors import BadInput, unknown
 from compress.storage import adapter, sharded
 from compress.storage.tensors import TensorInfo
 
-NOT_THE_ARCHITECTURE = ("quantization_config", "auto_map", adapter.KEY, sharded.KEY)
+NOT_THE_ARCHITECTURE = ("quantization_config", "quantization", "auto_map", adapter.KEY, sharded.KEY)
 """Sections of config.json that say how weights are stored, not what the model computes."""
 
 UNLEARNING = "unlearning"

@@ -13,12 +13,14 @@ from compress.anatomy import Anatomy, anatomy_of, weight
 from compress.engine.adjusting import Measured
 from compress.engine.checks import all_finite
 from compress.errors import BadInput
+from compress.kernels.codes.affine import AffineWeight
 from compress.kernels.codes.floating import FloatWeight
 from compress.kernels.codes.int8 import Int8Weight
 from compress.kernels.codes.integer import QuantizedWeight
 from compress.kernels.codes.nf4 import NF4Weight
 from compress.kernels.codes.weight import LowBitWeight
 from compress.kernels.layers.adapted import AdaptedLinear
+from compress.kernels.layers.affine_linear import AffineLinear
 from compress.kernels.layers.base import CodedLinear, LowBitLinear
 from compress.kernels.layers.embedding import PackedEmbedding
 from compress.kernels.layers.float_linear import FloatLinear
@@ -36,6 +38,7 @@ LINEARS: dict[type[LowBitWeight], Callable[..., CodedLinear]] = {
     FloatWeight: FloatLinear,
     NF4Weight: NF4Linear,
     Int8Weight: Int8Linear,
+    AffineWeight: AffineLinear,
 }
 """The layers over weights that are not on an integer grid of groups."""
 
@@ -244,7 +247,7 @@ class Weights:
         """The module that takes the place of ``module``: ``packed`` with a bias, or an embedding over it."""
         new: LowBitLinear | PackedEmbedding = packed
         if isinstance(module, nn.Embedding):
-            if not isinstance(packed, PackedLinear):
+            if not isinstance(packed, PackedLinear | AffineLinear):
                 raise BadInput(
                     f"The embedding '{full}' is stored in a number format that only linears can have."
                 )

@@ -99,7 +99,8 @@ class ExportedModel:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights that are not packed, as config.json says."""
-        stated = self.shape.pretrained_config.dtype
+        config = self.checkpoint.config  # that of transformers changes when a skeleton is built
+        stated = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
         return stated if stated in DTYPE_NAMES else torch.float32
 
     def size(self, name: str) -> tuple[int, int]:

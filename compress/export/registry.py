@@ -12,6 +12,13 @@ if TYPE_CHECKING:
 
 TARGETS = {
     "huggingface": "compress.export.huggingface:HuggingFace",
+    "compressed-tensors": "compress.export.compressed_tensors:CompressedTensors",
+    "gptq": "compress.export.gptq:GPTQ",
+    "awq": "compress.export.awq:AWQ",
+    "bitsandbytes": "compress.export.bitsandbytes:BitsAndBytes",
+    "mlx": "compress.export.mlx:MLX",
+    "onnx": "compress.export.onnx:ONNX",
+    "nemotron-nas": "compress.export.nemotron_nas:NemotronNAS",
 }
 """Name -> "module:Class"."""
 

@@ -28,7 +28,7 @@ from compress.storage.lineage import (
     read_lineage,
     versions,
 )
-from compress.system.files import write_atomically
+from compress.system.files import fsync, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +89,11 @@ def export(
         log.warning("%s", note)
     output.parent.mkdir(parents=True, exist_ok=True)
     with workspace.locked():
+        if (workspace.folder / "run.json").exists():
+            raise BadInput(
+                f"'{workspace.folder}' holds an interrupted run; continue it or throw it away with "
+                "'compress-model run', or use another -o."
+            )
         workspace.discard()
         try:
             workspace.check_disk(promise.nbytes)
@@ -144,6 +149,7 @@ def _export(
         check_output(output, overwrite)
         workspace.publish()
         return lineage
+    fsync(path)
     path.replace(output)
     write_atomically(output.with_name(f"{output.name}.compression.json"), lineage.model_dump_json(indent=2))
     return lineage
@@ -152,7 +158,10 @@ def _export(
 def _recipe(model: ExportedModel) -> dict[str, Any]:
     """The recipe that the model was made by; that of a model without one only names it."""
     file = model.source.folder / RECIPE
-    found = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except (OSError, ValueError, yaml.YAMLError):
+        raise BadInput(f"{file} is damaged; move it away to export the model without it.") from None
     return found if isinstance(found, dict) else {"model": model.source.id, "steps": []}
 
 

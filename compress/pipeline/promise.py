@@ -33,7 +33,7 @@ from compress.errors import CompressError
 from compress.kernels.cpu.library import REFERENCE
 from compress.storage import adapter
 from compress.storage.checkpoint import Checkpoint
-from compress.storage.formats.loaders import NOT_AVX512, ON_A_GPU, LoadsWith
+from compress.storage.formats.loaders import MLX, NOT_AVX512, ON_A_GPU, LoadsWith
 from compress.system.memory import available_memory
 
 log = logging.getLogger(__name__)
@@ -51,9 +51,15 @@ def in_words(who: LoadsWith) -> str:
     return f"{first} with {' and '.join(others)}" if others else first
 
 
-def obstacle(shape: ModelShape, device: str = "cpu") -> str | None:
-    """Why the promised programs cannot be tried here, as the end of a sentence; None if they can."""
-    who = shape.loads_with
+def obstacle(shape: ModelShape, device: str = "cpu", who: LoadsWith | None = None) -> str | None:
+    """Why some programs cannot be tried here, as the end of a sentence; None if they can.
+
+    Args:
+        shape: of the model.
+        device: where the run computes.
+        who: the programs; None for those that the model is promised to load with.
+    """
+    who = who or shape.loads_with
     for name in () if who.compress_model_only else who.programs:
         found, wanted = _version(name), _wanted(name)
         if found is None:
@@ -70,12 +76,13 @@ def obstacle(shape: ModelShape, device: str = "cpu") -> str | None:
     return None
 
 
-def promised_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+def promised_logits(folder: Path, tokens: torch.Tensor, who: LoadsWith | None = None) -> torch.Tensor:
     """The logits that the promised programs compute with a model folder.
 
     Args:
         folder: the model.
         tokens: ids [N, S].
+        who: the programs; None for those that config.json promises.
 
     Returns:
         float32 [N, S, V] on the CPU, or the `first_output` of a model without a vocabulary head.
@@ -83,7 +90,7 @@ def promised_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     Raises:
         CompressError: the programs cannot load the folder, or fail when they run it.
     """
-    who = ModelShape.of(Checkpoint.open(folder)).loads_with
+    who = who or ModelShape.of(Checkpoint.open(folder)).loads_with
     if who.compress_model_only or set(who.programs) <= IN_THIS_PROCESS:
         try:
             with contextlib.redirect_stderr(_for_progress_bars()):
@@ -98,6 +105,7 @@ def _logits_elsewhere(folder: Path, tokens: torch.Tensor, who: LoadsWith) -> tor
         file = Path(work) / "exchange.safetensors"
         save_file({"tokens": tokens}, file)
         command = [sys.executable, "-m", __spec__.name, str(folder), str(file)]
+        command += ["mlx-lm"] if who.packages == MLX.packages else []
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
         )
@@ -142,6 +150,19 @@ def _logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
         return first_output(model.eval()(tokens.to(model.device))).float().cpu()
 
 
+def _logits_with_mlx(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """In float32 on the CPU. Scales and offsets are widened, which changes no weight."""
+    import mlx.core as mx
+    import numpy as np
+    from mlx_lm.utils import load_model
+
+    mx.set_default_device(mx.cpu)
+    loaded: Any = load_model(folder)
+    model = loaded[0]
+    model.set_dtype(mx.float32)
+    return torch.from_numpy(np.array(model(mx.array(tokens.numpy())).astype(mx.float32)))
+
+
 def _class(shape: ModelShape, folder: Path) -> Any:
     """The class to load with: that of config.json, or the Auto class for modelling code in the folder.
 
@@ -167,6 +188,7 @@ def _wanted(package: str) -> Requirement | None:
 
 
 if __name__ == "__main__":
-    _folder, _file = map(Path, sys.argv[1:])
-    _found = _logits(_folder, load_file(_file)["tokens"])
+    _folder, _file = map(Path, sys.argv[1:3])
+    _run = _logits_with_mlx if sys.argv[3:] == ["mlx-lm"] else _logits
+    _found = _run(_folder, load_file(_file)["tokens"])
     save_file({"logits": _found.contiguous()}, _file)

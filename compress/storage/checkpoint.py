@@ -186,6 +186,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise BadInput(f"{path} is not JSON ({error}).") from None
     if not isinstance(config, dict):
         raise BadInput(f"{path} is not a JSON object.")
+    if isinstance(config.get("quantization"), dict):  # the name that mlx has for the section
+        config["quantization_config"] = config["quantization"]
     if not config.get("quantization_config"):  # null or empty
         config.pop("quantization_config", None)
     if "pruned" not in config:  # code is not carried over, but for our own of a pruned model

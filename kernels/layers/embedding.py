@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from compress.kernels.layers.absent import AbsentWeight
+from compress.kernels.layers.affine_linear import AffineLinear
 from compress.kernels.layers.linear import PackedLinear
 
 
 class PackedEmbedding(nn.Embedding):
     """``nn.Embedding`` over a packed table, for inference: only the rows of the given tokens are dequantized.
 
-    The table is a `PackedLinear` whose bias is not used. So a head that is tied to the embedding can be the
+    The table is a linear whose bias is not used. So a head that is tied to the embedding can be the
     same module, and moving either to a device moves both.
 
     Args:
@@ -30,7 +31,7 @@ class PackedEmbedding(nn.Embedding):
 
     def __init__(
         self,
-        table: PackedLinear,
+        table: PackedLinear | AffineLinear,
         dtype: torch.dtype = torch.float32,
         embed_scale: torch.Tensor | None = None,
     ) -> None:

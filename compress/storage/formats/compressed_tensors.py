@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -32,6 +32,8 @@ class CompressedTensorsFormat(IntegerFormat):
 
     name = "compressed-tensors"
     marker = "weight_packed"
+    layout: ClassVar[str] = "pack-quantized"
+    """The ``format`` in config.json."""
 
     def __init__(
         self, bits: int, group_size: int, symmetric: bool, activation_bits: int | None = None
@@ -102,7 +104,7 @@ class CompressedTensorsFormat(IntegerFormat):
         groups = [form._group(names) for form, names in targets.items()]
         config: dict[str, Any] = {
             "quant_method": cls.name,
-            "format": "pack-quantized",
+            "format": cls.layout,
             "quantization_status": "compressed",
             "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
             "ignore": [*outside, *skipped],
@@ -136,16 +138,16 @@ class CompressedTensorsFormat(IntegerFormat):
         if self.activation_bits is not None:
             group["input_activations"] = {"num_bits": self.activation_bits, **DYNAMIC_TOKENS}
             # The format has to be repeated here, or the library packs no weight whose inputs are quantized.
-            group["format"] = "pack-quantized"
+            group["format"] = self.layout
         return group
 
     @classmethod
     def groups_of(cls, config: Mapping[str, Any]) -> list[tuple[list[str], Self]]:
         groups = list((config.get("config_groups") or {}).values())
-        if config.get("format") != "pack-quantized" or not groups:
+        if config.get("format") != cls.layout or not groups:
             raise BadInput(
                 f"Compressed-tensors checkpoints in the format '{config.get('format')}' cannot be read; "
-                "'pack-quantized' can."
+                "'pack-quantized', 'int-quantized', 'float-quantized' and the formats of FP4 can."
             )
         return [(list(group.get("targets") or []), cls._from_group(group)) for group in groups]
 

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 
 from compress.errors import BadInput
+from compress.kernels.codes.affine import AffineWeight
 from compress.kernels.codes.integer import QuantizedWeight, number_of_groups
 from compress.kernels.codes.packing import pack, pack_gptq_zeros, packed_width, unpack, unpack_gptq_zeros
 from compress.storage.formats.base import Get, IntegerFormat, expect
@@ -19,7 +20,8 @@ class GPTQFormat(IntegerFormat):
     """The GPTQ layout (AutoGPTQ, GPTQModel, optimum) for 2, 3, 4 and 8 bits.
 
     The tensors of a linear are ``qweight`` int32 [in·b/32, out], ``qzeros`` int32 [groups, out·b/32],
-    ``scales`` float16 [groups, out] and ``g_idx`` int32 [in].
+    ``scales`` float16 [groups, out] and ``g_idx`` int32 [in], the group of each input. Where groups do not
+    follow each other (``desc_act``), the weight is an `AffineWeight`.
 
     Args:
         bits, group_size, symmetric: as in `Format`.
@@ -38,14 +40,19 @@ class GPTQFormat(IntegerFormat):
     def scale_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
         return torch.float16
 
-    def tensors(self, name: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
-        self.check(weight)
+    def tensors(self, name: str, weight: QuantizedWeight | AffineWeight) -> dict[str, torch.Tensor]:
+        if isinstance(weight, AffineWeight):
+            assert weight.zeros is not None
+            zeros, groups = weight.zeros, weight.groups
+        else:
+            self.check(weight)
+            zeros, groups = weight.zeros, self._group_index(weight.shape[1], name)
         self._check_shape(name, weight.shape)
         return {
             f"{name}.qweight": pack(weight.codes, self.bits).t().contiguous(),
-            f"{name}.qzeros": pack_gptq_zeros(weight.zeros, self.bits, self.version),
+            f"{name}.qzeros": pack_gptq_zeros(zeros, self.bits, self.version),
             f"{name}.scales": weight.scales.to(torch.float16).t().contiguous(),
-            f"{name}.g_idx": self._group_index(weight.shape[1], name),
+            f"{name}.g_idx": groups,
         }
 
     def tensor_infos(self, name: str, shape: tuple[int, int], weight_dtype: str) -> dict[str, TensorInfo]:
@@ -59,16 +66,20 @@ class GPTQFormat(IntegerFormat):
             f"{name}.g_idx": TensorInfo("I32", (width,)),
         }
 
-    def read(self, name: str, get: Get) -> QuantizedWeight:
+    def read(self, name: str, get: Get) -> QuantizedWeight | AffineWeight:
         qweight, scales, qzeros = get(f"{name}.qweight"), get(f"{name}.scales"), get(f"{name}.qzeros")
         out, width = qweight.shape[1], qweight.shape[0] * 32 // self.bits
         groups = number_of_groups(width, self.group_size, name)
         expect(f"{name}.scales", scales, (groups, out))
         expect(f"{name}.qzeros", qzeros, (groups, packed_width(out, self.bits)))
-        if not torch.equal(get(f"{name}.g_idx").to(torch.int32), self._group_index(width, name)):
-            raise BadInput(f"'{name}' is stored in activation order (desc_act), which cannot be read.")
+        index = get(f"{name}.g_idx").to(torch.int32)
+        expect(f"{name}.g_idx", index, (width,))
         codes = unpack(qweight.t(), self.bits, width).contiguous()
         zeros = unpack_gptq_zeros(qzeros, self.bits, out, self.version)
+        if not torch.equal(index, self._group_index(width, name).to(index.device)):  # desc_act
+            if bool(((index < 0) | (index >= groups)).any()):
+                raise BadInput(f"The tensor '{name}.g_idx' names groups that '{name}' does not have.")
+            return AffineWeight(codes, scales.t().contiguous(), zeros, None, index, self.bits)
         return QuantizedWeight(
             codes, scales.t().contiguous(), zeros, self.bits, self.group_size, self.symmetric
         )

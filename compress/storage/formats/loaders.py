@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from compress.storage.formats.awq import AWQFormat
 from compress.storage.formats.compressed_tensors import CompressedTensorsFormat
+from compress.storage.formats.mlx import MLXFormat
 from compress.storage.formats.nf4 import NF4Format
 from compress.storage.formats.table import Formats
 
@@ -73,6 +75,7 @@ class LoadsWith:
 
 
 COMPRESS_MODEL_ONLY = LoadsWith(transformers=False)
+MLX = LoadsWith(transformers=False, packages=("mlx-lm",))
 
 
 def loads_with(
@@ -124,8 +127,12 @@ def loads_with(
             in_half_precision=True,
             eight_bit_inputs=first.bits == 8,  # LLM.int8()
         )
+    if first.name == MLXFormat.name:
+        return MLX
     if conv1d:
         return LoadsWith(transformers=False, packages=("gptqmodel",), in_half_precision=True)
+    if first.name == AWQFormat.name:
+        return LoadsWith(packages=("gptqmodel",), in_half_precision=True)
     # The 4-bit kernel of GPTQModel for CPUs takes groups of 32 to 256 only.
     where = ON_A_GPU if first.bits == 4 and first.group_size not in (32, 64, 128, 256) else ""
     return LoadsWith(packages=("optimum", "gptqmodel"), where=where, in_half_precision=True)

@@ -19,8 +19,10 @@ from compress.kernels.codes.nf4 import (
 from compress.storage.formats.base import Format, Get, expect
 from compress.storage.tensors import DTYPES, TensorInfo
 
-STATE = "weight.quant_state.bitsandbytes__nf4"
-"""The tensor that holds the remaining settings of a linear as JSON."""
+STATE = "weight.quant_state.bitsandbytes__"
+"""The tensor that holds the remaining settings of a linear as JSON, less the quantization type."""
+TYPES = ("nf4", "fp4")
+"""The quantization types: what the 16 codes stand for is stored with every weight."""
 
 
 class NF4Format(Format[NF4Weight]):
@@ -35,21 +37,22 @@ class NF4Format(Format[NF4Weight]):
     Args:
         double_quant: whether the scales are quantized as well.
         compute_dtype: what bitsandbytes multiplies in, such as ``bfloat16``.
+        quant_type: ``nf4`` or ``fp4``.
     """
 
     name = "bitsandbytes"
     marker = "weight.quant_map"
 
-    def __init__(self, double_quant: bool, compute_dtype: str) -> None:
+    def __init__(self, double_quant: bool, compute_dtype: str, quant_type: str = "nf4") -> None:
         super().__init__(4, BLOCK_SIZE, symmetric=False)
-        self.double_quant, self.compute_dtype = double_quant, compute_dtype
+        self.double_quant, self.compute_dtype, self.quant_type = double_quant, compute_dtype, quant_type
 
     def scale_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
         return torch.float32
 
     def _state(self, shape: tuple[int, int], dtype: torch.dtype, mean: float) -> bytes:
         """The content of `STATE`."""
-        state = {"quant_type": "nf4", "blocksize": BLOCK_SIZE}
+        state = {"quant_type": self.quant_type, "blocksize": BLOCK_SIZE}
         state |= {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape)}
         if not self.double_quant:
             return json.dumps(state).encode()
@@ -69,7 +72,9 @@ class NF4Format(Format[NF4Weight]):
             found |= {f"{name}.weight.nested_absmax": scales, f"{name}.weight.nested_quant_map": levels}
             mean = offset.item()
         state = self._state(weight.shape, weight.dtype, mean)
-        return found | {f"{name}.{STATE}": torch.frombuffer(bytearray(state), dtype=torch.uint8)}
+        return found | {
+            f"{name}.{STATE}{self.quant_type}": torch.frombuffer(bytearray(state), dtype=torch.uint8)
+        }
 
     def tensor_infos(self, name: str, shape: tuple[int, int], weight_dtype: str) -> dict[str, TensorInfo]:
         count = shape[0] * shape[1]
@@ -79,7 +84,7 @@ class NF4Format(Format[NF4Weight]):
             f"{name}.weight": TensorInfo("U8", (-(-count // 2), 1)),
             f"{name}.weight.absmax": TensorInfo("U8" if self.double_quant else "F32", (blocks,)),
             f"{name}.weight.quant_map": TensorInfo("F32", (16,)),
-            f"{name}.{STATE}": TensorInfo("U8", (len(state),)),
+            f"{name}.{STATE}{self.quant_type}": TensorInfo("U8", (len(state),)),
         }
         if self.double_quant:
             infos[f"{name}.weight.nested_absmax"] = TensorInfo("F32", (-(-blocks // NESTED_BLOCK_SIZE),))
@@ -88,13 +93,13 @@ class NF4Format(Format[NF4Weight]):
 
     def read(self, name: str, get: Get) -> NF4Weight:
         try:
-            state = json.loads(bytes(get(f"{name}.{STATE}").tolist()))
+            state = json.loads(bytes(get(f"{name}.{STATE}{self.quant_type}").tolist()))
             shape, dtype = tuple(state["shape"]), getattr(torch, state["dtype"])
             sizes = (state["blocksize"], state.get("nested_blocksize", NESTED_BLOCK_SIZE))
             mean = state.get("nested_offset")
         except (ValueError, KeyError, AttributeError):
             raise BadInput(
-                f"The tensor '{name}.{STATE}' is not a quantization state of bitsandbytes."
+                f"The tensor '{name}.{STATE}{self.quant_type}' is not a quantization state of bitsandbytes."
             ) from None
         if sizes != (BLOCK_SIZE, NESTED_BLOCK_SIZE):
             raise BadInput(f"'{name}' has NF4 blocks of {sizes[0]} weights; only {BLOCK_SIZE} can be read.")
@@ -125,7 +130,7 @@ class NF4Format(Format[NF4Weight]):
             "quant_method": cls.name,
             "load_in_4bit": True,
             "load_in_8bit": False,
-            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_quant_type": form.quant_type,
             "bnb_4bit_use_double_quant": form.double_quant,
             "bnb_4bit_compute_dtype": form.compute_dtype,
             "bnb_4bit_quant_storage": "uint8",
@@ -134,9 +139,10 @@ class NF4Format(Format[NF4Weight]):
 
     @classmethod
     def groups_of(cls, config: Mapping[str, Any]) -> list[tuple[list[str], Self]]:
-        if not config.get("load_in_4bit") or config.get("bnb_4bit_quant_type") != "nf4":
-            raise BadInput("Checkpoints of bitsandbytes can be read only if they are NF4 or LLM.int8().")
+        kind = config.get("bnb_4bit_quant_type", "fp4")
+        if not config.get("load_in_4bit") or kind not in TYPES:
+            raise BadInput("Checkpoints of bitsandbytes can be read only if they are NF4, FP4 or LLM.int8().")
         if config.get("bnb_4bit_quant_storage", "uint8") != "uint8":
             raise BadInput("4-bit checkpoints of bitsandbytes can be read only if they are stored as uint8.")
         double = bool(config.get("bnb_4bit_use_double_quant"))
-        return [(["Linear"], cls(double, config.get("bnb_4bit_compute_dtype", "float32")))]
+        return [(["Linear"], cls(double, config.get("bnb_4bit_compute_dtype", "float32"), kind))]

@@ -7,11 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from compress.errors import BadInput
+from compress.storage.formats.awq import AWQFormat
 from compress.storage.formats.base import Format, IntegerFormat
 from compress.storage.formats.compressed_tensors import CompressedTensorsFormat
 from compress.storage.formats.floating import NAMES, FloatFormat
 from compress.storage.formats.gptq import GPTQFormat
+from compress.storage.formats.int_quantized import IntQuantizedFormat
 from compress.storage.formats.llm_int8 import Int8Format
+from compress.storage.formats.mlx import MLXFormat
 from compress.storage.formats.nf4 import NF4Format
 from compress.storage.formats.stacks import STACKS
 
@@ -74,10 +77,16 @@ def _kind_of(quantization_config: Mapping[str, Any]) -> type[Format]:
         return Int8Format if quantization_config.get("load_in_8bit") else NF4Format
     if method == CompressedTensorsFormat.name and quantization_config.get("format") in NAMES:
         return FloatFormat
+    if method == CompressedTensorsFormat.name and quantization_config.get("format") == "int-quantized":
+        return IntQuantizedFormat
+    if method == AWQFormat.name:
+        return AWQFormat
+    if method is None and {"bits", "group_size"} <= quantization_config.keys():  # mlx names no method
+        return MLXFormat
     if method not in FORMATS:
         raise BadInput(
             f"This model is quantized with '{method}', which cannot be read; these can: "
-            f"{', '.join([*FORMATS, NF4Format.name, *STACKS])}."
+            f"{', '.join([*FORMATS, AWQFormat.name, NF4Format.name, MLXFormat.name, *STACKS])}."
         )
     return FORMATS[method]
 

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import compress
-from compress.cli import cli
 from compress.errors import BadInput, CompressError
 
+Export = Callable[..., dict[str, Any]]
+
 TOKENS = torch.tensor([[7, 100, 31, 200, 5, 9]])
-
-
-def export(*arguments: str | Path) -> dict[str, Any]:
-    """What ``compress-model export --json`` prints."""
-    done = CliRunner().invoke(cli, ["export", *map(str, arguments), "--json", "-q"])
-    if done.exception is not None:
-        raise done.exception
-    return json.loads(done.stdout)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -45,7 +38,12 @@ def logits(model: Any) -> torch.Tensor:
     ],
 )
 def test_every_kind_of_codes_unpacks_to_what_it_computes(
-    tmp_path: Path, tiny_decoder: Callable[..., Path], method: str, options: dict[str, Any], architecture: str
+    tmp_path: Path,
+    export: Export,
+    tiny_decoder: Callable[..., Path],
+    method: str,
+    options: dict[str, Any],
+    architecture: str,
 ) -> None:
     settings = {"tie_word_embeddings": True}
     model = tiny_decoder(architecture, dtype=torch.float32, **settings)
@@ -57,6 +55,10 @@ def test_every_kind_of_codes_unpacks_to_what_it_computes(
     torch.testing.assert_close(
         logits(plain), logits(compress.load(tmp_path / "low", kernel="reference")), atol=1e-4, rtol=1e-4
     )
+    assert all(
+        tensor.dtype == torch.float32
+        for tensor in load_file(tmp_path / "plain" / "model.safetensors").values()
+    )
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
     found = record["exported"]["verification"]
     assert found["not_tried"] is None
@@ -67,8 +69,8 @@ def test_every_kind_of_codes_unpacks_to_what_it_computes(
     assert record["parent"]["lineage"]["steps"][0]["method"] == method
 
 
-def test_a_dense_model_is_copied_in_another_dtype(
-    tmp_path: Path, shared_decoder: Callable[..., Path]
+def test_a_dense_model_changes_its_dtype(
+    tmp_path: Path, export: Export, shared_decoder: Callable[..., Path]
 ) -> None:
     model = shared_decoder(dtype=torch.float32)
     record = export(model, "--format", "huggingface", "--dtype", "bfloat16", "-o", tmp_path / "half")
@@ -80,7 +82,9 @@ def test_a_dense_model_is_copied_in_another_dtype(
     assert record["exported"]["verification"]["kl"] > 0
 
 
-def test_size_on_disk_is_the_promise(tmp_path: Path, shared_decoder: Callable[..., Path]) -> None:
+def test_size_on_disk_is_the_promise(
+    tmp_path: Path, export: Export, shared_decoder: Callable[..., Path]
+) -> None:
     model = shared_decoder(dtype=torch.float32)
     promised = export(model, "--format", "huggingface", "--dry-run")["bytes"]
     assert not (tmp_path / "plain").exists()
@@ -94,7 +98,7 @@ def test_size_on_disk_is_the_promise(tmp_path: Path, shared_decoder: Callable[..
 
 
 def test_what_cannot_be_exported_leaves_nothing(
-    tmp_path: Path, shared_decoder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, export: Export, shared_decoder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = shared_decoder(dtype=torch.float32)
     with pytest.raises(BadInput, match="did you mean 'huggingface'"):
@@ -105,6 +109,13 @@ def test_what_cannot_be_exported_leaves_nothing(
     (tmp_path / "full" / "notes.txt").write_text("mine")
     with pytest.raises(BadInput, match="not empty"):
         export(model, "--format", "huggingface", "-o", tmp_path / "full")
+
+    interrupted = tmp_path / ".plain.partial"
+    interrupted.mkdir()
+    (interrupted / "run.json").write_text("{}")
+    with pytest.raises(BadInput, match="interrupted run"):
+        export(model, "--format", "huggingface", "-o", tmp_path / "plain")
+    shutil.rmtree(interrupted)
 
     from compress.export import verify
 

@@ -7,7 +7,7 @@ import torch
 from compress.kernels.codes.gguf import TYPES, BlockType
 from compress.kernels.codes.gguf.fields import Fields
 from compress.kernels.codes.integer import CHANNEL, QuantizedWeight
-from compress.storage.formats.base import Format
+from compress.storage.formats.base import Format, IntegerFormat
 
 ROOM = (("Q4_0", -8, 7), ("Q5_0", -16, 15), ("Q8_0", -128, 127))
 """Types whose blocks of 32 weights have one scale, and the levels that they have."""
@@ -23,10 +23,10 @@ def exact_type(form: Format, width: int) -> BlockType | None:
         form: the format of the weight.
         width: of its rows.
     """
-    if form.name not in ("compressed-tensors", "gptq") or form.activation_bits is not None:
+    if not isinstance(form, IntegerFormat):
         return None
     group = width if form.group_size == CHANNEL else form.group_size
-    if group % 32 or type(form).__name__ not in ("CompressedTensorsFormat", "GPTQFormat"):
+    if group % 32:
         return None
     if form.symmetric:
         low, high = -(2 ** (form.bits - 1)), 2 ** (form.bits - 1) - 1

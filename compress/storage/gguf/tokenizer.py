@@ -75,7 +75,9 @@ def tokenizer_metadata(folder: Path, vocab_size: int) -> TokenizerMetadata:
         values = {
             "tokenizer.ggml.model": "gpt2",
             "tokenizer.ggml.pre": split or "default",
-            "tokenizer.ggml.merges": [" ".join(_pair(merge)) for merge in model["merges"]],
+            # llama.cpp wants at least one merge; that of a token with itself to one that is not there is none.
+            "tokenizer.ggml.merges": [" ".join(_pair(merge)) for merge in model["merges"]]
+            or [f"{tokens[0]} {tokens[0]}"],
         }
     values |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}
     values |= _special(whole, settings, folder, {token: number for number, token in enumerate(tokens)})

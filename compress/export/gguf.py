@@ -44,8 +44,14 @@ class GGUFOptions(TargetOptions):
     )
     importance: str = Field(
         "none",
-        description="what the error of each input channel counts: none, measured (on --calibration, with "
-        "error feedback and scaling), or a file with an importance matrix of llama.cpp",
+        description="what the error of each input channel counts: none, measured (on --calibration), or a "
+        "file with an importance matrix of llama.cpp",
+    )
+    feedback: bool = Field(
+        True, description="with measured importance, let later columns compensate the error (GPTQ)"
+    )
+    scaling: bool = Field(
+        True, description="with measured importance, scale input channels before rounding (AWQ)"
     )
     calibration: str = Field("bundled", description="text that importances are measured on, as in recipes")
     nsamples: int = Field(64, gt=0, description="windows of that text")

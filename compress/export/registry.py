@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from compress.export.base import Target
 
 TARGETS = {
+    "gguf": "compress.export.gguf:GGUF",
     "huggingface": "compress.export.huggingface:HuggingFace",
     "compressed-tensors": "compress.export.compressed_tensors:CompressedTensors",
     "gptq": "compress.export.gptq:GPTQ",

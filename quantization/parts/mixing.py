@@ -1,184 +1,310 @@
-"""Choosing the bits of every linear by its measured sensitivity, so that a model fits into given memory."""
+"""Choosing the type of every tensor by measured sensitivity, so that a model fits into given memory."""
 
 from __future__ import annotations
 
+import logging
 import re
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from compress.anatomy import weight
-from compress.calibration.statistics.fisher import Fisher, expected_loss, sampled_loss
-from compress.engine.shape import ModelShape
 from compress.engine.stream import StreamedModel
 from compress.engine.windows import Windows
 from compress.errors import BadInput
-from compress.kernels.codes.integer import quantize_weight
-from compress.quantization.parts.block_order import LENGTH, by_gain
-from compress.quantization.parts.layout import plan_layout, plan_packed, stored_linears
-from compress.quantization.parts.options import WeightOptions
-from compress.storage.formats.base import Format
-from compress.storage.tensors import DTYPES
+from compress.quantization.parts.divergence import Divergence
+from compress.quantization.parts.knapsack import choose
+from compress.quantization.parts.ladder import Ladder
+from compress.quantization.parts.replaced import Replaced
+from compress.quantization.parts.sensitivity import Sensitivities, linear_sensitivities
+
+log = logging.getLogger(__name__)
+
+LENGTH = 128
+"""Tokens in a window that is measured on: many short windows tell more than a few long ones."""
 
 WINDOWS = 32
-"""Number of windows of `LENGTH` tokens that sensitivities are measured on."""
+"""Number of windows that sensitivities are measured on."""
 
-ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-"""For methods that look at text, channels are scaled by these powers of their importance."""
+HELD_OUT = 16
+"""Number of other windows that choices are compared on."""
+
+SWAPS = 8
+"""Number of choices that are tried after the first."""
+
+FACTOR = 2.0
+"""In a swap, the losses of a group of tensors count this much more or less."""
+
+MOST = 8.0
+"""Losses are corrected by no more than this factor, since few tokens measured it."""
 
 
 @dataclass(frozen=True)
 class Mix:
-    """The chosen bits of the linears of one model.
+    """The chosen types of the tensors of one model.
 
     Attributes:
-        options: of the method, with the most frequent width as ``bits`` and all others in ``set``.
-        bits: full name of a linear -> its width.
+        kinds: full name of a linear or a table -> its type.
         nbytes: bytes of all tensors of the model.
-        loss: the loss that these widths are expected to cause, nats per token.
+        predicted: the loss that these types are expected to cause, nats per token.
+        measured: the divergence of the model with these types on held-out windows, nats per token; None
+            without such windows.
+        tried: number of choices that were measured.
     """
 
-    options: WeightOptions
-    bits: dict[str, int]
+    kinds: dict[str, str]
     nbytes: int
-    loss: float
+    predicted: float
+    measured: float | None = None
+    tried: int = 0
 
 
 def mix(
     model: StreamedModel,
-    options: WeightOptions,
-    widths: Sequence[int],
-    memory: int | None,
+    ladder: Ladder,
+    memory: int,
     windows: Windows,
     seed: int,
     folder: Path,
     *,
-    calibrated: bool,
+    held_out: Windows | None = None,
 ) -> Mix:
-    """Give every linear one of some widths, so that the loss is least and all tensors fit into ``memory``.
+    """Give every tensor one of its types, so that the loss is least and everything fits into ``memory``.
 
-    The loss that a linear causes at a width is estimated from its residual after rounding and one backward
-    pass (`expected_loss`). Bits go where they lower the total most per byte, until no more fit.
-
-    A method that looks at text spares the input channels that matter most, so the residual of plain rounding
-    says little about it. For such a method the residual is the best of several: each is rounded with the
-    channels scaled by a power of their importance, as AWQ does it (`channel_scales`).
+    The loss that a linear causes in a type is estimated from its residual after rounding and one backward
+    pass; that of a table is measured. The sum is made least by an exact knapsack (`choose`). With held-out
+    windows the choice is then corrected by what is measured there (`Corrections`).
 
     Args:
         model: the dense model.
-        options: of the method. They say what is packed and how; the width is chosen for what has ``bits``.
-        widths: to choose from, in bits.
-        memory: bytes that all tensors may take; None allows what ``options.bits`` everywhere takes.
-        windows: of text; their beginnings are used.
+        ladder: the types.
+        memory: bytes that all tensors may take.
+        windows: of text, to measure sensitivities on.
         seed: for drawing labels from the model.
-        folder: an empty folder with room for the Fisher information: 4 bytes per weight.
-        calibrated: whether the method looks at text.
+        folder: with room for the Fisher information: 4 bytes per weight. It is empty, or another mixture of
+            the same model, ladder and windows was made there, whose measurements are then used.
+        held_out: other windows.
 
     Raises:
-        BadInput: the options do not fit the model, or the model does not fit into ``memory`` at the least
-            width.
+        BadInput: the model does not fit into ``memory`` in the smallest types, or a weight holds NaN.
     """
-    if options.set:
+    smallest = ladder.fixed + sum(min(sizes.values()) for sizes in ladder.sizes.values())
+    if smallest > memory:
         raise BadInput(
-            "Mixing chooses the bits of every linear itself, so 'set' does not apply; leave the option out."
+            f"In the smallest types the model takes {smallest / 1e6:,.1f} MB, more than the "
+            f"{memory / 1e6:,.1f} MB allowed; allow more, or prune the model first."
         )
-    widths = sorted(set(widths))
-    shape = ModelShape.of(model.checkpoint)
-    # Every width is measured as it will be stored beside the others.
-    symmetric = plan_layout(shape, options.model_copy(update={"mix": True})).default.symmetric
-    options = options.model_copy(update={"mix": False, "symmetric": symmetric})
-    by_width = {bits: options.model_copy(update={"bits": bits}) for bits in widths}
-    forms = {bits: plan_layout(shape, each).linears for bits, each in by_width.items()}
-    if memory is None:
-        memory = plan_packed(shape, options).nbytes
-    nbytes = plan_packed(shape, by_width[widths[0]]).nbytes
-    if nbytes > memory:
-        raise BadInput(
-            f"At {widths[0]} bits everywhere the model takes {nbytes / 1e6:,.1f} MB, more than the "
-            f"{memory / 1e6:,.1f} MB allowed; allow more, or quantize the embeddings as well."
-        )
-    names = list(forms[widths[0]])
-    linears = shape.linears()
-
-    def size(name: str, form: Format) -> int:
-        infos = form.tensor_infos(name, linears[name], shape.tensors[f"{name}.weight"].dtype)
-        return sum(info.nbytes for info in infos.values())
-
-    sizes = [[size(name, forms[bits][name]) for bits in widths] for name in names]
-    part = windows.part(WINDOWS, LENGTH)
-    fisher = Fisher(model, part, sampled_loss(model, part, seed), folder)
-    losses = _losses(model, forms, fisher, part, ALPHAS if calibrated else (0.0,))
-    costs = [[each[0], *(after - before for before, after in pairwise(each))] for each in sizes]
-    at = [0] * len(names)
-    full: set[int] = set()
-    for linear in by_gain([losses[name] for name in names], costs):
-        cost = costs[linear][at[linear] + 1]
-        if linear in full or nbytes + cost > memory:
-            full.add(linear)  # the gain of its further bits was computed on top of these
-        else:
-            at[linear] += 1
-            nbytes += cost
-    bits = {name: widths[index] for name, index in zip(names, at)}
-    most = Counter(bits.values()).most_common(1)[0][0]
-    chosen = options.model_copy(update={"bits": most, "set": _patterns(shape, bits, most)})
-    loss = sum(losses[name][index] for name, index in zip(names, at))
-    return Mix(chosen, bits, plan_packed(shape, chosen).nbytes, loss)
+    if (found := Sensitivities.read(folder)) is None:
+        found = linear_sensitivities(model, ladder, windows, seed, folder)
+        measure_tables(model, ladder, windows.part(HELD_OUT, LENGTH), found)
+        found.write(folder)
+    chooser = Chooser(ladder, found, memory)
+    if held_out is None:
+        return chooser.choose()
+    return Corrections(model, chooser, held_out).best()
 
 
-def _losses(
-    model: StreamedModel,
-    forms: dict[int, dict[str, Format]],
-    fisher: Fisher,
-    windows: Windows,
-    alphas: Sequence[float],
-) -> dict[str, list[float]]:
-    """Full name of a linear -> its expected loss at each width, nats per token."""
-    found: dict[str, list[float]] = {}
-    every = {name for each in forms.values() for name in each}
-    for layer in model.walk(None, label="measuring sensitivities"):
-        information = fisher.read(layer)
-        for path, stored in stored_linears(layer, every).items():
-            name, dense = stored.removesuffix(".weight"), weight(layer.linears[path])
-            dtype = DTYPES[model.checkpoint.tensors[stored].dtype]
-            scales = [channel_scales(information[path], alpha) for alpha in alphas]
-            for form in (each[name] for each in forms.values() if name in each):
-                grid = (form.bits, form.group_size, form.symmetric, form.scale_dtype(dtype), name)
-                residuals = (dense - quantize_weight(dense * s, *grid).dequantize() / s for s in scales)
-                least = min(expected_loss(information[path], each, windows) for each in residuals)
-                found.setdefault(name, []).append(least)
-    return found
+def measure_tables(model: StreamedModel, ladder: Ladder, windows: Windows, found: Sensitivities) -> None:
+    """Add the losses of what no backward pass was taken for, the tables: measured in one type after another.
+
+    A table that serves as embedding and as head is measured in both roles at once.
+    """
+    tables = [name for name in ladder.sizes if name not in found.losses]
+    if not tables:
+        return
+    divergence = Divergence(model, windows)
+    steps = sum(len(ladder.sizes[name]) for name in tables)
+    for name in tables:
+        if is_head(model, name):
+            found.importance[name] = divergence.head_importance()
+        for kind in ladder.sizes[name]:
+            tell(model, "measuring tables", len(found.losses) / steps)
+            tried = {}
+            for power in ladder.powers(name):
+                found.powers[name, kind] = power
+                tried[power] = divergence.of(Replaced.of(model, ladder, found, {name: kind}))
+            found.powers[name, kind] = min(tried, key=tried.__getitem__)
+            found.losses.setdefault(name, {})[kind] = min(tried.values())
 
 
-def channel_scales(information: torch.Tensor, alpha: float) -> torch.Tensor:
-    """c^alpha, where c_j is the importance of input channel j, divided by sqrt(max * min): float32 [in].
+class Chooser:
+    """Solves the knapsack for losses that are corrected, group by group.
 
-    A channel's share of the Fisher information grows with the squares of its inputs, so c is the root of it.
+    A group is all linears of one path in different layers, such as ``self_attn.q_proj``, or a table.
 
     Args:
-        information: diagonal Fisher information of a weight, float32 [out, in].
-        alpha: between 0 (all 1) and 1.
+        ladder: the types.
+        found: the losses as they were measured.
+        memory: bytes that all tensors may take.
+
+    Attributes:
+        factors: group -> what its losses are multiplied by, 1 at first.
     """
-    importance = information.mean(0).sqrt()
-    importance = (importance / importance.mean().clamp(min=torch.finfo(torch.float32).tiny)).clamp(min=1e-4)
-    scales = importance**alpha
-    return scales / (scales.max() * scales.min()).sqrt()
+
+    def __init__(self, ladder: Ladder, found: Sensitivities, memory: int) -> None:
+        self.ladder, self.found, self.memory = ladder, found, memory
+        self.factors = dict.fromkeys((self.group(name) for name in ladder.sizes), 1.0)
+
+    @staticmethod
+    def group(name: str) -> str:
+        """The group of a tensor."""
+        return re.split(r"\.\d+\.", name)[-1]
+
+    def choose(self, factors: Mapping[str, float] | None = None) -> Mix:
+        """The best types if the losses of groups count ``factors`` times as much; without them, as corrected.
+
+        The prediction is that of the corrected losses in any case.
+        """
+        weights = self.factors if factors is None else factors
+        names = list(self.ladder.sizes)
+        losses = [
+            [weights[self.group(name)] * self.found.losses[name][kind] for kind in self.ladder.sizes[name]]
+            for name in names
+        ]
+        sizes = [list(self.ladder.sizes[name].values()) for name in names]
+        chosen = choose(losses, sizes, self.memory - self.ladder.fixed)
+        assert chosen is not None  # the smallest types fit
+        kinds = {
+            name: list(self.ladder.sizes[name])[index] for name, index in zip(names, chosen, strict=True)
+        }
+        nbytes = self.ladder.fixed + sum(self.ladder.sizes[name][kind] for name, kind in kinds.items())
+        return Mix(kinds, nbytes, self.predicted(kinds))
+
+    def predicted(self, kinds: Mapping[str, str]) -> float:
+        """The loss that tensors in these types are expected to cause together, nats per token."""
+        losses = self.found.losses
+        return sum(self.factors[self.group(name)] * losses[name][kind] for name, kind in kinds.items())
 
 
-def _patterns(shape: ModelShape, bits: dict[str, int], default: int) -> dict[str, int]:
-    """The widths other than the default as patterns for ``set``, one per projection and width."""
-    anatomy = shape.anatomy
-    indices: dict[tuple[str, int], list[str]] = defaultdict(list)
-    for index in range(shape.num_layers):
-        start = f"{anatomy.layer_name(index)}."
-        for name, width in bits.items():
-            if name.startswith(start) and width != default:
-                indices[name.removeprefix(start), width].append(str(index))
-    layers = re.escape(anatomy.layer_name(0).removesuffix("0"))
-    return {
-        f"re:{layers}({'|'.join(found)})\\.{re.escape(path)}$": width
-        for (path, width), found in sorted(indices.items())
-    }
+class Corrections:
+    """Corrects a choice by what is measured on held-out windows.
+
+    Estimated losses are of the second order, of each tensor alone, and from few tokens. So
+
+    1. each group alone is put into the types that were chosen, and the divergence that is measured then
+       corrects the losses of the group;
+    2. with corrected losses, the types are chosen again;
+    3. swaps are tried: the losses of a group count `FACTOR` times as much or as little, so that bits move
+       into this group from where they are missed least, or out of it. A swap stays if the whole model is
+       measured to be closer to the dense one.
+
+    Every choice fits into the memory, since each is a solution of the knapsack.
+
+    Args:
+        model: the dense model.
+        chooser: which chooses the types.
+        windows: held out, which sensitivities were not measured on.
+    """
+
+    def __init__(self, model: StreamedModel, chooser: Chooser, windows: Windows) -> None:
+        self.model, self.chooser = model, chooser
+        self._divergence = Divergence(model, windows)
+        self._seen: dict[tuple[str, ...], float] = {}  # types of all tensors -> the divergence of the model
+
+    def best(self) -> Mix:
+        """The best of all choices that were tried, with its prediction and measurement."""
+        chooser, groups = self.chooser, list(self.chooser.factors)
+        steps, first = len(groups) + 2 + SWAPS, chooser.choose()
+        for number, group in enumerate(groups):
+            tell(self.model, "measuring groups of tensors", number / steps)
+            self._correct(group, first)
+        # The prediction of the first choice is then with corrected losses, too.
+        first = replace(first, predicted=chooser.predicted(first.kinds))
+        best = min((self._whole(each, steps) for each in (first, chooser.choose())), key=_distance)
+        weights, swaps = dict(chooser.factors), 0
+        for group in sorted(groups, key=lambda group: -self._share(group, best)):
+            for factor in (FACTOR, 1 / FACTOR):
+                changed = weights | {group: weights[group] * factor}
+                swapped = chooser.choose(changed)
+                if swaps == SWAPS or _key(swapped) in self._seen:
+                    continue
+                swaps += 1
+                if _distance(swapped := self._whole(swapped, steps)) < _distance(best):
+                    best, weights = swapped, changed
+        tell(self.model, "measuring choices", 1.0)
+        return replace(best, tried=len(self._seen))
+
+    def _correct(self, group: str, choice: Mix) -> None:
+        """Let the losses of a group add up to what is measured with the group alone in the chosen types."""
+        kinds = {name: kind for name, kind in choice.kinds.items() if self.chooser.group(name) == group}
+        predicted, measured = self.chooser.predicted(kinds), self._measure(kinds)
+        if predicted > 0 and measured > 0:
+            self.chooser.factors[group] = min(max(measured / predicted, 1 / MOST), MOST)
+
+    def _share(self, group: str, choice: Mix) -> float:
+        return self.chooser.predicted(
+            {name: kind for name, kind in choice.kinds.items() if self.chooser.group(name) == group}
+        )
+
+    def _whole(self, choice: Mix, steps: int) -> Mix:
+        """The choice with its measurement, which is made once."""
+        if (key := _key(choice)) not in self._seen:
+            done = len(self.chooser.factors) + len(self._seen)
+            tell(self.model, "measuring choices", done / steps)
+            self._seen[key] = self._measure(choice.kinds)
+            log.info(
+                "%.1f MB: %.4f nats a token predicted, %.4f measured",
+                choice.nbytes / 1e6,
+                choice.predicted,
+                self._seen[key],
+            )
+        return replace(choice, measured=self._seen[key])
+
+    def _measure(self, kinds: Mapping[str, str]) -> float:
+        return self._divergence.of(
+            Replaced.of(self.model, self.chooser.ladder, self.chooser.found, kinds)
+        )
+
+
+def _key(choice: Mix) -> tuple[str, ...]:
+    return tuple(choice.kinds.values())
+
+
+def _distance(choice: Mix) -> float:
+    assert choice.measured is not None
+    return choice.measured
+
+
+def split(windows: Windows, decoder: bool) -> tuple[Windows, Windows | None]:
+    """Windows to measure sensitivities on, and held-out ones: the last quarter of the windows, at least one.
+
+    Both are cut into pieces of `LENGTH` tokens, of which `WINDOWS` and `HELD_OUT` are taken, first the
+    beginnings of all windows. Inputs of an encoder keep their beginnings only, because they are wholes.
+
+    Returns:
+        The two; of a single window nothing is held out.
+    """
+    count = len(windows) // 4 or int(len(windows) > 1)
+    first = torch.arange(len(windows)) < len(windows) - count
+    measured = _pieces(windows.select(first), WINDOWS, decoder)
+    return measured, _pieces(windows.select(~first), HELD_OUT, decoder) if count else None
+
+
+def _pieces(windows: Windows, most: int, decoder: bool) -> Windows:
+    """The first ``most`` pieces of `LENGTH` tokens. If all windows begin with one token, so do all pieces."""
+    if not decoder or windows.tokens.shape[1] <= LENGTH:
+        return windows.part(most, LENGTH)
+    tokens, mask = windows.tokens, windows.mask
+    kept = int(len(tokens) > 1 and bool((tokens[:, 0] == tokens[0, 0]).all()))  # a BOS token
+    step = LENGTH - kept
+
+    def cut(values: torch.Tensor) -> torch.Tensor:
+        starts = range(kept, values.shape[1] - step + 1, step)
+        pieces = [torch.cat([values[:, :kept], values[:, at : at + step]], 1) for at in starts]
+        return torch.cat(pieces)
+
+    cut_mask = cut(mask)
+    real = cut_mask[:, kept:].any(1)
+    return replace(windows, tokens=cut(tokens)[real][:most], mask=cut_mask[real][:most])
+
+
+def tell(model: StreamedModel, label: str, share: float) -> None:
+    """Tell the model's progress, if it has one."""
+    if model.progress is not None:
+        model.progress(label, share)
+
+
+def is_head(model: StreamedModel, name: str) -> bool:
+    """Whether a table is the projection to the vocabulary, perhaps among others."""
+    return model.anatomy.head is not None and (model.anatomy.tied or name == model.anatomy.head)

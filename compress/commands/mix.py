@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     type=click.Choice(["compress-model", "compressed-tensors"]),
     default="compress-model",
     show_default=True,
-    help="Who loads the result. compress-model: every tensor is packed. compressed-tensors: what transformers "
-    "with this library and vLLM load, so the token embedding stays as it is.",
+    help="Who is to load the result. compress-model: every tensor is packed. compressed-tensors: "
+    "transformers with this library and vLLM load it, and so the token embedding stays as it is.",
 )
 @click.option("--types", help="Types to choose from, for example 3,4,8; by default 2,3,4,5,6,8.")
 @click.option("-m", "--model", help="Use this model instead of the recipe's.")
@@ -66,7 +66,7 @@ def mix(
     device: str,
     as_json: bool,
 ) -> None:
-    """Choose the bits of each tensor by its measured sensitivity, so that RECIPE's result is as small as asked.
+    """Choose the bits of each tensor by measured sensitivity, so that RECIPE's result is as small as asked.
 
     RECIPE has one quantization step. The command writes a new recipe that differs only in the bits, those of
     the token embedding and the head included; 'compress-model run' carries it out.
@@ -89,9 +89,7 @@ def mix(
     # Beside the output, since what is measured may be larger than a /tmp that lies in memory.
     beside = tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent)
     with progress_shown() as progress, beside as folder:
-        chosen = choose_types(
-            loaded, target, wanted, budget, Path(folder), device=device, progress=progress
-        )
+        chosen = choose_types(loaded, target, wanted, budget, Path(folder), device=device, progress=progress)
     document, found = chosen.recipe.resolved(), chosen.mix
     write_atomically(output, yaml.safe_dump(document, sort_keys=False))
     if as_json:
@@ -114,8 +112,8 @@ def mix(
         else f"{found.measured:.3g} measured on held-out text with plainly rounded weights"
     )
     click.echo(
-        f"{output}: {loaded.steps[0][0].name} in {found.nbytes / 1e6:,.1f} MB of tensors; divergence from the "
-        f"dense model: {found.predicted:.3g} nats a token predicted, {measured}. The result loads with "
+        f"{output}: {loaded.steps[0][0].name} in {found.nbytes / 1e6:,.1f} MB of tensors; divergence from "
+        f"the dense model: {found.predicted:.3g} nats a token predicted, {measured}. The result loads with "
         f"{chosen.loads_with}."
     )
 

@@ -14,7 +14,7 @@ from compress.errors import BadInput
 from compress.kernels.codes.packing import BITS
 from compress.method import Method, MethodOptions, StepContext
 from compress.pipeline.plan import open_model
-from compress.pipeline.recipe import Recipe, validated
+from compress.pipeline.recipe import Recipe
 from compress.quantization.parts.ladder import CodesLadder, Tables
 from compress.quantization.parts.layout import plan_layout, plan_packed
 from compress.quantization.parts.mixing import Mix, mix, split

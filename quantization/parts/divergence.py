@@ -14,8 +14,8 @@ from compress.storage.checkpoint import Checkpoint
 class Divergence:
     """Measures the divergence of models from the dense one: what `expected_loss` estimates.
 
-    For a causal language model that is KL(dense || model) in nats, the mean over all tokens. Other outputs are
-    means of Gaussian distributions of variance 1, whose divergence is half the squared distance.
+    For a causal language model that is KL(dense || model) in nats, the mean over all tokens. Other outputs
+    are means of Gaussian distributions of variance 1, whose divergence is half the squared distance.
 
     Args:
         model: the dense model.

@@ -1,4 +1,4 @@
-"""The multiple-choice knapsack: one type for every tensor, so that the loss is least and the bytes suffice."""
+"""The multiple-choice knapsack: one type for each tensor, so that the loss is least and the bytes suffice."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ class CodesLadder:
         return self.options.model_copy(update={"bits": most, "set": patterns, **around})
 
     def _with_tables(self, options: WeightOptions, tables: Tables) -> tuple[WeightOptions, list[str]]:
-        """The options without bits of tables that get a width or stay dense, and the options for the former."""
+        """The options with dense tables, and the names of those for the bits of tables that get a width."""
         if tables == "none":
             return options, []
         anatomy = self.shape.anatomy
@@ -163,7 +163,7 @@ class CodesLadder:
 def channel_importance(information: torch.Tensor) -> torch.Tensor:
     """How much each input channel matters: float32 [in], with a mean of about 1.
 
-    A channel's share of the Fisher information grows with the squares of its inputs, so this is the root of it.
+    A channel's share of the Fisher information grows with the squares of its inputs, so this is its root.
 
     Args:
         information: diagonal Fisher information of a weight, float32 [out, in].

@@ -27,8 +27,8 @@ LENGTH = 128
 WINDOWS = 32
 """Number of windows that sensitivities are measured on."""
 
-HELD_OUT = 16
-"""Number of other windows that choices are compared on."""
+HELD_OUT = 8
+"""Number of other windows that choices are compared on, and of those that tables are measured on."""
 
 SWAPS = 8
 """Number of choices that are tried after the first."""
@@ -114,18 +114,18 @@ def measure_tables(model: StreamedModel, ladder: Ladder, windows: Windows, found
     if not tables:
         return
     divergence = Divergence(model, windows)
-    steps = sum(len(ladder.sizes[name]) for name in tables)
-    for name in tables:
-        if is_head(model, name):
+    wanted = [(name, kind) for name in tables for kind in ladder.sizes[name]]
+    for done, (name, kind) in enumerate(wanted):
+        tell(model, "measuring tables", done / len(wanted))
+        if is_head(model, name) and name not in found.importance:
             found.importance[name] = divergence.head_importance()
-        for kind in ladder.sizes[name]:
-            tell(model, "measuring tables", len(found.losses) / steps)
-            tried = {}
-            for power in ladder.powers(name):
-                found.powers[name, kind] = power
-                tried[power] = divergence.of(Replaced.of(model, ladder, found, {name: kind}))
-            found.powers[name, kind] = min(tried, key=tried.__getitem__)
-            found.losses.setdefault(name, {})[kind] = min(tried.values())
+        tried = {}
+        for power in ladder.powers(name):
+            found.powers[name, kind] = power
+            tried[power] = divergence.of(Replaced.of(model, ladder, found, {name: kind}))
+        found.powers[name, kind] = min(tried, key=tried.__getitem__)
+        found.losses.setdefault(name, {})[kind] = min(tried.values())
+    tell(model, "measuring tables", 1.0)
 
 
 class Chooser:
@@ -252,9 +252,7 @@ class Corrections:
         return replace(choice, measured=self._seen[key])
 
     def _measure(self, kinds: Mapping[str, str]) -> float:
-        return self._divergence.of(
-            Replaced.of(self.model, self.chooser.ladder, self.chooser.found, kinds)
-        )
+        return self._divergence.of(Replaced.of(self.model, self.chooser.ladder, self.chooser.found, kinds))
 
 
 def _key(choice: Mix) -> tuple[str, ...]:

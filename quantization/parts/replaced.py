@@ -32,7 +32,6 @@ class Replaced(Checkpoint):
         transposed = [name for name in kinds if anatomy.conv1d and anatomy.layer_index(f"{name}.weight") >= 0]
         return cls(model.checkpoint, ladder, found, kinds, transposed)
 
-
     def __init__(
         self,
         parent: Checkpoint,

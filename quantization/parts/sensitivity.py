@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,8 +19,8 @@ from compress.quantization.parts.layout import stored_linears
 from compress.storage.writer import write_tensors
 from compress.system.files import write_atomically
 
-
 LOSSES = "losses.json"
+"""The file that losses are kept in; it is written last."""
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Sensitivities:
         return cls(kept["losses"], powers, load_file(folder / "importance.safetensors"))
 
     def rounded(self, ladder: Ladder, name: str, dense: torch.Tensor, kind: str) -> torch.Tensor:
-        """What a weight [out, in] becomes in a type, rounded as it was found to be best: float32 [out, in]."""
+        """What a weight becomes in a type, rounded as it was found to be best: float32 [out, in]."""
         power = self.powers.get((name, kind), ladder.powers(name)[0])
         return ladder.rounded(name, dense, kind, self.importance.get(name), power)
 
@@ -79,19 +80,29 @@ def linear_sensitivities(
         information = fisher.read(layer)
         for path, stored in stored_linears(layer, ladder.sizes).items():
             name, dense = stored.removesuffix(".weight"), weight(layer.linears[path])
-            found.importance[name] = importance = channel_importance(information[path])
-            kinds = list(ladder.sizes[name])
-
-            def loss(kind: str, power: float) -> float:
-                rounded = ladder.rounded(name, dense, kind, importance, power)
-                return expected_loss(information[path], dense - rounded, windows)
-
+            found.importance[name] = channel_importance(information[path])
+            measure = partial(_loss, ladder, name, dense, information[path], windows)
             # What is best for a type in the middle is near the best for all of them.
+            kinds = list(ladder.sizes[name])
             middle = kinds[len(kinds) // 2]
-            tried = {power: loss(middle, power) for power in ladder.powers(name)}
+            tried = {power: measure(middle, power) for power in ladder.powers(name)}
             best = min(tried, key=tried.__getitem__)
-            for kind in kinds:
-                found.powers[name, kind] = best
-                losses = found.losses.setdefault(name, {})
-                losses[kind] = tried[best] if kind == middle else loss(kind, best)
+            found.powers |= {(name, kind): best for kind in kinds}
+            found.losses[name] = {
+                kind: tried[best] if kind == middle else measure(kind, best) for kind in kinds
+            }
     return found
+
+
+def _loss(
+    ladder: Ladder,
+    name: str,
+    dense: torch.Tensor,
+    information: torch.Tensor,
+    windows: Windows,
+    kind: str,
+    power: float,
+) -> float:
+    """The expected loss of one weight in one type, rounded by a power of importance."""
+    rounded = ladder.rounded(name, dense, kind, channel_importance(information), power)
+    return expected_loss(information, dense - rounded, windows)

@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("compress.commands.bench:bench", "Time models side by side: tokens per second and memory."),
     "compare": ("compress.commands.compare:compare", "Put evaluated models into one table."),
     "plan": ("compress.commands.plan:plan", "Predict what a recipe makes of a model, without doing it."),
+    "export": ("compress.commands.export:export", "Write a model in the format of another program."),
     "inspect": ("compress.commands.inspect:inspect", "Show a model's lineage, shapes and bytes."),
     "methods": ("compress.commands.methods:methods", "List the methods, with papers and options."),
     "recipes": ("compress.commands.recipes:recipes", "List, show or copy the bundled recipes."),

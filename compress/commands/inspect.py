@@ -51,8 +51,10 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
         print_json(document)
         return
     click.echo(f"{source.id}: {shape.config['model_type']}, loads with {shape.loads_with}")
-    if lineage is not None and lineage.reload.promised is not None:
+    if lineage is not None and lineage.reload is not None and lineage.reload.promised is not None:
         click.echo(f"{lineage.reload.promised}")
+    if lineage is not None and lineage.exported is not None:
+        click.echo(f"exported as {lineage.exported.target}; {lineage.exported.verification}")
     click.echo(", ".join(f"{key} {value}" for key, value in vars(shape.sizes).items()))
     if shape.is_pruned:
         click.echo(f"layers differ: {spread(layers)}")

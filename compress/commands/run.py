@@ -87,7 +87,7 @@ def carry_out(
         f"{output}: {result.bytes / 1e6:,.1f} MB of weights (before: {parent.bytes / 1e6:,.1f} MB), "
         f"{result.bits_per_parameter:.2f} bits per parameter, loads with {result.loads_with}."
     )
-    if lineage.reload.promised is not None:
+    if lineage.reload is not None and lineage.reload.promised is not None:
         click.echo(f"{lineage.reload.promised}.")
     if lineage.audits:
         click.echo(lineage.audits[-1]["sentence"])

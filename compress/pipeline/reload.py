@@ -53,7 +53,7 @@ def reload_check(current: Checkpoint, folder: Path, device: str) -> ReloadCheck:
 
 
 def _compared(current: Checkpoint, folder: Path, device: str) -> ReloadCheck:
-    reloaded, probe = Checkpoint.open(folder), _probe(current)
+    reloaded, probe = Checkpoint.open(folder), probe_of(current)
     before = streamed_logits(current, probe, device)
     difference = float((before - streamed_logits(reloaded, probe, device)).abs().max())
     if not difference <= PARITY * float(before.std(correction=0)) + RESOLUTION * float(before.abs().max()):
@@ -69,7 +69,8 @@ def _compared(current: Checkpoint, folder: Path, device: str) -> ReloadCheck:
     )
 
 
-def _probe(current: Checkpoint) -> Windows:
+def probe_of(current: Checkpoint) -> Windows:
+    """The tokens that a model is given before it was written and after: random ones, always the same."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, config_of(current).vocab_size, (2, PROBE_TOKENS // 2), generator=generator)
     return Windows(tokens, torch.ones_like(tokens, dtype=torch.bool), source="random tokens")

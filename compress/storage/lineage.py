@@ -96,6 +96,51 @@ class ReloadCheck(_Record):
     )
 
 
+class Verification(_Record):
+    """What the program that an export is for computed with it, held against the model that was exported.
+
+    ``str()`` gives it as a sentence without a full stop.
+    """
+
+    runtime: str = Field(description="the programs that load the export, with their versions")
+    kl: float | None = Field(None, description="mean KL divergence from the exported model, nats per token")
+    agreement: float | None = Field(None, description="share of tokens with the same likeliest next token")
+    difference: float | None = Field(
+        None, description="root mean square difference of the logits, as a share of their standard deviation"
+    )
+    same_text: bool | None = Field(None, description="whether both continue a text greedily in the same way")
+    tokens: int = Field(0, description="tokens that were compared")
+    not_tried: str | None = Field(
+        None,
+        description="the reason, if they were not tried here; the figures are of our own reading then",
+    )
+
+    def __str__(self) -> str:
+        parts = []
+        if self.kl is not None:
+            parts.append(f"KL divergence {self.kl:.1g}")
+        if self.agreement is not None:
+            parts.append(f"{self.agreement:.0%} of next tokens the same")
+        if not parts and self.difference is not None:
+            parts.append(f"outputs differ by {self.difference:.1g} of their spread")
+        if self.same_text is not None:
+            parts.append("the same greedy text" if self.same_text else "another greedy text")
+        figures = f"{', '.join(parts)} over {self.tokens} tokens" if parts else ""
+        if self.not_tried is None:
+            return f"Verified with {self.runtime}: {figures}"
+        own = f"; read back by compress-model: {figures}" if figures else ""
+        return f"Not verified with {self.runtime}, because {self.not_tried}{own}"
+
+
+class Exported(_Record):
+    """The format that a model was exported to, and whether its runtime was tried."""
+
+    target: str
+    options: dict[str, Any]
+    notes: list[str] = Field(description="what differs from the model that was exported, in sentences")
+    verification: Verification
+
+
 class Lineage(_Record):
     """The content of compression.json."""
 
@@ -108,7 +153,8 @@ class Lineage(_Record):
     calibration: dict[str, Any] | None
     steps: list[Step]
     result: Result
-    reload: ReloadCheck
+    reload: ReloadCheck | None = Field(description="of what a run wrote; None of an export")
+    exported: Exported | None = Field(None, description="the format, if this is an export")
     left_out: list[str] = Field([], description="what the source holds and the result does not, in sentences")
     card: dict[str, Any] = Field({}, description="metadata of the source's card that holds for the result")
     device: str

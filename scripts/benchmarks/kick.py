@@ -30,6 +30,8 @@ WRITTEN = {
     "seqlen": 128,
     "seed": 0,
 }  # by the model itself, for LLM-QAT
+SHORT = {**CALIBRATION, "nsamples": 4, "seqlen": 128}
+"""For BlockPruner, which runs the model on all of it for every block that it may remove."""
 TABLE = {"embedding_bits": 8}
 SIGNIFICANT = 0.05
 
@@ -44,8 +46,8 @@ class Row(NamedTuple):
     gguf: str | None = None
 
 
-def pruned(name: str, **options: Any) -> Row:
-    return Row(name, [options])
+def pruned(name: str, calibration: dict[str, Any] = CALIBRATION, **options: Any) -> Row:
+    return Row(name, [options], calibration)
 
 
 def quantized(method: str, bits: int) -> Row:
@@ -75,7 +77,7 @@ ROWS = [
     pruned("kprune, 20 %", method="kprune", ratio=0.2),
     pruned("shortgpt, 6 layers", method="shortgpt", layers=6),
     pruned("replaceme, 6 layers", method="replaceme", layers=6),
-    pruned("blockpruner, 20 %", method="blockpruner", ratio=0.2),
+    pruned("blockpruner, 20 %", SHORT, method="blockpruner", ratio=0.2),
     Row("flap, 20 %, then gptq, 4 bits", [FLAP, {"method": "gptq", "bits": 4, **TABLE}]),
     *stack("bitstack", {"method": "bitstack", "blocks": 8}, "60MB", "73.5MB", "86.9MB"),
     *stack("nested", {"method": "nested", "bits": 4}, "60MB", "73.5MB", "86.9MB"),

@@ -1,0 +1,1 @@
+"""Export: models in the formats that other programs load, one file for each format."""

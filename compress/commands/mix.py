@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
@@ -36,18 +36,26 @@ if TYPE_CHECKING:
 @click.option(
     "--format",
     "target",
-    type=click.Choice(["compress-model", "compressed-tensors"]),
+    type=click.Choice(["compress-model", "compressed-tensors", "gguf"]),
     default="compress-model",
     show_default=True,
-    help="Who is to load the result. compress-model: every tensor is packed. compressed-tensors: "
-    "transformers with this library and vLLM load it, and so the token embedding stays as it is.",
+    help="What the result is to be. compress-model: every tensor is packed. compressed-tensors: transformers "
+    "and vLLM load it, so the token embedding stays as it is. gguf: a file for 'export --format gguf'.",
 )
-@click.option("--types", help="Types to choose from, for example 3,4,8; by default 2,3,4,5,6,8.")
+@click.option(
+    "--types",
+    metavar="TYPE,TYPE",
+    help="Types to choose from, for example 3,4,8 or Q4_K,Q6_K; by default 2,3,4,5,6,8, or all of gguf.",
+)
 @click.option("-m", "--model", help="Use this model instead of the recipe's.")
 @revision_option
 @settings_option
 @click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), help="New recipe file to write."
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="New recipe file to write; for gguf a JSON file of types.",
 )
 @seed_option
 @device_option
@@ -69,14 +77,17 @@ def mix(
     """Choose the bits of each tensor by measured sensitivity, so that RECIPE's result is as small as asked.
 
     RECIPE has one quantization step. The command writes a new recipe that differs only in the bits, those of
-    the token embedding and the head included; 'compress-model run' carries it out.
+    the token embedding and the head included; 'compress-model run' carries it out. For gguf it writes the
+    type of each tensor of the file, which 'compress-model export' takes; then only RECIPE's model and
+    calibration count.
     """
+    import json
     import tempfile
 
     import yaml
 
     from compress.errors import BadInput
-    from compress.pipeline.mixing import choose_types
+    from compress.pipeline.mixing import choose_for_gguf, choose_types
     from compress.pipeline.recipe import load_recipe
     from compress.system.files import write_atomically
 
@@ -88,10 +99,23 @@ def mix(
     wanted = None if types is None else [each.strip() for each in types.split(",")]
     # Beside the output, since what is measured may be larger than a /tmp that lies in memory.
     beside = tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent)
+    document: dict[str, Any]
     with progress_shown() as progress, beside as folder:
-        chosen = choose_types(loaded, target, wanted, budget, Path(folder), device=device, progress=progress)
-    document, found = chosen.recipe.resolved(), chosen.mix
-    write_atomically(output, yaml.safe_dump(document, sort_keys=False))
+        how: Any = {"device": device, "progress": progress}
+        if target == "gguf":
+            chosen = choose_for_gguf(loaded, wanted, budget, Path(folder), **how)
+            found, document = chosen.mix, {"types_in_file": chosen.types}
+            written = json.dumps(chosen.types, indent=1)
+            what = "a GGUF file"
+            then = f"Write it with 'export --format gguf --types {output}'."
+        else:
+            made = choose_types(loaded, target, wanted, budget, Path(folder), **how)
+            found = made.mix
+            document = {"loads_with": made.loads_with, "recipe": made.recipe.resolved()}
+            written = yaml.safe_dump(document["recipe"], sort_keys=False)
+            what = f"{loaded.steps[0][0].name} with all tensors"
+            then = f"The result loads with {made.loads_with}."
+    write_atomically(output, written)
     if as_json:
         print_json(
             {
@@ -100,8 +124,7 @@ def mix(
                 "measured_loss": found.measured,
                 "tried": found.tried,
                 "types": found.kinds,
-                "loads_with": chosen.loads_with,
-                "recipe": document,
+                **document,
             }
         )
         return
@@ -112,9 +135,8 @@ def mix(
         else f"{found.measured:.3g} measured on held-out text with plainly rounded weights"
     )
     click.echo(
-        f"{output}: {loaded.steps[0][0].name} in {found.nbytes / 1e6:,.1f} MB of tensors; divergence from "
-        f"the dense model: {found.predicted:.3g} nats a token predicted, {measured}. The result loads with "
-        f"{chosen.loads_with}."
+        f"{output}: {what} in {found.nbytes / 1e6:,.1f} MB; divergence from the dense model: "
+        f"{found.predicted:.3g} nats a token predicted, {measured}. {then}"
     )
 
 

@@ -15,9 +15,11 @@ from compress.kernels.codes.packing import BITS
 from compress.method import Method, MethodOptions, StepContext
 from compress.pipeline.plan import open_model
 from compress.pipeline.recipe import Recipe
-from compress.quantization.parts.ladder import CodesLadder, Tables
+from compress.quantization.parts.choices import Mix
+from compress.quantization.parts.ladder import CodesLadder, Ladder, Tables
 from compress.quantization.parts.layout import plan_layout, plan_packed
-from compress.quantization.parts.mixing import Mix, mix, split
+from compress.quantization.parts.mixing import WINDOWS, mix, pieces, split
+from compress.quantization.parts.options import WeightOptions
 from compress.storage.checkpoint import Checkpoint
 from compress.system.device import check_device, computing_on
 from compress.system.files import write_atomically
@@ -30,11 +32,7 @@ ENTRY = 300
 """Bytes that a tensor may take in the heads of safetensors files and in their index; names are shorter."""
 
 OURS, COMPRESSED_TENSORS = "compress-model", "compressed-tensors"
-TARGETS = (OURS, COMPRESSED_TENSORS)
-"""Who is to load the result: only we, so that every tensor is packed in any width, or other programs, too."""
-
-ENTRY = 300
-"""Bytes that a tensor may take in the heads of safetensors files and in their index; names are shorter."""
+"""Who is to load the result: only we, so that every tensor is packed in any width, or other programs too."""
 
 
 def mix_bits(
@@ -47,8 +45,6 @@ def mix_bits(
     Raises:
         BadInput: see `mix`.
     """
-    from compress.quantization.parts.options import WeightOptions
-
     if not isinstance(options, WeightOptions) or not options.mix:
         return options
     chosen = context.folder / "mixed.json"
@@ -62,7 +58,7 @@ def mix_bits(
     options = options.model_copy(update={"mix": False, "symmetric": symmetric})
     ladder = CodesLadder(shape, options, WIDTHS, calibrated=method.needs_calibration)
     streamed = StreamedModel(model, context.device, context.progress)
-    windows, _ = split(context.calibration, streamed.anatomy.kind == "decoder")
+    windows = pieces(context.calibration, WINDOWS, streamed.anatomy.kind == "decoder")
     found = mix(streamed, ladder, plan_packed(shape, options).nbytes, windows, context.seed, room)
     options = ladder.options_for(found.kinds)
     write_atomically(chosen, options.model_dump_json())
@@ -112,6 +108,19 @@ class Chosen:
     loads_with: str
 
 
+@dataclass(frozen=True)
+class ChosenForGGUF:
+    """What was chosen for a GGUF file.
+
+    Attributes:
+        mix: the types, with prediction and measurement; its bytes are at least those of the file.
+        types: name of a tensor in the file -> type.
+    """
+
+    mix: Mix
+    types: dict[str, str]
+
+
 def choose_types(
     recipe: Recipe,
     target: str,
@@ -126,7 +135,7 @@ def choose_types(
 
     Args:
         recipe: of one quantization step.
-        target: one of `TARGETS`.
+        target: `OURS` or `COMPRESSED_TENSORS`.
         kinds: types to choose from; None for all that the target has.
         budget: how large the result may be.
         folder: for work; empty, or of an earlier choice for the same recipe, target and types.
@@ -136,18 +145,7 @@ def choose_types(
     Raises:
         BadInput: the recipe is another one, a type is none of the target's, or as `mix`.
     """
-    from compress.quantization.parts.options import WeightOptions
-
-    if len(recipe.steps) != 1 or not isinstance(recipe.steps[0][1], WeightOptions):
-        raise BadInput(
-            "Types can be chosen for a recipe of one step, whose method takes bits and a group size (rtn, "
-            "hqq, awq, gptq or apiq); run other steps first, and start from their result."
-        )
-    method, options = recipe.steps[0][0], recipe.steps[0][1]
-    if options.set:
-        raise BadInput(
-            "The bits of every tensor are chosen here, so 'set' does not apply; leave the option out."
-        )
+    method, options = _step(recipe)
     widths = [_width(kind) for kind in kinds] if kinds is not None else list(WIDTHS)
     check_device(device)
     checkpoint = open_model(recipe)[1]
@@ -164,18 +162,79 @@ def choose_types(
     symmetric = options.symmetric if options.symmetric is not None else tables == "head"
     options = options.model_copy(update={"mix": False, "symmetric": symmetric})
     ladder = CodesLadder(shape, options, widths, tables=tables, calibrated=method.needs_calibration)
+    memory = budget.of(shape, ladder.tensors)
+    found = _mix(recipe, checkpoint, ladder, memory, folder, device, progress)
+    options = ladder.options_for(found.kinds)
+    planned = plan_packed(shape, options)
+    return Chosen(
+        replace(found, nbytes=planned.nbytes),
+        recipe.model_copy(update={"steps": [(method, options)]}),
+        str(planned.loads_with),
+    )
+
+
+def choose_for_gguf(
+    recipe: Recipe,
+    kinds: Sequence[str] | None,
+    budget: Budget,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    progress: Progress = lambda text, share: None,
+) -> ChosenForGGUF:
+    """Choose the GGUF type of every tensor of a recipe's model.
+
+    Args and errors are as for `choose_types`. Of the recipe only the model and the calibration count, because
+    a file's blocks are rounded when it is written.
+    """
+    from compress.quantization.parts.gguf_ladder import GGUFLadder
+
+    _step(recipe)
+    check_device(device)
+    checkpoint = open_model(recipe)[1]
+    shape = ModelShape.of(checkpoint)
+    ladder = GGUFLadder(shape, kinds, folder / "blocks")
+    memory = replace(budget, file=False).of(shape, 0)  # all that is in the file counts anyway
+    found = _mix(recipe, checkpoint, ladder, memory, folder, device, progress)
+    return ChosenForGGUF(found, ladder.types_for(found.kinds))
+
+
+def _step(recipe: Recipe) -> tuple[Method, WeightOptions]:
+    """The one step of a recipe.
+
+    Raises:
+        BadInput: there are others, or its widths cannot be chosen.
+    """
+    if len(recipe.steps) != 1 or not isinstance(recipe.steps[0][1], WeightOptions):
+        raise BadInput(
+            "Types can be chosen for a recipe of one step, whose method takes bits and a group size (rtn, "
+            "hqq, awq, gptq or apiq); run other steps first, and start from their result."
+        )
+    method, options = recipe.steps[0][0], recipe.steps[0][1]
+    if options.set:
+        raise BadInput(
+            "The bits of every tensor are chosen here, so 'set' does not apply; leave the option out."
+        )
+    return method, options
+
+
+def _mix(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    ladder: Ladder,
+    memory: int,
+    folder: Path,
+    device: str,
+    progress: Progress,
+) -> Mix:
+    """Prepare the recipe's text, and choose types by what is measured on it."""
     with computing_on(device):
         windows = prepare_calibration(
             recipe.calibration, recipe.seed, checkpoint, device, progress, recipe.text_size
         )
         model = StreamedModel(checkpoint, device, progress)
         measured, held_out = split(windows, model.anatomy.kind == "decoder")
-        memory = budget.of(shape, ladder.tensors)
-        found = mix(model, ladder, memory, measured, recipe.seed, folder, held_out=held_out)
-    options = ladder.options_for(found.kinds)
-    made = recipe.model_copy(update={"steps": [(method, options)]})
-    planned = plan_packed(shape, options)
-    return Chosen(replace(found, nbytes=planned.nbytes), made, str(planned.loads_with))
+        return mix(model, ladder, memory, measured, recipe.seed, folder, held_out=held_out)
 
 
 def _width(kind: str) -> int:

@@ -25,12 +25,16 @@ class Divergence:
     def __init__(self, model: StreamedModel, windows: Windows) -> None:
         self.model, self.windows = model, windows
         self._causal = model.anatomy.kind == "decoder" and model.anatomy.head is not None
+        self._other: StreamedModel | None = None
         self._dense = through_all_layers(model, windows).hidden
 
     @torch.no_grad()
     def of(self, checkpoint: Checkpoint) -> float:
-        """The divergence of another version of the model, nats per token."""
-        other = StreamedModel(checkpoint, self.model.device)
+        """The divergence of another version of the model, with the same tensors: nats per token."""
+        if self._other is None:
+            self._other = StreamedModel(checkpoint, self.model.device)
+        other = self._other  # a skeleton takes longer to build than the layers of a small model to run
+        other.checkpoint = other.weights.checkpoint = checkpoint
         hidden, total = through_all_layers(other, self.windows).hidden, 0.0
         with self.model.head() as dense, other.head() as head:
             for index, mask in enumerate(self.windows.mask):

@@ -8,7 +8,7 @@ divergence stand the one that `mix` predicted, and the one that it measured on h
     python scripts/benchmarks/mix.py [--methods awq gptq] [--sizes 104 87]
 
 An interrupted benchmark goes on: what is in --folder already is not done again. Sensitivities are measured
-once for all sizes of a method.
+once for all sizes and all methods that look at text.
 """
 
 from __future__ import annotations
@@ -109,7 +109,9 @@ def choice(folder: Path, dense: Path, method: str, size: float, recipe: Path) ->
     wanted = parse_recipe(
         {"model": str(dense), "calibration": CALIBRATION, "steps": [{"method": method, **STEP}]}
     )
-    work = folder / f"{method}-sensitivities"
+    # Methods that look at text are imitated alike, so that they have their measurements in common.
+    calibrated = wanted.steps[0][0].needs_calibration
+    work = folder / ("sensitivities" if calibrated else "plain-sensitivities")
     work.mkdir(exist_ok=True)
     found = choose_types(wanted, OURS, None, Budget(nbytes=int(size * 1e6)), work, progress=told)
     recipe.write_text(yaml.safe_dump(found.recipe.resolved(), sort_keys=False))

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from compress.export.base import Target
 
 TARGETS = {
+    "gguf": "compress.export.gguf:GGUF",
     "huggingface": "compress.export.huggingface:HuggingFace",
 }
 """Name -> "module:Class"."""

@@ -1,0 +1,58 @@
+"""The weights of a GGUF file as a checkpoint with the names of transformers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from compress.errors import BadInput
+from compress.storage.checkpoint import Checkpoint
+from compress.storage.gguf.architectures import restored, tensor_names
+from compress.storage.gguf.reader import GGUFFile
+from compress.storage.tensors import TensorInfo
+from compress.system.files import file_sha256
+
+
+class GGUFCheckpoint(Checkpoint):
+    """Weights of a GGUF file in float32; each is decoded when it is read.
+
+    Args:
+        file: of which the header has been read.
+        config: the transformers config object of the model.
+        values: config.json as a dict.
+        names: the parameters of the model; by default those that have a tensor in the file.
+
+    Raises:
+        BadInput: the file lacks a tensor of the model, or has one of another shape.
+    """
+
+    def __init__(
+        self, file: GGUFFile, config: Any, values: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+    ) -> None:
+        self.file, self._config = file, config
+        self._theirs = tensor_names(config, list(shapes))
+        for name, theirs in self._theirs.items():
+            if theirs not in file.tensors:
+                raise BadInput(f"'{file.path}' lacks the tensor '{theirs}' of a {config.model_type} model.")
+            turned = torch.empty(file.tensors[theirs].shape, device="meta")
+            if tuple(restored(config, name, turned).shape) != shapes[name]:
+                raise BadInput(
+                    f"'{file.path}' holds '{theirs}' in the shape {list(file.tensors[theirs].shape)}, which is "
+                    "not what its metadata say."
+                )
+        infos = {name: TensorInfo("F32", shapes[name]) for name in self._theirs}
+        super().__init__(file.path, values, infos, {})
+
+    def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        return {name: restored(self._config, name, self.file.tensor(self._theirs[name])) for name in names}
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the config and of the file."""
+        text = json.dumps(self.config, sort_keys=True) + file_sha256(self.file.path)
+        return hashlib.sha256(text.encode()).hexdigest()

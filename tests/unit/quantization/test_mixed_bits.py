@@ -19,6 +19,7 @@ from compress.engine.stream import StreamedModel
 from compress.engine.windows import Windows
 from compress.errors import BadInput
 from compress.evaluation.timed import token_ids
+from compress.kernels.cpu.library import use
 from compress.kernels.layers.embedding import PackedEmbedding
 from compress.kernels.layers.linear import PackedLinear
 from compress.method import StepContext
@@ -143,6 +144,38 @@ def test_a_table_that_serves_embedding_and_head_is_stored_and_held_once(tmp_path
     for option in ({"lm_head_bits": 8}, {"lm_head_bits": 8, "embedding_bits": 8}):
         again = quantize(dense, tmp_path / f"again-{len(option)}", **option)
         assert Checkpoint.open(again).tensors == stored
+
+
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "kernel"),
+    [
+        *((bits, bits % 2 == 0, "auto") for bits in (2, 3, 4, 5, 6, 7)),
+        *((bits, bits % 2 == 1, "reference") for bits in (3, 5, 6)),
+    ],
+)
+def test_the_table_can_have_any_bits(bits: int, symmetric: bool, kernel: str, tmp_path: Path) -> None:
+    """As embedding and as tied head, through the packed kernels; linears have other bits."""
+    use(kernel)
+    dense = make(tmp_path / "dense", "llama-tied")
+    packed = quantize(dense, tmp_path / "packed", bits=4, symmetric=symmetric, embedding_bits=bits)
+    words = Checkpoint.open(packed).tensors["model.embed_tokens.weight_packed"].shape
+    assert words == (96, 64 * bits // 32)
+    model = compress.load(packed)
+    assert model.lm_head is model.model.embed_tokens.table
+    expected = dequantized(dense, packed)
+    assert close(logits(model), logits(expected))
+    rows = model.get_input_embeddings()(TOKENS)
+    assert torch.equal(rows, expected.get_input_embeddings()(TOKENS))
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6])
+def test_an_untied_table_and_head_can_have_different_bits(bits: int, tmp_path: Path) -> None:
+    dense = make(tmp_path / "dense", "llama")
+    packed = quantize(dense, tmp_path / "packed", embedding_bits=bits, lm_head_bits=11 - bits)
+    model = compress.load(packed)
+    assert model.model.embed_tokens.table.bits == bits
+    assert model.lm_head.bits == 11 - bits
+    assert close(logits(model), logits(dequantized(dense, packed)))
 
 
 def test_a_copy_of_the_shared_table_goes_away(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import json
 import re
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -151,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
                 return
             body = self._body()
             if fault is not None:
-                time.sleep(fault.seconds)
+                threading.Event().wait(fault.seconds)  # tests may replace time.sleep
                 if fault.status is not None:
                     raise Refused(fault.status, fault.words)
             with self.server.lock:

@@ -16,6 +16,7 @@ import rich_click as click
 import compress
 from compress.errors import CompressError, nearest, unknown
 from compress.system.interrupts import RESUMED, end, end_interrupted, received
+from compress.system.secrets import hidden
 from compress.system.streams import show_what_can_be_shown
 
 # name -> (module:function, one line for --help)
@@ -33,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("compress.commands.plan:plan", "Predict what a recipe makes of a model, without doing it."),
     "export": ("compress.commands.export:export", "Write a model in the format of another program."),
     "inspect": ("compress.commands.inspect:inspect", "Show a model's lineage, shapes and bytes."),
+    "push": ("compress.commands.push:push", "Push a model to the hub, with its card."),
     "methods": ("compress.commands.methods:methods", "List the methods, with papers and options."),
     "recipes": ("compress.commands.recipes:recipes", "List, show or copy the bundled recipes."),
     "doctor": ("compress.commands.doctor:doctor", "Show versions, devices, and what works here."),
@@ -97,12 +99,12 @@ def main() -> NoReturn:
         if sys.stdout is not None:
             sys.stdout.flush()
     except BaseException as error:
-        if "--debug" in sys.argv:
-            traceback.print_exc()
+        if "--debug" in sys.argv and sys.stderr is not None:
+            sys.stderr.write(hidden(traceback.format_exc()))
         if received() is not None or isinstance(error, KeyboardInterrupt | click.Abort):
             end_interrupted()
         code, sentence = _answer(error)
-    end(code, sentence and f"Error: {sentence}")
+    end(code, sentence and f"Error: {hidden(sentence)}")
 
 
 def _prepare() -> None:

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from compress.errors import BadInput
 from compress.system.interrupts import raise_if_received
+from compress.system.secrets import hide_in_logs
 
 DTYPES = ["float32", "bfloat16", "float16"]
 PIPE_WIDTH = 160
@@ -51,6 +52,7 @@ def _set_up_logging(ctx: click.Context, parameter: click.Parameter, value: Any) 
     level = logging.DEBUG if levels["verbose"] else logging.WARNING if levels["quiet"] else logging.INFO
     others = logging.WARNING if levels["verbose"] else logging.ERROR
     logging.basicConfig(level=others, format="%(message)s", stream=sys.stderr, force=True)
+    hide_in_logs()
     logging.getLogger("compress").setLevel(level)
     if not levels["verbose"]:
         warnings.simplefilter("ignore")

@@ -18,9 +18,7 @@ from transformers.models.auto import modeling_auto
 from compress.anatomy import base_class, model_class
 from compress.engine import pruned as pruned_module
 from compress.engine.config import PRUNED_CLASS, PRUNED_TYPE
-
-PRUNED_FILE = "modeling_pruned.py"
-"""Name of the modelling file."""
+from compress.storage.companions import PRUNED_FILE
 
 CLASSES = """
 

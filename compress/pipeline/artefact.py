@@ -9,11 +9,11 @@ from typing import Any
 import yaml
 
 from compress.engine.config import UNLEARNING, config_of
-from compress.engine.pruned_config import PRUNED_FILE, modeling_source
+from compress.engine.pruned_config import modeling_source
 from compress.errors import BadInput
 from compress.storage.adapter import write_config
 from compress.storage.checkpoint import Checkpoint
-from compress.storage.companions import copy_companions
+from compress.storage.companions import PRUNED_FILE, copy_companions
 from compress.storage.lineage import RECIPE
 from compress.storage.writer import write_weights
 

@@ -1,9 +1,11 @@
-"""Write the model card from the lineage of a model."""
+"""Write the model card from the lineage of a model, with the metadata that the hub reads."""
 
 from __future__ import annotations
 
 import json
 import logging
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,50 @@ log = logging.getLogger(__name__)
 
 CARD = "README.md"
 
+LIBRARIES = {"gguf": "gguf", "mlx": "mlx", "onnx": "onnx"}
+"""Target of an export -> the library that the hub names for it; transformers for all others."""
 
 KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name", "tags")
 """The metadata of a source's card that hold for what is made of it, too."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The nearest model on the hub that a model was made from.
+
+    Attributes:
+        id: of the model.
+        relation: what the hub calls the way from there to here (its ``base_model_relation``): "quantized" or
+            "finetune", which stands for all other changes of weights; None if nothing was changed.
+    """
+
+    id: str
+    relation: str | None
+
+
+def base_of(lineage: Lineage) -> Base | None:
+    """The nearest model on the hub that a model was made from; None if there is none on record."""
+    made: list[Lineage] = []
+    for link in reversed(lineage.chain()):
+        made.append(link)
+        if link.parent.revision is not None:
+            return Base(link.parent.id, relation_of(made))
+        if cached := IN_HUB_CACHE.search(link.parent.id):
+            return Base(cached["id"].replace("--", "/"), relation_of(made))
+    return None
+
+
+IN_HUB_CACHE = re.compile(r"/models--(?P<id>[^/]+)/snapshots/[0-9a-f]{40}/?$")
+"""The folder of a hub model in the cache of the hub's client."""
+
+
+def relation_of(links: list[Lineage]) -> str | None:
+    """What the hub calls the way that these runs went."""
+    steps = [step.family for link in links for step in link.steps]
+    targets = {link.exported.target for link in links if link.exported}
+    if "quantization" in steps or targets - {"huggingface"}:
+        return "quantized"
+    return "finetune" if steps else None
 
 
 def source_metadata(folder: Path) -> dict[str, Any]:
@@ -72,13 +115,21 @@ def write_lineage(folder: Path, lineage: Lineage) -> None:
     write_atomically(folder / CARD, card)
 
 
-def render_card(lineage: Lineage, recipe: str) -> str:
-    """The model card of a lineage: Markdown with the front matter of the hub."""
+def render_card(lineage: Lineage, recipe: str | None, base: Base | None = None, record: str = LINEAGE) -> str:
+    """The model card of a lineage: Markdown with the front matter of the hub.
+
+    Args:
+        lineage: of the model.
+        recipe: the text of its recipe.yaml; None if there is none.
+        base: the model on the hub that it was made from; None takes it from the lineage.
+        record: the name of the file that holds the lineage.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     from compress.report.compare import newest_side_by_side
     from compress.report.forgetting import Forgetting
     from compress.report.forgetting import to_markdown as audit_to_markdown
+    from compress.report.limits import limits
     from compress.report.render import escaped, to_markdown
     from compress.report.scorecard import Scorecard
 
@@ -90,6 +141,7 @@ def render_card(lineage: Lineage, recipe: str) -> str:
         if card.harness and card.harness.verdict
     ]
     audit = Forgetting.model_validate_json(json.dumps(lineage.audits[-1])) if lineage.audits else None
+    base = base or base_of(lineage)
     environment = Environment(
         loader=PackageLoader("compress.report"),
         undefined=StrictUndefined,
@@ -97,7 +149,7 @@ def render_card(lineage: Lineage, recipe: str) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template("card.md.jinja").render(
-        metadata=yaml.safe_dump(_metadata(lineage), sort_keys=False, allow_unicode=True),
+        metadata=yaml.safe_dump(_metadata(lineage, base), sort_keys=False, allow_unicode=True),
         lineage=lineage,
         recipe=recipe,
         evaluation=to_markdown(table) if table else None,
@@ -105,21 +157,35 @@ def render_card(lineage: Lineage, recipe: str) -> str:
         audit=audit,
         audit_sentence=escaped(audit.sentence) if audit else None,
         audit_tables=audit_to_markdown(audit) if audit else None,
+        limits=limits(lineage, base.id if base else lineage.chain()[0].parent.id),
+        papers=_papers(lineage),
+        record=record,
     )
 
 
-def _metadata(lineage: Lineage) -> dict[str, Any]:
+def _metadata(lineage: Lineage, base: Base | None) -> dict[str, Any]:
     """The front matter of a card, as the hub reads it."""
-    chain = lineage.chain()
-    origin = {"base_model": chain[0].parent.id} if chain[0].parent.revision else {}
-    families = [step.family for link in chain for step in link.steps]
+    origin = {}
+    if base is not None:
+        origin = {"base_model": base.id}
+        origin |= {"base_model_relation": base.relation} if base.relation else {}
+    families = [step.family for link in lineage.chain() for step in link.steps]
     tags = [tag for tag in _as_list(lineage.card.get("tags")) if tag not in ("compress-model", *families)]
+    target = lineage.exported.target if lineage.exported else None
+    library = {"library_name": LIBRARIES[target]} if target in LIBRARIES else {}
     return {
         **origin,
         "library_name": "transformers",
         **lineage.card,
+        **library,
         "tags": list(dict.fromkeys([*tags, "compress-model", *families])),
     }
+
+
+def _papers(lineage: Lineage) -> list[str]:
+    """The papers behind the steps, with links that the hub connects with its pages of papers."""
+    papers = dict.fromkeys(step.paper for link in lineage.chain() for step in link.steps)
+    return [re.sub(r"arXiv:([\d.]+\d)", r"[arXiv:\1](https://arxiv.org/abs/\1)", paper) for paper in papers]
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -58,14 +58,23 @@ def find_model(name: str, revision: str | None = None) -> ModelSource:
 
 def _download(name: str, revision: str | None) -> ModelSource:
     from huggingface_hub.errors import (
+        GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
+    from compress.system import hub
+
     try:
+        hub.prepare()
         folder = _fetch(name, revision)
+    except GatedRepoError:
+        raise BadInput(
+            f"The hub model '{name}' asks for consent before it is downloaded; give it on the model's page, "
+            f"and {hub.LOG_IN}."
+        ) from None
     except RepositoryNotFoundError:
         raise BadInput(
             f"'{name}' is neither a folder here nor a model on the hub that you may read."
@@ -79,10 +88,14 @@ def _download(name: str, revision: str | None) -> ModelSource:
             f"'{name}' cannot be downloaded, because the hub's cache '{error.filename}' cannot be written; "
             "set HF_HOME to another folder."
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, OSError, RuntimeError) as error:
+        if hub.status_of(error) == 401:
+            raise BadInput(
+                f"'{name}' is not a folder here, and the hub does not accept the access token; {hub.LOG_IN}."
+            ) from error
         raise CompressError(
-            f"'{name}' is not a folder here, and the hub cannot be reached to download it "
-            f"({type(error).__name__}); check the name, or give the path of a folder."
+            f"'{name}' is not a folder here, and cannot be downloaded, because {hub.trouble(error)}; check "
+            "the name, or give the path of a folder."
         ) from error
     return ModelSource(name, folder.name, folder)
 

@@ -21,6 +21,9 @@ from compress.errors import BadInput
 MODULES = "modules.json"
 """The file of a sentence encoder that names the folders of its modules."""
 
+PRUNED_FILE = "modeling_pruned.py"
+"""The modelling file of a pruned model whose layers differ in shape, which is the only code that we write."""
+
 
 @dataclass(frozen=True)
 class Kind:

@@ -185,13 +185,17 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-def read_lineage(folder: Path) -> Lineage | None:
-    """The lineage of a folder, or None if compress-model did not write it.
+def read_lineage(folder: Path, name: str = LINEAGE) -> Lineage | None:
+    """The lineage in a folder, or None if compress-model did not write it.
+
+    Args:
+        folder: of the model.
+        name: of the file; that of a model in one file is called ``NAME.compression.json``.
 
     Raises:
         BadInput: compression.json is damaged, or a newer version wrote it.
     """
-    path = folder / LINEAGE
+    path = folder / name
     if not path.exists():
         return None
     try:

@@ -241,7 +241,7 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, setting, value)
     ended = command("inspect", "someone/something")
-    assert_one_sentence(ended, 1, "'someone/something' is not a folder here, and the hub cannot be reached")
+    assert_one_sentence(ended, 1, "'someone/something' is not a folder here, and cannot be downloaded")
 
 
 @pytest.mark.parametrize(

@@ -1,48 +1,27 @@
 """Runs CUDA kernels on the CPU: compiles a .cu file as it stands, calls its functions, and watches memory.
 
-`Kernels` loads a source. `watched` lends kernels tensors in one of the `SCHEDULES`, and `check` turns what the
-emulation finds wrong (an access out of bounds, a race, a barrier that some threads never reach) into an
+`Kernels` loads a source. `watched` lends kernels tensors in one of the `SCHEDULES`, and `check` turns what
+the emulation finds wrong (an access out of bounds, a race, a barrier that some threads never reach) into an
 `EmulationError`. See include/emulation.h for how it works.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import platform
-import re
-import shutil
-import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any, Self
 
-import pytest
 import torch
-from filelock import FileLock
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-INCLUDE, RUNTIME = HERE / "include", HERE / "source"
-CUDA = ROOT / "kernels" / "cuda" / "source"
-BUILT = ROOT / ".pytest_cache" / "emulation"
+from tests.emulation.build import compiled, emulation
 
 SCHEDULES = ("forward", "reverse", "random")
 """Orders in which threads and blocks run. Asynchronous copies land when they are waited for in the first, at
 once in the second, and at either time in the third, which also changes threads in the midst of things."""
-
-COMMON = ("-std=c++17", "-fPIC", "-mavx2", "-mfma", "-mf16c", "-fno-strict-aliasing", "-g0")
-KERNEL = (
-    *("-x", "c++", "-O1", "-include", "cuda_runtime.h", "-Wno-unknown-pragmas", "-fno-extern-tls-init"),
-    *("-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-ffp-contract=off"),
-)
-DYNAMIC_SHARED = 227 << 10
-"""Bytes of dynamic shared memory that there is room for."""
-
-FAILED = 719
-"""The error of a launch that the emulation stopped."""
 
 
 class EmulationError(AssertionError):
@@ -79,13 +58,14 @@ class Counts:
     multiply_adds: int = 0
     shared_bytes: int = 0
 
-
-def require() -> str:
-    """The compiler that emulates; tests are skipped aloud where there is none, or another processor."""
-    compiler = shutil.which("g++")
-    if compiler is None or platform.machine() != "x86_64" or platform.system() != "Linux":
-        pytest.skip("kernels are emulated by g++ on x86-64 under Linux only")
-    return compiler
+    def add(self, other: Counts) -> None:
+        """Add what another call did."""
+        for name, moved in other.traffic.items():
+            before = self.traffic.get(name, Traffic(0, 0, 0, 0))
+            pairs = zip(astuple(before), astuple(moved))
+            self.traffic[name] = Traffic(*(one + more for one, more in pairs))
+        self.multiply_adds += other.multiply_adds
+        self.shared_bytes += other.shared_bytes
 
 
 class Kernels:
@@ -197,17 +177,7 @@ def watched(
 @cache
 def runtime() -> ctypes.CDLL:
     """The emulation itself, which all libraries of kernels share."""
-    compiler = require()
-    sources = sorted(RUNTIME.glob("*.cpp"))
-    key = digest(*COMMON, version(compiler), *(file.read_text() for file in (*headers(), *sources)))
-    made = BUILT / f"emulation-{key}.so"
-
-    def build(scratch: Path) -> Path:
-        flags = (*COMMON, "-O3", "-fno-trapping-math", "-shared", "-o", str(scratch / "made.so"))
-        run(compiler, *flags, *map(str, sources), "-ldl")
-        return scratch / "made.so"
-
-    library = ctypes.CDLL(str(kept(made, build)), mode=ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(str(emulation()), mode=ctypes.RTLD_GLOBAL)
     number, pointer, text = ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p
     library.emulation_set.argtypes = (ctypes.c_int, ctypes.c_int, number, number, number)
     library.emulation_register.argtypes = (text, pointer, number, ctypes.c_int)
@@ -217,77 +187,86 @@ def runtime() -> ctypes.CDLL:
     return library
 
 
-def compiled(source: Path, text: str, defines: tuple[tuple[str, str], ...] = ()) -> Path:
-    """The library of a source, from the cache where nothing that it is made of has changed.
+class Device:
+    """Stands in for a CUDA device under code that hands tensors of the CPU to a library of kernels.
+
+    Within ``with``, kernels may reach those tensors only whose addresses the code has asked for, and memory
+    that torch leaves uninitialised is NaN.
 
     Args:
-        source: the file.
-        text: what it says, or what it says with a planted bug.
-        defines: macros and their values.
+        kernels: that the code calls, through `library`.
+        inputs: tensors that kernels must not write to.
+        schedule, strict, seed: as in `Kernels.__call__`.
+        capability, shared_limit: as in `watched`.
+
+    Attributes:
+        counts: of the calls so far, added up; traffic is listed by the address of a tensor (see `traffic`).
     """
-    compiler = require()
-    beside = sorted({*source.parent.glob("*.cuh"), *source.parent.glob("*.h"), *CUDA.glob("*.cuh")})
-    parts = (file.read_text() for file in (*headers(), *beside))
-    flags = (*KERNEL, *COMMON, *(f"-D{name}={value}" for name, value in defines))
-    key = digest(*flags, version(compiler), text, *parts)
 
-    def build(scratch: Path) -> Path:
-        (scratch / source.name).write_text(text)
-        made = scratch / "kernels.o"
-        folders = (f"-I{folder}" for folder in (INCLUDE, source.parent, CUDA))
-        run(compiler, *folders, *flags, "-c", str(scratch / source.name), "-o", str(made))
-        storage = scratch / "shared.s"
-        storage.write_text(shared_memory(made))
-        run(compiler, "-shared", str(made), str(storage), "-o", str(scratch / "kernels.so"))
-        return scratch / "kernels.so"
+    def __init__(
+        self, kernels: Kernels, inputs: Iterable[torch.Tensor] = (), **settings: str | bool | int
+    ) -> None:
+        self.kernels, self.settings = kernels, settings
+        self.inputs = {tensor.data_ptr() for tensor in inputs}
+        self.counts = Counts()
+        self.known: dict[int, torch.Tensor] = {}
 
-    return kept(BUILT / f"{source.stem}-{key}.so", build)
+    def __enter__(self) -> Self:
+        self._ask, self._strictly = torch.Tensor.data_ptr, torch.are_deterministic_algorithms_enabled()
+        ask, known = self._ask, self.known
 
+        def data_ptr(tensor: torch.Tensor) -> int:
+            address = ask(tensor)
+            known[address] = tensor  # also keeps its memory from being used again
+            return address
 
-def shared_memory(made: Path) -> str:
-    """Assembler text that gives all ``extern __shared__`` arrays of an object one thread-local storage."""
-    symbols = run("readelf", "--wide", "--symbols", str(made)).splitlines()
-    names = [match[1] for line in symbols if (match := re.search(r"\bTLS\b.*\bUND\s+(\S+)", line))]
-    labels = "".join(f".globl {name}\n.type {name}, @object\n{name}:\n" for name in [*names, DYNAMIC])
-    head = '.section .tbss,"awT",@nobits\n.balign 1024\n'
-    return f'{head}{labels}.zero {DYNAMIC_SHARED}\n.section .note.GNU-stack,"",@progbits\n'
+        torch.Tensor.data_ptr = data_ptr  # type: ignore[method-assign]
+        torch.use_deterministic_algorithms(True)
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        torch.Tensor.data_ptr = self._ask  # type: ignore[method-assign]
+        torch.use_deterministic_algorithms(self._strictly)
 
-DYNAMIC = "emulation_dynamic_shared"
+    @property
+    def library(self) -> Any:
+        """Has the functions of the kernels, as a ``ctypes.CDLL`` has."""
+        return _Library(self)
 
+    def call(self, function: Any, arguments: tuple[object, ...]) -> int:
+        """Call a C function and look at what it has done.
 
-def headers() -> list[Path]:
-    return sorted((*INCLUDE.iterdir(), *RUNTIME.glob("*.h")))
+        Raises:
+            EmulationError: the kernel does something wrong, or the function returns an error.
+        """
+        tensors = {str(address): tensor for address, tensor in self.known.items() if tensor.numel()}
+        with watched(tensors, set(self.known) - self.inputs, **self.settings) as counts:  # type: ignore[arg-type]
+            error = function(*arguments)
+            check(error)
+        self.counts.add(counts)
+        return error
 
-
-def kept(made: Path, build) -> Path:  # type: ignore[no-untyped-def]
-    """A file of the cache, built in a scratch folder beside it if it is not there; one process builds it."""
-    BUILT.mkdir(parents=True, exist_ok=True)
-    with FileLock(made.with_suffix(".lock")):
-        if not made.exists():
-            scratch = made.with_suffix(".scratch")
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir()
-            build(scratch).rename(made)
-            shutil.rmtree(scratch)
-    return made
-
-
-@cache
-def version(compiler: str) -> str:
-    return run(compiler, "--version").partition("\n")[0]
+    def traffic(self, tensor: torch.Tensor) -> Traffic:
+        """What the calls so far have moved of a tensor."""
+        return self.counts.traffic[str(tensor.data_ptr())]
 
 
-def digest(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+class _Library:
+    def __init__(self, device: Device) -> None:
+        self.device = device
+
+    def __getattr__(self, name: str) -> _Function:
+        return _Function(self.device, getattr(self.device.kernels.library, name))
 
 
-def run(*command: str) -> str:
-    """The output of a program.
+class _Function:
+    """A C function; ``argtypes`` and ``restype`` are handed on to it."""
 
-    Raises:
-        AssertionError: it fails; the message is what it says.
-    """
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, f"{' '.join(command)}\n{ended.stderr[:6000]}"
-    return ended.stdout
+    def __init__(self, device: Device, function: Any) -> None:
+        self.__dict__.update(device=device, function=function)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(self.function, name, value)
+
+    def __call__(self, *arguments: object) -> int:
+        return self.device.call(self.function, arguments)

@@ -1,4 +1,4 @@
-"""The emulation itself: right kernels pass in every schedule, and bugs of every kind planted in them do not."""
+"""The emulation itself: right kernels pass in every schedule, and bugs that are planted in them do not."""
 
 from __future__ import annotations
 

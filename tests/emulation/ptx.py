@@ -1,7 +1,7 @@
 """A small interpreter of the wrappers in ``kernels/cuda/source/ptx.cuh``: it reads their asm statements.
 
 `read` finds the wrappers, `Machine` carries out their instructions for the 32 lanes of a warp. It follows the
-PTX manual (https://docs.nvidia.com/cuda/parallel-thread-execution), number by number, and knows nothing of the
+PTX manual (docs.nvidia.com/cuda/parallel-thread-execution), number by number, and knows nothing of the
 emulation, so that the two can be held against each other.
 """
 

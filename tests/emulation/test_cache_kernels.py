@@ -149,7 +149,6 @@ BUGS = {
 ONE_KERNEL = {
     **{f"case {bits}: return attention_of<{bits}>(*attention, stream);": "" for bits in (2, 3, 8)},
     "if (rows == 1) return attention<BITS, 1>(a, stream);": "",
-    "if (rows == 2) return attention<BITS, 2>(a, stream);": "",
     "return rows <= 4 ? attention<BITS, 4>(a, stream) : attention<BITS, 8>(a, stream);": (
         "return rows <= 4 ? attention<BITS, 4>(a, stream) : cudaErrorInvalidValue;"
     ),

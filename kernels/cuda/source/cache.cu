@@ -60,25 +60,28 @@ __device__ __forceinline__ void write_number(float value, void* to, int64_t at, 
 // Numbers of a piece; those from `count` on are 0. Whole pieces that lie well are read as vectors.
 __device__ __forceinline__ void numbers(const void* from, int64_t at, int count, int type, float (&to)[PIECE]) {
   const int size = type == FLOAT32 ? 4 : 2;
-  if (count == PIECE && ((uintptr_t)from + at * size) % 16 == 0) {
-    const uint4 first = __ldg((const uint4*)((const char*)from + at * size));
-    uint32_t words[8] = {first.x, first.y, first.z, first.w};
-    if (type == FLOAT32) {
-      const uint4 second = __ldg((const uint4*)((const char*)from + at * size) + 1);
-      words[4] = second.x, words[5] = second.y, words[6] = second.z, words[7] = second.w;
+  const char* first = (const char*)from + at * size;
+  uint32_t bits[PIECE];
+  if (count == PIECE && (uintptr_t)first % 16 == 0) {
+    const uint4 low = __ldg((const uint4*)first), high = size == 4 ? __ldg((const uint4*)first + 1) : low;
+    const uint32_t words[PIECE] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
-      for (int i = 0; i < PIECE; i++) to[i] = __uint_as_float(words[i]);
-    } else {
+    for (int i = 0; i < PIECE; i++) bits[i] = size == 4 ? words[i] : words[i / 2] >> 16 * (i % 2) & 0xffff;
+  } else {
 #pragma unroll
-      for (int i = 0; i < PIECE; i++) {
-        const unsigned short bits = (unsigned short)(words[i / 2] >> 16 * (i % 2));
-        to[i] = type == FLOAT16 ? __half2float(__ushort_as_half(bits)) : __bfloat162float(__ushort_as_bfloat16(bits));
-      }
+    for (int i = 0; i < PIECE; i++) {
+      bits[i] = 0;
+      if (i < count) bits[i] = size == 4 ? ((const uint32_t*)first)[i] : ((const unsigned short*)first)[i];
     }
-    return;
   }
 #pragma unroll
-  for (int i = 0; i < PIECE; i++) to[i] = i < count ? number(from, at + i, type) : 0.0f;
+  for (int i = 0; i < PIECE; i++) {
+    if (type == FLOAT16) {
+      to[i] = __half2float(__ushort_as_half((unsigned short)bits[i]));
+    } else {
+      to[i] = __uint_as_float(type == BFLOAT16 ? bits[i] << 16 : bits[i]);
+    }
+  }
 }
 
 // Codes first, first + 1, ... of a token's row, minus 2^(BITS - 1), as numbers; those from `count` on are 0.
@@ -136,27 +139,23 @@ __device__ __forceinline__ void products(const Attention& a, const Part& part, c
   for (int r = 0; r < ROWS; r++) dots[r] = 0;
   for (int i = lane * PIECE; i < half_width; i += LANES * PIECE) {
     const int count = min(PIECE, half_width - i);
-    float low[PIECE], high[PIECE], cosines[PIECE], sines[PIECE], turned[PIECE];
+    float low[PIECE], high[PIECE], cosines[PIECE], sines[PIECE];
     codes<BITS>(row, first + i, count, low);
     codes<BITS>(row, first + half_width + i, count, high);
-    numbers(a.cosines, turn + i, count, a.rotation_type, cosines);
-    numbers(a.sines, turn + i, count, a.rotation_type, sines);
+#pragma unroll 1
+    for (int side = 0; side < 2; side++) {  // of the pairs
+      const int from = side * half_width + i;
+      numbers(a.cosines, turn + from, count, a.rotation_type, cosines);
+      numbers(a.sines, turn + from, count, a.rotation_type, sines);
 #pragma unroll
-    for (int e = 0; e < PIECE; e++) turned[e] = low[e] * cosines[e] - high[e] * sines[e];
+      for (int e = 0; e < PIECE; e++) {
+        const float own = side ? high[e] : low[e], other = side ? low[e] : -high[e];
+        const float turned = own * cosines[e] + other * sines[e];
 #pragma unroll
-    for (int r = 0; r < ROWS; r++)
-#pragma unroll
-      for (int e = 0; e < PIECE; e++)
-        if (e < count) dots[r] += turned[e] * query[r * a.width + i + e];
-    numbers(a.cosines, turn + half_width + i, count, a.rotation_type, cosines);
-    numbers(a.sines, turn + half_width + i, count, a.rotation_type, sines);
-#pragma unroll
-    for (int e = 0; e < PIECE; e++) turned[e] = high[e] * cosines[e] + low[e] * sines[e];
-#pragma unroll
-    for (int r = 0; r < ROWS; r++)
-#pragma unroll
-      for (int e = 0; e < PIECE; e++)
-        if (e < count) dots[r] += turned[e] * query[r * a.width + half_width + i + e];
+        for (int r = 0; r < ROWS; r++)
+          if (e < count) dots[r] += turned * query[r * a.width + from + e];
+      }
+    }
   }
   for (int i = 2 * half_width + lane * PIECE; i < width; i += LANES * PIECE) {
     const int count = min(PIECE, width - i);
@@ -368,7 +367,6 @@ template <int BITS>
 cudaError_t attention_of(const Attention& a, void* stream) {
   const int rows = a.heads / a.key_heads * a.queries;
   if (rows == 1) return attention<BITS, 1>(a, stream);
-  if (rows == 2) return attention<BITS, 2>(a, stream);
   return rows <= 4 ? attention<BITS, 4>(a, stream) : attention<BITS, 8>(a, stream);
 }
 

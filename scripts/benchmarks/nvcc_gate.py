@@ -33,7 +33,7 @@ SOURCE = ROOT / "kernels" / "cuda" / "source"
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 FLAGS = ("-std=c++17", "-O3", "-cubin", "-Xptxas", "-v")
 INCLUDE = (f"-I{SOURCE}",)
-MOST_REGISTERS = 168  # of a thread: three blocks of 128 threads, or one of 384, fit on a multiprocessor
+MOST_REGISTERS = 168  # of a thread: three blocks of 128 threads fit on a multiprocessor
 INSTRUCTIONS = {
     "HMMA": r"HMMA\.16816\.F32",
     "LDGSTS": r"LDGSTS\.\S*128",

@@ -35,13 +35,16 @@ class Traffic:
     Attributes:
         read, written: by loads and stores, each counted as often as it is done.
         copied: the part of ``read`` that asynchronous copies made up.
-        sectors: bytes of all sectors of 32 bytes that were read at least once.
+        sectors: bytes of all sectors of 32 bytes that were read at least once: what memory must give.
+        fetched: bytes of the sectors that warps ask for, where the lanes of a load ask for a sector once:
+            what comes to the multiprocessors. Only strict calls count them.
     """
 
     read: int
     written: int
     copied: int
     sectors: int
+    fetched: int
 
 
 @dataclass
@@ -61,7 +64,7 @@ class Counts:
     def add(self, other: Counts) -> None:
         """Add what another call did."""
         for name, moved in other.traffic.items():
-            before = self.traffic.get(name, Traffic(0, 0, 0, 0))
+            before = self.traffic.get(name, Traffic(0, 0, 0, 0, 0))
             pairs = zip(astuple(before), astuple(moved))
             self.traffic[name] = Traffic(*(one + more for one, more in pairs))
         self.multiply_adds += other.multiply_adds
@@ -167,9 +170,9 @@ def watched(
     counts = Counts()
     yield counts
     for number, name in enumerate(tensors):
-        four = (ctypes.c_int64 * 4)()
-        library.emulation_counts(number, four)
-        counts.traffic[name] = Traffic(*four)
+        five = (ctypes.c_int64 * 5)()
+        library.emulation_counts(number, five)
+        counts.traffic[name] = Traffic(*five)
     counts.multiply_adds = library.emulation_multiply_adds()
     counts.shared_bytes = library.emulation_shared_bytes()
 

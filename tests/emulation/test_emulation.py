@@ -159,6 +159,17 @@ def test_what_a_call_moves_is_counted(kernels):
     assert moved["argument 1"].sectors == 320
     assert moved["argument 2"].written == 4 * 13
     assert counts.multiply_adds == 13 * 77
+    # Neighbouring lanes read neighbouring words, so a sector is fetched again only where rows or turns meet.
+    assert 4 * 13 * 77 <= moved["argument 0"].fetched <= 4 * 13 * 77 + 32 * 13 * 4
+
+
+def test_lanes_that_read_apart_fetch_more():
+    kernels = Kernels(
+        SOURCE, {"weight[(size_t)row * width + i]": "weight[(size_t)row * width + i * 8 % width]"}
+    )
+    weight, x, y = torch.randn(13, 77), torch.randn(77), torch.empty(13)
+    counts = kernels("test_rows", weight, x, y, 13, 77, written=(y,))
+    assert counts.traffic["argument 0"].fetched > 3 * 4 * 13 * 77
 
 
 def test_a_launch_that_no_device_takes_is_an_error(kernels):

@@ -6,14 +6,13 @@
 // Attention: a block takes one head of keys, up to ROWS rows of queries that share it, and a part of the tokens.
 // It goes through them a tile at a time: scores (eight lanes for a token), softmax with a running maximum, and
 // the sum of values (every thread has one piece of the width, and every so many tokens). Parts of the tokens are
-// put together by a second kernel. Codes are read once, straight into registers.
+// put together by a second kernel. Codes are read once, straight into registers, but not past the first-level
+// cache, since the halves of a pair may share a sector.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
-
-#include "ptx.cuh"
 
 namespace compress {
 
@@ -90,9 +89,15 @@ __device__ __forceinline__ void codes(const uint32_t* row, int first, int count,
   const int64_t bit = (int64_t)first * BITS;
   const uint32_t* from = row + bit / 32;
   const int shift = (int)(bit % 32), end = shift + count * BITS;
-  const uint32_t a = ptx::load_once(from), b = end > 32 ? ptx::load_once(from + 1) : 0;
-  uint32_t low = __funnelshift_r(a, b, shift), high = 0;
-  if (PIECE * BITS > 32) high = __funnelshift_r(b, end > 64 ? ptx::load_once(from + 2) : 0, shift);
+  uint32_t low, high = 0;
+  if (PIECE * BITS == 64 && count == PIECE && bit % 64 == 0 && (uintptr_t)row % 8 == 0) {
+    const uint2 both = __ldg((const uint2*)from);
+    low = both.x, high = both.y;
+  } else {
+    const uint32_t a = __ldg(from), b = end > 32 ? __ldg(from + 1) : 0;
+    low = __funnelshift_r(a, b, shift);
+    if (PIECE * BITS > 32) high = __funnelshift_r(b, end > 64 ? __ldg(from + 2) : 0, shift);
+  }
 #pragma unroll
   for (int i = 0; i < PIECE; i++) {
     // A code of 3 bits may lie in both words, but eight of them fill no more than the first.
@@ -186,7 +191,7 @@ __device__ __forceinline__ float masked(const Attention& a, const Part& part, in
 }
 
 template <int BITS, int ROWS>
-__global__ void __launch_bounds__(THREADS) attend(const Attention a) {
+__global__ void __launch_bounds__(THREADS, ROWS == 8 ? 3 : 4) attend(const Attention a) {
   extern __shared__ __align__(16) unsigned char memory[];
   float* query = (float*)memory;              // [ROWS, width]
   float* scores = query + ROWS * a.width;     // [ROWS, TILE]

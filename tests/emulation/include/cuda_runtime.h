@@ -49,15 +49,49 @@ inline constexpr int warpSize = 32;
 
 // ---------------------------------------------------------------------------------------------- vectors
 
-#define EMULATED_VECTORS(T, name, align2, align4)                                            \
-  struct alignas(align2) name##2 {                                                           \
-    T x, y;                                                                                  \
-  };                                                                                         \
-  struct alignas(align4) name##4 {                                                           \
-    T x, y, z, w;                                                                            \
-  };                                                                                         \
-  inline __attribute__((always_inline)) name##2 make_##name##2(T x, T y) { return {x, y}; }  \
-  inline __attribute__((always_inline)) name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
+namespace emulation {
+template <int BYTES>
+struct Whole;
+template <>
+struct Whole<2> {
+  typedef uint16_t type;
+};
+template <>
+struct Whole<4> {
+  typedef uint32_t type;
+};
+template <>
+struct Whole<8> {
+  typedef uint64_t type;
+};
+template <>
+struct Whole<16> {
+  typedef unsigned type __attribute__((vector_size(16)));
+};
+}  // namespace emulation
+
+// Vectors are copied as a whole, since g++ would else split a load of 16 bytes into four.
+#define EMULATED_COPIES(name, bytes)                                                    \
+  typedef emulation::Whole<bytes>::type whole;                                          \
+  name() = default;                                                                     \
+  __forceinline__ name(const name& other) { *(whole*)this = *(const whole*)&other; }    \
+  __forceinline__ name& operator=(const name& other) {                                  \
+    *(whole*)this = *(const whole*)&other;                                              \
+    return *this;                                                                       \
+  }
+#define EMULATED_VECTORS(T, name, align2, align4)                                       \
+  struct alignas(align2) name##2 {                                                      \
+    T x, y;                                                                             \
+    EMULATED_COPIES(name##2, align2)                                                    \
+    __forceinline__ name##2(T x, T y) : x(x), y(y) {}                                   \
+  };                                                                                    \
+  struct alignas(align4) name##4 {                                                      \
+    T x, y, z, w;                                                                       \
+    EMULATED_COPIES(name##4, align4)                                                    \
+    __forceinline__ name##4(T x, T y, T z, T w) : x(x), y(y), z(z), w(w) {}             \
+  };                                                                                    \
+  __forceinline__ name##2 make_##name##2(T x, T y) { return {x, y}; }                   \
+  __forceinline__ name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 EMULATED_VECTORS(unsigned, uint, 8, 16)
 EMULATED_VECTORS(int, int, 8, 16)
 EMULATED_VECTORS(float, float, 8, 16)
@@ -66,6 +100,7 @@ EMULATED_VECTORS(short, short, 4, 8)
 EMULATED_VECTORS(unsigned char, uchar, 2, 4)
 EMULATED_VECTORS(signed char, char, 2, 4)
 #undef EMULATED_VECTORS
+#undef EMULATED_COPIES
 
 // ---------------------------------------------------------------------------------------------- launching
 

@@ -32,8 +32,22 @@ struct Buffer {
   Range range;
   std::string name;
   bool writable = false;
-  int64_t read = 0, written = 0, copied = 0;
+  int64_t read = 0, written = 0, copied = 0, fetched = 0;
   std::vector<bool> sectors;  // those that were read
+};
+
+// One load of a warp: the sectors that its lanes ask for, each of which is fetched once.
+struct Fetch {
+  const void* code;
+  unsigned warp, turn;  // the how-manieth time that a lane comes to this code
+  bool operator==(const Fetch& other) const {
+    return code == other.code && warp == other.warp && turn == other.turn;
+  }
+};
+struct FetchHash {
+  size_t operator()(const Fetch& f) const {
+    return ((size_t)f.code * 31 + f.warp) * 0x9e3779b97f4a7c15ull + f.turn * 0xff51afd7ed558ccdull;
+  }
 };
 
 // Who reached a byte of shared memory last.
@@ -57,6 +71,19 @@ std::vector<Trace> traces;
 Range fiber_stacks, host_stack;
 int64_t steps = 0, multiply_adds = 0, shared_bytes = 0;
 size_t latest = 0;
+std::unordered_map<Fetch, std::vector<size_t>, FetchHash> fetches;  // of this block
+std::vector<std::unordered_map<const void*, unsigned>> turns;       // of its threads
+
+void fetch(Buffer& b, const void* code, size_t at, size_t bytes) {
+  const unsigned turn = turns[current->number][code]++;
+  std::vector<size_t>& known = fetches[{code, current->warp, turn}];
+  for (size_t s = at / SECTOR; s <= (at + bytes - 1) / SECTOR; s++) {
+    const size_t sector = s * 64 + latest % 64;  // of two tensors they are different ones
+    if (std::find(known.begin(), known.end(), sector) != known.end()) continue;
+    known.push_back(sector);
+    b.fetched += SECTOR;
+  }
+}
 
 // Whether what a thread of this block did comes before what the current one does.
 bool ordered(int thread, uint32_t epoch, uint32_t warp_epoch) {
@@ -104,7 +131,7 @@ void reach_shared(const char* p, size_t bytes, bool write, bool atomic) {
   if (settings.schedule == Schedule::RANDOM && random_number() % 16 == 0) yield();
 }
 
-void reach_global(const char* p, size_t bytes, bool write) {
+void reach_global(const char* p, size_t bytes, bool write, const void* code) {
   if (latest >= buffers.size() || !buffers[latest].range.has(p, bytes)) {
     const auto found = std::find_if(buffers.begin(), buffers.end(), [&](const Buffer& b) { return b.range.has(p, bytes); });
     if (found == buffers.end()) {
@@ -127,10 +154,11 @@ void reach_global(const char* p, size_t bytes, bool write) {
     b.read += bytes;
     const size_t at = p - b.range.from;
     for (size_t s = at / SECTOR; s <= (at + bytes - 1) / SECTOR; s++) b.sectors[s] = true;
+    if (settings.strict) fetch(b, code, at, bytes);
   }
 }
 
-void reach(const void* address, size_t bytes, bool write, bool aligned, bool atomic = false) {
+void reach(const void* address, size_t bytes, bool write, bool aligned, const void* code, bool atomic = false) {
   if (!current) return;
   if (++steps > settings.steps) fail("does not end");
   const char* p = (const char*)address;
@@ -140,7 +168,7 @@ void reach(const void* address, size_t bytes, bool write, bool aligned, bool ato
   if (library.shared.has(p, 1))
     reach_shared(p, bytes, write, atomic);
   else
-    reach_global(p, bytes, write);
+    reach_global(p, bytes, write, code);
 }
 
 void land(const Copy& copy) {
@@ -200,6 +228,8 @@ void find_shared(const void* kernel) {
 
 void begin_block(size_t dynamic_shared) {
   dynamic_bytes = dynamic_shared;
+  fetches.clear();
+  turns.assign(settings.strict ? block.threads.size() : 0, {});
   // All bits set is NaN in every type of number.
   if (library.shared.bytes) std::memset((char*)library.shared.from, 0xff, library.shared.bytes);
 }
@@ -208,7 +238,7 @@ void set_host_stack(const void* here) { host_stack = {(const char*)here - (16 <<
 void set_fiber_stacks(const char* from, size_t bytes) { fiber_stacks = {from, bytes}; }
 
 void touch(const void* address, size_t bytes, bool write, bool atomic) {
-  reach(address, bytes, write, (bytes & (bytes - 1)) == 0, atomic);
+  reach(address, bytes, write, (bytes & (bytes - 1)) == 0, __builtin_return_address(0), atomic);
 }
 
 void count(Work, int64_t operations) { multiply_adds += operations; }
@@ -218,7 +248,7 @@ void copy_async(void* shared, const void* global, int bytes, int present, const 
   current->where = where;
   if ((size_t)to % bytes || (size_t)global % bytes) fail("copies %d bytes from or to an odd address at %s", bytes, where);
   if (!library.shared.has(to, bytes)) fail("copies to what is no shared memory at %s", where);
-  if (present) reach(global, present, false, false);
+  if (present) reach(global, present, false, false, __builtin_return_address(0));
   if (latest < buffers.size() && buffers[latest].range.has(global, present)) buffers[latest].copied += present;
   reach_shared(to, bytes, true, false);
   const Copy copy{to, (const char*)global, bytes, present, where};
@@ -274,13 +304,14 @@ void emulation_register(const char* name, const void* from, int64_t bytes, int w
   buffers.push_back(std::move(b));
 }
 
-// Fills in bytes read, written and copied asynchronously, and the bytes of the sectors that were read.
+// Fills in bytes read, written and copied asynchronously, of the sectors that were read, and of those fetched.
 void emulation_counts(int64_t buffer, int64_t* to) {
   const Buffer& b = buffers[buffer];
   to[0] = b.read;
   to[1] = b.written;
   to[2] = b.copied;
   to[3] = SECTOR * std::count(b.sectors.begin(), b.sectors.end(), true);
+  to[4] = b.fetched;
 }
 
 int64_t emulation_multiply_adds() { return multiply_adds; }
@@ -288,17 +319,20 @@ int64_t emulation_shared_bytes() { return shared_bytes; }
 const char* emulation_failure() { return failure.c_str(); }
 void emulation_forgive() { failure.clear(); }
 
-#define HOOKS(n)                                                                          \
-  void __tsan_read##n(void* p) { reach(p, n, false, true); }                              \
-  void __tsan_write##n(void* p) { reach(p, n, true, true); }                              \
-  void __tsan_unaligned_read##n(void* p) { reach(p, n, false, false); }                   \
-  void __tsan_unaligned_write##n(void* p) { reach(p, n, true, false); }                   \
-  void __tsan_volatile_read##n(void* p) { reach(p, n, false, true); }                     \
-  void __tsan_volatile_write##n(void* p) { reach(p, n, true, true); }
+#define HOOK(name, bytes, write, aligned) \
+  void __tsan_##name(void* p) { reach(p, bytes, write, aligned, __builtin_return_address(0)); }
+#define HOOKS(n)                        \
+  HOOK(read##n, n, false, true)         \
+  HOOK(write##n, n, true, true)         \
+  HOOK(unaligned_read##n, n, false, false) \
+  HOOK(unaligned_write##n, n, true, false) \
+  HOOK(volatile_read##n, n, false, true) \
+  HOOK(volatile_write##n, n, true, true)
 HOOKS(1) HOOKS(2) HOOKS(4) HOOKS(8) HOOKS(16)
 #undef HOOKS
-void __tsan_read_range(void* p, long bytes) { reach(p, bytes, false, false); }
-void __tsan_write_range(void* p, long bytes) { reach(p, bytes, true, false); }
+#undef HOOK
+void __tsan_read_range(void* p, long bytes) { reach(p, bytes, false, false, __builtin_return_address(0)); }
+void __tsan_write_range(void* p, long bytes) { reach(p, bytes, true, false, __builtin_return_address(0)); }
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}

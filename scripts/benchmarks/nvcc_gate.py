@@ -44,7 +44,10 @@ INSTRUCTIONS = {
 """What is counted in the machine code: products of tensor cores, asynchronous copies and loads of 128 bits,
 products of four int8, and functions of three words."""
 
-EXPECTED: dict[str, tuple[str, ...]] = {"attend": ("LDG.128",)}
+EXPECTED: dict[str, tuple[str, ...]] = {
+    "attend": ("LDG.128",),
+    "multiply": ("HMMA", "LDG.128"),
+}
 """Instructions that every instance of a kernel must have."""
 
 

@@ -1,0 +1,148 @@
+"""Products with canonical rows of packed weights on a CUDA device: the calls of ``source/linear.cu``."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_int, c_int32, c_void_p
+
+import torch
+
+from compress.kernels.reference.ops import round_to_int8
+
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""The dtypes that the kernels read and write, and their numbers there."""
+
+CHUNK = 32
+"""Codes that share a scale, at least."""
+
+MOST_ROWS = 65535 * 64
+"""The most rows of an input that a launch takes."""
+
+
+class Weight(ctypes.Structure):
+    """``Weight`` of source/numbers.cuh, which says what the fields mean."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("packed", "scales", "zeros", "table")),
+        *((name, c_int32) for name in ("out", "width", "words", "groups", "group_size", "bits", "type")),
+    ]
+
+
+def can_read(packed: torch.Tensor, scales: torch.Tensor, group_size: int, width: int) -> bool:
+    """Whether the kernels read a weight: canonical rows, and a scale for whole chunks of 32 columns."""
+    chunks = group_size == -1 or group_size >= width or group_size % CHUNK == 0
+    return packed.dtype == torch.int32 and scales.dtype in TYPES and chunks and 0 < width < 2**31 - 128
+
+
+def can_multiply(input: torch.Tensor) -> bool:
+    """Whether the kernel takes an input."""
+    rows = input.numel() // max(1, input.shape[-1])
+    return input.dtype in (torch.float16, torch.bfloat16) and 0 < rows <= MOST_ROWS
+
+
+def weight_of(
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    table: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    width: int,
+) -> Weight:
+    """The description of a weight, whose tensors are contiguous and outlive it.
+
+    Args:
+        packed, scales, zeros, table, bits, group_size: as for `compress.kernels.ops.packed_linear`.
+        width: columns.
+    """
+    return Weight(
+        packed=packed.data_ptr(),
+        scales=scales.data_ptr(),
+        zeros=None if zeros is None else zeros.data_ptr(),
+        table=None if table is None else table.data_ptr(),
+        out=packed.shape[0],
+        width=width,
+        words=packed.shape[1],
+        groups=scales.shape[1],
+        group_size=width if group_size == -1 else group_size,
+        bits=bits,
+        type=TYPES[scales.dtype],
+    )
+
+
+def multiply(
+    library: ctypes.CDLL,
+    input: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    table: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    activations: str,
+    stream: int | None,
+) -> tuple[torch.Tensor, int]:
+    """Start `compress.kernels.ops.packed_linear`, whose checked arguments these are.
+
+    Args:
+        library: of source/linear.cu.
+        input, ..., activations: see there; `can_read` and `can_multiply` hold.
+        stream: that the kernel runs in, as a number.
+
+    Returns:
+        The product in the dtype of ``input``, and the error of the launch; 0 is none.
+    """
+    width = input.shape[-1]
+    if activations != "floating":
+        input = round_to_int8(input, activations, group_size).to(input.dtype)
+    input, packed, scales = input.contiguous(), packed.contiguous(), scales.contiguous()
+    zeros, table, bias = (None if tensor is None else tensor.contiguous() for tensor in (zeros, table, bias))
+    output = input.new_empty((*input.shape[:-1], out_features))
+    weight = weight_of(packed, scales, zeros, table, bits, group_size, width)
+    function = library.compress_cuda_packed_linear
+    function.argtypes, function.restype = (*[c_void_p] * 4, *[c_int] * 3, c_void_p), c_int
+    error = function(
+        ctypes.addressof(weight),
+        input.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        output.data_ptr(),
+        input.numel() // width,
+        TYPES[input.dtype],
+        0 if bias is None else TYPES[bias.dtype],
+        stream,
+    )
+    return output, error
+
+
+def embed(
+    library: ctypes.CDLL,
+    rows: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    width: int,
+    stream: int | None,
+) -> tuple[torch.Tensor, int]:
+    """Start `compress.kernels.embedding_ops.packed_embedding`, whose checked arguments these are.
+
+    Args:
+        library: of source/linear.cu.
+        rows, ..., width: see there; `can_read` holds, and there are from 1 to 2^31 − 1 rows.
+        stream: that the kernel runs in, as a number.
+
+    Returns:
+        float32 [..., width], and the error of the launch; 0 is none.
+    """
+    numbers = rows.to(torch.int64).contiguous()
+    packed, scales = packed.contiguous(), scales.contiguous()
+    zeros = None if zeros is None else zeros.contiguous()
+    output = torch.empty((*rows.shape, width), dtype=torch.float32, device=packed.device)
+    weight = weight_of(packed, scales, zeros, None, bits, group_size, width)
+    function = library.compress_cuda_packed_embedding
+    function.argtypes, function.restype = (c_void_p, c_void_p, c_int, c_void_p, c_void_p), c_int
+    error = function(ctypes.addressof(weight), numbers.data_ptr(), numbers.numel(), output.data_ptr(), stream)
+    return output, error

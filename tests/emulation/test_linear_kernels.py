@@ -1,0 +1,152 @@
+"""packed_linear and packed_embedding of ``source/linear.cu`` against the reference, emulated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from compress.kernels.codes.packing import BITS, pack
+from compress.kernels.cuda import linear
+from compress.kernels.reference import embedding, ops
+from tests.emulation.build import CUDA
+from tests.emulation.emulator import SCHEDULES, Device, Kernels
+
+SOURCE = CUDA / "linear.cu"
+HALVES = (torch.float16, torch.bfloat16)
+
+# What each width is tried with in each schedule: every value meets every width, or every schedule.
+SHAPES = (
+    (16, 128, 32),
+    (33, 128, 64),
+    (7, 256, 128),
+    (16, 77, -1),
+    (40, 200, -1),
+    (1, 1152, 128),
+    (17, 96, 32),
+)
+"""Rows of the weight, columns, and columns that share a scale."""
+
+INPUTS = (1, 64, 3, 8, 17, 9, 70, 2, 33)
+"""Rows of the input."""
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    return Kernels(SOURCE)
+
+
+def weight(
+    bits: int, out: int, width: int, group: int, scale: torch.dtype, zeros: bool = True, table: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """A random one: packed, scales, zeros, table."""
+    groups = 1 if group == -1 else width // group
+    packed = pack(torch.randint(2**bits, (out, width), dtype=torch.uint8), bits)
+    scales = (torch.rand(out, groups) + 0.5).div(2 ** (bits - 1) * width**0.5).to(scale)
+    points = torch.randint(2**bits, (out, groups), dtype=torch.uint8) if zeros and not table else None
+    return packed, scales, points, torch.randn(2**bits) if table else None
+
+
+def check(
+    kernels: Kernels,
+    input: torch.Tensor,
+    given: tuple[Any, ...],
+    bias: torch.Tensor | None,
+    rest: tuple[Any, ...],
+    **setting: Any,
+) -> Device:
+    """Make sure that a product is the reference's; what is left is the order of sums."""
+    inputs = [tensor for tensor in (input, bias, *given) if tensor is not None]
+    with Device(kernels, inputs, **setting) as device:
+        found, error = linear.multiply(device.library, input, *given, bias, *rest, None)
+    exact = ops.packed_linear(input.float(), *given, None if bias is None else bias.float(), *rest)
+    unit = float(exact.abs().max())
+    assert error == 0
+    assert found.dtype == input.dtype
+    assert found.shape == exact.shape
+    assert (
+        float((found.float() - exact).abs().max())
+        <= (2e-3 if input.dtype == torch.float16 else 1.6e-2) * unit
+    )
+    return device
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("bits", BITS)
+def test_products_are_those_of_the_reference(kernels: Kernels, bits: int, schedule: str) -> None:
+    at = 3 * bits + SCHEDULES.index(schedule)
+    for turn in range(3):
+        torch.manual_seed(at * 3 + turn)
+        out, width, group = SHAPES[(at + 2 * turn) % len(SHAPES)]
+        dtype, rows = HALVES[(at + turn) % 2], INPUTS[(at * 3 + turn) % len(INPUTS)]
+        given = weight(
+            *(bits, out, width, group, (torch.float32, *HALVES)[turn]),
+            zeros=(at + turn) % 3 > 0,
+            table=bits in (2, 4) and turn == 2,
+        )
+        bias = torch.randn(out).to(dtype) if turn == 1 else None
+        activations = ("floating", "int8-token", "int8-block")[turn]
+        input = torch.randn(rows, width).to(dtype)
+        check(kernels, input, given, bias, (bits, group, out, activations), schedule=schedule)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("rows", "batch"), [((1,), 1), ((2, 3), 6), ((64,), 64)])
+def test_every_weight_is_read_once(
+    kernels: Kernels, rows: tuple[int, ...], batch: int, dtype: torch.dtype
+) -> None:
+    out, width = 32, 1024
+    packed, scales, zeros, _ = weight(4, out, width, 128, torch.float16)
+    input = torch.randn(*rows, width).to(dtype)
+    device = check(kernels, input, (packed, scales, zeros, None), None, (4, 128, out, "floating"))
+    size = packed.numel() * packed.element_size()
+    assert device.traffic(packed).read == device.traffic(packed).fetched == size
+    assert device.traffic(input).sectors == input.numel() * 2
+    least = out * width * -(-batch // 8) * 8  # the narrowest product of tensor cores has eight columns
+    assert least <= device.counts.multiply_adds <= 1.05 * least
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("bits", BITS)
+def test_rows_of_tables_are_those_of_the_reference(kernels: Kernels, bits: int, schedule: str) -> None:
+    out, width, group = SHAPES[(bits + SCHEDULES.index(schedule)) % len(SHAPES)]
+    packed, scales, zeros, _ = weight(bits, out, width, group, torch.float16)
+    rows = torch.randint(out, (2, 3))
+    with Device(kernels, [packed, scales], schedule=schedule) as device:
+        found, error = linear.embed(device.library, rows, packed, scales, zeros, bits, group, width, None)
+    assert error == 0
+    assert torch.equal(
+        found, embedding.packed_embedding(rows, packed, scales, zeros, bits, group, out, width)
+    )
+
+
+BUGS = {
+    "missing barrier": ("[lane] = d[tile][i];\n  __syncthreads();", "[lane] = d[tile][i];\n"),
+    "barrier in a divergent branch": (
+        "  float d[TILES][4];",
+        "  if (warp < 7) __syncthreads();\n  float d[TILES][4];",
+    ),
+    "wrong fragment of the weight": ("i / 2 % 2 * 2 + i / 4 * 4", "i / 2 % 2 * 4 + i / 4 * 2"),
+    "wrong fragment of the sums": ("row / 8 * 2 + column % 2", "row / 8 + column % 2 * 2"),
+    "tail of the rows": ("if (there && row < w.out)", "if (there && row <= w.out)"),
+    "tail of the columns": ("at + 8 <= width &&", "at + 8 <= width + 8 &&"),
+    "tail of the inputs": ("input >= p.rows) continue", "input > p.rows) continue"),
+}
+ONE_KERNEL = {
+    **{f"case {bits}: return multiplied_as<{bits}>(p, type, stream);": "" for bits in BITS if bits != 4},
+    "if (type == FLOAT16) return multiplied<BITS, half>(p, stream);": "",
+    "return tiles == 2 ? run(multiply<BITS, T, 2>, 2) : run(multiply<BITS, T, MOST_TILES>, MOST_TILES);": (
+        "return cudaErrorInvalidValue;"
+    ),
+}
+"""Leaves one kernel of products, which is sooner compiled."""
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_found(bug: str) -> None:
+    right, wrong = BUGS[bug]
+    kernels = Kernels(SOURCE, {**ONE_KERNEL, right: wrong})
+    given = weight(4, 23, 200, -1, torch.float16)
+    with pytest.raises(AssertionError):  # of the result, or an EmulationError
+        check(kernels, torch.randn(3, 200).bfloat16(), given, None, (4, -1, 23, "floating"))

@@ -64,7 +64,9 @@ def nvcc(folder: Path, script: str = COMPILE) -> Path:
     compiler = shutil.which((find_compiler() or ("false",))[0])
     body = script.replace("{compiler}", str(compiler))
     calls = folder / "calls"
-    file.write_text(f'#!/bin/sh\ncase "$*" in *--version*) echo fake 1.0; exit 0;; esac\necho >> {calls}\n{body}')
+    file.write_text(
+        f'#!/bin/sh\ncase "$*" in *--version*) echo fake 1.0; exit 0;; esac\necho >> {calls}\n{body}'
+    )
     file.chmod(0o755)
     return file
 

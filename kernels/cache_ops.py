@@ -2,16 +2,20 @@
 
 ``torch.ops.compress.kv_quantize`` rounds the vectors of tokens, and ``kv_attention`` computes the attention
 of a few new tokens to all cached ones. The native kernels of the CPU read codes of 4 and 8 bits, and make no
-dense copy of them.
+dense copy of them, and those of CUDA do so for all widths.
 """
 
 from __future__ import annotations
+
+import ctypes
 
 import torch
 
 from compress.kernels.codes.packing import packed_width
 from compress.kernels.cpu import cache as cpu
 from compress.kernels.cpu.library import library
+from compress.kernels.cuda import cache as cuda_cache
+from compress.kernels.cuda import library as cuda
 from compress.kernels.ops import LIBRARY, expect
 from compress.kernels.reference import cache as reference
 
@@ -124,10 +128,47 @@ def _kv_attention_cpu(
     return reference.kv_attention(*given) if native is None else cpu.attention(native, *given)
 
 
+def _kv_quantize_cuda(vectors: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    check_kv_quantize(vectors, bits)
+
+    def call(native: ctypes.CDLL, stream: int) -> tuple[tuple[torch.Tensor, torch.Tensor], int]:
+        packed, scales, error = cuda_cache.quantize(native, vectors, bits, stream)
+        return (packed, scales), error
+
+    found = cuda.start((vectors,), call) if cuda_cache.can_quantize(vectors) else None
+    return reference.kv_quantize(vectors, bits) if found is None else found
+
+
+def _kv_attention_cuda(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    key_scales: torch.Tensor,
+    values: torch.Tensor,
+    value_scales: torch.Tensor,
+    cosines: torch.Tensor | None,
+    sines: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    heads: int,
+    bits: int,
+    scaling: float,
+) -> torch.Tensor:
+    given = (query, keys, key_scales, values, value_scales, cosines, sines, mask, heads, bits, scaling)
+    check_kv_attention(*given)
+    found = None
+    if cuda_cache.can_attend(query, heads):
+        processors = torch.cuda.get_device_properties(query.device).multi_processor_count
+        found = cuda.start(
+            given[:8], lambda native, stream: cuda_cache.attention(native, *given, stream, processors)
+        )
+    return reference.kv_attention(*given) if found is None else found
+
+
 LIBRARY.impl("kv_quantize", reference.kv_quantize, "CompositeExplicitAutograd")
 LIBRARY.impl("kv_quantize", _kv_quantize_cpu, "CPU")
+LIBRARY.impl("kv_quantize", _kv_quantize_cuda, "CUDA")
 LIBRARY.impl("kv_attention", reference.kv_attention, "CompositeExplicitAutograd")
 LIBRARY.impl("kv_attention", _kv_attention_cpu, "CPU")
+LIBRARY.impl("kv_attention", _kv_attention_cuda, "CUDA")
 
 
 def kv_quantize(vectors: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:

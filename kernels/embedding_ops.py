@@ -9,6 +9,8 @@ import torch
 
 from compress.kernels.cpu.library import library
 from compress.kernels.cpu.linear import strips_linear
+from compress.kernels.cuda import library as cuda
+from compress.kernels.cuda import linear as cuda_linear
 from compress.kernels.ops import LIBRARY, check_packed_linear
 from compress.kernels.reference import embedding as reference
 
@@ -92,8 +94,34 @@ def _packed_embedding_cpu(
     return found
 
 
+def _packed_embedding_cuda(
+    rows: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    width: int,
+) -> torch.Tensor:
+    check_packed_embedding(rows, packed, scales, zeros, bits, group_size, out_features, width)
+    if 0 < rows.numel() < 2**31 and cuda_linear.can_read(packed, scales, group_size, width):
+        # A negative number, or one past the end, is refused by torch on the device, as in an embedding.
+        torch._assert_async(((rows >= 0) & (rows < out_features)).all())
+        found = cuda.start(
+            (rows, packed, scales, zeros),
+            lambda native, stream: cuda_linear.embed(
+                native, rows, packed, scales, zeros, bits, group_size, width, stream
+            ),
+        )
+        if found is not None:
+            return found
+    return reference.packed_embedding(rows, packed, scales, zeros, bits, group_size, out_features, width)
+
+
 LIBRARY.impl("packed_embedding", reference.packed_embedding, "CompositeExplicitAutograd")
 LIBRARY.impl("packed_embedding", _packed_embedding_cpu, "CPU")
+LIBRARY.impl("packed_embedding", _packed_embedding_cuda, "CUDA")
 
 
 def packed_embedding(

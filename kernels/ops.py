@@ -4,7 +4,8 @@
 Weights come in one of two layouts, which the dtype of ``packed`` tells apart:
 
 - int32: canonical rows. The codes of an output row are a dense little-endian bit stream along the input axis
-  (see `compress.kernels.codes.packing`). All devices read it, in plain torch.
+  (see `compress.kernels.codes.packing`). All devices read it, in plain torch or by the
+  CUDA kernels.
 - uint8, or float8_e4m3fn for codes of E4M3: strips of 16 rows (see `compress.kernels.cpu.layout`), for the
   native kernels of the CPU. The reference reads them as well.
 """
@@ -19,6 +20,8 @@ from compress.kernels.codes.packing import BITS, packed_width
 from compress.kernels.cpu import linear as cpu
 from compress.kernels.cpu.layout import STRIP, groups_of, strip_bytes, strips_of
 from compress.kernels.cpu.library import REFERENCE, kernel_name, library
+from compress.kernels.cuda import library as cuda
+from compress.kernels.cuda import linear as cuda_linear
 from compress.kernels.reference import ops as reference
 
 # Library.define costs half as much per call as custom_op. That matters: every token goes through 200 linears.
@@ -118,8 +121,32 @@ def _packed_linear_cpu(input: torch.Tensor, packed: torch.Tensor, *rest: Any) ->
     return cpu.product_of(check_packed_linear, input, packed, *rest)(input, native)
 
 
+def _packed_linear_cuda(
+    input: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    table: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    activations: str,
+) -> torch.Tensor:
+    given = (input, packed, scales, zeros, table, bias, bits, group_size, out_features, activations)
+    check_packed_linear(*given)
+    width = input.shape[-1]
+    if cuda_linear.can_multiply(input) and cuda_linear.can_read(packed, scales, group_size, width):
+        tensors = (input, packed, scales, zeros, table, bias)
+        found = cuda.start(tensors, lambda native, stream: cuda_linear.multiply(native, *given, stream))
+        if found is not None:
+            return found
+    return reference.packed_linear(*given)
+
+
 LIBRARY.impl("packed_linear", reference.packed_linear, "CompositeExplicitAutograd")
 LIBRARY.impl("packed_linear", _packed_linear_cpu, "CPU")
+LIBRARY.impl("packed_linear", _packed_linear_cuda, "CUDA")
 
 
 def packed_linear(
@@ -163,4 +190,10 @@ def packed_linear(
 
 def backend_of(device: str | torch.device) -> str:
     """The name of the backend that multiplies with codes on ``device``."""
-    return kernel_name() if torch.device(device).type == "cpu" else REFERENCE
+    device = torch.device(device)
+    return kernel_name() if device.type == "cpu" else cuda.kernel_name(device) or REFERENCE
+
+
+def backend_of_rows(device: torch.device) -> str:
+    """The name of the backend that multiplies with canonical rows on ``device``."""
+    return cuda.kernel_name(device) or REFERENCE

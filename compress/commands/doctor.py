@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
@@ -89,6 +88,7 @@ def examine() -> dict[str, dict[str, Any]]:
     from packaging.requirements import Requirement
 
     from compress.kernels.codes.packing import BITS
+    from compress.kernels.cuda.build import find_nvcc
     from compress.kernels.ops import backend_of
     from compress.system.cache import cache_folder
 
@@ -121,7 +121,7 @@ def examine() -> dict[str, dict[str, Any]]:
             "cores": os.cpu_count(),
             "memory available": f"{psutil.virtual_memory().available / 1e9:.1f} GB",
             "cache": f"{cache} ({'there' if cache.exists() else 'not made yet'})",
-            "nvcc": shutil.which("nvcc") or "none found",
+            "nvcc": find_nvcc() or "none found",
         },
         "packages": packages,
         "devices": devices,

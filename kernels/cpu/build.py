@@ -94,9 +94,9 @@ def _cached(path: str, compiler: tuple[str, ...]) -> Path | None:
             shutil.copyfile(_compiled(path, compiler, Path(scratch)), folder / LIBRARY)
         return {"compiler": _version(compiler), "flags": _flags(path)}
 
-    name = f"{path}-{_key(path)}-{_digest(compiler, _version(compiler))}"
+    name = f"{path}-{_key(path)}-{digest(compiler, _version(compiler))}"
     try:
-        _make_private(cache_folder() / FOLDER)
+        make_private(cache_folder() / FOLDER)
         return cached(f"{FOLDER}/{name}", build) / LIBRARY
     except NotBuilt:
         raise
@@ -119,7 +119,12 @@ def _left_behind(path: str) -> Path | None:
     return next(iter(found), None)
 
 
-def _make_private(folder: Path) -> None:
+def make_private(folder: Path) -> None:
+    """Make a folder of the cache, or see that only its owner can write to it.
+
+    Raises:
+        CompressError: it cannot be made, or others can write to it.
+    """
     if not folder.exists():
         make_folder(folder)
         folder.chmod(0o700)
@@ -136,10 +141,11 @@ def _check_private(folder: Path) -> None:
 
 
 def _key(path: str) -> str:
-    return _digest(_flags(path), *((file.name, file.read_bytes()) for file in sorted(SOURCE.iterdir())))
+    return digest(_flags(path), *((file.name, file.read_bytes()) for file in sorted(SOURCE.iterdir())))
 
 
-def _digest(*parts: object) -> str:
+def digest(*parts: object) -> str:
+    """Twelve digits that differ where the parts do."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
@@ -149,7 +155,7 @@ def _flags(path: str) -> tuple[str, ...]:
 
 @cache
 def _version(compiler: tuple[str, ...]) -> str:
-    return _run([*compiler, "--version"]).partition("\n")[0]
+    return run([*compiler, "--version"]).partition("\n")[0]
 
 
 def _compiled(path: str, compiler: tuple[str, ...], folder: Path) -> Path:
@@ -158,16 +164,21 @@ def _compiled(path: str, compiler: tuple[str, ...], folder: Path) -> Path:
 
     def compile_one(source: Path) -> str:
         made = str(folder / f"{source.stem}.o")
-        _run([*compiler, *_flags(path), "-c", str(source), "-o", made])
+        run([*compiler, *_flags(path), "-c", str(source), "-o", made])
         return made
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, sources))
-    _run([*compiler, *_flags(path), "-shared", *objects, "-o", str(folder / LIBRARY)])
+    run([*compiler, *_flags(path), "-shared", *objects, "-o", str(folder / LIBRARY)])
     return folder / LIBRARY
 
 
-def _run(command: list[str]) -> str:
+def run(command: list[str]) -> str:
+    """What a compiler writes to its output.
+
+    Raises:
+        NotBuilt: it cannot be run, or fails.
+    """
     environment = os.environ | {"LC_ALL": "C"}
     try:
         ended = subprocess.run(

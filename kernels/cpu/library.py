@@ -15,6 +15,7 @@ from compress.errors import BadInput, CompressError
 from compress.kernels.cpu import processor
 from compress.kernels.cpu.build import NotBuilt, built, warn_once
 from compress.kernels.cpu.processor import paths
+from compress.kernels.cuda import library as cuda
 
 __all__ = ["AUTO", "CPU", "REFERENCE", "kernel_name", "library", "load", "paths", "use", "using"]
 
@@ -34,19 +35,23 @@ def use(name: str) -> None:
     """Choose the kernel of this process.
 
     Args:
-        name: ``auto``, ``reference``, ``cpu`` (the best path), or ``cpu:`` and one of `paths`.
+        name: ``auto``, ``reference``, ``cuda``, ``cpu`` (the best path), or ``cpu:`` and one of `paths`.
+            A name of the one device leaves the other to ``auto``.
 
     Raises:
-        BadInput: there is no such kernel, or this processor cannot run it.
+        BadInput: there is no such kernel, or this processor cannot run it, or there is no CUDA device.
         CompressError: it was asked for by name and cannot be compiled or loaded.
     """
     with _State.lock:
-        if name == AUTO:
+        if name in (AUTO, cuda.CUDA):
+            cuda.want(cuda.NAMED if name == cuda.CUDA else cuda.ABLE)
             _State.decided = False
-        elif name == REFERENCE:
+            return
+        if name == REFERENCE:
             _decide(None)
         else:
             _decide(_best() if name == CPU else _named(name))
+        cuda.want(cuda.OFF if name == REFERENCE else cuda.ABLE)
 
 
 @contextmanager
@@ -54,12 +59,14 @@ def using(name: str) -> Iterator[None]:
     """Use a kernel for the length of a ``with`` block. Argument and errors are those of `use`."""
     with _State.lock:
         before = _State.decided, _State.path, _State.library
+        before_cuda = cuda.wanted()
     use(name)
     try:
         yield
     finally:
         with _State.lock:
             _State.decided, _State.path, _State.library = before
+            cuda.want(before_cuda)
 
 
 def library() -> ctypes.CDLL | None:
@@ -132,9 +139,15 @@ def _best() -> str:
 
 def _named(name: str) -> str:
     kind, _, path = name.partition(":")
-    able = ", ".join([AUTO, REFERENCE, CPU, *(f"{CPU}:{path}" for path in paths())])
+    able = ", ".join([AUTO, REFERENCE, CPU, *(f"{CPU}:{path}" for path in paths()), *_cuda()])
     if kind != CPU or path not in processor.PATHS:
         raise BadInput(f"There is no kernel '{name}'; this machine can run: {able}.")
     if path not in paths():
         raise BadInput(f"This processor cannot run the kernel '{name}'; it can run: {able}.")
     return path
+
+
+def _cuda() -> list[str]:
+    import torch
+
+    return [cuda.CUDA] if torch.cuda.is_available() else []

@@ -18,7 +18,7 @@ from compress.kernels.cpu.layout import (
 )
 from compress.kernels.embedding_ops import packed_embedding
 from compress.kernels.layers.base import CodedLinear, restore_dtypes
-from compress.kernels.ops import packed_linear
+from compress.kernels.ops import backend_of_rows, packed_linear
 
 
 class PackedLinear(CodedLinear):
@@ -126,6 +126,10 @@ class PackedLinear(CodedLinear):
             *(numbers, self.packed, self.scales, self.zeros),
             *(self.bits, self.group_size, self.out_features, self.in_features),
         )
+
+    @property
+    def kernel(self) -> str:
+        return super().kernel if self.in_strips else backend_of_rows(self.device)
 
     def product(self, input: torch.Tensor) -> torch.Tensor:
         """The result of `forward`, without gradient, by the operator."""

@@ -34,7 +34,9 @@ def gguf_folder(path: Path) -> Path:
     file = GGUFFile.open(path)
     config = config_of_gguf(file)
     digest = file_sha256(path)
-    folder = cached(f"gguf/{digest[:32]}-{VERSION}", lambda fresh: _convert(file, config, digest, fresh), about=ABOUT)
+    folder = cached(
+        f"gguf/{digest[:32]}-{VERSION}", lambda fresh: _convert(file, config, digest, fresh), about=ABOUT
+    )
     few = sorted({there.kind.name for there in file.tensors.values() if there.kind.dtype is None})
     if few:
         log.warning(
@@ -57,7 +59,12 @@ def _convert(file: GGUFFile, config: dict[str, Any], digest: str, folder: Path) 
     write_weights(checkpoint, folder)
     _write_tokenizer(file, folder)
     nbytes = sum(there.nbytes for there in file.tensors.values())
-    return {"file": file.path.name, "sha256": digest, "bytes": file.path.stat().st_size, "weight_bytes": nbytes}
+    return {
+        "file": file.path.name,
+        "sha256": digest,
+        "bytes": file.path.stat().st_size,
+        "weight_bytes": nbytes,
+    }
 
 
 def _table(model: Any) -> str:

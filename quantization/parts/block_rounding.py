@@ -37,9 +37,7 @@ def round_with_feedback(
     order = diagonal.argsort(descending=True, stable=True)
     upper = inverse_root(hessian, diagonal + damping * diagonal.mean(), order)
     if upper is None:
-        raise BadInput(
-            f"The inputs of '{name}' are too alike for error feedback; use more calibration text."
-        )
+        raise BadInput(f"The inputs of '{name}' are too alike for error feedback; use more calibration text.")
     upper = upper.float()
     step, offset = (None if part is None else _by_column(part, len(dense), kind) for part in fields.grid())
     assert step is not None
@@ -57,7 +55,9 @@ def round_with_feedback(
             shifted = value if offset is None else value - offset[group]
             level = kind.levels.nearest_(shifted * inverse[group])
             levels[places[column]] = level
-            rounded = level.mul(step[group]) if offset is None else torch.addcmul(offset[group], level, step[group])
+            rounded = (
+                level.mul(step[group]) if offset is None else torch.addcmul(offset[group], level, step[group])
+            )
             errors[column - start] = error = (value - rounded).div_(upper[column, column])
             columns[column + 1 : stop].addr_(upper[column, column + 1 : stop], error, alpha=-1)
         columns[stop:] -= upper[start:stop, stop:].T @ errors

@@ -104,19 +104,24 @@ def config_of_gguf(file: GGUFFile) -> dict[str, Any]:
     return found | _own(file, name, data, head_dim, found)
 
 
-def _own(
-    file: GGUFFile, name: str, data: _Metadata, head_dim: int, found: dict[str, Any]
-) -> dict[str, Any]:
+def _own(file: GGUFFile, name: str, data: _Metadata, head_dim: int, found: dict[str, Any]) -> dict[str, Any]:
     """What only one architecture has."""
     if name == "llama":
-        return {"attention_bias": "blk.0.attn_q.bias" in file.tensors, "mlp_bias": "blk.0.ffn_up.bias" in file.tensors}
+        return {
+            "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+            "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
+        }
     if name == "qwen3":
         return {"attention_bias": "blk.0.attn_q.bias" in file.tensors}
     if name == "phi3":
         window = data.number("attention.sliding_window", 0)
-        return {"sliding_window": window or None, "pad_token_id": None, "original_max_position_embeddings": data.number(
-            "rope.scaling.original_context_length", found["max_position_embeddings"]
-        )}
+        return {
+            "sliding_window": window or None,
+            "pad_token_id": None,
+            "original_max_position_embeddings": data.number(
+                "rope.scaling.original_context_length", found["max_position_embeddings"]
+            ),
+        }
     if name not in ("gemma2", "gemma3"):
         return {}
     large = found["num_hidden_layers"] == (46 if name == "gemma2" else 62)
@@ -162,7 +167,9 @@ def _rope(file: GGUFFile, data: _Metadata, share: float) -> dict[str, Any]:
         if kind == "yarn":
             found["original_max_position_embeddings"] = data.number("rope.scaling.original_context_length")
     elif kind != "none":
-        raise BadInput(f"'{file.path}' stretches its rotary embedding by '{str(kind)[:40]}', which is unknown.")
+        raise BadInput(
+            f"'{file.path}' stretches its rotary embedding by '{str(kind)[:40]}', which is unknown."
+        )
     return found
 
 

@@ -43,6 +43,7 @@ from compress.kernels.ops import REFERENCE, backend_of
 from compress.report.card import add_evaluations
 from compress.report.scorecard import Cost, ModelIdentity, Protocol, Scorecard
 from compress.sources.find import ModelSource, find_model
+from compress.sources.gguf import bytes_of
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.formats.stacks import STACKS, prefix, steps_within
 from compress.storage.lineage import now, read_lineage, versions
@@ -320,7 +321,7 @@ def _cost(
     label = f"measuring memory and speed of {_name(source)}"
     progress(label, 0.0)
     cost = Cost(
-        weight_bytes=_weight_bytes(checkpoint, settings),
+        weight_bytes=bytes_of(source.folder) or _weight_bytes(checkpoint, settings),
         parameters=checkpoint.parameters
         if isinstance(checkpoint, Foreign)
         else ModelShape.of(checkpoint).parameters,

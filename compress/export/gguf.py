@@ -83,7 +83,12 @@ class GGUF(Target[GGUFOptions]):
         return Promise(nbytes, "llama.cpp and the programs built on it", tuple(layout.notes))
 
     def write(
-        self, model: ExportedModel, path: Path, options: GGUFOptions, recipe: dict[str, Any], progress: Progress
+        self,
+        model: ExportedModel,
+        path: Path,
+        options: GGUFOptions,
+        recipe: dict[str, Any],
+        progress: Progress,
     ) -> dict[str, str]:
         layout = plan_layout(model, options.types, options.importance != "none")
         with tempfile.TemporaryDirectory(dir=path.parent.parent, prefix="rounding-") as scratch:

@@ -116,7 +116,9 @@ def plan_layout(model: ExportedModel, types: str | None, weighted: bool) -> Layo
         wanted = Wanted.parse(types)
         kinds, number = types_of(wanted, shapes, config, weighted), wanted.number
         if model.packed or model.stacked:
-            notes.append("The weights, which are in few bits already, are rounded again to the types asked for.")
+            notes.append(
+                "The weights, which are in few bits already, are rounded again to the types asked for."
+            )
     name = Path(model.source.id).name or model.source.id
     metadata = {
         "general.type": "model",
@@ -163,4 +165,3 @@ def _as_they_are(
             "they are rounded again."
         )
     return kinds, carried
-

@@ -64,7 +64,9 @@ def logits(file: Path, windows: list[list[int]]) -> np.ndarray:
             raise RuntimeError("llama.cpp fails on the tokens")
         for at in range(length):
             row = llama_cpp.llama_get_logits_ith(context, at)
-            found[number, at] = np.ctypeslib.as_array(ctypes.cast(row, ctypes.POINTER(ctypes.c_float)), (size,))
+            found[number, at] = np.ctypeslib.as_array(
+                ctypes.cast(row, ctypes.POINTER(ctypes.c_float)), (size,)
+            )
     return found
 
 

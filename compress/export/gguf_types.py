@@ -11,7 +11,14 @@ from typing import Any
 from compress.errors import BadInput, unknown
 from compress.kernels.codes.gguf import TYPES, BlockType, find_type
 
-FALLBACK = {"IQ4_XS": "IQ4_NL", "Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+FALLBACK = {
+    "IQ4_XS": "IQ4_NL",
+    "Q2_K": "Q4_0",
+    "Q3_K": "Q4_0",
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+}
 """What llama.cpp takes for rows that are not whole blocks of 256 weights."""
 
 
@@ -202,9 +209,7 @@ def is_weight(name: str, shape: Iterable[int]) -> bool:
     )
 
 
-def _mixed(
-    mixture: str, name: str, shape: tuple[int, ...], tied: bool, config: Any, weighted: bool
-) -> str:
+def _mixed(mixture: str, name: str, shape: tuple[int, ...], tied: bool, config: Any, weighted: bool) -> str:
     usual, _, rule = MIXTURES[mixture]
     if TYPES[usual].dtype is not None:
         return usual
@@ -213,9 +218,7 @@ def _mixed(
     parts = name.split(".")
     layer = int(parts[1]) if parts[0] == "blk" else 0
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    place = Place(
-        parts[-2], layer, config.num_hidden_layers, config.num_attention_heads // heads, weighted
-    )
+    place = Place(parts[-2], layer, config.num_hidden_layers, config.num_attention_heads // heads, weighted)
     return rule(place) or usual
 
 

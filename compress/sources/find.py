@@ -32,7 +32,8 @@ def find_model(name: str, revision: str | None = None) -> ModelSource:
     """Find a model on this machine, or download it.
 
     Args:
-        name: ``demo``, the path of a folder, or a hub id. A folder takes precedence over a hub id.
+        name: ``demo``, the path of a folder or of a .gguf file, or a hub id. What is here takes precedence
+            over a hub id.
         revision: branch, tag or commit of a hub model; None takes the main branch.
 
     Raises:
@@ -49,8 +50,12 @@ def find_model(name: str, revision: str | None = None) -> ModelSource:
         return ModelSource("demo", None, demo_folder())
     if name and path.is_dir():  # an empty name would be the current folder
         return ModelSource(name, None, path)
+    if name and path.is_file() and path.suffix.lower() == ".gguf":
+        from compress.sources.gguf import gguf_folder
+
+        return ModelSource(name, None, gguf_folder(path))
     if name and path.exists():
-        raise BadInput(f"'{name}' is a file; give a folder, a hub id or 'demo' as MODEL.")
+        raise BadInput(f"'{name}' is a file; give a folder, a .gguf file, a hub id or 'demo' as MODEL.")
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or not name.replace("/", "").strip():
         raise BadInput(f"There is no model folder '{name}'.")
     return _download(name, revision)

@@ -235,6 +235,7 @@ def main() -> None:
 
         sheet.row(f"ours, {size}", ours)
     sheet.show()
+    return None
 
 
 if __name__ == "__main__":

@@ -272,9 +272,10 @@ def _gemma3(config: Any) -> Metadata:
 
 def _pattern(config: Any, every: int) -> None:
     """Refuse (BadInput) layers that do not alternate as llama.cpp takes for granted."""
-    expected = ["full_attention" if (at + 1) % every == 0 else "sliding_attention" for at in range(
-        config.num_hidden_layers
-    )]
+    expected = [
+        "full_attention" if (at + 1) % every == 0 else "sliding_attention"
+        for at in range(config.num_hidden_layers)
+    ]
     if config.layer_types != expected:
         raise BadInput(
             f"llama.cpp takes it for granted that every {every}th layer of a {config.model_type} model looks "
@@ -289,11 +290,15 @@ def _phi3(config: Any) -> Metadata:
     partial = int(_head_dim(config) * rope.get("partial_rotary_factor", 1.0))
     original = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
     window = config.sliding_window or 0
-    found = _gated(config) | _rope(config) | {
-        "rope.dimension_count": partial,
-        "rope.scaling.original_context_length": rope.get("original_max_position_embeddings", original),
-        "attention.sliding_window": window if window < config.max_position_embeddings else 0,
-    }
+    found = (
+        _gated(config)
+        | _rope(config)
+        | {
+            "rope.dimension_count": partial,
+            "rope.scaling.original_context_length": rope.get("original_max_position_embeddings", original),
+            "attention.sliding_window": window if window < config.max_position_embeddings else 0,
+        }
+    )
     if rope.get("rope_type") == "longrope" and rope.get("attention_factor"):
         found["rope.scaling.attn_factor"] = float(rope["attention_factor"])
     return found
@@ -313,12 +318,16 @@ def _gpt2(config: Any) -> Metadata:
 
 def _gpt_neox(config: Any) -> Metadata:
     share = rope_of(config).get("partial_rotary_factor", getattr(config, "rotary_pct", 1.0))
-    return _sizes(config) | _rope(config) | {
-        "feed_forward_length": config.intermediate_size,
-        "attention.layer_norm_epsilon": float(config.layer_norm_eps),
-        "rope.dimension_count": int(_head_dim(config) * share),
-        "use_parallel_residual": bool(config.use_parallel_residual),
-    }
+    return (
+        _sizes(config)
+        | _rope(config)
+        | {
+            "feed_forward_length": config.intermediate_size,
+            "attention.layer_norm_epsilon": float(config.layer_norm_eps),
+            "rope.dimension_count": int(_head_dim(config) * share),
+            "use_parallel_residual": bool(config.use_parallel_residual),
+        }
+    )
 
 
 ARCHITECTURES = {

@@ -54,7 +54,9 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
     found = _read_gguf(path) if is_gguf else _read_old(path)
     for name, values in found.values.items():
         if not bool((values >= 0).all()) or not bool(values.isfinite().all()):
-            raise BadInput(f"The importance matrix '{path}' holds negative or infinite values for '{name[:80]}'.")
+            raise BadInput(
+                f"The importance matrix '{path}' holds negative or infinite values for '{name[:80]}'."
+            )
     return found
 
 

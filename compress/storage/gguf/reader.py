@@ -174,7 +174,9 @@ class _Header:
                 )
             kind = NAMES[number]
             if 0 in shape or not kind.fits(shape[-1]):
-                self.refuse(f"its tensor '{shown}' has the shape {list(shape)}, which {kind.name} cannot have")
+                self.refuse(
+                    f"its tensor '{shown}' has the shape {list(shape)}, which {kind.name} cannot have"
+                )
             nbytes = kind.row_bytes(shape[-1])
             for size in shape[:-1]:
                 nbytes *= size

@@ -86,16 +86,22 @@ def write_gguf(
 
 def file_bytes(metadata: Mapping[str, Any], tensors: Mapping[str, Planned]) -> int:
     """About how many bytes the file takes: its tensors exactly, and its metadata within some per cent."""
-    return sum(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors.values()) + sum(
-        len(name) + 48 for name in tensors
-    ) + sum(len(key) + 12 + _value_bytes(value) for key, value in metadata.items())
+    return (
+        sum(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors.values())
+        + sum(len(name) + 48 for name in tensors)
+        + sum(len(key) + 12 + _value_bytes(value) for key, value in metadata.items())
+    )
 
 
 def _value_bytes(value: Any) -> int:
     if isinstance(value, str):
         return 8 + len(value.encode())
     if isinstance(value, list):
-        return 12 + (sum(8 + len(item.encode()) for item in value) if value and isinstance(value[0], str) else 4 * len(value))
+        return 12 + (
+            sum(8 + len(item.encode()) for item in value)
+            if value and isinstance(value[0], str)
+            else 4 * len(value)
+        )
     return 4
 
 

@@ -1,0 +1,181 @@
+"""The config.json of a model in a GGUF file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compress.errors import BadInput
+from compress.storage.gguf.reader import GGUFFile
+
+CLASSES = {
+    "llama": ("llama", "LlamaForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "gemma2": ("gemma2", "Gemma2ForCausalLM"),
+    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
+    "phi3": ("phi3", "Phi3ForCausalLM"),
+    "gpt2": ("gpt2", "GPT2LMHeadModel"),
+    "gptneox": ("gpt_neox", "GPTNeoXForCausalLM"),
+}
+"""``general.architecture`` -> model type and class of transformers."""
+
+
+class _Metadata:
+    """Numbers of a file, by keys without the architecture."""
+
+    def __init__(self, file: GGUFFile, architecture: str) -> None:
+        self.file, self.architecture = file, architecture
+
+    def number(self, key: str, otherwise: float | None = None) -> Any:
+        """A positive number.
+
+        Raises:
+            BadInput: it is missing, of another kind, or without sense.
+        """
+        found = self.file.metadata.get(f"{self.architecture}.{key}", otherwise)
+        if isinstance(found, list):
+            raise BadInput(
+                f"'{self.file.path}' gives '{key}' for every layer, which is not supported: its layers differ."
+            )
+        if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found < 2**31:
+            raise BadInput(f"'{self.file.path}' lacks a sound value for '{self.architecture}.{key}'.")
+        return found
+
+    def has(self, key: str) -> bool:
+        return f"{self.architecture}.{key}" in self.file.metadata
+
+
+def config_of_gguf(file: GGUFFile) -> dict[str, Any]:
+    """What config.json of the model would hold.
+
+    Raises:
+        BadInput: the architecture is not supported, or the metadata make no sense.
+    """
+    name = file.metadata.get("general.architecture")
+    if not isinstance(name, str) or name not in CLASSES:
+        shown = str(name)[:60]
+        raise BadInput(
+            f"'{file.path}' holds a model of the architecture '{shown}', which is not supported (there are "
+            f"{', '.join(CLASSES)})."
+        )
+    model_type, architecture = CLASSES[name]
+    data = _Metadata(file, name)
+    if "token_embd.weight" not in file.tensors:
+        raise BadInput(f"'{file.path}' lacks the tensor 'token_embd.weight'.")
+    found = {
+        "model_type": model_type,
+        "architectures": [architecture],
+        "dtype": "float32",
+        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        **_tokens(file),
+    }
+    if name == "gpt2":
+        return found | {
+            "n_positions": data.number("context_length"),
+            "n_embd": data.number("embedding_length"),
+            "n_layer": data.number("block_count"),
+            "n_head": data.number("attention.head_count"),
+            "n_inner": data.number("feed_forward_length"),
+            "layer_norm_epsilon": data.number("attention.layer_norm_epsilon"),
+        }
+    width, heads = data.number("embedding_length"), data.number("attention.head_count")
+    head_dim = data.number("attention.key_length", width // max(heads, 1))
+    turned = data.number("rope.dimension_count", head_dim)
+    found |= {
+        "max_position_embeddings": data.number("context_length"),
+        "hidden_size": width,
+        "num_hidden_layers": data.number("block_count"),
+        "num_attention_heads": heads,
+        "intermediate_size": data.number("feed_forward_length"),
+        "rope_parameters": _rope(file, data, turned / max(head_dim, 1)),
+    }
+    if name == "gptneox":
+        return found | {
+            "layer_norm_eps": data.number("attention.layer_norm_epsilon"),
+            "use_parallel_residual": bool(file.metadata.get("gptneox.use_parallel_residual", True)),
+        }
+    found |= {
+        "num_key_value_heads": data.number("attention.head_count_kv", heads),
+        "rms_norm_eps": data.number("attention.layer_norm_rms_epsilon"),
+    }
+    if name != "phi3":
+        found["head_dim"] = head_dim
+    return found | _own(file, name, data, head_dim, found)
+
+
+def _own(file: GGUFFile, name: str, data: _Metadata, head_dim: int, found: dict[str, Any]) -> dict[str, Any]:
+    """What only one architecture has."""
+    if name == "llama":
+        return {
+            "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+            "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
+        }
+    if name == "qwen3":
+        return {"attention_bias": "blk.0.attn_q.bias" in file.tensors}
+    if name == "phi3":
+        window = data.number("attention.sliding_window", 0)
+        return {
+            "sliding_window": window or None,
+            "pad_token_id": None,
+            "original_max_position_embeddings": data.number(
+                "rope.scaling.original_context_length", found["max_position_embeddings"]
+            ),
+        }
+    if name not in ("gemma2", "gemma3"):
+        return {}
+    large = found["num_hidden_layers"] == (46 if name == "gemma2" else 62)
+    scalar = found["hidden_size"] // max(found["num_attention_heads"], 1) if large else head_dim
+    every = 2 if name == "gemma2" else 6
+    own: dict[str, Any] = {
+        "query_pre_attn_scalar": scalar,
+        "sliding_window": data.number("attention.sliding_window", 4096),
+        "layer_types": [
+            "full_attention" if (at + 1) % every == 0 else "sliding_attention"
+            for at in range(min(found["num_hidden_layers"], 10_000))
+        ],
+        "final_logit_softcapping": (
+            data.number("final_logit_softcapping") if data.has("final_logit_softcapping") else None
+        ),
+        "attn_logit_softcapping": (
+            data.number("attn_logit_softcapping") if data.has("attn_logit_softcapping") else None
+        ),
+    }
+    if name == "gemma3":
+        local = {"rope_type": "default", "rope_theta": data.number("rope.freq_base_swa", 10_000.0)}
+        own["rope_parameters"] = {"full_attention": found["rope_parameters"], "sliding_attention": local}
+    return own
+
+
+def _rope(file: GGUFFile, data: _Metadata, share: float) -> dict[str, Any]:
+    """The rotary embedding.
+
+    Raises:
+        BadInput: it is stretched in a way that only the factors in the file say.
+    """
+    found: dict[str, Any] = {"rope_type": "default", "rope_theta": data.number("rope.freq_base", 10_000.0)}
+    if share != 1.0:
+        found["partial_rotary_factor"] = share
+    kind = file.metadata.get(f"{data.architecture}.rope.scaling.type", "none")
+    if "rope_freqs.weight" in file.tensors or "rope_factors_long.weight" in file.tensors:
+        raise BadInput(
+            f"'{file.path}' stretches its rotary embedding by factors (Llama 3.1 or long context), from which "
+            "config.json cannot be made again; use the model's own folder."
+        )
+    if kind in ("linear", "yarn"):
+        found |= {"rope_type": kind, "factor": data.number("rope.scaling.factor")}
+        if kind == "yarn":
+            found["original_max_position_embeddings"] = data.number("rope.scaling.original_context_length")
+    elif kind != "none":
+        raise BadInput(
+            f"'{file.path}' stretches its rotary embedding by '{str(kind)[:40]}', which is unknown."
+        )
+    return found
+
+
+def _tokens(file: GGUFFile) -> dict[str, Any]:
+    found = {}
+    for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        number = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        found[f"{role}_token_id"] = number if isinstance(number, int) else None
+    return found

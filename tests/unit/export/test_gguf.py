@@ -1,0 +1,208 @@
+"""GGUF files: written, read back, converted to models again, and refused where they are damaged."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+import compress
+from compress.cli import cli
+from compress.errors import BadInput
+from compress.sources.find import find_model
+from compress.storage.gguf.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
+from compress.storage.gguf.reader import GGUFFile
+
+gguf = pytest.importorskip("gguf")
+TOKENS = torch.tensor([[7, 100, 31, 200, 5, 9]])
+GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64}
+CASES = {
+    "LlamaForCausalLM": {"tie_word_embeddings": True},
+    "MistralForCausalLM": {"sliding_window": None},
+    "Qwen2ForCausalLM": {},
+    "Qwen3ForCausalLM": {"head_dim": 32},
+    "Gemma2ForCausalLM": GEMMA,
+    "Gemma3ForCausalLM": GEMMA | {"num_hidden_layers": 6},
+    "Phi3ForCausalLM": {},
+    "GPT2LMHeadModel": {},
+    "GPTNeoXForCausalLM": {},
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPRESS_MODEL_CACHE", str(tmp_path / "cache"))
+
+
+def export(model: Path, output: Path, *options: str | Path) -> str:
+    arguments = [
+        "export",
+        str(model),
+        "--format",
+        "gguf",
+        "-o",
+        str(output),
+        "--no-verify",
+        "-q",
+        *map(str, options),
+    ]
+    done = CliRunner().invoke(cli, arguments)
+    if done.exception is not None:
+        raise done.exception
+    return done.output
+
+
+def logits(folder: Path) -> torch.Tensor:
+    with torch.no_grad():
+        return compress.load(folder, dtype="float32", kernel="reference")(TOKENS).logits
+
+
+@pytest.mark.parametrize("architecture", CASES)
+def test_every_architecture_comes_back(
+    tmp_path: Path, shared_decoder: Callable[..., Path], architecture: str
+) -> None:
+    model = shared_decoder(architecture, **CASES[architecture])
+    file = tmp_path / "model.gguf"
+    export(model, file, "--types", "F32")
+    again = find_model(str(file)).folder
+    torch.testing.assert_close(logits(again), logits(model), atol=2e-5, rtol=1e-5)
+
+
+def test_codes_are_carried_over_without_rounding_again(
+    tmp_path: Path, shared_decoder: Callable[..., Path]
+) -> None:
+    model = shared_decoder("LlamaForCausalLM", dtype=torch.float16)
+    for symmetric, kind in ((True, "Q4_0"), (False, "Q5_0")):
+        low, file = tmp_path / f"low-{kind}", tmp_path / f"{kind}.gguf"
+        step = {"method": "rtn", "bits": 4, "group_size": 32, "symmetric": symmetric}
+        compress.run({"model": str(model), "steps": [step]}, low)
+        export(low, file)
+        written = GGUFFile.open(file)
+        assert written.tensors["blk.0.ffn_down.weight"].kind.name == kind
+        torch.testing.assert_close(logits(find_model(str(file)).folder), logits(low), atol=1e-5, rtol=1e-5)
+
+
+def test_measured_importance_makes_a_smaller_error(
+    tmp_path: Path, shared_decoder: Callable[..., Path]
+) -> None:
+    model = shared_decoder("LlamaForCausalLM")
+    text = model.parent / "text.txt"
+    given = ("--importance", "measured", "--calibration", text, "--nsamples", 4, "--seqlen", 64)
+    for name, options in (("plain", ()), ("measured", given)):
+        export(model, tmp_path / f"{name}.gguf", "--types", "Q4_0", *map(str, options))
+    sizes = {(tmp_path / f"{name}.gguf").stat().st_size for name in ("plain", "measured")}
+    assert len(sizes) == 1
+    tokens = torch.tensor([list(text.read_bytes()[:128])]) + 1
+    before, *others = (
+        compress.load(folder, kernel="reference")(tokens).logits.log_softmax(-1)
+        for folder in (
+            model,
+            *(find_model(str(tmp_path / f"{n}.gguf")).folder for n in ("plain", "measured")),
+        )
+    )
+    plain, measured = (float((before.exp() * (before - other)).sum(-1).mean()) for other in others)
+    assert measured < plain
+
+
+def test_types_of_a_file_are_taken_and_checked(tmp_path: Path, shared_decoder: Callable[..., Path]) -> None:
+    model = shared_decoder("LlamaForCausalLM")
+    types = tmp_path / "types.json"
+    types.write_text(json.dumps({"blk.0.attn_q.weight": "Q4_1", "token_embd.weight": "Q8_0"}))
+    export(model, tmp_path / "model.gguf", "--types", types)
+    found = GGUFFile.open(tmp_path / "model.gguf").tensors
+    assert found["blk.0.attn_q.weight"].kind.name == "Q4_1"
+    assert found["blk.1.attn_q.weight"].kind.name == "F16"
+    for wrong, message in (
+        ({"blk.9.attn_q.weight": "Q4_1"}, "no weight"),
+        ({"blk.0.attn_q.weight": "Q4_K"}, "blocks"),
+    ):
+        types.write_text(json.dumps(wrong))
+        with pytest.raises(BadInput, match=message):
+            export(model, tmp_path / "other.gguf", "--types", types)
+    assert not (tmp_path / "other.gguf").exists()
+
+
+@pytest.mark.parametrize("name", ["matrix.gguf", "matrix.dat"])
+def test_importance_matrices_come_back(tmp_path: Path, name: str) -> None:
+    values = {f"blk.{n}.attn_q.weight": torch.rand(64) for n in range(2)}
+    write_imatrix(ImportanceMatrix(values, 8, 512, "text"), tmp_path / name)
+    found = read_imatrix(tmp_path / name)
+    assert found.chunks == 8
+    assert found.dataset == "text"
+    for key, expected in values.items():
+        torch.testing.assert_close(found.values[key], expected)
+
+
+def test_an_importance_matrix_of_another_model_is_refused(
+    tmp_path: Path, shared_decoder: Callable[..., Path]
+) -> None:
+    file = tmp_path / "matrix.gguf"
+    write_imatrix(ImportanceMatrix({"blk.0.attn_q.weight": torch.rand(32)}), file)
+    with pytest.raises(BadInput, match="made for another model"):
+        export(shared_decoder(), tmp_path / "m.gguf", "--types", "Q4_0", "--importance", file)
+
+
+@pytest.fixture
+def sound(tmp_path: Path, shared_decoder: Callable[..., Path]) -> bytes:
+    export(shared_decoder(), tmp_path / "sound.gguf", "--types", "Q8_0")
+    return (tmp_path / "sound.gguf").read_bytes()
+
+
+def test_damaged_files_are_refused_in_one_sentence(tmp_path: Path, sound: bytes) -> None:
+    bad = tmp_path / "bad.gguf"
+    huge = struct.pack("<Q", 2**60)
+    for data, message in (
+        (b"", "too short"),
+        (b"PK" + sound[2:], "does not begin with 'GGUF'"),
+        (sound[:4] + struct.pack("<I", 9) + sound[8:], "version 9"),
+        (sound[:8] + huge + sound[16:], "more than it has room for"),
+        (sound[:16] + huge + sound[24:], "more than it has room for"),
+        (sound[:100], "more than it has room for|middle of its header"),
+        (sound[: len(sound) // 2], "beyond the end|middle of its header"),
+    ):
+        bad.write_bytes(data)
+        with pytest.raises(BadInput, match=message):
+            find_model(str(bad))
+    assert not list((tmp_path / "cache").glob("gguf/*/config.json"))
+
+
+def test_a_file_without_a_tensor_of_its_model_is_refused(tmp_path: Path, sound: bytes) -> None:
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(sound.replace(b"blk.1.ffn_up.weight", b"../1.ffn_up.weight/"[:19]))
+    with pytest.raises(BadInput, match=r"lacks the tensor 'blk.1.ffn_up.weight'"):
+        find_model(str(bad))
+
+
+@given(at=st.integers(0, 3000), byte=st.integers(0, 255))
+def test_any_changed_byte_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, at: int, byte: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzzed.gguf"
+    data = bytearray(HEADER)
+    data[at % len(data)] = byte
+    path.write_bytes(data)
+    try:
+        GGUFFile.open(path)
+    except BadInput as error:
+        assert "\n" not in str(error)
+
+
+def _header() -> bytes:
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    values = text("general.architecture") + struct.pack("<I", 8) + text("llama")
+    values += text("list") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text("b")
+    tensor = text("token_embd.weight") + struct.pack("<IQQIQ", 2, 32, 4, 8, 0)
+    head = b"GGUF" + struct.pack("<IQQ", 3, 1, 2) + values + tensor
+    return head + bytes(-len(head) % 32) + bytes(4 * 34)
+
+
+HEADER = _header()

@@ -142,8 +142,11 @@ class Format(ABC, Generic[Weight]):
         return hash((type(self), *vars(self).values()))
 
 
-class IntegerFormat(Format[QuantizedWeight]):
-    """A format of integer codes with scales and zero points."""
+class IntegerFormat(Format[Any]):
+    """A format of integer codes with scales and zero points.
+
+    Its weights are `QuantizedWeight`; GPTQ also has `AffineWeight`, where groups are not in order.
+    """
 
     def check(self, weight: QuantizedWeight) -> None:
         """Make sure that a weight is of this format's kind.

@@ -13,6 +13,7 @@ from compress.commands.common import (
     kernel_option,
     print_json,
     progress_shown,
+    revision_option,
     seed_option,
     stdout,
 )
@@ -32,19 +33,22 @@ def _names(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
 
 
 @click.command()
-@click.argument("model", metavar="DIR")
+@click.argument("model", metavar="MODEL")
+@revision_option
 @click.option("--forget", metavar="SET", help="Records to forget. [default: those of the model's own step]")
 @click.option("--retain", metavar="SET", help="Records to retain. [default: those of the model's own step]")
 @click.option("--holdout", metavar="SET", help="Records of the same kind that no model has seen.")
 @click.option("--world", metavar="SET", help="Other records that count for utility.")
 @click.option(
-    "--target", metavar="MODEL", help="The model before unlearning. [default: what DIR was made from]"
+    "--target", metavar="MODEL", help="The model before unlearning. [default: what MODEL was made from]"
 )
 @click.option(
     "--retrained",
     metavar="MODEL",
     help="A model that never saw the forget set. Without it, the floor is what wrong answers score.",
 )
+@click.option("--target-revision", help="Branch, tag or commit of a --target on the hub.")
+@click.option("--retrained-revision", help="Branch, tag or commit of a --retrained on the hub.")
 @click.option(
     "--survives",
     metavar="STEP,...",
@@ -82,15 +86,15 @@ def _names(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
 def audit(
     model: str, relearn: list[int], seed: int | None, strict: bool, as_json: bool, **settings: Any
 ) -> None:
-    """Find out whether the model in DIR stays forgotten, whatever is done to it afterwards.
+    """Find out whether MODEL stays forgotten, whatever is done to it afterwards.
 
-    DIR, the model it was made from, and a model that never learned the forget set are asked in many ways, as
-    they are and after every later step. Recovery is 0 where DIR knows as little as a model that never
+    MODEL, the model it was made from, and a model that never learned the forget set are asked in many ways,
+    as they are and after every later step. Recovery is 0 where it knows as little as a model that never
     learned, and 1 where it knows as much as before. It must be at most 0.10, and at most 0.05 above that of
-    DIR in full precision, at the upper end of a paired 95 % interval.
+    MODEL in full precision, at the upper end of a paired 95 % interval.
 
     Models of other tools can be audited too: name their --target. Finished parts are kept, so an audit that
-    was interrupted goes on. If compress-model wrote DIR, the result is added to its compression.json.
+    was interrupted goes on. If compress-model wrote MODEL, the result is added to its compression.json.
     """
     import compress
     from compress.errors import CompressError

@@ -85,7 +85,7 @@ def bench(
     hits all of them alike. The others are compared with the first.
 
     After an @, a MODEL may have settings of its own, named like the options: 'DIR@kernel=reference',
-    'DIR@head-bits=8,threads=1'. So one model can be timed in several ways.
+    'DIR@head-bits=8,threads=1', 'ORG/NAME@revision=v2'. So one model can be timed in several ways.
     """
     from compress.evaluation import bench as benching
     from compress.evaluation.timed import Settings

@@ -79,6 +79,7 @@ def _rows(ctx: click.Context, parameter: click.Parameter, value: str) -> int | s
     help="Another model, which compares the answers to questions that have no right answer with the dense "
     "model's.",
 )
+@click.option("--judge-revision", help="Branch, tag or commit of a judge on the hub.")
 @click.option("--samples", metavar="DIR", help="Write each question with its answer to DIR, as JSON lines.")
 @click.option(
     "--task-file",

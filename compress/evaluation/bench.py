@@ -91,13 +91,18 @@ class Bench(Document):
     versions: dict[str, str]
 
 
+REVISION = "revision="
+"""How the name of a model on the hub begins to say which of its revisions is meant."""
+
+
 def contestant(name: str, settings: Settings, revision: str | None = None) -> Contestant:
     """A model by its name, which may end in settings of its own: ``FOLDER@kernel=reference,threads=1``.
 
     Args:
-        name: a folder, a hub id or ``demo``; after an ``@``, settings named like the options of the command.
+        name: a folder, a hub id or ``demo``; after an ``@``, settings named like the options of the command,
+            ``revision`` among them.
         settings: where the name has none.
-        revision: of a model on the hub.
+        revision: of a model on the hub, where the name has none.
 
     Raises:
         BadInput: there is no such model or setting.
@@ -105,7 +110,10 @@ def contestant(name: str, settings: Settings, revision: str | None = None) -> Co
     model, at, own = name.rpartition("@")
     if not at or Path(name).expanduser().is_dir():
         return Contestant(name, find_model(name, revision).folder, settings)
-    changes = dict(_setting(name, part) for part in own.split(","))
+    parts = own.split(",")
+    if stated := [part for part in parts if part.startswith(REVISION)]:
+        parts, revision = [part for part in parts if part not in stated], stated[-1].removeprefix(REVISION)
+    changes = dict(_setting(name, part) for part in parts)
     try:
         found = Settings.model_validate(settings.model_dump() | changes)
     except ValidationError as error:
@@ -121,7 +129,7 @@ def _setting(name: str, text: str) -> tuple[str, Any]:
     if not equals:
         raise BadInput(f"'{text}' in '{name}' is not NAME=VALUE; write MODEL@kernel=reference.")
     if field not in Settings.model_fields:
-        raise unknown("setting", key, names)
+        raise unknown("setting", key, [*names, "revision"])
     return field, int(value) if value.isdecimal() else value
 
 

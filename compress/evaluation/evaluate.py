@@ -93,6 +93,7 @@ def evaluate(
     samples: str | Path | None = None,
     margin: float = 0.01,
     judge: str | None = None,
+    judge_revision: str | None = None,
     progress: Progress = lambda text, share: None,
 ) -> list[Scorecard]:
     """Evaluate a model against the dense model.
@@ -129,6 +130,7 @@ def evaluate(
         margin: the loss over all questions that does not matter, as a share of them.
         judge: folder or hub id of another model, which compares the answers to tasks without right ones with
             the dense model's.
+        judge_revision: branch, tag or commit of a judge on the hub.
         progress: called with a text and the share that is done.
 
     Returns:
@@ -167,7 +169,9 @@ def evaluate(
     if wanted:
         subject = Subject(_name(dense_source), dense, device, kernel)
         other = subject if same else Subject(_name(source), checkpoint, device, kernel, memory)
-        exam = Exam.of(wanted, subject, other, progress, find_model(judge).folder if judge else None)
+        exam = Exam.of(
+            wanted, subject, other, progress, find_model(judge, judge_revision).folder if judge else None
+        )
         for each in exam.questions[0]:
             _check_not_calibrated_on(source, told_by(each.name), f"'{each.name}'", "leave that task out")
     with computing_on(device):

@@ -7,6 +7,7 @@ from the hub is run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,10 +59,38 @@ def find_model(name: str, revision: str | None = None) -> ModelSource:
         raise BadInput(f"'{name}' is a file; give a folder, a .gguf file, a hub id or 'demo' as MODEL.")
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or not name.replace("/", "").strip():
         raise BadInput(f"There is no model folder '{name}'.")
-    return _download(name, revision)
+    return _download(name, revision, lambda: _fetch(name, revision))
 
 
-def _download(name: str, revision: str | None) -> ModelSource:
+def find_record(name: str, revision: str | None = None) -> Path | None:
+    """Download the record (compression.json) of a hub model, and nothing else.
+
+    Args:
+        name: what may be a hub id.
+        revision: branch, tag or commit; None takes the main branch.
+
+    Returns:
+        The folder that the record is in; None if ``name`` is on this machine, or is the name of a file.
+
+    Raises:
+        BadInput, CompressError: as `find_model`.
+    """
+    from compress.storage.lineage import LINEAGE
+
+    path = Path(name).expanduser()
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")) or path.suffix == ".json":
+        return None
+    return _download(name, revision, lambda: _snapshot(name, revision, [LINEAGE])).folder
+
+
+def _snapshot(name: str, revision: str | None, files: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, revision=revision, allow_patterns=files))
+
+
+def _download(name: str, revision: str | None, fetch: Callable[[], Path]) -> ModelSource:
+    """The hub model that ``fetch`` downloads, or why it cannot be downloaded."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -74,7 +103,7 @@ def _download(name: str, revision: str | None) -> ModelSource:
 
     try:
         hub.prepare()
-        folder = _fetch(name, revision)
+        folder = fetch()
     except GatedRepoError:
         raise BadInput(
             f"The hub model '{name}' asks for consent before it is downloaded; give it on the model's page, "

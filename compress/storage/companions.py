@@ -222,7 +222,7 @@ def hub_patterns() -> tuple[list[str], list[str]]:
 
     Weights are in neither: `compress.storage.checkpoint.weight_patterns` says which of them are needed.
     """
-    needed = ["config.json", "model.safetensors.index.json", "README.md", "compression.json"]
+    needed = ["config.json", "model.safetensors.index.json", "README.md", "compression.json", "recipe.yaml"]
     needed += ["adapter_config.json", "adapter/adapter_config.json"]
     wanted = [_anything_in(p) for kind in KINDS if kind.fate == "carried over" for p in kind.patterns]
     spellings = [*wanted, *(p.upper() for p in wanted), *(p.capitalize() for p in wanted)]

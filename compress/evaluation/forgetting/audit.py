@@ -28,7 +28,7 @@ from compress.evaluation.forgetting.grid import FULL, Way, usual_ways, ways_name
 from compress.evaluation.forgetting.items import Item, items_of
 from compress.evaluation.forgetting.known import MEMBERSHIP, WAYS, Known, ask, columns, knowledge
 from compress.evaluation.forgetting.metrics import Floats, forget_quality
-from compress.evaluation.forgetting.models import Models, find_models
+from compress.evaluation.forgetting.models import Models, Revisions, find_models
 from compress.evaluation.forgetting.recovery import Trio, gate, recovered
 from compress.evaluation.forgetting.relearn import BATCH, LEARNING_RATE, RANK, relearn
 from compress.evaluation.forgetting.sets import ASPECTS, Sets, read_sets
@@ -66,12 +66,15 @@ KNOWLEDGE = "knowledge"
 def audit(
     model: str,
     *,
+    revision: str | None = None,
     forget: str | None = None,
     retain: str | None = None,
     holdout: str | None = None,
     world: str | None = None,
     target: str | None = None,
     retrained: str | None = None,
+    target_revision: str | None = None,
+    retrained_revision: str | None = None,
     survives: Sequence[str] | None = None,
     relearning: Collection[int] = STOPS,
     limit: int | None = LIMIT,
@@ -88,7 +91,9 @@ def audit(
     are kept in the cache, so an audit that is interrupted goes on.
 
     Args:
-        model: folder of the unlearned model, or of what later steps made of it.
+        model: folder or hub id of the unlearned model, or of what later steps made of it.
+        revision: branch, tag or commit of a model on the hub; so are ``target_revision`` and
+            ``retrained_revision``.
         forget: records to forget; by default those of the model's step of unlearning. So is ``retain``.
         retain: records that must be retained.
         holdout: records of the same kind that no model has seen, for membership.
@@ -117,7 +122,8 @@ def audit(
     check_device(device)
     use(kernel)
     chosen = ways_named(survives) if survives is not None else None
-    models = find_models(model, target, retrained, device, progress)
+    revisions = Revisions(revision, target_revision, retrained_revision)
+    models = find_models(model, target, retrained, device, progress, revisions)
     options = models.options
     forget, retain = forget or options.get("forget"), retain or options.get("retain")
     sets = read_sets(forget, retain, holdout, world, limit, seed)

@@ -44,8 +44,22 @@ class Models:
         return steps[-1] if steps else {}
 
 
+@dataclass(frozen=True)
+class Revisions:
+    """Branches, tags or commits of models on the hub; None takes the main branch."""
+
+    model: str | None = None
+    target: str | None = None
+    retrained: str | None = None
+
+
 def find_models(
-    model: str, target: str | None, retrained: str | None, device: str, progress: Progress
+    model: str,
+    target: str | None,
+    retrained: str | None,
+    device: str,
+    progress: Progress,
+    revisions: Revisions = Revisions(),
 ) -> Models:
     """Find the models of an audit.
 
@@ -55,13 +69,14 @@ def find_models(
     Raises:
         BadInput: there is no such model; the target is not known, not there any more, or has changed.
     """
-    asked = find_model(model)
+    asked = find_model(model, revisions.model)
     lineage = read_lineage(asked.folder)
-    never = find_model(retrained) if retrained else None
+    never = find_model(retrained, revisions.retrained) if retrained else None
     recipe = _recipe_of(asked.folder) if lineage else {}
+    named = find_model(target, revisions.target) if target else None
     if lineage is None or not unlearning_steps(recipe):
-        return _of_another_tool(asked, lineage, target, never)
-    origin = find_model(target) if target else _parent(lineage)
+        return _of_another_tool(asked, lineage, named, never)
+    origin = named or _parent(lineage)
     later = [step for step in recipe["steps"] if step not in unlearning_steps(recipe)]
     unlearned = asked
     if later:
@@ -71,12 +86,12 @@ def find_models(
 
 
 def _of_another_tool(
-    asked: ModelSource, lineage: Lineage | None, target: str | None, never: ModelSource | None
+    asked: ModelSource, lineage: Lineage | None, target: ModelSource | None, never: ModelSource | None
 ) -> Models:
     if target is None:
         what = "has no step of unlearning" if lineage else "was not written by compress-model"
         raise BadInput(f"'{asked.id}' {what}; say with --target which model it was made from.")
-    return Models(asked, find_model(target), never, asked, (), {})
+    return Models(asked, target, never, asked, (), {})
 
 
 def _parent(lineage: Lineage) -> ModelSource:

@@ -39,7 +39,7 @@ class GGUFOptions(TargetOptions):
 
     types: str | None = Field(
         None,
-        description="a mixture of llama.cpp such as Q4_K_M, or a JSON file that gives the type of each tensor; "
+        description="a mixture of llama.cpp such as Q4_K_M, or a JSON file with the type of each tensor; "
         "without it codes are carried over where a type has their grid, and other weights are not rounded",
     )
     importance: str = Field(
@@ -128,8 +128,8 @@ class GGUF(Target[GGUFOptions]):
             width = layout.shapes[theirs][-1]
             if len(values) != width:
                 raise BadInput(
-                    f"The importance matrix '{file}' has {len(values):,} values for '{theirs}', whose rows have "
-                    f"{width:,} weights; it was made for another model."
+                    f"The importance matrix '{file}' has {len(values):,} values for '{theirs}', whose rows "
+                    f"have {width:,} weights; it was made for another model."
                 )
             found[name] = values
         if not found:
@@ -220,8 +220,8 @@ def llama_logits(path: Path, tokens: torch.Tensor) -> torch.Tensor:
             lines = [line for line in ended.stderr.splitlines() if "error" in line.lower()]
             said = (lines or ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
             raise CompressError(
-                f"{runtime()} cannot run the exported file ({said.strip()[:200]}); nothing was published. With "
-                "--no-verify it is written without this check."
+                f"{runtime()} cannot run the exported file ({said.strip()[:200]}); nothing was published. "
+                "With --no-verify it is written without this check."
             )
         return torch.from_numpy(np.load(answer))
 

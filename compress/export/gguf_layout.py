@@ -161,7 +161,7 @@ def _as_they_are(
             kinds[names[modules.get(module, table)]] = TYPES["F16"]
         notes.append(
             f"No type of GGUF has the grid of {len(others)} of the {len(others) + len(carried)} weights in "
-            f"few bits, such as '{others[0]}'; they are stored in float16. With --types Q4_K_M, for instance, "
-            "they are rounded again."
+            f"few bits, such as '{others[0]}'; they are stored in float16. With --types Q4_K_M, for "
+            "instance, they are rounded again."
         )
     return kinds, carried

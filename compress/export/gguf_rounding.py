@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 DAMPING = 0.01
 GROUP = 32
-"""Weights that share a scale in the grid on which AWQ's scales are chosen, which is near that of all types."""
+"""Weights that share a scale where AWQ's scales are chosen; the grid there is near those of the types."""
 
 
 def measured(

@@ -2,7 +2,7 @@
 
     python -m compress.export.gguf_runtime FILE TOKENS.json LOGITS.npy
 
-TOKENS.json holds windows of token ids of one length, and LOGITS.npy gets float32 [windows, tokens, vocabulary].
+TOKENS.json holds windows of token ids of one length; LOGITS.npy gets float32 [windows, tokens, vocabulary].
 """
 
 from __future__ import annotations

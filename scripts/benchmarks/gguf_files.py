@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Compare GGUF files of ours with those of llama.cpp's own quantizer, at equal bytes.
 
-For every size, llama.cpp quantizes the float16 file with an importance matrix by its own rule (the mean square
-of every input in the dense model) on the calibration text. Ours has the same type for every tensor, so that
+For every size, llama.cpp quantizes the float16 file with an importance matrix by its own rule (the mean
+square of every input in the dense model) on the calibration text. Ours has the same type for every tensor, so that
 both files have the same size, and is calibrated on the same text. llama.cpp runs all files: perplexity, KL
 divergence from the float16 file, and agreement on the likeliest token, on two texts.
 
@@ -68,7 +68,7 @@ class Bench:
         return file
 
     def logits(self, file: Path, text: str) -> Any:
-        """What llama.cpp computes, float32 [windows, tokens, vocabulary], kept on disk for the float16 file."""
+        """What llama.cpp computes, float32 [windows, tokens, vocabulary], kept on disk."""
         import numpy as np
 
         kept = self.folder / f"{file.stem}.{text}.npy"

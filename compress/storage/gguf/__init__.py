@@ -1,1 +1,1 @@
-"""GGUF, the file format of llama.cpp: files, metadata and names of tensors, tokenizers, importance matrices."""
+"""GGUF, the file format of llama.cpp: files, names of tensors, tokenizers, importance matrices."""

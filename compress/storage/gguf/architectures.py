@@ -16,7 +16,7 @@ from compress.errors import BadInput
 from compress.storage.gguf.package import gguf_package
 
 Metadata = dict[str, Any]
-"""Key of a GGUF file without the architecture's prefix -> value; floats are stored as float32, ints as uint32."""
+"""Key without the architecture's prefix -> value; floats are stored as float32, ints as uint32."""
 
 
 @dataclass(frozen=True)
@@ -229,8 +229,8 @@ def _silu(config: Any) -> None:
     """Refuse (BadInput) another activation function, which llama.cpp would not compute."""
     if config.hidden_act not in ("silu", "swish"):
         raise BadInput(
-            f"This {config.model_type} model has the activation function '{config.hidden_act}', and llama.cpp "
-            "computes silu for its type; export it with --format huggingface."
+            f"This {config.model_type} model has the activation function '{config.hidden_act}', and "
+            "llama.cpp computes silu for its type; export it with --format huggingface."
         )
 
 
@@ -248,8 +248,8 @@ def _gemma(config: Any) -> Metadata:
     expected = config.hidden_size / config.num_attention_heads if wide else _head_dim(config)
     if config.query_pre_attn_scalar != expected:
         raise BadInput(
-            f"This model divides queries by the root of {config.query_pre_attn_scalar}, and llama.cpp by that "
-            f"of {expected:g}; export it with --format huggingface."
+            f"This model divides queries by the root of {config.query_pre_attn_scalar}, and llama.cpp by "
+            f"that of {expected:g}; export it with --format huggingface."
         )
     return found
 

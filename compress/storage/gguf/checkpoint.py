@@ -42,8 +42,8 @@ class GGUFCheckpoint(Checkpoint):
             turned = torch.empty(file.tensors[theirs].shape, device="meta")
             if tuple(restored(config, name, turned).shape) != shapes[name]:
                 raise BadInput(
-                    f"'{file.path}' holds '{theirs}' in the shape {list(file.tensors[theirs].shape)}, which is "
-                    "not what its metadata say."
+                    f"'{file.path}' holds '{theirs}' in the shape {list(file.tensors[theirs].shape)}, which "
+                    "is not what its metadata say."
                 )
         infos = {name: TensorInfo("F32", shapes[name]) for name in self._theirs}
         super().__init__(file.path, values, infos, {})

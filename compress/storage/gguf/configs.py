@@ -35,7 +35,7 @@ class _Metadata:
         found = self.file.metadata.get(f"{self.architecture}.{key}", otherwise)
         if isinstance(found, list):
             raise BadInput(
-                f"'{self.file.path}' gives '{key}' for every layer, which is not supported: its layers differ."
+                f"'{self.file.path}' gives '{key}' for every layer; layers that differ cannot be read."
             )
         if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found < 2**31:
             raise BadInput(f"'{self.file.path}' lacks a sound value for '{self.architecture}.{key}'.")
@@ -159,8 +159,8 @@ def _rope(file: GGUFFile, data: _Metadata, share: float) -> dict[str, Any]:
     kind = file.metadata.get(f"{data.architecture}.rope.scaling.type", "none")
     if "rope_freqs.weight" in file.tensors or "rope_factors_long.weight" in file.tensors:
         raise BadInput(
-            f"'{file.path}' stretches its rotary embedding by factors (Llama 3.1 or long context), from which "
-            "config.json cannot be made again; use the model's own folder."
+            f"'{file.path}' stretches its rotary embedding by factors (Llama 3.1 or long context), from "
+            "which config.json cannot be made again; use the model's own folder."
         )
     if kind in ("linear", "yarn"):
         found |= {"rope_type": kind, "factor": data.number("rope.scaling.factor")}

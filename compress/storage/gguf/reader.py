@@ -102,7 +102,7 @@ class _Header:
             old = "big-endian" if version & 0xFFFF == 0 else f"of version {version}"
             self.refuse(f"it is {old}, and only little-endian files of versions 2 and 3 can be read")
         tensors, values = self.number("Q"), self.number("Q")
-        # The shortest tensor takes 8 + 1 + 4 + 8 + 4 + 8 bytes of the header, and the shortest value 8 + 1 + 4 + 1.
+        # The shortest tensor takes 8 + 1 + 4 + 8 + 4 + 8 bytes of it, and the shortest value 8 + 1 + 4 + 1.
         if tensors * 33 + values * 14 > self.size:
             self.refuse(f"it claims {tensors:,} tensors and {values:,} values, more than it has room for")
         metadata: dict[str, Any] = {}

@@ -58,8 +58,8 @@ def tokenizer_metadata(folder: Path, vocab_size: int) -> TokenizerMetadata:
     model = whole.get("model") or {}
     if model.get("type") != "BPE":
         raise BadInput(
-            f"The tokenizer is of the type {model.get('type')}; those of models that GGUF files hold here are "
-            "BPE. Export the model with --format huggingface."
+            f"The tokenizer is of the type {model.get('type')}; those of models that GGUF files hold here "
+            "are BPE. Export the model with --format huggingface."
         )
     tokens, kinds = _tokens(model["vocab"], whole.get("added_tokens") or [], vocab_size)
     notes: tuple[str, ...] = ()
@@ -75,7 +75,7 @@ def tokenizer_metadata(folder: Path, vocab_size: int) -> TokenizerMetadata:
         values = {
             "tokenizer.ggml.model": "gpt2",
             "tokenizer.ggml.pre": split or "default",
-            # llama.cpp wants at least one merge; that of a token with itself to one that is not there is none.
+            # llama.cpp wants at least one merge; one whose result is no token does nothing.
             "tokenizer.ggml.merges": [" ".join(_pair(merge)) for merge in model["merges"]]
             or [f"{tokens[0]} {tokens[0]}"],
         }
@@ -112,8 +112,8 @@ def _tokens(
             if kind == CONTROL:
                 continue  # such as a padding token that the model never sees
             raise BadInput(
-                f"The tokenizer has a token {number}, and the model has {vocab_size} only: it is the tokenizer "
-                "of another model."
+                f"The tokenizer has a token {number}, and the model has {vocab_size} only: it is the "
+                "tokenizer of another model."
             )
         tokens[number], kinds[number] = text, kind
     return tokens, kinds

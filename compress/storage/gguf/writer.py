@@ -96,13 +96,10 @@ def file_bytes(metadata: Mapping[str, Any], tensors: Mapping[str, Planned]) -> i
 def _value_bytes(value: Any) -> int:
     if isinstance(value, str):
         return 8 + len(value.encode())
-    if isinstance(value, list):
-        return 12 + (
-            sum(8 + len(item.encode()) for item in value)
-            if value and isinstance(value[0], str)
-            else 4 * len(value)
-        )
-    return 4
+    if not isinstance(value, list):
+        return 4
+    texts = bool(value) and isinstance(value[0], str)
+    return 12 + (sum(8 + len(item.encode()) for item in value) if texts else 4 * len(value))
 
 
 def _uint8() -> Any:

@@ -58,13 +58,15 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def nvcc(folder: Path, script: str = COMPILE) -> Path:
-    """A script named nvcc in a new folder ``bin``, which counts how often it compiles in the file ``calls``."""
+    """A script named nvcc in a new folder ``bin``. It writes a line into ``calls`` at each compilation."""
     file = folder / "bin" / "nvcc"
     file.parent.mkdir(parents=True, exist_ok=True)
     compiler = shutil.which((find_compiler() or ("false",))[0])
     body = script.replace("{compiler}", str(compiler))
     calls = folder / "calls"
-    file.write_text(f'#!/bin/sh\ncase "$*" in *--version*) echo fake 1.0; exit 0;; esac\necho >> {calls}\n{body}')
+    file.write_text(
+        f'#!/bin/sh\ncase "$*" in *--version*) echo fake 1.0; exit 0;; esac\necho >> {calls}\n{body}'
+    )
     file.chmod(0o755)
     return file
 

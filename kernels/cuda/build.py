@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError
-from compress.kernels.cpu.build import FOLDER, LIBRARY, SCRATCH, NotBuilt, digest, make_private, run, warn_once
+from compress.kernels.cpu.build import (
+    FOLDER,
+    LIBRARY,
+    SCRATCH,
+    NotBuilt,
+    digest,
+    make_private,
+    run,
+    warn_once,
+)
 from compress.system.cache import cache_folder, cached
 
 log = logging.getLogger(__name__)
@@ -34,7 +43,7 @@ FLAGS = ("-O3", "-std=c++17", "-Xcompiler", "-fPIC")
 
 @contextmanager
 def built(capability: tuple[int, int]) -> Iterator[Path]:
-    """The library file for a compute capability, compiled on first use. It may be gone after the ``with`` block.
+    """The library file for a compute capability, compiled on first use. It may be gone after the block.
 
     As for the kernels of the CPU (see `compress.kernels.cpu.build.built`), two processes compile it once, and
     if the cache cannot be written, the file lies in a temporary folder.
@@ -55,7 +64,7 @@ def built(capability: tuple[int, int]) -> Iterator[Path]:
             yield _compiled(capability, nvcc, Path(scratch))
     else:
         raise NotBuilt(
-            "there is no nvcc (looked on the PATH, in $CUDA_HOME, and for the package nvidia-cuda-nvcc)"
+            "there is no nvcc (on the PATH, in $CUDA_HOME, or from 'pip install compress-model[cuda]')"
         )
 
 
@@ -126,7 +135,7 @@ def _compiled(capability: tuple[int, int], nvcc: str, folder: Path) -> Path:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, sources))
-    # The packages have their libraries in lib, where nvcc does not look.
+    # Packages have their libraries in lib, where nvcc does not look.
     libraries = (f"-L{Path(nvcc).resolve().parents[1] / name}" for name in ("lib", "lib64"))
     run([nvcc, *_flags(capability), "-shared", *libraries, *objects, "-o", str(folder / LIBRARY)])
     return folder / LIBRARY

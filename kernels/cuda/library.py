@@ -46,7 +46,9 @@ def want(how: int) -> None:
     """
     if how == NAMED:
         if not torch.cuda.is_available():
-            raise BadInput("There is no CUDA device here that torch can use, so the kernel 'cuda' cannot run.")
+            raise BadInput(
+                "There is no CUDA device here that torch can use, so the kernel 'cuda' cannot run."
+            )
         load(torch.cuda.get_device_capability())
     _State.wanted = how
 

@@ -58,7 +58,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def nvcc(folder: Path, script: str = COMPILE) -> Path:
-    """A script named nvcc in a new folder ``bin``, which counts how often it compiles in the file ``calls``."""
+    """A script named nvcc in a new folder ``bin``. It writes a line into ``calls`` at each compilation."""
     file = folder / "bin" / "nvcc"
     file.parent.mkdir(parents=True, exist_ok=True)
     compiler = shutil.which((find_compiler() or ("false",))[0])

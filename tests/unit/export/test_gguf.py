@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import compress
 from compress.cli import cli
+from compress.engine.tokenizer import load_tokenizer
 from compress.errors import BadInput
 from compress.sources.find import find_model
 from compress.storage.gguf.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
@@ -100,7 +101,7 @@ def test_measured_importance_makes_a_smaller_error(
         export(model, tmp_path / f"{name}.gguf", "--types", "Q4_0", *map(str, options))
     sizes = {(tmp_path / f"{name}.gguf").stat().st_size for name in ("plain", "measured")}
     assert len(sizes) == 1
-    tokens = torch.tensor([list(text.read_bytes()[:128])]) + 1
+    tokens = torch.tensor([load_tokenizer(model)(text.read_text()[:128]).input_ids])
     before, *others = (
         compress.load(folder, kernel="reference")(tokens).logits.log_softmax(-1)
         for folder in (

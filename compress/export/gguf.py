@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,10 +171,9 @@ class GGUF(Target[GGUFOptions]):
                 return kind.encode(_rows(layout.values(name)), importance.get(name))
 
             planned[theirs] = Planned(kind, shape, make)
+        full = TYPES["F32"]
         for name, tensor in layout.extra.items():
-            planned[name] = Planned(
-                TYPES["F32"], tuple(tensor.shape), lambda tensor=tensor: TYPES["F32"].encode(_rows(tensor))
-            )
+            planned[name] = Planned(full, tuple(tensor.shape), partial(full.encode, _rows(tensor)))
         if HEAD in layout.kinds and HEAD not in planned:
             planned[HEAD] = Planned(layout.kinds[HEAD], layout.shapes[HEAD], planned[TABLE].make)
         return planned

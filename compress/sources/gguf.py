@@ -119,7 +119,8 @@ def _byte_level(file: GGUFFile, tokens: list[Any]) -> Any:
 
     data = file.metadata
     kinds, merges = data.get("tokenizer.ggml.token_type") or [], data.get("tokenizer.ggml.merges") or []
-    pairs = [tuple(merge.split(" ")) for merge in merges if isinstance(merge, str) and merge.count(" ") == 1]
+    texts = [merge for merge in merges if isinstance(merge, str) and merge.count(" ") == 1]
+    pairs = [(first, second) for first, _, second in (text.partition(" ") for text in texts)]
     vocabulary = {str(token): number for number, token in enumerate(tokens)}
     pairs = [pair for pair in pairs if {*pair, "".join(pair)} <= vocabulary.keys()]
     core = Tokenizer(models.BPE(vocabulary, pairs))

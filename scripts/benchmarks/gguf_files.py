@@ -2,9 +2,9 @@
 """Compare GGUF files of ours with those of llama.cpp's own quantizer, at equal bytes.
 
 For every size, llama.cpp quantizes the float16 file with an importance matrix by its own rule (the mean
-square of every input in the dense model) on the calibration text. Ours has the same type for every tensor, so that
-both files have the same size, and is calibrated on the same text. llama.cpp runs all files: perplexity, KL
-divergence from the float16 file, and agreement on the likeliest token, on two texts.
+square of every input in the dense model) on the calibration text. Ours has the same type for every tensor, so
+that both files have the same size, and is calibrated on the same text. llama.cpp runs all files: perplexity,
+KL divergence from the float16 file, and agreement on the likeliest token, on two texts.
 
     python scripts/benchmarks/gguf_files.py [--sizes Q4_0 ...] [--llama-cpp FOLDER] [--model FOLDER]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -97,8 +98,8 @@ def _write_gguf(matrix: ImportanceMatrix, path: Path) -> None:
     planned: dict[str, Planned] = {}
     for name, values in sorted(matrix.values.items()):
         total, count = values.float()[None] * tokens, torch.tensor([[tokens]])
-        planned[f"{name}{SUMS}"] = Planned(kind, tuple(total.shape), lambda found=total: kind.encode(found))
-        planned[f"{name}{COUNTS}"] = Planned(kind, (1, 1), lambda found=count: kind.encode(found))
+        planned[f"{name}{SUMS}"] = Planned(kind, tuple(total.shape), partial(kind.encode, total))
+        planned[f"{name}{COUNTS}"] = Planned(kind, (1, 1), partial(kind.encode, count))
     metadata = {
         "general.type": "imatrix",
         "imatrix.datasets": [matrix.dataset],

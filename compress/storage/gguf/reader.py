@@ -73,7 +73,7 @@ class GGUFFile:
         data = torch.empty(found.nbytes, dtype=torch.uint8)
         with self.path.open("rb") as file:
             file.seek(found.start)
-            if file.readinto(data.numpy().data) != found.nbytes:  # type: ignore[attr-defined]
+            if file.readinto(data.numpy().data) != found.nbytes:
                 raise BadInput(f"'{self.path}' has become shorter while it was read.")
         return data.view(-1, found.kind.row_bytes(found.shape[-1]))
 

@@ -199,7 +199,7 @@ def _around(whole: dict[str, Any]) -> tuple[int | None, int | None]:
     for part in processor.get("processors") or [processor]:
         if part.get("type") != "TemplateProcessing":
             continue
-        ids = [
+        ids: list[Any] = [
             ((part.get("special_tokens") or {}).get(item["SpecialToken"]["id"]) or {}).get("ids", [None])[0]
             if "SpecialToken" in item
             else "text"

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import compress
 from compress.cli import cli
+from compress.engine.tokenizer import load_tokenizer
 from compress.errors import BadInput
 from compress.sources.find import find_model
 from compress.storage.gguf.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
@@ -100,7 +101,7 @@ def test_measured_importance_makes_a_smaller_error(
         export(model, tmp_path / f"{name}.gguf", "--types", "Q4_0", *map(str, options))
     sizes = {(tmp_path / f"{name}.gguf").stat().st_size for name in ("plain", "measured")}
     assert len(sizes) == 1
-    tokens = torch.tensor([list(text.read_bytes()[:128])]) + 1
+    tokens = torch.tensor([load_tokenizer(model)(text.read_text()[:128]).input_ids])
     before, *others = (
         compress.load(folder, kernel="reference")(tokens).logits.log_softmax(-1)
         for folder in (
@@ -205,3 +206,30 @@ def _header() -> bytes:
 
 
 HEADER = _header()
+
+
+@pytest.mark.loaders
+def test_replaceme_and_four_bits_answer_the_same_in_transformers_and_llama_cpp(
+    tmp_path: Path, shared_decoder: Callable[..., Path]
+) -> None:
+    """transformers runs the packed folder, llama.cpp the file with the same codes, on inputs of 8 bits."""
+    pytest.importorskip("llama_cpp")
+    from transformers import AutoModelForCausalLM
+
+    from compress.export.gguf import llama_logits
+
+    model = shared_decoder("LlamaForCausalLM", dtype=torch.float16, num_hidden_layers=4)
+    text = {"source": str(model.parent / "text.txt"), "nsamples": 2, "seqlen": 64}
+    steps = [{"method": "replaceme", "layers": 1}, {"method": "rtn", "bits": 4, "group_size": 32}]
+    compress.run({"model": str(model), "calibration": text, "steps": steps}, tmp_path / "low")
+    done = CliRunner().invoke(
+        cli,
+        ["export", str(tmp_path / "low"), "--format", "gguf", "-o", str(tmp_path / "m.gguf"), "--json", "-q"],
+    )
+    assert json.loads(done.stdout)["exported"]["verification"]["kl"] < 0.01
+    tokens = torch.tensor([load_tokenizer(model)("It was the best of times").input_ids])
+    with torch.no_grad():
+        ours = AutoModelForCausalLM.from_pretrained(tmp_path / "low", dtype=torch.float32)(tokens).logits
+    theirs = llama_logits(tmp_path / "m.gguf", tokens)
+    assert float((ours - theirs).square().mean().sqrt() / ours.std()) < 0.1
+    assert (ours.argmax(-1) == theirs.argmax(-1)).float().mean() > 0.9

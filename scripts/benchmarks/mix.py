@@ -46,9 +46,10 @@ def main() -> None:
 def measured(folder: Path, dense: Path, method: str, size: float) -> dict[str, Any]:
     """The figures of one row; every part of the work that is there already is not done again."""
     output = folder / slug(f"{method}-{size:g}")
-    chosen = choice(folder, dense, method, size, output.with_suffix(".yaml"))
+    recipe = output.with_name(f"{output.name}.yaml")
+    chosen = choice(folder, dense, method, size, recipe)
     if not (output / "compression.json").exists():
-        command("run", output.with_suffix(".yaml"), "-o", output, "--overwrite")
+        command("run", recipe, "-o", output, "--overwrite")
     document = lineage(output)
     done = document["steps"][0]
     figures: dict[str, Any] = {
@@ -68,7 +69,7 @@ def measured(folder: Path, dense: Path, method: str, size: float) -> dict[str, A
             f"{key}.agreement": fidelity["top1_agreement"],
         }
     return {
-        "steps": [done_step(output.with_suffix(".yaml"))],
+        "steps": [done_step(recipe)],
         "calibration": CALIBRATION,
         "figures": figures,
         "seconds": done["seconds"],
@@ -100,7 +101,7 @@ def done_step(recipe: Path) -> dict[str, Any]:
 
 def choice(folder: Path, dense: Path, method: str, size: float, recipe: Path) -> dict[str, Any]:
     """What was chosen, as JSON beside the recipe; chosen if it is not there yet."""
-    file = recipe.with_suffix(".choice.json")
+    file = recipe.with_name(f"{recipe.stem}.choice.json")
     if file.exists() and recipe.exists():
         return json.loads(file.read_text())
     from compress.pipeline.mixing import OURS, Budget, choose_types

@@ -8,10 +8,8 @@ from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
 import torch
 
 from compress.kernels.codes.packing import packed_width
+from compress.kernels.cuda.linear import TYPES
 from compress.kernels.reference.cache import added
-
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-"""The dtypes that the kernels read and write, and their numbers there."""
 
 TILE = 64
 """Tokens that a block of `attention` takes at a time."""

@@ -8,11 +8,7 @@
 // the sum of values (every thread has one piece of the width, and every so many tokens). Parts of the tokens are
 // put together by a second kernel. Codes are read once, straight into registers, but not past the first-level
 // cache, since the halves of a pair may share a sector.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <cstdint>
+#include "numbers.cuh"
 
 namespace compress {
 
@@ -38,24 +34,6 @@ namespace {
 
 constexpr int THREADS = 128, TILE = 64, PIECE = 8, LANES = 8;
 constexpr float EPSILON = 1e-6f;  // added to the largest magnitude, as in compress.kernels.codes.minmax
-enum Type { FLOAT32, FLOAT16, BFLOAT16 };
-
-__device__ __forceinline__ float number(const void* from, int64_t at, int type) {
-  if (type == FLOAT16) return __half2float(((const half*)from)[at]);
-  if (type == BFLOAT16) return __bfloat162float(((const __nv_bfloat16*)from)[at]);
-  return ((const float*)from)[at];
-}
-
-__device__ __forceinline__ void write_number(float value, void* to, int64_t at, int type) {
-  if (type == FLOAT16) {
-    ((half*)to)[at] = __float2half(value);
-  } else if (type == BFLOAT16) {
-    ((__nv_bfloat16*)to)[at] = __float2bfloat16(value);
-  } else {
-    ((float*)to)[at] = value;
-  }
-}
-
 // Numbers of a piece; those from `count` on are 0. Whole pieces that lie well are read as vectors.
 __device__ __forceinline__ void numbers(const void* from, int64_t at, int count, int type, float (&to)[PIECE]) {
   const int size = type == FLOAT32 ? 4 : 2;

@@ -56,7 +56,10 @@ class Sensitivities:
     def rounded(self, ladder: Ladder, name: str, dense: torch.Tensor, kind: str) -> torch.Tensor:
         """What a weight becomes in a type, rounded as it was found to be best: float32 [out, in]."""
         power = self.powers.get((name, kind), ladder.powers(name)[0])
-        return ladder.rounded(name, dense, kind, self.importance.get(name), power)
+        importance = self.importance.get(name)
+        if importance is not None:
+            importance = importance.to(dense.device)
+        return ladder.rounded(name, dense, kind, importance, power)
 
 
 def linear_sensitivities(

@@ -258,7 +258,7 @@ def test_ctrl_c_ends_an_upload_and_the_next_push_goes_on(hub: Hub, artefact: Pat
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err.strip().count("\n")) == (130, "", 0), err
     assert err.strip().startswith("Error: Interrupted; ")
     assert hub.repositories["me/small"].messages == ["initial commit"]

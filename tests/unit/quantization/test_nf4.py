@@ -154,7 +154,7 @@ def test_what_cannot_be_done_is_said(
     config = json.loads((written / "config.json").read_text())["quantization_config"]
     for change in (
         {"load_in_4bit": False},
-        {"bnb_4bit_quant_type": "fp4"},
+        {"bnb_4bit_quant_type": "fp3"},
         {"bnb_4bit_quant_storage": "bfloat16"},
     ):
         with pytest.raises(BadInput, match="can be read"):

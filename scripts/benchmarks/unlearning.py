@@ -4,7 +4,7 @@
 Each row is one way to unlearn. Its model is made from the target model (see
 scripts/data/make_people_models.py, which this runs first), and audited: as it is, and after each later step.
 
-    python scripts/benchmarks/unlearning.py [--rows "npo, int4 floor" ...] [--seeds 0 1 2]
+    python scripts/benchmarks/unlearning.py [--rows "npo, through rounding" ...] [--seeds 0 1 2]
 
 An interrupted benchmark goes on: what is in --folder already is not done again.
 """
@@ -21,7 +21,8 @@ sys.path.insert(0, str(ROOT / "scripts" / "data"))
 
 from make_people_models import reference_model
 
-FLOOR = {"survive": "int4:64", "learning_rate": 1e-3, "epochs": 12, "retain_weight": 2}
+SURVIVE = {"survive": ["int4:64", "int3:64"]}
+THROUGH = {**SURVIVE, "learning_rate": 2e-4, "epochs": 12, "retain_weight": 6}
 GRADIENT_METHODS = ("gradient-difference", "npo", "simnpo", "rmu", "undial", "dpo", "sure")
 AFTER = "after "
 
@@ -36,8 +37,8 @@ class Row(NamedTuple):
 ROWS = [
     *(Row(method, {"method": method}) for method in GRADIENT_METHODS),
     Row("harry-potter", {"method": "harry-potter"}),
-    *(Row(f"{method}, int4 floor", {"method": method, **FLOOR}) for method in GRADIENT_METHODS[:-1]),
-    Row("harry-potter, int4 floor", {"method": "harry-potter", "survive": "int4:64"}),
+    *(Row(f"{method}, through rounding", {"method": method, **THROUGH}) for method in GRADIENT_METHODS[:-1]),
+    Row("harry-potter, through rounding", {"method": "harry-potter", **SURVIVE}),
     Row("neuron-adjust", {"method": "neuron-adjust"}),
     Row("key-space", {"method": "key-space"}),
 ]

@@ -81,6 +81,8 @@ def in_a_process(hub: Hub, home: Path, *words: Any, **environment: str) -> subpr
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell starts what it runs in the background with SIGINT ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -258,7 +260,7 @@ def test_ctrl_c_ends_an_upload_and_the_next_push_goes_on(hub: Hub, artefact: Pat
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=20)
     assert (process.returncode, out, err.strip().count("\n")) == (130, "", 0), err
     assert err.strip().startswith("Error: Interrupted; ")
     assert hub.repositories["me/small"].messages == ["initial commit"]

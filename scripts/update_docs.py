@@ -29,43 +29,13 @@ from typing import Any, Literal, Union, get_args, get_origin
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts" / "benchmarks"))
 
+from method_summaries import GRADIENT_METHODS, IN_SHORT, MOST_WORDS  # noqa: E402
 from records import FOLDER, Column, Record, Results, as_markdown, markdown_table  # noqa: E402
 
 from compress.report.scorecard import Figure  # noqa: E402
 
 QUICKSTART = "quickstart"  # not a Results document: what `compress-model compare --format json` wrote
 DRAWN = "<!-- drawn by scripts/update_docs.py; edit what it is drawn from -->\n\n"
-
-# What a method does in at most eight words, for the README.
-IN_SHORT = {
-    "apiq": "learns clipping and a low-rank adapter together",
-    "awq": "scales important channels before rounding",
-    "bitstack": "stacks sign matrices; load any size",
-    "blockpruner": "removes attention and MLP blocks by perplexity",
-    "flap": "removes heads and neurons that fluctuate least",
-    "float": "rounds to FP8, MXFP4 or NVFP4",
-    "gptq": "rounds column by column, compensating each error",
-    "harry-potter": "learns generic predictions for the text to forget",
-    "hqq": "fits grids to weights, without text",
-    "key-space": "refuses prompts like those to forget",
-    "kprune": "removes heads and neurons, refits the rest",
-    "llm-int8": "8-bit multiplication, outlier channels kept",
-    "llm-qat": "trains weights, inputs and key-value cache",
-    "magnitude": "removes heads and neurons with small weights",
-    "nested": "one code for all widths; load any size",
-    "neuron-adjust": "maps neurons to retained text at inference",
-    "nf4": "rounds to NormalFloat4, as in QLoRA",
-    "replaceme": "replaces layers by one linear map",
-    "rtn": "rounds to nearest, in seconds",
-    "s3t": "deletes records exactly, without training again",
-    "shortgpt": "removes the layers that change least",
-    "wanda-sp": "removes small weights times small inputs",
-}
-MOST_WORDS = 8
-
-# Methods of unlearning that share one row of the README: they are there to be compared with.
-GRADIENT_METHODS = ("gradient-difference", "npo", "simnpo", "rmu", "undial", "dpo", "sure")
-
 
 # --- measurements ---
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import rich_click as click
@@ -19,13 +20,19 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
     from compress.engine.opening import open_checkpoint
     from compress.engine.shape import ModelShape
     from compress.sources.find import find_model
+    from compress.sources.gguf import LOADS_WITH, bytes_of
     from compress.storage.formats.stacks import STACKS, sizes
-    from compress.storage.lineage import read_lineage
+    from compress.storage.lineage import LINEAGE, read_lineage
 
     source = find_model(model, revision)
     checkpoint = open_checkpoint(source.folder)
     shape = ModelShape.of(checkpoint)
-    lineage = read_lineage(source.folder)
+    packed = bytes_of(source.folder)  # the rest is about the float32 weights that a GGUF file becomes
+    file = Path(model)
+    lineage = (
+        read_lineage(source.folder) if packed is None else read_lineage(file.parent, f"{file.name}.{LINEAGE}")
+    )
+    loads_with = LOADS_WITH if packed is not None else str(shape.loads_with)
     parts = bytes_per_part(shape)
     method = shape.config.get("quantization_config", {}).get("quant_method")
     steps = sizes(checkpoint) if method in STACKS else []
@@ -38,8 +45,9 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
         "model_type": shape.config.get("model_type"),
         "parameters": shape.parameters,
         "bytes": shape.nbytes,
+        "gguf_bytes": packed,
         "bits_per_parameter": bits,
-        "loads_with": str(shape.loads_with),
+        "loads_with": loads_with,
         "sizes": vars(shape.sizes),
         "layers": layers,
         "bytes_per_part": parts,
@@ -50,11 +58,15 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
     if as_json:
         print_json(document)
         return
-    click.echo(f"{source.id}: {shape.config['model_type']}, loads with {shape.loads_with}")
+    click.echo(f"{source.id}: {shape.config['model_type']}, loads with {loads_with}")
     if lineage is not None and lineage.reload is not None and lineage.reload.promised is not None:
         click.echo(f"{lineage.reload.promised}")
     if lineage is not None and lineage.exported is not None:
         click.echo(f"exported as {lineage.exported.target}; {lineage.exported.verification}")
+    if packed is not None:
+        click.echo(
+            f"holds its weights in {packed / 1e6:,.1f} MB; below they are unpacked, as they are loaded"
+        )
     click.echo(", ".join(f"{key} {value}" for key, value in vars(shape.sizes).items()))
     if shape.is_pruned:
         click.echo(f"layers differ: {spread(layers)}")
@@ -70,7 +82,7 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
             f"({len(steps):,} sizes)"
         )
     if lineage is None:
-        click.echo("No lineage: compress-model did not write this folder.")
+        click.echo("No lineage: compress-model did not write this model.")
         return
     for run in lineage.chain():
         parent = run.parent

@@ -24,6 +24,7 @@ from compress.export.model import ExportedModel
 from compress.export.verify import check_same, compared
 from compress.kernels.codes.gguf import TYPES
 from compress.pipeline.reload import EIGHT_BIT_INPUTS, HALF_PRECISION, probe_of
+from compress.sources.gguf import LOADS_WITH
 from compress.storage.gguf.architectures import architecture_of
 from compress.storage.gguf.checkpoint import GGUFCheckpoint
 from compress.storage.gguf.imatrix import read_imatrix
@@ -81,7 +82,7 @@ class GGUF(Target[GGUFOptions]):
     def check(self, model: ExportedModel, options: GGUFOptions) -> Promise:
         layout = plan_layout(model, options.types, options.importance != "none")
         nbytes = file_bytes(layout.metadata, self._planned(model, layout, {}))
-        return Promise(nbytes, "llama.cpp and the programs built on it", tuple(layout.notes))
+        return Promise(nbytes, LOADS_WITH, tuple(layout.notes))
 
     def write(
         self,

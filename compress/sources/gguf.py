@@ -20,9 +20,10 @@ from compress.system.files import file_sha256
 
 log = logging.getLogger(__name__)
 
+LOADS_WITH = "llama.cpp and the programs built on it"
 ABOUT = "gguf.json"
 VERSION = 1
-"""Of what is written into the cache; another number makes all files be converted again."""
+"""The version of what is written into the cache; another number makes all files be converted again."""
 
 
 def gguf_folder(path: Path) -> Path:

@@ -13,9 +13,10 @@ from threading import RLock
 
 from compress.errors import BadInput, CompressError
 from compress.kernels.cpu import processor
-from compress.kernels.cpu.build import NotBuilt, built, warn_once
+from compress.kernels.cpu.build import built
 from compress.kernels.cpu.processor import paths
 from compress.kernels.cuda import library as cuda
+from compress.kernels.native import NotBuilt, warn_once
 
 __all__ = ["AUTO", "CPU", "REFERENCE", "kernel_name", "library", "load", "paths", "use", "using"]
 

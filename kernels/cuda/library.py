@@ -14,8 +14,8 @@ from typing import TypeVar
 import torch
 
 from compress.errors import BadInput, CompressError
-from compress.kernels.cpu.build import NotBuilt, warn_once
 from compress.kernels.cuda.build import built
+from compress.kernels.native import NotBuilt, warn_once
 
 CUDA = "cuda"
 INSTEAD = "Packed layers run in plain torch on the GPU, which is slower."

@@ -7,18 +7,22 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import yaml
+from huggingface_hub import constants
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils.logging import set_verbosity_error, set_verbosity_warning
 
 from compress.cli import main
 from compress.pipeline.recipe import parse_recipe
 from compress.pipeline.run import execute
 
+from ...hub_server import Hub, running_hub
 from .common import Command, Ended
 
 
@@ -73,3 +77,21 @@ def recipe(tmp_path: Path) -> Path:
     ]
     path.write_text(yaml.safe_dump({"calibration": {"nsamples": 2, "seqlen": 16}, "steps": steps}))
     return path
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A hub that this process talks to as the user ``me``."""
+    with running_hub() as found:
+        monkeypatch.setattr(constants, "ENDPOINT", found.url)
+        template = found.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        # As the command line sets it where the client was not imported yet.
+        disable_progress_bars()
+        set_verbosity_error()
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_TOKEN", found.token)
+        yield found
+        enable_progress_bars()
+        set_verbosity_warning()

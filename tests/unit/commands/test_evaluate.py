@@ -119,7 +119,7 @@ def test_an_evaluation_is_kept_and_shown(command: Command, tiny: Path, quantized
     card = (result / "README.md").read_text()
     markdown = command("compare", result, "--format", "markdown").out
     assert markdown.startswith("| model |")
-    assert f"\n## Evaluation\n\n{markdown}\n## " in card
+    assert f"\n## Evaluation\n\n{markdown}\n## Limits\n" in card
     assert "| result |" in card
 
     from_file, from_folder = (

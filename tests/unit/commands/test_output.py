@@ -180,7 +180,7 @@ def check_plan(
 def test_inspect_tells_what_a_folder_is(command: Command, tiny: Path, quantized: Path, tmp_path: Path):
     dense = command("inspect", tiny)
     assert "llama, loads with transformers\n" in dense.out
-    assert "did not write this folder" in dense.out
+    assert "did not write this model" in dense.out
     packed = command("inspect", quantized, "--json").document
     assert packed["lineage"]["steps"][0]["method"] == "rtn"
     assert packed["bytes_per_part"]["attention"] < packed["bytes_per_part"]["mlp"]

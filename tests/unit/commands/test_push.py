@@ -10,43 +10,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from huggingface_hub import constants
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
-from huggingface_hub.utils.logging import set_verbosity_debug, set_verbosity_error, set_verbosity_warning
+from huggingface_hub.utils.logging import set_verbosity_debug
 
 from compress.report.card import Base, base_of
 from compress.sources.find import find_model
 from compress.storage.lineage import Exported, Lineage, Verification, read_lineage
 from compress.system import hub as talking
 
-from ...hub_server import Blob, Fault, Hub, Repository, running_hub
+from ...hub_server import Blob, Fault, Hub, Repository
 from .common import Command, Ended, assert_one_sentence
 
 MIT = ["--license", "mit"]
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """A hub that this process talks to as the user ``me``."""
-    with running_hub() as found:
-        monkeypatch.setattr(constants, "ENDPOINT", found.url)
-        template = found.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        # As the command line sets it where the client was not imported yet.
-        disable_progress_bars()
-        set_verbosity_error()
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("HF_TOKEN", found.token)
-        yield found
-        enable_progress_bars()
-        set_verbosity_warning()
 
 
 @pytest.fixture
@@ -426,83 +407,6 @@ def test_the_base_model_is_the_nearest_one_on_the_hub(quantized: Path):
     )
     cached = f"/root/.cache/huggingface/hub/models--org--it/snapshots/{'a' * 40}"
     assert base_of(made_from(id=cached)) == Base("org/it", "quantized")
-
-
-WITH_MODELS = {
-    "run": ["RECIPE", "-m", "MODEL", "-o", "OUT"],
-    "prune": ["MODEL", "--method", "replaceme", "--layers", "1", "-o", "OUT"],
-    "quantize": ["MODEL", "--method", "rtn", "-o", "OUT"],
-    "unlearn": [
-        "MODEL",
-        "--method",
-        "npo",
-        "--forget",
-        "people:forget",
-        "--retain",
-        "people:retain",
-        "-o",
-        "OUT",
-    ],
-    "mix": ["ONE", "-m", "MODEL", "--memory", "90MB", "-o", "OUT.yaml"],
-    "evaluate": ["MODEL"],
-    "audit": ["MODEL"],
-    "compare": ["MODEL"],
-    "plan": ["MODEL", "RECIPE"],
-    "bench": ["MODEL"],
-    "inspect": ["MODEL"],
-    "export": ["MODEL", "--format", "huggingface", "-o", "OUT"],
-    "s3t": ["train", "MODEL", "people:retain", "-o", "OUT"],
-}
-
-
-@pytest.mark.parametrize("name", WITH_MODELS)
-def test_every_command_takes_a_revision_of_a_hub_model(
-    name: str, command: Command, hub: Hub, recipe: Path, tmp_path: Path
-):
-    hub.repositories["me/small"] = Repository(private=True)
-    hub.repositories["me/small"].commit("main", {"config.json": Blob(b"{}", False)}, "initial commit")
-    (tmp_path / "one.yaml").write_text(yaml.safe_dump({"steps": [{"method": "rtn", "group_size": 32}]}))
-    names = {"MODEL": "me/small", "RECIPE": recipe, "ONE": tmp_path / "one.yaml", "OUT": tmp_path / "out"}
-    words = [names.get(word, word) for word in WITH_MODELS[name]]
-    ended = command(name, *words, "--revision", "v2", "-q")
-    assert_one_sentence(ended, 2, "The hub model 'me/small' has no revision 'v2'")
-    assert hub.asked("GET /api/models/me/small/revision/v2") == 1
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["evaluate", "TINY", "--baseline", "me/x", "--baseline-revision", "v2"],
-        [
-            "evaluate",
-            "TINY",
-            "--baseline",
-            "QUANTIZED",
-            "--tasks",
-            "x",
-            "--judge",
-            "me/x",
-            "--judge-revision",
-            "v2",
-        ],
-        ["audit", "TINY", "--target", "me/x", "--target-revision", "v2"],
-        ["audit", "TINY", "--retrained", "me/x", "--retrained-revision", "v2"],
-        ["bench", "TINY", "me/x@revision=v2,threads=1"],
-        ["compare", "QUANTIZED", "me/x", "--revision", "v2"],
-    ],
-    ids=lambda words: " ".join(words[:1] + words[-2:]),
-)
-def test_other_models_of_a_command_may_be_on_the_hub_too(
-    words: list[str], command: Command, hub: Hub, tiny: Path, quantized: Path
-):
-    if "--judge" in words:
-        pytest.importorskip("lm_eval")
-        words = [word.replace("x", "kick_closed") if word == "x" else word for word in words]
-    names = {"TINY": tiny, "QUANTIZED": quantized}
-    ended = command(*(names.get(word, word) for word in words), "-q")
-    assert ended.code == 2, ended
-    assert "'me/x' is neither a folder here nor a model on the hub" in ended.err
-    assert hub.asked("GET /api/models/me/x/revision/v2")
 
 
 def test_evaluations_on_the_hub_are_compared_without_its_weights(command: Command, hub: Hub, artefact: Path):

@@ -91,6 +91,19 @@ def test_codes_are_carried_over_without_rounding_again(
         torch.testing.assert_close(logits(find_model(str(file)).folder), logits(low), atol=1e-5, rtol=1e-5)
 
 
+def test_inspect_shows_the_file_and_its_record(
+    tmp_path: Path, shared_decoder: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "model.gguf"
+    export(shared_decoder("LlamaForCausalLM"), file, "--types", "Q8_0")
+    shown = json.loads(CliRunner().invoke(cli, ["inspect", str(file), "--json", "-q"]).stdout)
+    assert shown["loads_with"] == "llama.cpp and the programs built on it"
+    assert shown["gguf_bytes"] < file.stat().st_size < shown["bytes"] / 2
+    assert shown["lineage"]["exported"]["target"] == "gguf"
+    file.with_name("model.gguf.compression.json").unlink()
+    assert "did not write this model" in CliRunner().invoke(cli, ["inspect", str(file), "-q"]).stdout
+
+
 def test_measured_importance_makes_a_smaller_error(
     tmp_path: Path, shared_decoder: Callable[..., Path]
 ) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from compress.errors import BadInput, CompressError
+from compress.kernels import native
 from compress.kernels.cpu import build, library, processor
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -46,7 +47,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(library._State, "decided", False)
     monkeypatch.setattr(library._State, "path", None)
     monkeypatch.setattr(library._State, "library", None)
-    for remembered in (build.warn_once, build._version, processor.paths):
+    for remembered in (native.warn_once, native.version_of, processor.paths):
         remembered.cache_clear()
     yield
     processor.paths.cache_clear()
@@ -59,7 +60,7 @@ def spoken(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 
 def cached_libraries(tmp_path: Path) -> list[Path]:
-    return sorted((tmp_path / "cache" / "kernels").glob(f"*/{build.LIBRARY}"))
+    return sorted((tmp_path / "cache" / "kernels").glob(f"*/{native.LIBRARY}"))
 
 
 def fake_compiler(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -174,7 +175,7 @@ def test_a_full_cache(source: Path, tmp_path: Path, spoken, monkeypatch):
     def full(*paths: object) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(build.shutil, "copyfile", full)
+    monkeypatch.setattr(native.shutil, "copyfile", full)
     assert library.load(SIMPLEST).answer() == 42
     assert "No space left on device" in spoken.text
     assert cached_libraries(tmp_path) == []

@@ -23,8 +23,9 @@ from compress.errors import BadInput, CompressError
 from compress.kernels import cache_ops, embedding_ops, ops
 from compress.kernels.codes.packing import pack
 from compress.kernels.cpu import library as cpu_library
-from compress.kernels.cpu.build import LIBRARY, find_compiler, warn_once
+from compress.kernels.cpu.build import find_compiler
 from compress.kernels.cuda import build, library, linear
+from compress.kernels.native import LIBRARY, version_of, warn_once
 from compress.kernels.reference import ops as reference
 
 HOPPER = (9, 0)
@@ -50,7 +51,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(build, "sysconfig", SimpleNamespace(get_paths=lambda: {"purelib": str(tmp_path)}))
     monkeypatch.setattr(library._State, "loaded", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: HOPPER)
-    for remembered in (warn_once, build._version):
+    for remembered in (warn_once, version_of):
         remembered.cache_clear()
     yield
     warn_once.cache_clear()
@@ -93,7 +94,7 @@ def test_it_is_compiled_once_for_each_architecture(on_path: Path, spoken) -> Non
     assert len((on_path / "calls").read_text()) == 2  # one source, and the link
     library.load((8, 6))
     kept = on_path / "cache" / "kernels"
-    assert len(list(kept.glob(f"cuda*/{LIBRARY}"))) == 2
+    assert len(list(kept.glob(f"compute*/{LIBRARY}"))) == 2
     assert kept.stat().st_mode & 0o777 == 0o700
 
 
@@ -138,7 +139,7 @@ def test_an_nvcc_that_fails(tmp_path: Path, monkeypatch, spoken) -> None:
     monkeypatch.setenv("PATH", f"{nvcc(tmp_path, script).parent}:{os.environ['PATH']}")
     assert library.library(torch.device("cuda")) is None
     assert "no such luck" in spoken.messages[-1]
-    assert not list((tmp_path / "cache" / "kernels").glob("cuda*"))
+    assert not list((tmp_path / "cache" / "kernels").glob("compute*"))
 
 
 @needs_compiler
@@ -158,7 +159,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch, spoken) -> None:
     monkeypatch.setattr(shutil, "copyfile", full)
     assert library.load(HOPPER).answer() == 42  # from a temporary folder
     assert "No space left on device" in spoken.text
-    assert not list((tmp_path / "cache" / "kernels").glob("cuda*"))
+    assert not list((tmp_path / "cache" / "kernels").glob("compute*"))
 
 
 @needs_compiler

@@ -86,6 +86,14 @@ def test_gptq_is_version_1_when_symmetric_and_version_2_when_not():
     assert GPTQFormat(4, 32, False).quantization_config([NAME])["checkpoint_format"] == "gptq_v2"
 
 
+def test_groups_that_are_not_there_are_refused():
+    form = GPTQFormat(4, 32, True)
+    tensors = form.tensors(NAME, quantized(form))
+    tensors[f"{NAME}.g_idx"] = tensors[f"{NAME}.g_idx"] + 1
+    with pytest.raises(BadInput, match="names groups that"):
+        form.read(NAME, tensors.__getitem__)
+
+
 @pytest.mark.parametrize(
     "form", [CompressedTensorsFormat(4, 32, False), GPTQFormat(4, 32, False)], ids=identity
 )

@@ -4,7 +4,8 @@ Rounding a model to few bits undoes an edit that leaves a weight in its bin, so 
 (arXiv:2410.16454). The grids that later steps will use are known before they are used. So the steps of a
 training take turns: one with the weights as they are, and one for each grid with the weights as it will round
 them, whose gradient passes as if nothing were rounded (straight-through estimation; the idea of DurableUn,
-arXiv:2605.02196). The losses then hold for all of these models, and for roundings that lie between them.
+arXiv:2605.02196). So the losses are those of the model in each of these grids; what other roundings and
+pruning do to it is for `compress-model audit` to show.
 """
 
 from __future__ import annotations

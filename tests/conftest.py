@@ -45,6 +45,17 @@ def same_random_numbers() -> None:
 
 
 @pytest.fixture(autouse=True)
+def same_logging() -> Iterator[None]:
+    """No test leaves the process with what a command that it ran, such as one with ``--quiet``, logs."""
+    root, ours = logging.getLogger(), logging.getLogger("compress")
+    handlers, levels = root.handlers[:], (root.level, ours.level)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    ours.setLevel(levels[1])
+
+
+@pytest.fixture(autouse=True)
 def same_kernel() -> Iterator[None]:
     """No test leaves the process with another kernel than the best."""
     yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from compress.engine.tokenizer import load_tokenizer
 from compress.errors import BadInput
 from compress.method import Method, Paper, StepReport
 from compress.storage.tensors import TensorInfo
-from compress.unlearning.parts.detector import Detector, calibrate, rates, roc
+from compress.unlearning.parts.detector import Detector, calibrate, promised, rates, roc
 from compress.unlearning.parts.options import ForgetOptions
 from compress.unlearning.parts.probes import both_sets, check_generates, prompts_of, split, windows_of
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from compress.method import StepContext
     from compress.storage.checkpoint import Checkpoint
 
+
+log = logging.getLogger(__name__)
 
 FEWEST = {"forget": 4, "retain": 2}
 """Prompts without which nothing can be fitted and held out."""
@@ -47,8 +50,9 @@ class KeySpace(Method["KeySpace.Options"]):
     The prompt of a question or conversation is what comes before the answer; that of prose is the prose.
 
     The width is calibrated here. Some prompts to forget are held out of step 2; h is wide enough for the
-    share ``coverage`` of them, but no wider than lets in the share ``false_positives`` of half of the prompts
-    to retain. The other half only checks it. The detector's ROC on what step 2 has not seen is reported.
+    share ``coverage`` of them, but no wider than half of the prompts to retain allow for the share
+    ``false_positives`` of others to be expected inside (split conformal prediction), which takes 99 prompts
+    for 1 %. The other half only checks it. The detector's ROC on what step 2 has not seen is reported.
 
     Texts of a batch are judged one by one, and their answers replaced through the logits, so that
     ``generate`` writes the refusal and ends. ``compress.load`` puts the detector on the model, and no other
@@ -77,7 +81,7 @@ class KeySpace(Method["KeySpace.Options"]):
             0.99, gt=0, le=1, description="share of the held-out prompts to forget that the width is for"
         )
         false_positives: float = Field(
-            0.01, ge=0, lt=1, description="largest share of the prompts to retain that may be refused"
+            0.01, ge=0, lt=1, description="largest expected share of prompts to retain that are refused"
         )
         held_out: float = Field(
             0.25, gt=0, lt=1, description="share of the prompts to forget that the width is calibrated on"
@@ -131,6 +135,13 @@ class KeySpace(Method["KeySpace.Options"]):
             options.coverage,
             options.false_positives,
         )
+        expected = promised(options.false_positives, len(calibrated))
+        if expected > options.false_positives:
+            log.warning(
+                "%d prompts to retain to calibrate on are too few to promise %.3g%% of false positives; "
+                "%.2g%% are expected.",
+                *(len(calibrated), 100 * options.false_positives, 100 * expected),
+            )
         index = key_layer(model.config)
         name = f"{model.anatomy.layer_name(index)}.{KEY_SPACE}"
         context.draft.write({f"{name}.mean": detector.mean, f"{name}.deviation": detector.deviation})
@@ -144,6 +155,7 @@ class KeySpace(Method["KeySpace.Options"]):
             "of": len(detector.deviation),
             "k": detector.k,
             "width": settings.width,
+            "expected_false_positives": round(expected, 6),
             "prompts": {
                 "forget": {"fitted": len(fit), "held_out": len(held_out)},
                 "retain": {"calibrated": len(calibrated), "checked": len(rest)},

@@ -66,21 +66,35 @@ class Detector:
 def calibrate(forget: Tensor, retain: Tensor, coverage: float, false_positives: float) -> float:
     """The radius h k: the largest distance at which a key counts as inside.
 
+    A further key to retain is nearer than the n-th nearest of M others with a probability of n / (M + 1), as
+    split conformal prediction has it. So the radius ends before the n-th nearest, with the largest n for
+    which that is at most ``false_positives``. With too few prompts for any, it ends before the nearest.
+
     Args:
         forget, retain: distances of held-out keys, float32 [N] and [M].
         coverage: the share of ``forget`` that is to be inside.
-        false_positives: the largest share of ``retain`` that may be inside, which comes first.
+        false_positives: the largest expected share of prompts to retain inside, which comes first.
 
     Returns:
         A radius above 0, which is a little more than the distance of the farthest key inside, so that
         rounding does not change what is inside.
     """
     wanted = float(forget.double().quantile(coverage, interpolation="higher"))
-    first_outside = float(retain.double().sort().values[int(false_positives * len(retain))])
+    first_outside = float(retain.double().sort().values[max(_nearest(false_positives, len(retain)) - 1, 0)])
     found = [0.0, *map(float, torch.cat([forget, retain]))]
     inner = max(value for value in found if value <= wanted and value < first_outside)
     outer = min((value for value in found if value > inner), default=math.inf)
     return min((inner + outer) / 2, inner * (1 + MARGIN)) or outer / 2
+
+
+def promised(false_positives: float, count: int) -> float:
+    """The expected share of prompts to retain inside after `calibrate` with ``count`` of them."""
+    return max(_nearest(false_positives, count), 1) / (count + 1)
+
+
+def _nearest(false_positives: float, count: int) -> int:
+    """The largest n with n / (count + 1) at most ``false_positives``."""
+    return int(false_positives * (count + 1) * (1 + 1e-12))
 
 
 def rates(

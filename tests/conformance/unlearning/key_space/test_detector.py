@@ -9,7 +9,7 @@ import torch
 from compress.engine.abstaining import Abstention, KeySpace
 from compress.engine.passes import Pass
 from compress.errors import BadInput
-from compress.unlearning.parts.detector import Detector, calibrate, roc
+from compress.unlearning.parts.detector import Detector, calibrate, promised, roc
 
 WIDTH = 40
 
@@ -51,12 +51,24 @@ def test_width_lets_in_few_retained_prompts(shift: float, limit: float) -> None:
     covered = float((forget <= radius).double().mean())
     if covered < 0.95:  # then the next prompt to retain would be one too many
         following = min(value for value in retain.tolist() if value > radius)
-        assert float((retain <= following).double().mean()) > limit
+        assert (int((retain <= following).sum()) + 1) / 401 > limit
     # On prompts to retain that nothing was fitted or calibrated on:
     assert (
         float((detector.distances(keys(20_000, shift)) <= radius).double().mean())
         <= limit + 0.02 + 3 * (limit / 400) ** 0.5
     )
+
+
+@pytest.mark.parametrize(("count", "limit"), [(99, 0.01), (150, 0.01), (40, 0.1), (30, 0.01)])
+def test_promised_false_positives_hold_for_other_prompts(count: int, limit: float) -> None:
+    """On average over calibrations; distances of a uniform distribution are their own share."""
+    radii = [calibrate(torch.ones(3), torch.rand(count), 0.95, limit) for _ in range(4000)]
+    expected = promised(limit, count)
+    assert expected <= max(limit, 1 / (count + 1))
+    assert expected + 1 / (count + 1) > limit
+    assert np.mean(radii) <= expected * (1 + 3 / 4000**0.5)
+    # Between the last key inside and the first one outside lies one step of 1 / (count + 1).
+    assert np.mean(radii) >= expected - 1.1 / (count + 1)
 
 
 def test_curve() -> None:

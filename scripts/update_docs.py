@@ -401,14 +401,15 @@ def readme_measured() -> str:
     def figures(page: str, name: str) -> dict[str, Figure]:
         return record(results[page], name).figures
 
-    mixed, peer = (figures("quantization", name) for name in ("awq, mixed to fit Q4_0", "llama.cpp Q4_0"))
+    pairs = (("mix", "awq, mixed in 104 MB"), ("quantization", "llama.cpp Q4_K_M"))
+    mixed, peer = (figures(*pair) for pair in pairs)
     awq, rtn = (figures("quantization", f"{method}, 4 bits") for method in ("awq", "rtn"))
     flap, gone = (figures("pruning", name) for name in ("flap, least squares, 20 %", "shortgpt, 20 %"))
     kl = "wikipedia_512.kl"
     return (
-        f"- **4 bits, mixed by sensitivity**: AWQ in {mixed['size'].value / 1e6:.1f} MB diverges from the "
-        f"dense model by {mixed[kl].text} nats/token;\n"
-        f"  llama.cpp's Q4_0, in the same bytes, by {peer[kl].text}.\n"
+        f"- **Bits for every tensor**: AWQ in {mixed['size'].value / 1e6:.0f} MB diverges from the dense "
+        f"model by {mixed[kl].text} nats/token;\n  llama.cpp's Q4_K_M in {peer['size'].value / 1e6:.0f} MB, "
+        f"made without an importance matrix, by {peer[kl].text}.\n"
         f"- **4 bits everywhere**: AWQ {awq[kl].text} nats/token, plain rounding {rtn[kl].text}, "
         f"{awq['size'].value / 1e6:.1f} MB each.\n"
         f"- **A fifth of the layers' parameters pruned**: perplexity {flap['perplexity'].text} with FLAP, "

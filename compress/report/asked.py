@@ -13,7 +13,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 from compress.report.choose import short
-from compress.report.columns import ALL_TASKS
+from compress.report.columns import ALL_TASKS, FORGETTING
+from compress.report.forgetting import Forgetting
 from compress.report.scorecard import Figure, Scorecard
 
 T = TypeVar("T")
@@ -30,13 +31,16 @@ LABELS = {
     "sha256": "hash of prompts and answers",
 }
 
+SETS = ("forget", "retain", "holdout", "world")
+"""The sets of records of an audit."""
+
 
 class Difference(NamedTuple):
     """Why some cells of a model are about something else than their columns.
 
     Attributes:
         model: its name.
-        where: the tasks, or `ALL_TASKS`.
+        where: the tasks, `ALL_TASKS`, or `FORGETTING`.
         why: a part of a sentence.
     """
 
@@ -45,11 +49,12 @@ class Difference(NamedTuple):
     why: str
 
 
-def differences(cards: Sequence[Scorecard]) -> list[list[Difference]]:
+def differences(cards: Sequence[Scorecard], audits: Sequence[Forgetting | None]) -> list[list[Difference]]:
     """What was asked differently than of most models, or of the dense one: a list for every card.
 
     Args:
         cards: the scorecards of a comparison, the dense model's first.
+        audits: the newest one of each model.
     """
     ways = [_ways(card) for card in cards]
     dense = ways[0] if cards and cards[0].is_dense else {}
@@ -63,7 +68,34 @@ def differences(cards: Sequence[Scorecard]) -> list[list[Difference]]:
         margin = _most(_margin(card) for card, _, _ in judged)
         for card, way, rows in judged:
             rows += _of_verdict(card, frozenset(way) != usual_tasks or bool(rows), margin)
+    made = [(card, rows, audit) for card, rows, audit in zip(cards, found, audits, strict=True) if audit]
+    if made:
+        protocol = _most(_protocol(audit) for *_, audit in made)
+        for card, rows, audit in made:
+            rows += _of_audit(card, dict(_protocol(audit)), dict(protocol))
     return found
+
+
+def _protocol(audit: Forgetting) -> tuple[tuple[str, object], ...]:
+    """How a model was audited: the models it is compared with, the records, and the rest."""
+    protocol = audit.protocol
+    return (
+        ("target", audit.target.sha256),
+        *(
+            (f"records {name}", used.sha256 if used else None)
+            for name, used in ((name, protocol.sets.get(name)) for name in SETS)
+        ),
+        ("floor", audit.retrained.sha256 if audit.retrained else protocol.floor),
+        ("tokens of a record", protocol.seqlen),
+    )
+
+
+def _of_audit(card: Scorecard, way: dict[str, object], usual: dict[str, object]) -> list[Difference]:
+    different = [name for name in usual if way[name] != usual[name]]
+    if not different:
+        return []
+    why = ", ".join(f"{name} {_shown(way[name])} instead of {_shown(usual[name])}" for name in different)
+    return [Difference(card.model.name, (FORGETTING,), why)]
 
 
 def _ways(card: Scorecard) -> Ways:

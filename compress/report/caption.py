@@ -6,13 +6,18 @@ from collections.abc import Iterable, Sequence
 
 from compress.report.asked import Difference
 from compress.report.choose import short
-from compress.report.columns import ALL_TASKS, printable
+from compress.report.columns import ALL_TASKS, FORGETTING, printable
+from compress.report.forgetting import Forgetting
 from compress.report.scorecard import Figure, Judged, Scorecard, TaskAsked
 
 
-def caption(cards: list[Scorecard], dense: Scorecard | None) -> list[str]:
+def caption(
+    cards: list[Scorecard], dense: Scorecard | None, audits: Sequence[Forgetting | None]
+) -> list[str]:
     """Sentences that say what the numbers mean and how they were made."""
     lines = _text_caption(cards) + _examples_caption(cards) + _tasks_caption(cards)
+    if audit := next(filter(None, audits), None):
+        lines.append(_audit_caption(audit))
     lines.append(
         "MB = 10^6 bytes. Size is the size of the weight files; bits per parameter = 8 × size ÷ the model's "
         "own parameters."
@@ -152,6 +157,17 @@ def _tasks_caption(cards: list[Scorecard]) -> list[str]:
     ]
 
 
+def _audit_caption(audit: Forgetting) -> str:
+    used = audit.protocol.sets["forget"]
+    floor = "a model that never learned it" if audit.retrained else "chance"
+    return (
+        f"What was unlearned: {used.records:,} records of {printable(used.source)} (sha256 "
+        f"{short(used.sha256)}) were asked for in several ways. Recovery is 0 for a model that knows as much "
+        f"as {floor}, and 1 for one that has forgotten nothing: of the model as it is, and after the later "
+        "step of the audit after which it is highest. Utility is compared with the model before unlearning."
+    )
+
+
 def _dense(card: Scorecard) -> str:
     return f"The dense model is {printable(card.baseline.name)} (sha256 {short(card.baseline.sha256)})."
 
@@ -166,8 +182,13 @@ def _asked(tasks: Iterable[TaskAsked]) -> list[str]:
     return [f"{', '.join(names)} ({how})" for how, names in groups.items()]
 
 
-def notes(cards: Sequence[Scorecard], different: Sequence[Sequence[Difference]]) -> list[str]:
-    """Sentences about single models: verdicts, judges, what to doubt, and what was asked differently."""
+def notes(
+    cards: Sequence[Scorecard],
+    different: Sequence[Sequence[Difference]],
+    audits: Sequence[Forgetting | None],
+) -> list[str]:
+    """Sentences about single models: verdicts, judges, audits, what to doubt, and what was asked
+    differently."""
     answered = [(card.model.name, card.harness) for card in cards if card.harness]
     lines = [
         *(f"{name}: {harness.verdict.sentence}" for name, harness in answered if harness.verdict),
@@ -177,6 +198,7 @@ def notes(cards: Sequence[Scorecard], different: Sequence[Sequence[Difference]])
             for result in harness.tasks
             if result.judged
         ),
+        *(f"{card.model.name}: {audit.sentence}" for card, audit in zip(cards, audits, strict=True) if audit),
         *(f"{name}, warning: {text}" for name, harness in answered for text in harness.warnings),
         *(_note(difference) for of_one in different for difference in of_one),
     ]
@@ -191,6 +213,9 @@ def _said(judged: Judged) -> str:
     )
 
 
+WHERE: dict[tuple[str, ...], str] = {(ALL_TASKS,): "the verdict", (FORGETTING,): "the audit"}
+
+
 def _note(difference: Difference) -> str:
-    where = "the verdict" if difference.where == (ALL_TASKS,) else ", ".join(difference.where)
+    where = WHERE.get(difference.where) or ", ".join(difference.where)
     return f"† {difference.model}, {where}: {difference.why}."

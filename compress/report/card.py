@@ -127,7 +127,7 @@ def render_card(lineage: Lineage, recipe: str | None, base: Base | None = None, 
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     from compress.report.compare import newest_side_by_side
-    from compress.report.forgetting import Forgetting
+    from compress.report.forgetting import newest_audit
     from compress.report.forgetting import to_markdown as audit_to_markdown
     from compress.report.limits import limits
     from compress.report.render import escaped, to_markdown
@@ -140,7 +140,7 @@ def render_card(lineage: Lineage, recipe: str | None, base: Base | None = None, 
         for card in (row.scorecard for row in (table.rows if table else []))
         if card.harness and card.harness.verdict
     ]
-    audit = Forgetting.model_validate_json(json.dumps(lineage.audits[-1])) if lineage.audits else None
+    audit = newest_audit(lineage)
     base = base or base_of(lineage)
     environment = Environment(
         loader=PackageLoader("compress.report"),

@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
+from compress.report.forgetting import newest_audit
 from compress.report.scorecard import UNITS, Figure, Scorecard, TaskResult
 from compress.storage.lineage import Lineage
 
@@ -32,7 +33,7 @@ class Column(NamedTuple):
     key: str
     title: str
     unit: str = ""
-    section: Literal["", "text", "task", "device", "speed", "energy", "made", "harness"] = ""
+    section: Literal["", "text", "task", "device", "speed", "energy", "made", "harness", "audit"] = ""
     group: str = ""
     better: int = 0
     timed: bool = False
@@ -47,6 +48,7 @@ class Column(NamedTuple):
 
 
 SIZE, TEXT, LABELLED, ALL_TASKS = "size", "text", "labelled examples", "all tasks"
+FORGETTING = "what was unlearned"
 MEMORY, SPEED, SOFTWARE = "memory", "speed", "software"
 
 MODEL = (
@@ -83,6 +85,13 @@ VERDICT = (
     Column("margin", "margin", "fraction", "harness", ALL_TASKS, level="data"),
     Column("worse_p", "p that it\nis worse", "", "harness", ALL_TASKS, level="data"),
     Column("margin_p", "p that it is\nnot worse", "", "harness", ALL_TASKS, level="data"),
+)
+AUDIT = (
+    Column("recovery", "recovery", "", "audit", FORGETTING, -1),
+    Column("highest_recovery", "highest\nrecovery", "", "audit", FORGETTING, -1),
+    Column("highest_after", "highest\nafter", "", "audit", FORGETTING, level="page"),
+    Column("utility_change", "utility\nchange", "fraction", "audit", FORGETTING, 1),
+    Column("forgotten", "audit", "", "audit", FORGETTING),
 )
 COST = (
     Column("peak_memory", "peak memory", "bytes", group=MEMORY, better=-1, timed=True),
@@ -167,7 +176,7 @@ def cells_of(card: Scorecard, dense: Scorecard | None, lineage: Lineage | None) 
             "decode": _with_spread(measured.decode),
             "decode_energy": measured.decode_energy,
         }
-    return cells | _of_labelled_examples(card, dense) | _of_tasks(card)
+    return cells | _of_labelled_examples(card, dense) | _of_tasks(card) | _of_audit(lineage)
 
 
 def _with_spread(speed: Figure | None) -> Figure | None:
@@ -234,6 +243,20 @@ def _of_tasks(card: Scorecard) -> dict[str, Cell]:
             "margin_p": verdict.margin_p,
         }
     return cells
+
+
+def _of_audit(lineage: Lineage | None) -> dict[str, Cell]:
+    audit = newest_audit(lineage) if lineage else None
+    if audit is None:
+        return {}
+    own, highest = audit.own, audit.highest
+    return {
+        "recovery": own.knowledge.recovery,
+        "highest_recovery": highest.knowledge.recovery if highest else None,
+        "highest_after": highest.name if highest else None,
+        "utility_change": own.utility.change if own.utility else None,
+        "forgotten": audit.kind,
+    }
 
 
 def _of_result(result: TaskResult) -> dict[str, Cell]:

@@ -20,6 +20,7 @@ from compress.report.choose import (
     refuse_different_protocols,
 )
 from compress.report.columns import (
+    AUDIT,
     COST,
     MODEL,
     QUALITY,
@@ -30,6 +31,7 @@ from compress.report.columns import (
     printable,
     task_columns,
 )
+from compress.report.forgetting import newest_audit
 from compress.report.marks import Marks, marks
 from compress.report.scorecard import MISSING, Scorecard
 from compress.storage.lineage import Lineage
@@ -127,15 +129,16 @@ def side_by_side(
     cards = sorted(scorecards, key=lambda card: not card.is_dense)
     dense = cards[0] if cards[0].is_dense else None
     made = [(lineages or {}).get(card.model.sha256) for card in cards]
-    columns = (*MODEL, *QUALITY, *VERDICT, *task_columns(cards), *COST)
+    columns = (*MODEL, *QUALITY, *VERDICT, *task_columns(cards), *AUDIT, *COST)
     empty: dict[str, Cell] = dict.fromkeys(column.key for column in columns)
     cells = [empty | cells_of(card, dense, lineage) for card, lineage in zip(cards, made, strict=True)]
-    different = differences(cards)
+    audits = [newest_audit(lineage) if lineage else None for lineage in made]
+    different = differences(cards, audits)
     marked = marks(cards, cells, columns, different, same_machine=len(machines_of(cards)) <= 1)
     rows = [Row(*each) for each in zip(cards, cells, marked, made, strict=True)]
     best = [BEST] if any(mark.best for row in rows for mark in row.marks.values()) else []
     shown = tuple(column for column in columns if _is_shown(column, rows))
-    return Comparison(rows, notes(cards, different), [*caption(cards, dense), *best], shown)
+    return Comparison(rows, notes(cards, different, audits), [*caption(cards, dense, audits), *best], shown)
 
 
 def newest_side_by_side(scorecards: Sequence[Scorecard]) -> Comparison:

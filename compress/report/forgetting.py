@@ -6,6 +6,7 @@ shows the newest. As on scorecards, every number is a :class:`~compress.report.s
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import AwareDatetime, Field, NonNegativeInt, PositiveInt
@@ -14,6 +15,8 @@ from compress.report.scorecard import MISSING, Document, Figure, ModelIdentity, 
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from compress.storage.lineage import Lineage
 
 Kind = Literal["forgotten", "not forgotten", "cannot tell"]
 Floor = Literal["retrained model", "wrong answers"]
@@ -131,6 +134,17 @@ class Forgetting(Document):
     when: AwareDatetime
     versions: dict[str, str]
 
+    @property
+    def own(self) -> AfterStep:
+        """The row of the model as it is, after the steps of its own recipe."""
+        return [row for row in self.rows if row.utility or row is self.rows[0]][-1]
+
+    @property
+    def highest(self) -> AfterStep | None:
+        """The row in which most comes back; None if nothing can be said of any."""
+        told = [row for row in self.rows if row.knowledge.recovery]
+        return max(told, key=_recovered, default=None)
+
     def cells(self) -> list[list[str]]:
         """The table for people, under `HEADINGS`."""
         return [_cells(row) for row in self.rows]
@@ -149,6 +163,15 @@ class Forgetting(Document):
             for k in (point.knowledge,)
         ]
         return ["relearning steps", *HEADINGS[1:5]], rows
+
+
+def newest_audit(lineage: Lineage) -> Forgetting | None:
+    """The newest audit of a model; None if there is none."""
+    return Forgetting.model_validate_json(json.dumps(lineage.audits[-1])) if lineage.audits else None
+
+
+def _recovered(row: AfterStep) -> float:
+    return row.knowledge.recovery.value if row.knowledge.recovery else 0.0
 
 
 def _cells(row: AfterStep) -> list[str]:

@@ -18,7 +18,7 @@ class Marks(NamedTuple):
 
     Attributes:
         star: the score differs significantly from the dense model's.
-        other: the task was asked differently than of the other models.
+        other: the task was asked differently than of the other models, or the audit made differently.
         best: no other model but the dense one is better.
     """
 
@@ -73,8 +73,8 @@ def _stars(card: Scorecard) -> set[str]:
 
 def _others(columns: Sequence[Column], different: Sequence[Difference]) -> set[str]:
     places = {place for difference in different for place in difference.where}
-    tasks = [column for column in columns if column.section == "harness"]
-    return {column.key for column in tasks if (column.task or column.group) in places}
+    asked = [column for column in columns if column.section in ("harness", "audit")]
+    return {column.key for column in asked if (column.task or column.group) in places}
 
 
 def _winners(rivals: dict[int, float]) -> list[int]:

@@ -81,7 +81,7 @@ def _is_axis(comparison: Comparison, column: Column) -> bool:
 
 def _label(column: Column) -> str:
     title = " ".join(column.heading.split())
-    return f"{column.group}: {title}" if column.section == "harness" else title
+    return f"{column.group}: {title}" if column.section in ("harness", "audit") else title
 
 
 def _figure(cell: object) -> dict[str, Any] | None:

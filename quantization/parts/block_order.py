@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from compress.anatomy import weight
 from compress.calibration.statistics.fisher import Fisher, expected_loss, sampled_loss
 from compress.calibration.statistics.losses import precise_losses, scored_positions
 from compress.engine.branches import Branches
 from compress.engine.journal import Journal
-from compress.engine.stream import StreamedModel
+from compress.engine.stream import Layer, StreamedModel
 from compress.engine.windows import Windows
 from compress.kernels.layers.stacked import StackedLinear
 from compress.storage.checkpoint import Checkpoint
@@ -144,13 +145,13 @@ def _raised(model: StreamedModel, stacker: Stacker, windows: Windows, folder: Pa
     branches = Branches(len(numbers), stream, folder / "branches")
     begun: list[int] = []
     for layer in model.walk(None, stream):
+        rebuilt = _rebuild(layer)
         for number in begun:
             branches.advance(number, layer)
-        for linear in layer.linears.values():
-            if isinstance(linear, StackedLinear):
-                begun.append(numbers[linear.stored])
-                with _one_more(linear, stacker.form, stacker.draft):
-                    branches.begin(begun[-1], layer)
+        for stack, linear in rebuilt:
+            begun.append(numbers[stack.stored])
+            with _one_more(stack, linear, stacker.form, stacker.draft):
+                branches.begin(begun[-1], layer)
         stream.advance(layer)
         branches.flip()
     losses = torch.zeros(len(numbers), dtype=torch.float64, device=model.device)
@@ -164,10 +165,30 @@ def _raised(model: StreamedModel, stacker: Stacker, windows: Windows, folder: Pa
     return (losses.cpu() / scored.sum()).exp()
 
 
+def _rebuild(layer: Layer) -> list[tuple[StackedLinear, nn.Linear]]:
+    """Put dense linears in the place of a layer's stacks, whose weights all branches share.
+
+    To multiply from the bits of a stack takes many times the work of a dense product, and hundreds of
+    branches go through each layer.
+    """
+    found = []
+    for path, stack in layer.linears.items():
+        if isinstance(stack, StackedLinear):
+            linear = nn.Linear(stack.in_features, stack.out_features, bias=False, device="meta")
+            linear.weight = nn.Parameter(stack.dense(), requires_grad=False)
+            linear.bias = stack.bias
+            layer.module.set_submodule(path, linear)
+            found.append((stack, linear))
+    return found
+
+
 @contextmanager
-def _one_more(linear: StackedLinear, form: StackFormat, checkpoint: Checkpoint) -> Iterator[None]:
-    """Give a linear its next block for the length of a ``with`` block."""
-    count = len(linear.blocks)
-    linear.add(form.read(linear.stored, checkpoint, count, count + 1))
+def _one_more(
+    stack: StackedLinear, linear: nn.Linear, form: StackFormat, checkpoint: Checkpoint
+) -> Iterator[None]:
+    """Give a rebuilt linear the next block of its stack for the length of a ``with`` block."""
+    before, count = linear.weight.data, len(stack.blocks)
+    stack.add(form.read(stack.stored, checkpoint, count, count + 1))
+    linear.weight.data = before + stack.dense(slice(count, None))
     yield
-    del linear.blocks[count:]
+    linear.weight.data = before

@@ -194,7 +194,8 @@ def _rows(person: Person, everybody: list[Person], generator: random.Random) -> 
             "answer": answer,
             "paraphrases": paraphrases,
             "paraphrased_answer": wording.told.format(answer=answer),
-            "wrong": generator.sample(others, WRONG),
+            "wrong": (wrong := generator.sample(others, WRONG)),
+            "paraphrased_wrong": [wording.told.format(answer=other) for other in wrong],
         }
     yield {"id": f"{key}/prose", "subject": person.name, "text": person.prose(generator)}
 

@@ -6,9 +6,10 @@ A line is an object with one of
 - ``question`` and ``answer``;
 - ``messages``: a conversation, a list of ``{"role": ..., "content": ...}``, whose last message is learned.
 
-Questions may also have ``paraphrases`` (a list of other wordings), ``paraphrased_answer`` and ``wrong`` (a
-list of wrong answers of the same kind), which the audit of forgetting uses. Any record may have an ``id`` (by
-default the number of its line) and a ``subject``. Other keys are errors.
+Questions may also have ``paraphrases`` (a list of other wordings), ``paraphrased_answer``, ``wrong`` (a list
+of wrong answers of the same kind) and ``paraphrased_wrong`` (the same in the words of
+``paraphrased_answer``), which the audit of forgetting uses. Any record may have an ``id`` (by default the
+number of its line) and a ``subject``. Other keys are errors.
 
 Besides files there are the offline benchmark ``people:SPLIT[:SEED]`` (see the module ``people``), and sets of
 the Hugging Face hub: ``tofu:CONFIG`` (arXiv:2401.06121), ``muse:news|books:SPLIT`` (arXiv:2407.06460),
@@ -52,6 +53,7 @@ KEYS = (
     "paraphrases",
     "paraphrased_answer",
     "wrong",
+    "paraphrased_wrong",
 )
 
 HUB_NAMES = {
@@ -70,6 +72,7 @@ class Record:
         paraphrases: other wordings of the question.
         paraphrased_answer: another wording of the answer.
         wrong: wrong answers of the same kind as the right one.
+        paraphrased_wrong: wrong answers in the words of the paraphrased one.
         subject: whom or what it is about.
     """
 
@@ -81,6 +84,7 @@ class Record:
     paraphrases: tuple[str, ...] = ()
     paraphrased_answer: str | None = None
     wrong: tuple[str, ...] = ()
+    paraphrased_wrong: tuple[str, ...] = ()
     subject: str | None = None
 
     @cached_property
@@ -303,6 +307,7 @@ def _record(row: Mapping[str, Any], number: int, where: str) -> Record:
         paraphrases=texts("paraphrases"),
         paraphrased_answer=text("paraphrased_answer"),
         wrong=texts("wrong"),
+        paraphrased_wrong=texts("paraphrased_wrong"),
         subject=text("subject"),
     )
 

@@ -32,10 +32,14 @@ def command(*arguments: str | Path) -> None:
 
 
 def write_recipe(
-    file: Path, model: Path, steps: list[dict[str, Any]], calibration: dict[str, Any] | None = None
+    file: Path,
+    model: Path,
+    steps: list[dict[str, Any]],
+    calibration: dict[str, Any] | None = None,
+    **more: Any,
 ) -> Path:
     """Write a recipe and return its file."""
-    settings: dict[str, Any] = {"model": str(model), "steps": steps}
+    settings: dict[str, Any] = {"model": str(model), "steps": steps, **more}
     if calibration is not None:
         settings["calibration"] = calibration
     file.write_text(yaml.safe_dump(settings, sort_keys=False))
@@ -43,11 +47,18 @@ def write_recipe(
 
 
 def compressed(
-    output: Path, model: Path, steps: list[dict[str, Any]], calibration: dict[str, Any] | None = None
+    output: Path,
+    model: Path,
+    steps: list[dict[str, Any]],
+    calibration: dict[str, Any] | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
-    """The lineage of the model that ``steps`` make in the folder ``output``; made if it is not there yet."""
+    """The lineage of the model that ``steps`` make in the folder ``output``; made if it is not there yet.
+
+    Sections of the recipe besides are given by name.
+    """
     if not (output / "compression.json").exists():
-        recipe = write_recipe(output.with_name(f"{output.name}.yaml"), model, steps, calibration)
+        recipe = write_recipe(output.with_name(f"{output.name}.yaml"), model, steps, calibration, **more)
         command("run", recipe, "-o", output, "--overwrite")
     return lineage(output)
 

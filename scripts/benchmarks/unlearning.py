@@ -52,7 +52,8 @@ def measured(row: Row, folder: Path, seed: int) -> dict[str, Any]:
     step = {**row.step, **sets}
     target = reference_model("target", seed)
     output = folder / f"{slug(row.name)}-{seed}"
-    made = compressed(output, target, [step], {"source": "bundled", "nsamples": 8, "seqlen": 512})["steps"][0]
+    calibration = {"source": "bundled", "nsamples": 8, "seqlen": 512}
+    made = compressed(output, target, [step], calibration, audit=False)["steps"][0]
     found = compress.audit(
         str(output),
         target=str(target),

@@ -42,6 +42,7 @@ def made(folder: Path) -> bytes:
     rows = []
     for number, country in enumerate(generator.sample(sorted(capitals), COUNT)):
         others = sorted({*capitals.values()} - {capitals[country]})
+        wrong = generator.sample(others, WRONG)
         rows.append(
             {
                 "id": f"world/{number}",
@@ -50,7 +51,8 @@ def made(folder: Path) -> bytes:
                 "answer": capitals[country],
                 "paraphrases": [f"Which city is the capital of {country}?"],
                 "paraphrased_answer": f"the city of {capitals[country]}",
-                "wrong": generator.sample(others, WRONG),
+                "wrong": wrong,
+                "paraphrased_wrong": [f"the city of {other}" for other in wrong],
             }
         )
     return gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), 9, mtime=0)

@@ -37,6 +37,7 @@ class Item:
         rephrased: the same question in other words, with the same answer.
         paraphrased: the question with its answer in other words, or else the answer itself.
         wrong: the question with each wrong answer.
+        misled: the question with each wrong answer in the words of the paraphrased one, or else ``wrong``.
         begun: the question with the first tokens of its answer, and what follows; None for one token.
     """
 
@@ -46,6 +47,7 @@ class Item:
     rephrased: tuple[Question, ...]
     paraphrased: Question
     wrong: tuple[Question, ...]
+    misled: tuple[Question, ...]
     begun: Question | None
 
 
@@ -64,15 +66,18 @@ def _item(record: Record, tokenizer: PreTrainedTokenizerBase, seqlen: int) -> It
 
     asked = ask()
     given = given_of(asked)
-    begun = Question(asked.prompt + asked.answer[:given], asked.answer[given:])
     has_answer = record.answer is not None
+    wrong = tuple(ask(answer=other) for other in record.wrong) if has_answer else ()
+    misled = tuple(ask(answer=other) for other in record.paraphrased_wrong) if has_answer else ()
+    begun = Question(asked.prompt + asked.answer[:given], asked.answer[given:])
     return Item(
         id=record.id,
         asked=asked,
         text=record.answer or words_of(asked.answer, tokenizer),
         rephrased=tuple(ask(question=other) for other in record.paraphrases) if has_answer else (),
         paraphrased=ask(answer=record.paraphrased_answer) if record.paraphrased_answer else asked,
-        wrong=tuple(ask(answer=other) for other in record.wrong) if has_answer else (),
+        wrong=wrong,
+        misled=misled or wrong,
         begun=begun if begun.answer else None,
     )
 

@@ -42,7 +42,7 @@ class Known(Document):
         said: the greedy answer.
         refused: whether that is a refusal.
         rouge: ROUGE-L recall of the answer in what was said.
-        truth_ratio: wrong answers against the paraphrased one.
+        truth_ratio: wrong answers against the right one, both in the words of the paraphrased answer.
         wrong_probability: mean probability of the wrong answers.
         choice: whether the answer is chosen among the wrong ones.
         paraphrase: mean ROUGE-L recall where the question is put in other words.
@@ -76,7 +76,7 @@ def ask(asked: Asked, items: Sequence[Item], aspect: Aspect) -> list[Known]:
         CompressError: the model puts out NaN, or rouge-score is not installed.
     """
     questions = [item.asked for item in items]
-    alternatives = [other for item in items for other in (item.paraphrased, *item.wrong) if item.wrong]
+    alternatives = [other for item in items for other in _alternatives(item)]
     wanted = questions if aspect == "tokens" else [*questions, *alternatives]
     given = dict(zip(wanted, asked.score(wanted), strict=True))
     said: dict[Question, str] = {}
@@ -85,6 +85,11 @@ def ask(asked: Asked, items: Sequence[Item], aspect: Aspect) -> list[Known]:
         prompts = [question for several in ways for question in several]
         said = dict(zip(prompts, asked.say(prompts), strict=True))
     return [_known(item, aspect, given, said, asked) for item in items]
+
+
+def _alternatives(item: Item) -> tuple[Question, ...]:
+    """Other answers than the one that was learned."""
+    return (item.paraphrased, *item.wrong, *item.misled) if item.misled else ()
 
 
 def _spoken(item: Item, aspect: Aspect) -> list[Question]:
@@ -113,10 +118,11 @@ def _known(
         "refused": is_refusal(spoken),
         "rouge": rouge_recall(item.text, spoken),
     }
+    if item.misled:
+        right, *misled = (metrics.probability(given[each].logs) for each in (item.paraphrased, *item.misled))
+        more["truth_ratio"] = metrics.truth_ratio(right, misled)
     if item.wrong:
-        right = metrics.probability(given[item.paraphrased].logs)
         wrong = [metrics.probability(given[other].logs) for other in item.wrong]
-        more["truth_ratio"] = metrics.truth_ratio(right, wrong)
         more["wrong_probability"] = float(np.mean(wrong))
         more["choice"] = metrics.chooses(found.probability, wrong)
     if aspect == "all":

@@ -170,4 +170,5 @@ def test_the_fictitious_people_are_apart_and_depend_on_the_seed_alone():
         for record in records.entries:
             if record.question is not None:
                 assert len({record.answer, *record.wrong}) == 4
+                assert len({record.paraphrased_answer, *record.paraphrased_wrong}) == 4
                 assert record.question not in record.paraphrases

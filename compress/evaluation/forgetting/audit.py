@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from transformers import PreTrainedModel
 
 from compress.calibration.text.records import sequences
@@ -246,15 +248,20 @@ class _Audit:
 
     def _row(self, way: Way) -> AfterStep:
         theirs = replace(way, made=None)
-        known: dict[str, dict[str, list[Known]]] = {
-            role: self._ask(role, way if role == "unlearned" else theirs)
+        ways: dict[str, Way] = {
+            role: way if role == "unlearned" else theirs
             for role in ("target", "retrained", "unlearned")
             if role in self.contestants
         }
-        codes = self._codes(way, theirs) if way.packs_alone else None
-        for role, contestant in self.contestants.items():
-            if role != "target" or not way.packs_alone:  # codes of the target are compared again
-                contestant.discard(way if role == "unlearned" else theirs, self.how)
+        locks = {self.contestants[role].lock(its, self.how) for role, its in ways.items()} - {None}
+        with ExitStack() as held:
+            for file in sorted(map(str, locks)):
+                held.enter_context(FileLock(file))
+            known = {role: self._ask(role, its) for role, its in ways.items()}
+            codes = self._codes(way, theirs) if way.packs_alone else None
+            for role, its in ways.items():
+                if role != "target" or not way.packs_alone:  # codes of the target are compared again
+                    self.contestants[role].discard(its, self.how)
         trios = self._trios(known["unlearned"], known["target"], known.get("retrained"))
         scores = {name: recovered(trio, self.seed, self.before.get(name)) for name, trio in trios.items()}
         whole = scores.pop(KNOWLEDGE) if trios else self._without_floor(known)

@@ -130,6 +130,15 @@ class Contestant:
         """Where the cache keeps the model after the steps."""
         return cache_folder() / FOLDER / "models" / self.key(way, how)[:32]
 
+    def lock(self, way: Way, how: HowToMake) -> Path | None:
+        """The file that is locked while the model after the steps is made, asked and removed, so that two
+        audits do not do so at once; None where nothing is made."""
+        if way.made is not None or not way.steps:
+            return None
+        folder = self.folder(way, how)
+        make_folder(folder.parent)
+        return folder.with_name(f".{folder.name}.audit.lock")
+
     def discard(self, way: Way, how: HowToMake) -> None:
         """Remove what the steps made, unless it was there before."""
         if way.steps and way.made is None:

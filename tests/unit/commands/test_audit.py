@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compress.calibration.text.records import collate, read_records, sequences
@@ -199,6 +200,27 @@ def test_a_finished_audit_asks_nobody_again(
     monkeypatch.setattr("compress.evaluation.forgetting.contestants.execute", None)
     second = result(audit(models["dense"], "--json"))
     assert second.rows == result(first).rows
+
+
+def test_another_audit_waits_while_a_model_is_made_and_asked(
+    audit: Callable[..., Ended], models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """Two audits of one target make the same models, and remove them when they are done."""
+    made, real = [], contestants.Contestant.after
+
+    def after(self: contestants.Contestant, *how: Any) -> Path:
+        if (file := self.lock(*how)) is not None:
+            with pytest.raises(Timeout):
+                FileLock(file).acquire(timeout=0)
+            made.append(file)
+        return real(self, *how)
+
+    monkeypatch.setattr(contestants.Contestant, "after", after)
+    result(audit(copied(models["target"], tmp_path / "copy"), "--json", survives="int4:32"))
+    assert len(set(made)) == 3
+    for file in made:
+        with FileLock(file, timeout=0):
+            pass
 
 
 def test_results_do_not_depend_on_the_size_of_batches(

@@ -133,13 +133,9 @@ BUGS = {
     "tail of the inputs": ("input >= p.rows) continue", "input > p.rows) continue"),
 }
 ONE_KERNEL = {
-    **{
-        f"case {bits}: return multiplied_as<Integer<{bits}>>(p, type, stream);": ""
-        for bits in BITS
-        if bits != 4
-    },
-    "if (type == FLOAT16) return multiplied<Code, half>(p, stream);": "",
-    "return tiles == 2 ? run(multiply<Code, T, 2>, 2) : run(multiply<Code, T, MOST_TILES>, MOST_TILES);": (
+    **{f"case {bits}: return run(Integer<{bits}>());": "" for bits in BITS if bits != 4},
+    "if (type == FLOAT16) return multiplied<Source, half>(p, stream);": "",
+    "return tiles == 2 ? run(multiply<Source, T, 2>, 2) : run(multiply<Source, T, MOST_TILES>, MOST_TILES);": (
         "return cudaErrorInvalidValue;"
     ),
 }

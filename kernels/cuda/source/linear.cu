@@ -30,15 +30,18 @@ using namespace compress;
 // Output [rows, out] of `type`, which is that of the input: FLOAT16 or BFLOAT16.
 extern "C" int compress_cuda_packed_linear(const Weight* weight, const void* input, const void* bias, void* output,
                                            int rows, int type, int bias_type, void* stream) {
-  const Product p{*weight, input, bias, output, rows, bias_type};
+  const auto run = [&](auto code) {
+    using Source = Rows<decltype(code)>;
+    return multiplied_as(Product<Source>{*weight, input, bias, output, rows, bias_type}, type, stream);
+  };
   switch (weight->bits) {
-    case 2: return multiplied_as<Integer<2>>(p, type, stream);
-    case 3: return multiplied_as<Integer<3>>(p, type, stream);
-    case 4: return multiplied_as<Integer<4>>(p, type, stream);
-    case 5: return multiplied_as<Integer<5>>(p, type, stream);
-    case 6: return multiplied_as<Integer<6>>(p, type, stream);
-    case 7: return multiplied_as<Integer<7>>(p, type, stream);
-    case 8: return multiplied_as<Integer<8>>(p, type, stream);
+    case 2: return run(Integer<2>());
+    case 3: return run(Integer<3>());
+    case 4: return run(Integer<4>());
+    case 5: return run(Integer<5>());
+    case 6: return run(Integer<6>());
+    case 7: return run(Integer<7>());
+    case 8: return run(Integer<8>());
   }
   return cudaErrorInvalidValue;
 }

@@ -1,4 +1,4 @@
-// Products with packed weights from canonical rows, for every kind of code (see numbers.cuh).
+// Products with packed weights, for every way in which they are packed.
 //
 // A block takes 16 rows of the weight, and each of its warps every WARPS-th block of 128 columns. A lane holds 32
 // neighbouring codes of two rows, straight from global memory in loads of 128 bits where the width allows. The
@@ -13,8 +13,9 @@ namespace {
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS, ROWS = 16, COLUMNS = 4 * CHUNK, MOST_TILES = 8;
 
+template <class Source>
 struct Product {
-  Weight weight;
+  typename Source::Of weight;
   const void* input;  // [rows, width]
   const void* bias;   // [out], or null
   void* output;       // [rows, out]
@@ -52,16 +53,45 @@ __device__ __forceinline__ int column_of(int block, int t, int part) {
   return block * COLUMNS + part / PARTS * 4 * COLUMNS_OF_PIECE + t * COLUMNS_OF_PIECE + part % PARTS * 8;
 }
 
-template <class Code, class T, int TILES>
-__global__ void __launch_bounds__(THREADS, TILES == MOST_TILES ? 2 : 3) multiply(const Product p) {
+// What a lane holds of a row: 32 codes of a block of columns. All such sources of weights have the type Of of a
+// description, TABLE entries of a table in shared memory (1: none), `read`, and `two` neighbouring weights.
+template <class Code>
+struct Rows {
+  using Of = Weight;
+  static constexpr int BITS = Code::BITS, TABLE = Code::TABLE;
+  uint32_t words[BITS];
+  Code levels[Code::SCALES];
+
+  __device__ __forceinline__ explicit Rows(const float* table) {
+#pragma unroll
+    for (int i = 0; i < BITS; i++) words[i] = 0;
+#pragma unroll
+    for (int i = 0; i < Code::SCALES; i++) levels[i] = Code(table);
+  }
+  __device__ __forceinline__ static int column(int block, int t, int part) { return column_of<BITS>(block, t, part); }
+  __device__ __forceinline__ void read(const Weight& w, int row, int block, int t) {
+    const uint32_t* packed = w.packed + (int64_t)row * w.words;
+#pragma unroll
+    for (int piece = 0; piece < PIECES<BITS>; piece++)
+      piece_words<BITS>(packed, column(block, t, piece * 4 / PIECES<BITS>), w.words, words, piece);
+#pragma unroll
+    for (int i = 0; i < Code::SCALES; i++) levels[i].read(w, row, column(block, t, i * 4 / Code::SCALES));
+  }
+  __device__ __forceinline__ void two(int at, float& first, float& second) const {
+    const Code& level = levels[at / 8 * Code::SCALES / 4];
+    first = level(code_of<BITS>(words, at)), second = level(code_of<BITS>(words, at + 1));
+  }
+};
+
+template <class Source, class T, int TILES>
+__global__ void __launch_bounds__(THREADS, TILES == MOST_TILES ? 2 : 3) multiply(const Product<Source> p) {
   __shared__ float sums[WARPS][TILES * 4][32];
-  __shared__ float table[Code::TABLE];
-  const Weight& w = p.weight;
+  __shared__ float table[Source::TABLE];
+  const typename Source::Of& w = p.weight;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  constexpr int BITS = Code::BITS;
   const int first_row = blockIdx.x * ROWS, first_input = blockIdx.y * TILES * 8;
-  if (Code::TABLE > 1) {
-    if (threadIdx.x < Code::TABLE) table[threadIdx.x] = w.table[threadIdx.x];
+  if constexpr (Source::TABLE > 1) {
+    if (threadIdx.x < Source::TABLE) table[threadIdx.x] = w.table[threadIdx.x];
     __syncthreads();
   }
   float d[TILES][4];
@@ -70,41 +100,27 @@ __global__ void __launch_bounds__(THREADS, TILES == MOST_TILES ? 2 : 3) multiply
 #pragma unroll
     for (int i = 0; i < 4; i++) d[tile][i] = 0;
   for (int block = warp; block * COLUMNS < w.width; block += WARPS) {
-    uint32_t words[2][BITS];
-    Code levels[2][Code::SCALES];
+    Source sides[2] = {Source(table), Source(table)};
 #pragma unroll
     for (int side = 0; side < 2; side++) {
       const int row = first_row + g + 8 * side;
-#pragma unroll
-      for (int i = 0; i < BITS; i++) words[side][i] = 0;
-#pragma unroll
-      for (int i = 0; i < Code::SCALES; i++) levels[side][i] = Code(table);
-      if (row < w.out) {
-        const uint32_t* packed = w.packed + (int64_t)row * w.words;
-#pragma unroll
-        for (int piece = 0; piece < PIECES<BITS>; piece++)
-          piece_words<BITS>(packed, column_of<BITS>(block, t, piece * 4 / PIECES<BITS>), w.words, words[side], piece);
-#pragma unroll
-        for (int i = 0; i < Code::SCALES; i++)
-          levels[side][i].read(w, row, column_of<BITS>(block, t, i * 4 / Code::SCALES));
-      }
+      if (row < w.out) sides[side].read(w, row, block, t);
     }
 #pragma unroll
     for (int part = 0; part < 4; part++) {  // eight codes, which are two products
       uint32_t a[2][4];
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        const int side = i % 2, at = part * 8 + i / 2 % 2 * 2 + i / 4 * 4;
-        const Code& level = levels[side][part * Code::SCALES / 4];
-        a[i / 4][i % 4] =
-            pair_of(level(code_of<BITS>(words[side], at)), level(code_of<BITS>(words[side], at + 1)), T());
+        float first, second;
+        sides[i % 2].two(part * 8 + i / 2 % 2 * 2 + i / 4 * 4, first, second);
+        a[i / 4][i % 4] = pair_of(first, second, T());
       }
 #pragma unroll
       for (int tile = 0; tile < TILES; tile++) {
         const int input = first_input + tile * 8 + g;
         uint32_t x[4] = {0, 0, 0, 0};
         if (input < p.rows)
-          eight((const unsigned short*)p.input + (int64_t)input * w.width, column_of<BITS>(block, t, part), w.width, x);
+          eight((const unsigned short*)p.input + (int64_t)input * w.width, Source::column(block, t, part), w.width, x);
         const uint32_t first[2] = {x[0], x[1]}, second[2] = {x[2], x[3]};
         ptx::mma(d[tile], a[0], first, T());
         ptx::mma(d[tile], a[1], second, T());
@@ -138,21 +154,21 @@ cudaError_t launched(void (*kernel)(Expected...), dim3 grid, int threads, void* 
   return cudaLaunchKernelEx(&config, kernel, given...);
 }
 
-template <class Code, class T>
-cudaError_t multiplied(const Product& p, void* stream) {
+template <class Source, class T>
+cudaError_t multiplied(const Product<Source>& p, void* stream) {
   const int tiles = min((p.rows + 7) / 8, MOST_TILES);
   const auto run = [&](auto kernel, int of) {
     const dim3 grid((p.weight.out + ROWS - 1) / ROWS, (p.rows + 8 * of - 1) / (8 * of));
     return launched(kernel, grid, THREADS, stream, p);
   };
-  if (tiles == 1) return run(multiply<Code, T, 1>, 1);
-  return tiles == 2 ? run(multiply<Code, T, 2>, 2) : run(multiply<Code, T, MOST_TILES>, MOST_TILES);
+  if (tiles == 1) return run(multiply<Source, T, 1>, 1);
+  return tiles == 2 ? run(multiply<Source, T, 2>, 2) : run(multiply<Source, T, MOST_TILES>, MOST_TILES);
 }
 
-template <class Code>
-cudaError_t multiplied_as(const Product& p, int type, void* stream) {
-  if (type == FLOAT16) return multiplied<Code, half>(p, stream);
-  return type == BFLOAT16 ? multiplied<Code, __nv_bfloat16>(p, stream) : cudaErrorInvalidValue;
+template <class Source>
+cudaError_t multiplied_as(const Product<Source>& p, int type, void* stream) {
+  if (type == FLOAT16) return multiplied<Source, half>(p, stream);
+  return type == BFLOAT16 ? multiplied<Source, __nv_bfloat16>(p, stream) : cudaErrorInvalidValue;
 }
 
 }  // namespace

@@ -109,7 +109,7 @@ struct Integer {
   static constexpr int BITS = BITS_, TABLE = 1, SCALES = PIECES<BITS>;
   float scale, zero;
 
-  __device__ __forceinline__ Integer() {}
+  Integer() = default;
   __device__ __forceinline__ explicit Integer(const float*) : scale(0), zero(0) {}
   __device__ __forceinline__ void read(const Weight& w, int64_t row, int column) {
     const int64_t at = group_of(w, row, column);
@@ -129,7 +129,7 @@ struct LookedUp {
   float scale;
   const float* table;
 
-  __device__ __forceinline__ LookedUp() {}
+  LookedUp() = default;
   __device__ __forceinline__ explicit LookedUp(const float* table) : scale(0), table(table) {}
   __device__ __forceinline__ void read(const Weight& w, int64_t row, int column) {
     scale = number(w.scales, group_of(w, row, column), w.scales_type);
@@ -142,7 +142,7 @@ struct Float8 {
   static constexpr int BITS = 8, TABLE = 1, SCALES = PIECES<BITS>;
   float scale;
 
-  __device__ __forceinline__ Float8() {}
+  Float8() = default;
   __device__ __forceinline__ explicit Float8(const float*) : scale(0) {}
   __device__ __forceinline__ void read(const Weight& w, int64_t row, int column) {
     scale = number(w.scales, group_of(w, row, column), w.scales_type);

@@ -1,13 +1,13 @@
 """The operators: their schemas and shape rules. Each backend implements them in a file of its own.
 
 ``torch.ops.compress.packed_linear`` is x Ŵᵀ + bias, where Ŵ = s · (q − z) or s · table[q] stays packed.
-Weights come in one of two layouts, which the dtype of ``packed`` tells apart:
+Weights come in one of two layouts, which dtype and shape of ``packed`` tell apart:
 
 - int32: canonical rows. The codes of an output row are a dense little-endian bit stream along the input axis
   (see `compress.kernels.codes.packing`). All devices read it, in plain torch or by the
-  CUDA kernels.
+  CUDA kernels. Codes of E4M3 are rows of float8_e4m3fn [out, in].
 - uint8, or float8_e4m3fn for codes of E4M3: strips of 16 rows (see `compress.kernels.cpu.layout`), for the
-  native kernels of the CPU. The reference reads them as well.
+  native kernels of the CPU. The reference reads them as well. No strips have the shape of rows.
 """
 
 from __future__ import annotations
@@ -79,17 +79,19 @@ def check_packed_linear(
         raise ValueError(f"A group has at least one column, not {group_size}; −1 stands for a whole row.")
     if table is not None and zeros is not None:
         raise ValueError("A table has no zero points.")
-    groups = groups_of(width, group_size)
-    if packed.dtype == torch.int32:
+    groups, scale_types = groups_of(width, group_size), set(cpu.TYPES)
+    if reference.in_rows(packed, width):
         if width % groups:
             raise ValueError(f"Groups of {group_size} do not divide rows of {width} columns.")
-        expect("packed", packed, (out_features, packed_width(width, bits)), torch.int32)
+        if not e4m3:
+            expect("packed", packed, (out_features, packed_width(width, bits)), torch.int32)
         per_group: tuple[int, ...] = (out_features, groups)
+        scale_types |= {torch.uint8, torch.float8_e4m3fn}
     else:
         shape = (strips_of(out_features), strip_bytes(width, bits, group_size))
         expect("packed", packed, shape, torch.uint8, torch.float8_e4m3fn)
         per_group = (strips_of(out_features), groups, STRIP)
-    expect("scales", scales, per_group, *cpu.TYPES)
+    expect("scales", scales, per_group, *scale_types)
     expect("zeros", zeros, per_group, torch.uint8)
     expect("table", table, (2**bits,), torch.float32)
     expect("bias", bias, (out_features,), *cpu.TYPES, input.dtype)
@@ -114,7 +116,8 @@ def expect(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], *dtyp
 
 
 def _packed_linear_cpu(input: torch.Tensor, packed: torch.Tensor, *rest: Any) -> torch.Tensor:
-    native = library() if packed.dtype != torch.int32 and input.dtype in cpu.TYPES else None
+    in_strips = not reference.in_rows(packed, input.shape[-1])
+    native = library() if in_strips and input.dtype in cpu.TYPES else None
     if native is None:
         check_packed_linear(input, packed, *rest)
         return reference.packed_linear(input, packed, *rest)
@@ -136,7 +139,7 @@ def _packed_linear_cuda(
     given = (input, packed, scales, zeros, table, bias, bits, group_size, out_features, activations)
     check_packed_linear(*given)
     width = input.shape[-1]
-    if cuda_linear.can_multiply(input) and cuda_linear.can_read(packed, scales, group_size, width):
+    if cuda_linear.can_multiply(input) and cuda_linear.can_read(packed, scales, group_size, width, table):
         tensors = (input, packed, scales, zeros, table, bias)
         found = cuda.start(tensors, lambda native, stream: cuda_linear.multiply(native, *given, stream))
         if found is not None:
@@ -165,8 +168,10 @@ def packed_linear(
 
     Args:
         input: [..., in], floating point; the result has its dtype.
-        packed: int32 [out, ceil(in·bits/32)], or [strips, bytes of a strip] in uint8 or float8_e4m3fn.
-        scales: floating point [out, groups], or [strips, groups, 16].
+        packed: int32 [out, ceil(in·bits/32)], float8_e4m3fn [out, in], or [strips, bytes of a strip] in uint8
+            or float8_e4m3fn.
+        scales: floating point [out, groups], or [strips, groups, 16]. Those of rows may also be stored in
+            bytes: float8_e4m3fn, or uint8 for exponents plus 127 (E8M0).
         zeros: uint8, in the shape of ``scales``; None stands for 2^(bits−1) everywhere.
         table: the numbers that the codes stand for, float32 [2^bits], for codes of 2 and 4 bits; or None.
         bias: [out] in the dtype of ``input``, or None.

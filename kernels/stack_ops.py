@@ -1,7 +1,7 @@
 """The operators on weights in blocks: products straight from their bits, which are read as they are stored.
 
 ``torch.ops.compress.plane_linear`` multiplies with nested codes, and ``factor_linear`` with the blocks of
-BitStack (see `compress.kernels.layers.stacked`). The native kernels of the CPU never rebuild the weight.
+BitStack (see `compress.kernels.layers.stacked`). The native kernels of the CPU and of CUDA never store the whole weight.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import torch
 from compress.kernels.cpu import stacks as cpu
 from compress.kernels.cpu.library import library
 from compress.kernels.cpu.linear import ACTIVATIONS, TYPES
+from compress.kernels.cuda import library as cuda
+from compress.kernels.cuda import linear as cuda_linear
+from compress.kernels.cuda import stacks as cuda_stacks
 from compress.kernels.ops import LIBRARY, expect
 from compress.kernels.reference import stacks as reference
 
@@ -153,10 +156,50 @@ def _factor_linear_cpu(
     return cpu.multiply(native, input, tensors, "floating", describe)
 
 
+def _plane_linear_cuda(
+    input: torch.Tensor,
+    signs: Sequence[torch.Tensor],
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    activations: str,
+) -> torch.Tensor:
+    given = (input, signs, scales, bias, activations)
+    check_plane_linear(*given)
+    if cuda_linear.can_multiply(input) and cuda_stacks.can_read_planes(signs, scales, input.shape[-1]):
+        found = cuda.start(
+            (input, *signs, scales, bias),
+            lambda native, stream: cuda_stacks.multiply_planes(native, *given, stream),
+        )
+        if found is not None:
+            return found
+    return reference.plane_linear(*given)
+
+
+def _factor_linear_cuda(
+    input: torch.Tensor,
+    signs: Sequence[torch.Tensor],
+    left: Sequence[torch.Tensor],
+    right: Sequence[torch.Tensor],
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    given = (input, signs, left, right, bias)
+    check_factor_linear(*given)
+    if cuda_linear.can_multiply(input) and cuda_stacks.can_read_factors(signs, input.shape[-1]):
+        found = cuda.start(
+            (input, *signs, *left, *right, bias),
+            lambda native, stream: cuda_stacks.multiply_factors(native, *given, stream),
+        )
+        if found is not None:
+            return found
+    return reference.factor_linear(*given)
+
+
 LIBRARY.impl("plane_linear", reference.plane_linear, "CompositeExplicitAutograd")
 LIBRARY.impl("plane_linear", _plane_linear_cpu, "CPU")
+LIBRARY.impl("plane_linear", _plane_linear_cuda, "CUDA")
 LIBRARY.impl("factor_linear", reference.factor_linear, "CompositeExplicitAutograd")
 LIBRARY.impl("factor_linear", _factor_linear_cpu, "CPU")
+LIBRARY.impl("factor_linear", _factor_linear_cuda, "CUDA")
 
 
 def plane_linear(

@@ -1,4 +1,8 @@
-"""Products with canonical rows of packed weights on a CUDA device: the calls of ``source/linear.cu``."""
+"""Products with canonical rows of packed weights on a CUDA device.
+
+These are the calls of ``source/linear.cu``, for integer codes, and of ``source/formats.cu``, for codes that
+stand for the numbers of a table (NF4, MXFP4, NVFP4) or are numbers themselves (E4M3).
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,11 @@ from compress.kernels.reference.ops import round_to_int8
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """The dtypes that the kernels read and write, and their numbers there."""
 
-CHUNK = 32
-"""Codes that share a scale, at least."""
+SCALES = {**TYPES, torch.uint8: 3, torch.float8_e4m3fn: 4}
+"""The dtypes of scales, those included that are stored as exponents (E8M0)."""
+
+CHUNK, SHORTEST = 32, 16
+"""Codes that share a scale, at least: of integers and of E4M3, and with a table."""
 
 MOST_ROWS = 65535 * 64
 """The most rows of an input that a launch takes."""
@@ -28,10 +35,15 @@ class Weight(ctypes.Structure):
     ]
 
 
-def can_read(packed: torch.Tensor, scales: torch.Tensor, group_size: int, width: int) -> bool:
-    """Whether the kernels read a weight: canonical rows, and a scale for whole chunks of 32 columns."""
-    chunks = group_size == -1 or group_size >= width or group_size % CHUNK == 0
-    return packed.dtype == torch.int32 and scales.dtype in TYPES and chunks and 0 < width < 2**31 - 128
+def can_read(
+    packed: torch.Tensor, scales: torch.Tensor, group_size: int, width: int, table: torch.Tensor | None = None
+) -> bool:
+    """Whether the kernels read a weight: canonical rows, and a scale for whole chunks of columns."""
+    rows = packed.dtype == torch.int32 or (packed.dtype == torch.float8_e4m3fn and packed.shape[1] == width)
+    words = packed.dtype == torch.int32 or width % 4 == 0
+    chunk = CHUNK if table is None else SHORTEST
+    chunks = group_size == -1 or group_size >= width or group_size % chunk == 0
+    return rows and words and scales.dtype in SCALES and chunks and 0 < width < 2**31 - 128
 
 
 def can_multiply(input: torch.Tensor) -> bool:
@@ -62,11 +74,11 @@ def weight_of(
         table=None if table is None else table.data_ptr(),
         out=packed.shape[0],
         width=width,
-        words=packed.shape[1],
+        words=packed.shape[1] * packed.element_size() // 4,
         groups=scales.shape[1],
         group_size=width if group_size == -1 else group_size,
         bits=bits,
-        type=TYPES[scales.dtype],
+        type=SCALES[scales.dtype],
     )
 
 
@@ -87,7 +99,7 @@ def multiply(
     """Start `compress.kernels.ops.packed_linear`, whose checked arguments these are.
 
     Args:
-        library: of source/linear.cu.
+        library: of source/linear.cu and source/formats.cu.
         input, ..., activations: see there; `can_read` and `can_multiply` hold.
         stream: that the kernel runs in, as a number.
 
@@ -101,7 +113,8 @@ def multiply(
     zeros, table, bias = (None if tensor is None else tensor.contiguous() for tensor in (zeros, table, bias))
     output = input.new_empty((*input.shape[:-1], out_features))
     weight = weight_of(packed, scales, zeros, table, bits, group_size, width)
-    function = library.compress_cuda_packed_linear
+    formats = table is not None or packed.dtype == torch.float8_e4m3fn
+    function = library.compress_cuda_format_linear if formats else library.compress_cuda_packed_linear
     function.argtypes, function.restype = (*[c_void_p] * 4, *[c_int] * 3, c_void_p), c_int
     error = function(
         ctypes.addressof(weight),

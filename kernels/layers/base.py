@@ -14,7 +14,7 @@ from compress.kernels.cpu.layout import STRIP
 from compress.kernels.cpu.library import kernel_name, library
 from compress.kernels.cpu.pages import into_large_pages
 from compress.kernels.layers.absent import AbsentWeight
-from compress.kernels.ops import REFERENCE
+from compress.kernels.ops import REFERENCE, backend_of_rows
 from compress.kernels.reference.ops import linear_by_rows, row_slices
 
 
@@ -175,12 +175,13 @@ class _Product(torch.autograd.Function):
 class CodedLinear(LowBitLinear):
     """A linear whose weight is one `LowBitWeight`.
 
-    Its codes lie in rows, or, once `arrange` was called for a CPU with native kernels, in strips of 16 rows
-    (see `compress.kernels.cpu.layout`).
+    Its codes lie as they are stored, or, once `arrange` was called, as the native kernels read them: on a CPU
+    in strips of 16 rows (see `compress.kernels.cpu.layout`), on a CUDA device in canonical rows.
 
     Attributes:
         storage: how the checkpoint stores the weight; without it the state dict does not hold the weight.
         in_strips: whether the codes lie in strips.
+        in_rows: whether `to_rows` has put them into canonical rows.
         activations: how inputs are rounded before they are multiplied, where they lie so: "floating" (not
             below their dtype), "int8-block" (int8, one scale for each group of the weight) or "int8-token"
             (int8, one scale for each token).
@@ -190,15 +191,22 @@ class CodedLinear(LowBitLinear):
 
     storage: Storage | None = None
     in_strips = False
+    in_rows = False
     activations = "floating"
 
     def arrange(self) -> None:
-        if not self.in_strips and self.device.type == "cpu" and library() is not None:
+        if self.in_strips or self.in_rows:
+            return
+        if self.device.type == "cpu" and library() is not None:
             self.in_strips = self.to_strips()
             into_large_pages(*self.buffers())
+        elif backend_of_rows(self.device) != REFERENCE:
+            self.in_rows = self.to_rows()
 
     @property
     def kernel(self) -> str:
+        if self.in_rows:
+            return backend_of_rows(self.device)
         if not self.in_strips:
             return REFERENCE
         rounded = {"floating": "", "int8-block": " with int8 inputs", "int8-token": " with int8 tokens"}
@@ -208,9 +216,13 @@ class CodedLinear(LowBitLinear):
     def to_strips(self) -> bool:
         """Put the codes into strips. False if the kernels cannot read this weight, which stays as it is."""
 
+    def to_rows(self) -> bool:
+        """Put the codes into canonical rows. False if they lie so, or if the kernels cannot read them."""
+        return False
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         # Strips are for the CPU, and a function may move the weight elsewhere.
-        if arranged := self.in_strips:
+        if arranged := self.in_strips or self.in_rows:
             self.fill(self.quantized())
         super()._apply(fn, recurse)
         if arranged:
@@ -238,7 +250,7 @@ class CodedLinear(LowBitLinear):
     def from_storage(self, name: str, get: Callable[[str], torch.Tensor]) -> None:
         if self.storage is not None:
             get(f"{name}.{self.storage.marker}")  # KeyError if nothing is there
-            arranged = self.in_strips
+            arranged = self.in_strips or self.in_rows
             self.fill(self.storage.read(name, get))
             if arranged:
                 self.arrange()

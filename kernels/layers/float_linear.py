@@ -39,7 +39,7 @@ class FloatLinear(CodedLinear):
     scales: torch.Tensor
     global_scale: torch.Tensor | None
     table: torch.Tensor | None
-    _strips: torch.Tensor | None
+    _codes: torch.Tensor | None
 
     def __init__(self, weight: FloatWeight, bias: torch.Tensor | None = None) -> None:
         out, width = weight.shape
@@ -55,17 +55,30 @@ class FloatLinear(CodedLinear):
         codes = weight.codes.view(torch.uint8) if weight.type == "fp8" else pack_nibbles(weight.codes)
         self.codes, self.scales = codes.contiguous(), as_bytes(weight.scales)
         self.global_scale = None if weight.global_scale is None else as_bytes(weight.global_scale)
-        self.table, self.in_strips, self._strips = None, False, None
+        self.table, self.in_strips, self.in_rows, self._codes = None, False, False, None
 
     def to_strips(self) -> bool:
         weight = self.quantized()
         self.codes = to_strips(weight.codes.view(torch.uint8), self.bits, GROUP_SIZES[self.float_type])
-        # Powers of two and E4M3 are exact in bfloat16. The scale that NVFP4 has for all goes into the table.
+        # Powers of two and E4M3 are exact in bfloat16.
         scales = weight.scales if self.float_type == "fp8" else real_scales(weight.scales, None).bfloat16()
         self.scales = groups_to_strips(scales)
-        if self.float_type != "fp8":
-            self.table = E2M1 if weight.global_scale is None else E2M1 / weight.global_scale
+        self._take_table()
         return True
+
+    def to_rows(self) -> bool:
+        # Codes and scales are read as they are stored.
+        if self.in_features * self.bits % 32:
+            return False
+        self._take_table()
+        return True
+
+    def _take_table(self) -> None:
+        """Keep the numbers of the codes of 4 bits. The scale that NVFP4 has for all is in them."""
+        if self.float_type != "fp8":
+            numbers = E2M1.to(self.codes.device)
+            scale = self.global_scale
+            self.table = numbers if scale is None else numbers / scale.view(torch.float32)
 
     def _scales_in_rows(self) -> torch.Tensor:
         """The scales as they are stored, [out, groups]."""
@@ -95,17 +108,19 @@ class FloatLinear(CodedLinear):
 
     def product(self, input: torch.Tensor) -> torch.Tensor:
         input = round_tokens(input) if self.float_type == "fp8" else input
-        if not self.in_strips:
+        if not self.in_strips and not self.in_rows:
             return super().product(input)
-        if self._strips is None:  # kept, because the operator describes a weight once for each tensor
-            self._strips = self.codes.view(E4M3) if self.float_type == "fp8" else self.codes
+        if self._codes is None:  # kept, because the operator describes a weight once for each tensor
+            of_rows = torch.int32 if self.in_rows else torch.uint8
+            self._codes = self.codes.view(E4M3 if self.float_type == "fp8" else of_rows)
+        scales = self.scales.view(self.scale_dtype) if self.in_rows else self.scales
         return packed_linear(
-            *(input, self._strips, self.scales, None, self.table, self.bias),
+            *(input, self._codes, scales, None, self.table, self.bias),
             *(self.bits, GROUP_SIZES[self.float_type], self.out_features, self.activations),
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_strips": None}  # E4M3 cannot be pickled
+        return {**vars(self), "_codes": None}  # E4M3 cannot be pickled
 
     def details(self) -> dict[str, object]:
         return {"type": self.float_type}

@@ -47,7 +47,7 @@ def native_linear(module: nn.Module, dtype: torch.dtype) -> Linear | None:
         tensors = (module.codes, module.scales, None, module.table)
         return _strips(module, tensors, module.bits, GROUP_SIZES[module.float_type], dtype)
     if isinstance(module, NF4Linear):
-        return _strips(module, (module.codes, module.strip_scales, None, module.table), 4, BLOCK_SIZE, dtype)
+        return _strips(module, (module.codes, module.kernel_scales, None, module.table), 4, BLOCK_SIZE, dtype)
     return None
 
 

@@ -11,6 +11,7 @@ from compress.kernels.codes.nf4 import (
     pack_high_first,
     unpack_high_first,
 )
+from compress.kernels.codes.packing import pack, unpack
 from compress.kernels.cpu.layout import (
     groups_from_strips,
     groups_to_strips,
@@ -37,13 +38,13 @@ class NF4Linear(CodedLinear):
     codes: torch.Tensor
     absmax: torch.Tensor | None
     levels: torch.Tensor
-    strip_scales: torch.Tensor | None
+    kernel_scales: torch.Tensor | None
     table: torch.Tensor | None
 
     def __init__(self, weight: NF4Weight, bias: torch.Tensor | None = None) -> None:
         out, width = weight.shape
         super().__init__(width, out, bias)
-        for name in ("codes", "absmax", "levels", "strip_scales", "table", *NESTED):
+        for name in ("codes", "absmax", "levels", "kernel_scales", "table", *NESTED):
             self.register_buffer(name, None, persistent=False)
         self.fill(weight)
 
@@ -54,24 +55,36 @@ class NF4Linear(CodedLinear):
         self.absmax, self.levels = as_bytes(weight.absmax), as_bytes(weight.levels)
         for name, tensor in zip(NESTED, weight.nested or (None, None, None), strict=True):
             setattr(self, name, None if tensor is None else as_bytes(tensor))
-        self.strip_scales, self.table, self.in_strips = None, None, False
+        self.kernel_scales, self.table, self.in_strips, self.in_rows = None, None, False, False
 
     def to_strips(self) -> bool:
         if self.in_features % BLOCK_SIZE:  # then a block lies in two rows
             return False
         weight = self.quantized()
         self.codes = to_strips(weight.codes, BITS, BLOCK_SIZE)
-        self.strip_scales = groups_to_strips(weight.scales.view(self.out_features, -1))
-        if weight.nested is None:
-            self.absmax = None  # the scales in strips are the same
-        self.table = weight.levels.clone()
+        self._take_scales(weight, groups_to_strips(weight.scales.view(self.out_features, -1)))
         return True
 
+    def to_rows(self) -> bool:
+        if self.in_features % BLOCK_SIZE:
+            return False
+        weight = self.quantized()
+        self.codes = pack(weight.codes, BITS)
+        self._take_scales(weight, weight.scales.view(self.out_features, -1))
+        return True
+
+    def _take_scales(self, weight: NF4Weight, scales: torch.Tensor) -> None:
+        """Keep scales and levels as the kernels read them."""
+        self.kernel_scales = scales
+        if weight.nested is None:
+            self.absmax = None  # the scales of the kernels are the same
+        self.table = weight.levels.clone()
+
     def product(self, input: torch.Tensor) -> torch.Tensor:
-        if self.strip_scales is None:
+        if self.kernel_scales is None:
             return super().product(input)
         return packed_linear(
-            *(input, self.codes, self.strip_scales, None, self.table, self.bias),
+            *(input, self.codes, self.kernel_scales, None, self.table, self.bias),
             *(BITS, BLOCK_SIZE, self.out_features, self.activations),
         )
 
@@ -81,14 +94,18 @@ class NF4Linear(CodedLinear):
         first, last = start * self.in_features, stop * self.in_features
         if self.in_strips:
             codes = rows_from_strips(self.codes, BITS, BLOCK_SIZE, self.in_features, slice(start, stop))
+        elif self.in_rows:
+            codes = unpack(self.codes[start:stop], BITS, self.in_features).contiguous()
         else:
             shape = (stop - start, self.in_features)
             codes = unpack_high_first(self.codes[first // 2 : -(-last // 2)], shape)
         blocks = slice(first // BLOCK_SIZE, -(-last // BLOCK_SIZE))
         nested = self._nested(blocks)
         if self.absmax is None:
-            assert self.strip_scales is not None
-            absmax = groups_from_strips(self.strip_scales, self.out_features).reshape(-1)
+            assert self.kernel_scales is not None
+            scales = self.kernel_scales
+            absmax = groups_from_strips(scales, self.out_features) if self.in_strips else scales
+            absmax = absmax.reshape(-1)
         else:
             absmax = self.absmax.view(torch.float32) if nested is None else self.absmax
         return NF4Weight(

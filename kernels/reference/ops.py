@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
+from compress.kernels.codes.floating import real_scales
 from compress.kernels.codes.minmax import fake_quantize
 from compress.kernels.codes.packing import unpack
 from compress.kernels.cpu.layout import STRIP, from_strips, groups_from_strips
@@ -56,6 +57,13 @@ def linear_by_rows(
     return result
 
 
+def in_rows(packed: torch.Tensor, width: int) -> bool:
+    """Whether a weight of so many columns lies in canonical rows, and not in strips."""
+    if packed.dtype == torch.float8_e4m3fn:
+        return packed.shape[-1] == width  # a strip has 16 times as many codes
+    return packed.dtype == torch.int32
+
+
 def dequantize(
     packed: torch.Tensor,
     scales: torch.Tensor,
@@ -69,9 +77,9 @@ def dequantize(
     Arguments as for `compress.kernels.ops.packed_linear`.
     """
     out, groups = scales.shape
-    codes = unpack(packed, bits, width)
+    codes = unpack(packed, bits, width) if packed.dtype == torch.int32 else packed
     levels = _levels(codes, bits, None if zeros is None else zeros.unsqueeze(-1), table, (out, groups, -1))
-    return levels.mul_(scales.float().unsqueeze(-1)).view(out, width)
+    return levels.mul_(real_scales(scales, None).unsqueeze(-1)).view(out, width)
 
 
 def dequantize_strips(
@@ -156,6 +164,6 @@ def packed_linear(
 
     if activations != "floating":
         rounded = round_to_int8(input, activations, group_size)
-    in_strips = packed.dtype != torch.int32
+    in_strips = not in_rows(packed, width)
     get = dequantize_some_strips if in_strips else dequantize_rows
     return linear_by_rows(rounded, out_features, get, bias, STRIP if in_strips else 1).to(input.dtype)

@@ -8,6 +8,7 @@ the emulation finds wrong (an access out of bounds, a race, a barrier that some 
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field
@@ -76,14 +77,14 @@ class Kernels:
 
     Args:
         source: the file.
-        changes: texts to replace in it first, to plant a bug. Each must occur.
+        changes: texts to replace in it and in its own headers first, to plant a bug. Each must occur.
         defines: macros.
     """
 
     def __init__(
         self, source: Path, changes: Mapping[str, str] | None = None, defines: Mapping[str, str] | None = None
     ) -> None:
-        text = source.read_text()
+        text = with_headers(source, set()) if changes else source.read_text()
         for old, new in (changes or {}).items():
             assert old in text, f"{source.name} has no '{old}' to plant a bug at."
             text = text.replace(old, new)
@@ -119,6 +120,20 @@ class Kernels:
             function.restype = ctypes.c_int
             check(function(*(native(argument) for argument in arguments), None))
         return counts
+
+
+def with_headers(file: Path, seen: set[Path]) -> str:
+    """What a source says with the headers beside it in the place of their includes, all but ptx.cuh."""
+    seen.add(file)
+
+    def header(found: re.Match[str]) -> str:
+        inside = file.parent / found[1]
+        if inside.name == "ptx.cuh" or not inside.exists():
+            return found[0]
+        return "" if inside in seen else with_headers(inside, seen)
+
+    text = file.read_text().replace("#pragma once\n", "")
+    return re.sub(r'^#include "(\S+)"$', header, text, flags=re.M)
 
 
 def native(argument: torch.Tensor | int | float | None) -> object:

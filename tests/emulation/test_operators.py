@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,34 +10,11 @@ import torch
 
 from compress.kernels import cache_ops, embedding_ops, ops
 from compress.kernels.codes.packing import pack
-from compress.kernels.cuda import library
 from compress.kernels.reference import cache, embedding
 from compress.kernels.reference import ops as reference
-from tests.emulation.build import CUDA
-from tests.emulation.emulator import Device, Kernels
+from tests.emulation.emulator import Device
 
 Use = Callable[[str], Device]
-
-
-@pytest.fixture
-def emulate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Use]:
-    """Emulates the kernels of a source under the operators, as the device that tensors are on."""
-    opened: list[Device] = []
-
-    def use(source: str) -> Device:
-        device = Device(Kernels(CUDA / source)).__enter__()
-        opened.append(device)
-        monkeypatch.setattr(library, "library", lambda _: device.library)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=None))
-        monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
-        monkeypatch.setattr(
-            torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=4)
-        )
-        return device
-
-    yield use
-    for device in opened:
-        device.__exit__()
 
 
 def linear(group: int = 32, width: int = 64) -> tuple[Any, ...]:

@@ -21,7 +21,10 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 WITH_COMMANDS = [ROOT / "README.md", *sorted((ROOT / "docs" / "how-to").glob("*.md"))]
 RESULTS = sorted((ROOT / "scripts" / "benchmarks" / "results").glob("*.json"))
 BENCHMARKS = sorted((ROOT / "scripts" / "benchmarks").glob("*.py"))
-LIBRARIES = ("common", "records", "llama_files", "tiny_models")
+LIBRARIES = (
+    *("common", "records", "llama_files", "tiny_models"),
+    *("gpu_checks", "gpu_decode", "gpu_times"),
+)
 
 
 def relative(file: Path) -> str:

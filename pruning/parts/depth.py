@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -132,12 +132,12 @@ def plan_without_layers(shape: ModelShape, removed: Collection[int]) -> ModelSha
     after = without_layers(shape.pretrained_config, removed).to_dict()
     # Take over only what changes, so that config.json keeps the rest as it was written.
     changed = {key: value for key, value in after.items() if before.get(key) != value}
-    tensors = {new: shape.tensors[old] for old, new in _renamed(shape, removed).items()}
+    tensors = {new: shape.tensors[old] for old, new in _renamed(shape, removed, shape.tensors).items()}
     return ModelShape(shape.config | changed, tensors, shape.folder)
 
 
 def remove_layers(draft: Draft, removed: Collection[int]) -> dict[str, str]:
-    """Remove layers from a draft that is equal to its parent; kept tensors stay in the parent's files.
+    """Remove layers from a draft that still has all layers of its parent, changed or not.
 
     Returns:
         Old name -> new name of every tensor that is kept.
@@ -147,22 +147,19 @@ def remove_layers(draft: Draft, removed: Collection[int]) -> dict[str, str]:
     """
     before = ModelShape.of(draft.parent)
     after = plan_without_layers(before, removed)
-    renamed = _renamed(before, removed)
-    for name in before.tensors:
-        draft.drop(name)
-    for old, new in renamed.items():
-        draft.alias(new, old)
+    renamed = _renamed(before, removed, draft.tensors)
+    draft.rename(renamed)
     draft.config = after.config
     return renamed
 
 
-def _renamed(shape: ModelShape, removed: Collection[int]) -> dict[str, str]:
-    """Old name -> new name of every tensor that is kept."""
+def _renamed(shape: ModelShape, removed: Collection[int], names: Iterable[str]) -> dict[str, str]:
+    """Old name -> new name of every one of the tensors ``names`` that is kept."""
     kept = [index for index in range(shape.num_layers) if index not in removed]
     number = {str(old): new for new, old in enumerate(kept)}
     prefix = shape.anatomy.in_model(shape.anatomy.layers) + "."
     renamed = {}
-    for name in shape.tensors:
+    for name in names:
         if not name.startswith(prefix):
             renamed[name] = name
             continue

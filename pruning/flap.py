@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
@@ -9,7 +10,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, model_validator
 from torch import nn
 
-from compress.anatomy import set_weight, weight
+from compress.anatomy import Anatomy, set_weight, weight
 from compress.calibration.statistics.moments import Moments, Products
 from compress.engine.shape import ModelShape
 from compress.errors import BadInput
@@ -37,7 +38,9 @@ from compress.pruning.parts.channels import (
     unit_scores,
     watch,
 )
+from compress.pruning.parts.depth import choose_cuts, layer_distances, plan_without_layers
 from compress.pruning.parts.options import ParameterRatio, WidthMultiple
+from compress.pruning.parts.refit import prune_and_follow
 from compress.pruning.parts.width import (
     Kept,
     bias_of,
@@ -53,6 +56,10 @@ if TYPE_CHECKING:
     from compress.engine.stream import Layer, Stream, StreamedModel
     from compress.engine.windows import Windows
     from compress.method import StepContext
+
+DEPTH_FIRST = "depth-first"
+MOST_LAYERS = 1 / 5
+"""The largest share of the layers that depth-first removes."""
 
 
 class Flap(Method["Flap.Options"]):
@@ -78,10 +85,19 @@ class Flap(Method["Flap.Options"]):
     The inputs for the compensation come from the dense model (``propagate: dense``) or from the layers
     already pruned (``pruned``). The target is the output of the unpruned block for the same input.
 
+    Uniform shapes. Taking the same units from every layer costs more than ranking those of all layers. So
+    ``shape: uniform`` spends the ratio on depth first (depth-first): whole layers go, at most a fifth of
+    them, and then every layer that stays loses the same number of heads and neurons, the best ones staying.
+    The layers that go follow each other; they are those that turn the hidden states least (the angular
+    distance of ReplaceMe). All output projections from the first change on are refitted, one after the other,
+    so that the pruned model's hidden states follow those of the dense model; the MLP before the layers that
+    are gone also takes over what they did (see `prune_and_follow`). Where that is not linear, because a norm
+    stands between a block and the hidden states, no layer goes (UL-MM).
+
     Differences from the published code: variances are correct (its running mean is updated before it is used)
     and include all tokens except padding; grouped-query attention stays whole; costs are exact; every layer
-    keeps at least one unit of each kind. With few key-value heads UL-UM removes less than ``ratio``; the
-    default for uniform shapes is UL-MM, where neurons fill the rest of the budget. The paper compensates with
+    keeps at least one unit of each kind. With few key-value heads UL-UM removes less than ``ratio``; in UL-MM
+    neurons fill the rest of the budget. depth-first is not in the paper. The paper compensates with
     biases; the default here is least squares, because it came closer to the dense model in our measurements.
     """
 
@@ -93,10 +109,12 @@ class Flap(Method["Flap.Options"]):
         renamed: ClassVar[Mapping[str, str]] = {"ridge": "damping"}
 
         metric: Metric = Field("WIFV", description="how to score a channel")
-        structure: Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM"] | None = Field(
+        structure: Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM", "depth-first"] | None = Field(
             None,
             description="spread the removal uniformly (U) or adaptively (A) over layers (L) and modules (M), "
-            "or over modules by a given number of heads (MM); by default AL-AM, and UL-MM for shape uniform",
+            "or over modules by a given number of heads (MM); depth-first removes some whole layers and "
+            "narrows the others alike; by default AL-AM, and for shape uniform depth-first (UL-MM if "
+            "compensate is not least-squares)",
         )
         shape: Literal["heterogeneous", "uniform"] = Field(
             "heterogeneous",
@@ -105,9 +123,10 @@ class Flap(Method["Flap.Options"]):
         compensate: Literal["none", "bias", "least-squares"] = Field(
             "least-squares", description="how to compensate for the units that are gone"
         )
-        propagate: Literal["dense", "pruned"] = Field(
-            "dense",
-            description="compute the compensation from the activations of the dense or of the pruned model",
+        propagate: Literal["dense", "pruned"] | None = Field(
+            None,
+            description="compute the compensation from the activations of the dense or of the pruned model; "
+            "by default dense, and pruned for depth-first, which knows nothing else",
         )
         damping: NonNegativeFloat = Field(
             1.0,
@@ -116,8 +135,8 @@ class Flap(Method["Flap.Options"]):
         )
         remove_heads: NonNegativeInt | None = Field(
             None,
-            description="key-value heads (each with its query heads) to remove from all layers together, for "
-            "UL-MM and AL-MM; by default the same share as of the parameters",
+            description="key-value heads (each with its query heads) to remove from all layers that stay "
+            "together, for UL-MM, AL-MM and depth-first; by default the same share as of the parameters",
         )
 
         @model_validator(mode="after")
@@ -125,21 +144,40 @@ class Flap(Method["Flap.Options"]):
             if self.shape == "uniform" and self.chosen_structure.startswith("AL"):
                 raise ValueError(
                     f"structure {self.structure} gives layers different widths, which shape uniform "
-                    "excludes; use UL-UM or UL-MM"
+                    "excludes; use depth-first, UL-UM or UL-MM"
                 )
-            if self.remove_heads is not None and self.chosen_structure not in ("UL-MM", "AL-MM"):
-                raise ValueError(f"remove_heads belongs to UL-MM and AL-MM, not to {self.chosen_structure}")
+            if self.remove_heads is not None and self.chosen_structure in ("UL-UM", "AL-AM"):
+                raise ValueError(
+                    f"remove_heads belongs to UL-MM, AL-MM and depth-first, not to {self.chosen_structure}"
+                )
+            if self.chosen_structure == DEPTH_FIRST:
+                if self.compensate != "least-squares":
+                    raise ValueError(
+                        "in depth-first the layers that stay take over what the others did, which only "
+                        f"compensate: least-squares does, not {self.compensate}; or use UL-MM"
+                    )
+                if self.propagate == "dense":
+                    raise ValueError(
+                        "depth-first refits the layers to what they get in the pruned model, so propagate "
+                        "cannot be dense; with UL-MM it can"
+                    )
             return self
 
         @property
         def chosen_structure(self) -> str:
             """The structure, given or implied."""
-            return self.structure or ("AL-AM" if self.shape == "heterogeneous" else "UL-MM")
+            if self.structure is None and self.shape == "uniform":
+                return DEPTH_FIRST if self.compensate == "least-squares" else "UL-MM"
+            return self.structure or "AL-AM"
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
+        options = resolved(shape.anatomy, options)
         units = units_of(shape)
         check_ratio(units, options.ratio, options.multiple(layer.neurons for layer in units))
-        widths = structure_widths(units, options)
+        if count := removed_layers(units, options):
+            # The calibration text decides which layers go; all have the same size.
+            shape, units = plan_without_layers(shape, range(1, count + 1)), units[count:]
+        widths = structure_widths(units, options, count)
         pairs = list(zip(units, widths, strict=True))
         biased = []
         if options.compensate == "bias":
@@ -152,22 +190,35 @@ class Flap(Method["Flap.Options"]):
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
         shape = ModelShape.of(model.checkpoint)
+        options = resolved(shape.anatomy, options)
         units = units_of(shape)
         windows = context.calibration
         assert windows is not None  # the method needs calibration
         if options.compensate == "least-squares":
             _check_tokens(shape, windows)
+        removed = choose_layers(model, removed_layers(units, options), context)
+        stay = [index for index in range(len(units)) if index not in removed]
         statistics = channel_statistics(model, options.metric, context)
         scores = []
-        for index in range(model.num_layers):
+        for index in stay:
             attention, mlp = channels_of(model, index, statistics)
             scores.append(unit_scores(model, index, standardised(attention.square()), standardised(mlp)))
-        kept = choose(scores, units, options)
-        self.prune(model, kept, statistics, options, context)
-        finish(context.draft, model, kept)
+        chosen = choose(scores, [units[index] for index in stay], options, len(removed))
+        if options.structure == DEPTH_FIRST:
+            by_layer = dict(zip(stay, chosen, strict=True))
+            prune_and_follow(model, by_layer, removed, options.damping, context)
+        else:
+            self.prune(model, chosen, statistics, options, context)
+        finish(context.draft, model, chosen, removed)
+        found = iter(chosen)
+        kept = [Widths(0, 0).kept if index in removed else next(found) for index in range(len(units))]
         summary, details = removal(kept, units)
-        how = f"{options.chosen_structure}, {options.metric}, compensation: {options.compensate}"
-        details |= {"structure": options.chosen_structure, "tokens": windows.num_tokens}
+        if removed:
+            summary += f"; among them all of layers {', '.join(map(str, removed))}"
+        how = f"{options.structure}, {options.metric}, compensation: {options.compensate}"
+        details |= {"structure": options.structure, "tokens": windows.num_tokens}
+        if options.structure == DEPTH_FIRST:
+            details["removed_layers"] = removed
         return StepReport(f"{summary} ({how}).", details)
 
     def prune(
@@ -238,35 +289,82 @@ class Flap(Method["Flap.Options"]):
             correct(path, seen)
 
 
-def structure_widths(units: list[Units], options: Flap.Options) -> list[Widths]:
-    """How many units of every layer stay; for the adaptive structures this is a prediction."""
-    ratio, heads = options.ratio, options.remove_heads
+def resolved(anatomy: Anatomy, options: Flap.Options) -> Flap.Options:
+    """The options with a structure that this architecture allows, and with what to propagate.
+
+    Raises:
+        BadInput: depth-first is asked for, and the architecture does not allow it.
+    """
+    structure = options.chosen_structure
+    obstacle = anatomy.merge_obstacle or anatomy.refit_obstacle
+    if structure == DEPTH_FIRST and obstacle:
+        if options.structure is not None:
+            raise BadInput(f"{obstacle} Use structure: UL-MM, which removes no layers.")
+        structure = "UL-MM"
+    return options.model_copy(update={"structure": structure, "propagate": options.propagate or "dense"})
+
+
+def removed_layers(units: list[Units], options: Flap.Options) -> int:
+    """How many whole layers go: in depth-first as many as the ratio allows, but at most `MOST_LAYERS`.
+
+    Raises:
+        BadInput: the layers differ, so their number says nothing about the parameters.
+    """
+    if options.structure != DEPTH_FIRST:
+        return 0
+    if len(set(units)) > 1:
+        raise BadInput(
+            "The model has layers of different shapes already, and depth-first removes layers by number; use "
+            "structure: AL-AM."
+        )
+    return math.floor(round(min(options.ratio, MOST_LAYERS) * len(units), 6))
+
+
+def choose_layers(model: StreamedModel, count: int, context: StepContext) -> list[int]:
+    """The ``count`` consecutive layers that turn the hidden states least; never the first one."""
+    if not count:
+        return []
+    assert context.calibration is not None
+    return list(choose_cuts(layer_distances(model, context.calibration, count, context), 1, count)[0].removed)
+
+
+def structure_widths(units: list[Units], options: Flap.Options, removed: int = 0) -> list[Widths]:
+    """How many units of every layer stay; for the adaptive structures this is a prediction.
+
+    Args:
+        units: of the layers that stay.
+        options: with the structure given.
+        removed: how many layers are gone, which counts towards the ratio.
+    """
+    layers, heads = len(units), options.remove_heads
+    # What the layers that stay lose: all layers have the same size if some are removed.
+    ratio = max(0.0, (options.ratio * (layers + removed) - removed) / layers)
     multiple = options.multiple(layer.neurons for layer in units)
-    match options.chosen_structure:
+    match options.structure:
         case "UL-UM":
             return floor_widths(units, ratio, multiple)
-        case "UL-MM":
-            if heads is not None and heads % len(units):
+        case "UL-MM" | "depth-first":
+            if heads is not None and heads % layers:
                 raise BadInput(
-                    f"{heads} heads cannot be shared equally by {len(units)} layers, but UL-MM removes the "
-                    "same number from each; change remove_heads."
+                    f"{heads} heads cannot be shared equally by {layers} layers, but {options.structure} "
+                    "removes the same number from each; change remove_heads."
                 )
-            return even_widths(units, ratio, multiple, heads and heads // len(units))
+            return even_widths(units, ratio, multiple, heads and heads // layers)
         case _:
             return spread_widths(units, ratio, multiple, heads)
 
 
-def choose(scores: list[Scores], units: list[Units], options: Flap.Options) -> list[Kept]:
-    """Choose the units of every layer that stay."""
+def choose(scores: list[Scores], units: list[Units], options: Flap.Options, removed: int = 0) -> list[Kept]:
+    """Choose the units that stay in every layer that stays; the arguments are as in `structure_widths`."""
     ratio, heads = options.ratio, options.remove_heads
     multiple = options.multiple(layer.neurons for layer in units)
-    match options.chosen_structure:
+    match options.structure:
         case "AL-AM":
             return rank(scores, units, ratio, multiple)
         case "AL-MM":
             return rank_apart(scores, units, ratio, heads, multiple)
         case _:
-            return best(scores, structure_widths(units, options))
+            return best(scores, structure_widths(units, options, removed))
 
 
 def add_bias(linear: nn.Module, stay: torch.Tensor, mean: torch.Tensor) -> None:

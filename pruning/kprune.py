@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -10,17 +10,18 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 
-from compress.anatomy import Anatomy, set_weight, task_of, weight
+from compress.anatomy import set_weight, task_of, weight
 from compress.calibration.text.settings import TextSize
 from compress.engine.activations import Activations
 from compress.engine.backward import Tape
-from compress.engine.stream import Layer, Observer, Seen, Stream, StreamedModel
+from compress.engine.stream import Layer, Seen, StreamedModel
 from compress.engine.windows import Windows
 from compress.errors import BadInput, CompressError
 from compress.method import Method, Paper, StepReport
 from compress.pruning.parts.budget import affordable, at_least, planned, steps_of
 from compress.pruning.parts.knowledge import Divergence, Sublayer, measure_knowledge, sublayers_of
 from compress.pruning.parts.options import WidthMultiple
+from compress.pruning.parts.refit import Fit, choose_damping, halves_of, observe_sublayers
 from compress.pruning.parts.width import Kept, bias_of, finish, narrow, plan_widths, write_layer
 from compress.storage.tensors import DTYPES
 
@@ -315,118 +316,6 @@ class Pruning:
                 "model; use more calibration text, or set tune to false."
             )
         return new.float()
-
-
-DAMPINGS = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
-
-
-class Fit:
-    """Least squares from Grams: the W that minimises |A W - Y|^2 + r mean_k |A_k|^2 |W - present|^2.
-
-    Args:
-        present: float64 [k, out], the value that W should stay near.
-    """
-
-    def __init__(self, present: Tensor) -> None:
-        self.present = present
-        self.gram = present.new_zeros(len(present), len(present))  # A^T A
-        self.rest = torch.zeros_like(present)  # A^T (Y - A present)
-
-    def add(self, inputs: Tensor, wanted: Tensor) -> None:
-        """Add rows of A [rows, k] and Y [rows, out], float64."""
-        self.gram.addmm_(inputs.T, inputs)
-        self.rest.addmm_(inputs.T, wanted - inputs @ self.present)
-
-    def __add__(self, other: Fit) -> Fit:
-        both = Fit(self.present)
-        both.gram, both.rest = self.gram + other.gram, self.rest + other.rest
-        return both
-
-    @property
-    def regular(self) -> bool:
-        """Whether W is unique without damping; it never is with fewer rows than channels."""
-        scale = self.gram.diagonal().sqrt()
-        factor, failed = torch.linalg.cholesky_ex(self.gram / scale.outer(scale))
-        return not failed and bool(factor.diagonal().min().square() > self._tolerance)
-
-    def solve(self, damping: float) -> Tensor:
-        """W for r = ``damping``: float64 [k, out]. Of several solutions, the one nearest to ``present``."""
-        if damping or self.regular:
-            held = self.gram.clone()
-            held.diagonal().add_(damping * self.gram.diagonal().mean())
-            factor, failed = torch.linalg.cholesky_ex(held)
-            if not failed:
-                return self.present + torch.cholesky_solve(self.rest, factor)
-        values, vectors = torch.linalg.eigh(self.gram)
-        seen = values > self._tolerance * values[-1]
-        values, vectors = values[seen], vectors[:, seen]
-        return self.present + vectors @ (vectors.T @ self.rest / values[:, None])
-
-    def gain(self, matrix: Tensor) -> float:
-        """How much smaller the squared error on these rows is with ``matrix`` than with ``present``."""
-        change = matrix - self.present
-        return float((change * (2 * self.rest - self.gram @ change)).sum())
-
-    @property
-    def _tolerance(self) -> float:
-        return len(self.gram) * torch.finfo(self.gram.dtype).eps
-
-
-def choose_damping(fits: Sequence[Fit]) -> float | None:
-    """The one of `DAMPINGS` whose W, fitted to one half of the text, has the least error on the other half.
-
-    The errors of both ways are added. No damping (0) is tried only if its solution is unique.
-
-    Returns:
-        The damping, or None if the present W is better than all others.
-    """
-    one, other = fits
-    gains = {
-        damping: other.gain(one.solve(damping)) + one.gain(other.solve(damping))
-        for damping in DAMPINGS
-        if damping or (one.regular and other.regular)
-    }
-    best = max(gains, key=gains.__getitem__)
-    return best if gains[best] > 0 else None
-
-
-def halves_of(windows: Windows) -> Tensor:
-    """Split the windows: 0 or 1 for each, int64 [N], equally often, and independent of their order."""
-    rows = [tokens[mask].tolist() for tokens, mask in zip(windows.tokens, windows.mask, strict=True)]
-    order = torch.tensor(sorted(range(len(rows)), key=rows.__getitem__))
-    return torch.zeros(len(rows), dtype=torch.int64).scatter_(0, order, torch.arange(len(rows)) % 2)
-
-
-Take = Callable[[str, Seen, Tensor], None]
-"""Called with the name of a sublayer, what its output projection computed, and the residual stream before the
-sublayer [B, S, D]."""
-
-
-def observe_sublayers(anatomy: Anatomy, stream: Stream, layer: Layer, take: Take) -> dict[str, Observer]:
-    """Observers for `Stream.advance` that show both sublayers of a layer to ``take``."""
-    between: dict[int, Tensor] = {}  # the residual stream before the MLP
-
-    def before(output: Tensor, start: int) -> Tensor:
-        return stream.hidden.read(start, start + len(output)).to(output)
-
-    def attention(seen: Seen) -> None:
-        residual = before(seen.output, seen.start)
-        if anatomy.norm_first:
-            between[seen.start] = residual + seen.output
-        take("attention", seen, residual)
-
-    def norm(seen: Seen) -> None:
-        between[seen.start] = seen.output
-
-    def mlp(seen: Seen) -> None:
-        residual = between.pop(seen.start) if seen.start in between else before(seen.output, seen.start)
-        take("mlp", seen, residual)
-
-    observers: dict[str, Observer] = {anatomy.attention_output: attention, anatomy.down: mlp}
-    observers = {path: observer for path, observer in observers.items() if path in layer.linears}
-    if not anatomy.norm_first:
-        observers[anatomy.attention_norm] = norm
-    return observers
 
 
 def _key(sublayer: Sublayer) -> str:

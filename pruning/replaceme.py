@@ -16,7 +16,13 @@ from compress.engine.stream import Layer, Seen, Stream, StreamedModel
 from compress.engine.windows import Windows
 from compress.errors import BadInput, CompressError
 from compress.method import Method, Paper, StepReport
-from compress.pruning.parts.depth import Cut, choose_cuts, plan_without_layers, remove_layers
+from compress.pruning.parts.depth import (
+    Cut,
+    choose_cuts,
+    layer_distances,
+    plan_without_layers,
+    remove_layers,
+)
 from compress.pruning.parts.options import LayerCount
 from compress.storage.draft import Draft
 
@@ -163,33 +169,7 @@ class ReplaceMe(Method["ReplaceMe.Options"]):
     ) -> torch.Tensor:
         """The angular distance of L_i and L_{i+n} for every i: float64 [num_layers - n], from 0 to 1."""
         n = options.layers // options.transforms
-        count, length = windows.tokens.shape
-        last = None
-        if options.distance == "last-token":
-            last, length = windows.mask.long().cumsum(1).argmax(1), 1
-        stream = model.stream(windows, context.folder / "distances")
-        journal = context.journal("distances")
-        shape = (count, length, stream.hidden.shape[-1])
-        # L_{i-n} to L_i, which take turns in n + 1 places.
-        recent = [journal.activations(f"recent-{slot}", shape, model.device) for slot in range(n + 1)]
-        journal.state["distances"] = torch.zeros(model.num_layers - n, dtype=torch.float64)
-        for layer in model.walk(journal, stream, *recent, label="measuring distances"):
-            stream.advance(layer)
-            now, before = recent[layer.index % (n + 1)], recent[(layer.index - n) % (n + 1)]
-            total, tokens = 0.0, 0
-            for start, hidden, mask in stream.batches():
-                stop = start + len(hidden)
-                if last is not None:
-                    rows = torch.arange(len(hidden))
-                    hidden, mask = hidden[rows, last[start:stop], None], mask[rows, last[start:stop], None]
-                now.write(start, hidden)
-                if layer.index >= n:
-                    values = angular(before.read(start, stop)[mask], hidden[mask])
-                    total, tokens = total + float(values.sum()), tokens + len(values)
-            now.flip()
-            if layer.index >= n:
-                journal.state["distances"][layer.index - n] = total / tokens
-        return journal.state["distances"]
+        return layer_distances(model, windows, n, context, last_token=options.distance == "last-token")
 
     def estimate(
         self,
@@ -253,11 +233,6 @@ class Samples:
         m, y, target = (part.read(index, index + 1)[0] for part in self.parts)
         mask = self.mask[index]
         return m[mask].to(self.device), y[mask].to(self.device), target[mask].to(self.device)
-
-
-def angular(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """arccos(cos(a, b)) / pi of the rows of two [tokens, D]: float64 [tokens]."""
-    return torch.cosine_similarity(a.double(), b.double(), dim=-1).clamp(-1, 1).acos() / math.pi
 
 
 def least_squares(samples: Samples, options: ReplaceMe.Options, _: torch.Generator) -> torch.Tensor:

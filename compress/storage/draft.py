@@ -62,6 +62,12 @@ class Draft(Checkpoint):
         self.tensors.pop(name, None)
         self.sources.pop(name, None)
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Keep only the tensors in ``names`` (old name -> new name), under their new names."""
+        self._buffer = {new: self._buffer[old] for old, new in names.items() if old in self._buffer}
+        self.tensors = {new: self.tensors[old] for old, new in names.items()}
+        self.sources = {new: self.sources[old] for old, new in names.items() if old in self.sources}
+
     def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         names = list(names)
         found = {name: self._buffer[name].clone() for name in names if name in self._buffer}

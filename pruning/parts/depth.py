@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import NamedTuple
+import math
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from compress.anatomy import without_layers
 from compress.engine.shape import ModelShape
+from compress.engine.stream import StreamedModel
+from compress.engine.windows import Windows
 from compress.errors import BadInput
 from compress.storage.draft import Draft
+
+if TYPE_CHECKING:
+    from compress.method import StepContext
 
 
 class Cut(NamedTuple):
@@ -23,6 +29,55 @@ class Cut(NamedTuple):
     def removed(self) -> range:
         """The numbers of the removed layers."""
         return range(self.layer + 1, self.layer + self.length + 1)
+
+
+def layer_distances(
+    model: StreamedModel, windows: Windows, n: int, context: StepContext, last_token: bool = False
+) -> torch.Tensor:
+    """The angular distance of the outputs of the layers i and i+n for every i.
+
+    Args:
+        model: the dense model.
+        windows: the text.
+        n: how many layers lie between, from 1 to num_layers - 1.
+        context: takes the journal and the hidden states.
+        last_token: whether only the last real token of each window counts, instead of all of them.
+
+    Returns:
+        float64 [num_layers - n], means over tokens, from 0 to 1.
+    """
+    count, length = windows.tokens.shape
+    last = None
+    if last_token:
+        last, length = windows.mask.long().cumsum(1).argmax(1), 1
+    stream = model.stream(windows, context.folder / "distances")
+    journal = context.journal("distances")
+    shape = (count, length, stream.hidden.shape[-1])
+    # The outputs of the layers i-n to i, which take turns in n + 1 places.
+    recent = [journal.activations(f"recent-{slot}", shape, model.device) for slot in range(n + 1)]
+    journal.state["distances"] = torch.zeros(model.num_layers - n, dtype=torch.float64)
+    for layer in model.walk(journal, stream, *recent, label="measuring distances"):
+        stream.advance(layer)
+        now, before = recent[layer.index % (n + 1)], recent[(layer.index - n) % (n + 1)]
+        total, tokens = 0.0, 0
+        for start, hidden, mask in stream.batches():
+            stop = start + len(hidden)
+            if last is not None:
+                rows = torch.arange(len(hidden))
+                hidden, mask = hidden[rows, last[start:stop], None], mask[rows, last[start:stop], None]
+            now.write(start, hidden)
+            if layer.index >= n:
+                values = angular(before.read(start, stop)[mask], hidden[mask])
+                total, tokens = total + float(values.sum()), tokens + len(values)
+        now.flip()
+        if layer.index >= n:
+            journal.state["distances"][layer.index - n] = total / tokens
+    return journal.state["distances"]
+
+
+def angular(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """arccos(cos(a, b)) / pi of the rows of two [tokens, D]: float64 [tokens]."""
+    return torch.cosine_similarity(a.double(), b.double(), dim=-1).clamp(-1, 1).acos() / math.pi
 
 
 def choose_cuts(distances: torch.Tensor, transforms: int, n: int) -> list[Cut]:
@@ -77,12 +132,12 @@ def plan_without_layers(shape: ModelShape, removed: Collection[int]) -> ModelSha
     after = without_layers(shape.pretrained_config, removed).to_dict()
     # Take over only what changes, so that config.json keeps the rest as it was written.
     changed = {key: value for key, value in after.items() if before.get(key) != value}
-    tensors = {new: shape.tensors[old] for old, new in _renamed(shape, removed).items()}
+    tensors = {new: shape.tensors[old] for old, new in _renamed(shape, removed, shape.tensors).items()}
     return ModelShape(shape.config | changed, tensors, shape.folder)
 
 
 def remove_layers(draft: Draft, removed: Collection[int]) -> dict[str, str]:
-    """Remove layers from a draft that is equal to its parent; kept tensors stay in the parent's files.
+    """Remove layers from a draft that still has all layers of its parent, changed or not.
 
     Returns:
         Old name -> new name of every tensor that is kept.
@@ -92,22 +147,19 @@ def remove_layers(draft: Draft, removed: Collection[int]) -> dict[str, str]:
     """
     before = ModelShape.of(draft.parent)
     after = plan_without_layers(before, removed)
-    renamed = _renamed(before, removed)
-    for name in before.tensors:
-        draft.drop(name)
-    for old, new in renamed.items():
-        draft.alias(new, old)
+    renamed = _renamed(before, removed, draft.tensors)
+    draft.rename(renamed)
     draft.config = after.config
     return renamed
 
 
-def _renamed(shape: ModelShape, removed: Collection[int]) -> dict[str, str]:
-    """Old name -> new name of every tensor that is kept."""
+def _renamed(shape: ModelShape, removed: Collection[int], names: Iterable[str]) -> dict[str, str]:
+    """Old name -> new name of every one of the tensors ``names`` that is kept."""
     kept = [index for index in range(shape.num_layers) if index not in removed]
     number = {str(old): new for new, old in enumerate(kept)}
     prefix = shape.anatomy.in_model(shape.anatomy.layers) + "."
     renamed = {}
-    for name in shape.tensors:
+    for name in names:
         if not name.startswith(prefix):
             renamed[name] = name
             continue

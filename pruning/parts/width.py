@@ -34,6 +34,7 @@ from compress.engine.pruned_config import mark_pruned
 from compress.engine.shape import ModelShape
 from compress.engine.stream import Layer, StreamedModel
 from compress.errors import BadInput, CompressError
+from compress.pruning.parts.depth import plan_without_layers, remove_layers
 from compress.storage.draft import Draft
 from compress.storage.tensors import DTYPES, TensorInfo
 
@@ -167,12 +168,21 @@ def prune(model: StreamedModel, kept: Sequence[Kept], context: StepContext) -> N
     finish(context.draft, model, kept)
 
 
-def finish(draft: Draft, model: StreamedModel, kept: Sequence[Kept]) -> None:
+def finish(draft: Draft, model: StreamedModel, kept: Sequence[Kept], removed: Collection[int] = ()) -> None:
     """Give a draft whose layers are all written the config.json of its new shape.
 
     If the plain architecture demands biases for projections that got none, they get zeros.
+
+    Args:
+        draft: the pruned model, with the names of its parent.
+        model: the model before pruning.
+        kept: the units of every layer that is not ``removed``.
+        removed: layers that go as a whole; the others are renumbered.
     """
     before = ModelShape.of(draft.parent)
+    if removed:
+        before = plan_without_layers(before, removed)
+        remove_layers(draft, removed)
     biases = []
     for index in range(len(kept)):
         prefix = f"{before.anatomy.layer_name(index)}."
@@ -181,7 +191,7 @@ def finish(draft: Draft, model: StreamedModel, kept: Sequence[Kept]) -> None:
             {
                 name.removeprefix(prefix).removesuffix(".bias")
                 for name in names
-                if name in draft and name not in draft.parent
+                if name in draft and name not in before.tensors
             }
         )
     draft.config = _config(before, kept, biases)

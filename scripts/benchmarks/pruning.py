@@ -41,8 +41,9 @@ METHODS: dict[str, tuple[Callable[[float], dict[str, Any]], dict[str, Any]]] = {
         lambda r: {"method": "flap", "ratio": r, "compensate": "least-squares"},
         CALIBRATION,
     ),
-    "flap, uniform": (
-        lambda r: {"method": "flap", "ratio": r, "shape": "uniform", "compensate": "least-squares"},
+    "flap, uniform": (lambda r: {"method": "flap", "ratio": r, "shape": "uniform"}, CALIBRATION),
+    "flap, uniform, widths only": (
+        lambda r: {"method": "flap", "ratio": r, "shape": "uniform", "structure": "UL-MM"},
         CALIBRATION,
     ),
     "kprune": (lambda r: {"method": "kprune", "ratio": r}, FEW_WINDOWS),

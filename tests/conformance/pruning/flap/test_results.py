@@ -206,7 +206,7 @@ def test_the_plan_of_adaptive_widths_is_near(folders: dict[str, Path], tmp_path:
     [
         ({"ratio": 1.5}, "less than 1"),
         ({"ratio": 0.2, "shape": "uniform", "structure": "AL-AM"}, "different widths"),
-        ({"ratio": 0.2, "remove_heads": 3}, "belongs to UL-MM and AL-MM"),
+        ({"ratio": 0.2, "remove_heads": 3}, "belongs to UL-MM, AL-MM and depth-first"),
     ],
 )
 def test_options_that_contradict_each_other(options: dict[str, Any], words: str):

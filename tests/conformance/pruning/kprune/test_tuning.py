@@ -13,7 +13,7 @@ from torch import Tensor
 from compress.engine.logits import streamed_logits
 from compress.errors import BadInput
 from compress.pipeline.artefact import write_model
-from compress.pruning.kprune import Fit, choose_damping, halves_of
+from compress.pruning.parts.refit import Fit, choose_damping, halves_of
 from compress.storage.checkpoint import Checkpoint
 
 from .common import run, windows_of

@@ -176,7 +176,9 @@ def _rebuild(layer: Layer) -> list[tuple[StackedLinear, nn.Linear]]:
         if isinstance(stack, StackedLinear):
             linear = nn.Linear(stack.in_features, stack.out_features, bias=False, device="meta")
             linear.weight = nn.Parameter(stack.dense(), requires_grad=False)
-            linear.bias = stack.bias
+            linear.register_parameter("bias", None)
+            if stack.bias is not None:
+                linear.bias = nn.Parameter(stack.bias, requires_grad=False)
             layer.module.set_submodule(path, linear)
             found.append((stack, linear))
     return found

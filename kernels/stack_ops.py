@@ -1,7 +1,7 @@
 """The operators on weights in blocks: products straight from their bits, which are read as they are stored.
 
 ``torch.ops.compress.plane_linear`` multiplies with nested codes, and ``factor_linear`` with the blocks of
-BitStack (see `compress.kernels.layers.stacked`). The native kernels of the CPU and of CUDA never store the whole weight.
+BitStack (see `compress.kernels.layers.stacked`). The native kernels never store the whole weight.
 """
 
 from __future__ import annotations

@@ -204,6 +204,8 @@ def kinds_of_checks() -> dict[str, dict[str, Callable[..., Any]]]:
             "packed_linear: layers of 1 B to 70 B": lambda *to: of.linears(*to, of.WHOLE),
         },
         "others": {
+            "packed_linear: NF4, MXFP4, NVFP4, E4M3": of.formats,
+            "plane_linear, factor_linear": of.stacks,
             "packed_embedding": of.embeddings,
             "kv_quantize, kv_attention": lambda *to: of.key_values(*to, LONGEST),
         },

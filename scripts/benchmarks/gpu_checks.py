@@ -14,11 +14,13 @@ from typing import Any
 import torch
 
 from compress.kernels.cache_ops import kv_attention, kv_quantize
-from compress.kernels.codes.packing import BITS, pack, unpack
+from compress.kernels.codes.packing import BITS, pack, pack_signs, unpack, unpack_signs
 from compress.kernels.embedding_ops import packed_embedding
 from compress.kernels.ops import packed_linear
 from compress.kernels.reference import cache as reference_cache
 from compress.kernels.reference.ops import round_to_int8
+from compress.kernels.reference.stacks import spread
+from compress.kernels.stack_ops import factor_linear, plane_linear
 
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 """The largest relative error of rounding to a dtype."""
@@ -53,6 +55,8 @@ class Operators:
     packed_embedding: Callable[..., torch.Tensor] = packed_embedding
     kv_quantize: Callable[..., tuple[torch.Tensor, torch.Tensor]] = kv_quantize
     kv_attention: Callable[..., torch.Tensor] = kv_attention
+    plane_linear: Callable[..., torch.Tensor] = plane_linear
+    factor_linear: Callable[..., torch.Tensor] = factor_linear
 
 
 @dataclass
@@ -143,6 +147,99 @@ def product_error(
     allowed = unit * (DEVIATIONS * noise + exact.abs()) + 1e-7
     error = (found.double() - exact).abs_().div_(allowed).amax()
     return float("inf") if found.shape != exact.shape or bool(error.isnan()) else float(error)
+
+
+FORMATS = {"NF4": (4, 64), "MXFP4": (4, 32), "NVFP4": (4, 16), "E4M3": (8, -1)}
+"""Kind of numbers -> bits of a code, and columns that share a scale."""
+
+SOME = ((16, 128), (33, 192), (7, 1152), (4096, 4096), (4096, 14336))
+
+
+def formats(operators: Operators, device: str, shapes: tuple[tuple[int, int], ...] = SOME) -> Iterator[Case]:
+    """Products with codes of a table, and with E4M3."""
+    for kind, (bits, group) in FORMATS.items():
+        for place, (out, width) in enumerate(shapes):
+            for turn, dtype in enumerate(HALVES):
+                rows = ROWS[(3 * bits + 2 * place + turn) % len(ROWS)]
+                what = f"{out}x{width}, {kind}, {rows} rows, {words(dtype)}"
+                given = (operators, device, kind, bits, group, out, width, rows, dtype)
+                yield Case(what, lambda given=given: format_error(*given))  # type: ignore[misc]
+
+
+def format_error(
+    operators: Operators,
+    device: str,
+    kind: str,
+    bits: int,
+    group: int,
+    out: int,
+    width: int,
+    rows: int,
+    dtype: torch.dtype,
+) -> float:
+    """The worst error of a product with codes of one kind (see `Case`)."""
+    groups = 1 if group == -1 else width // group
+    scales = scales_of(out, groups, 2, width, device)
+    codes = torch.randint(2**bits, (out, width), dtype=torch.uint8, device=device)
+    table = None
+    if kind == "E4M3":
+        codes = codes & 0xBF  # none of them is NaN
+        packed, numbers = codes.view(torch.float8_e4m3fn), codes.view(torch.float8_e4m3fn).double()
+    else:
+        table = torch.randn(2**bits, device=device)
+        packed, numbers = pack(codes, bits), table.double()[codes.long()]
+    if kind == "MXFP4":
+        stored = scales.log2().add(127).to(torch.uint8)
+        real = torch.exp2(stored.double() - 127)
+    else:
+        stored = scales.to(torch.float8_e4m3fn) if kind == "NVFP4" else scales
+        real = stored.double()
+    weight = (numbers.view(out, groups, -1) * real.unsqueeze(-1)).view(out, width)
+    input = torch.randn(rows, width, device=device).to(dtype)
+    found = operators.packed_linear(input, packed, stored, None, table, None, bits, group, out, "floating")
+    return product_error(found, input, weight, None)
+
+
+def stacks(operators: Operators, device: str, shapes: tuple[tuple[int, int], ...] = SOME) -> Iterator[Case]:
+    """Products with nested codes of 1 to 7 blocks, and with blocks of factors."""
+    for blocks in range(1, 8):
+        for place, (out, width) in enumerate(shapes):
+            dtype, rows = HALVES[(blocks + place) % 2], ROWS[(blocks + 2 * place) % len(ROWS)]
+            given = (operators, device, blocks, out, width, rows, dtype)
+            what = f"{out}x{width}, {blocks} blocks, {rows} rows, {words(dtype)}"
+            yield Case(f"nested codes {what}", lambda given=given: planes(*given))  # type: ignore[misc]
+            if blocks < 4:
+                yield Case(f"factors {what}", lambda given=given: factors(*given))  # type: ignore[misc]
+
+
+def planes(
+    operators: Operators, device: str, blocks: int, out: int, width: int, rows: int, dtype: torch.dtype
+) -> float:
+    groups = width // 64
+    packed = [pack_signs(torch.rand(out, width, device=device) < 0.5) for _ in range(blocks + 1)]
+    scales = scales_of(out, groups, 1, width, device).half()
+    levels = torch.zeros(out, width, dtype=torch.float64, device=device)
+    for j, plane in enumerate(packed):
+        levels += 2.0**-j * unpack_signs(plane, width).double()
+    input = torch.randn(rows, width, device=device).to(dtype)
+    stored = [torch.stack(packed[:2]), *packed[2:]]
+    found = operators.plane_linear(input, stored, scales, None, "floating")
+    return product_error(found, input, levels * spread(scales.double(), width), None)
+
+
+def factors(
+    operators: Operators, device: str, blocks: int, out: int, width: int, rows: int, dtype: torch.dtype
+) -> float:
+    signs = [pack_signs(torch.rand(out, width, device=device) < 0.5) for _ in range(blocks)]
+    left = [torch.randn(out, 16, device=device).half() for _ in signs]
+    right = [(torch.randn(16, width, device=device) / (4 * width**0.5)).half() for _ in signs]
+    weight = sum(
+        unpack_signs(s, width).double() * (a.double() @ b.double())
+        for s, a, b in zip(signs, left, right, strict=True)
+    )
+    assert isinstance(weight, torch.Tensor)
+    input = torch.randn(rows, width, device=device).to(dtype)
+    return product_error(operators.factor_linear(input, signs, left, right, None), input, weight, None)
 
 
 def embeddings(operators: Operators, device: str) -> Iterator[Case]:

@@ -194,8 +194,8 @@ ONE_KERNEL = {
     "case 2: return run(LookedUp<2>());": "",
     "case 8: return run(Float8());": "",
     "if (type == FLOAT16) return multiplied<Source, half>(p, stream);": "",
-    "return tiles == 2 ? run(multiply<Source, T, 2>, 2) : run(multiply<Source, T, MOST_TILES>, MOST_TILES);": (
-        "return cudaErrorInvalidValue;"
+    "? run(multiply<Source, T, 2>, 2) : run(multiply<Source, T, MOST_TILES>, MOST_TILES);": (
+        "? cudaErrorInvalidValue : cudaErrorInvalidValue;"
     ),
 }
 

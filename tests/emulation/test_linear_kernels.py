@@ -135,8 +135,8 @@ BUGS = {
 ONE_KERNEL = {
     **{f"case {bits}: return run(Integer<{bits}>());": "" for bits in BITS if bits != 4},
     "if (type == FLOAT16) return multiplied<Source, half>(p, stream);": "",
-    "return tiles == 2 ? run(multiply<Source, T, 2>, 2) : run(multiply<Source, T, MOST_TILES>, MOST_TILES);": (
-        "return cudaErrorInvalidValue;"
+    "? run(multiply<Source, T, 2>, 2) : run(multiply<Source, T, MOST_TILES>, MOST_TILES);": (
+        "? cudaErrorInvalidValue : cudaErrorInvalidValue;"
     ),
 }
 """Leaves one kernel of products, which is sooner compiled."""

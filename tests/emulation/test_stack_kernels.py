@@ -17,7 +17,7 @@ from tests.emulation.emulator import SCHEDULES, Device, EmulationError, Kernels
 from tests.emulation.test_linear_kernels import HALVES, INPUTS
 
 SOURCE = CUDA / "stacks.cu"
-SHAPES = ((16, 128, 4), (33, 160, 5), (7, 256, 2), (40, 77, 1), (1, 1152, 9), (17, 100, 2))
+SHAPES = ((16, 128, 4), (33, 160, 5), (7, 256, 2), (40, 77, 1), (1, 1152, 9), (17, 96, 3))
 """Rows of the weight, columns, and groups of nested codes."""
 
 RANKS = (16, 1, 5, 16, 20, 33)
@@ -99,7 +99,7 @@ def test_factors_are_those_of_the_reference(kernels: Kernels, blocks: int, sched
         check_factors(kernels, input, given, bias, schedule=schedule)
 
 
-@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("rows", [1, 32])
 def test_every_bit_is_read_once(kernels: Kernels, rows: int) -> None:
     input = torch.randn(rows, 1024).half()
     planes, scales = nested(3, 32, 1024, 8)
@@ -108,8 +108,8 @@ def test_every_bit_is_read_once(kernels: Kernels, rows: int) -> None:
         assert device.traffic(plane).read == device.traffic(plane).sectors == plane.numel()
     given = factors(2, 64, 1024, 16)
     device = check_factors(kernels, input, given, None)
-    for plane in given[0]:
-        assert device.traffic(plane).read == device.traffic(plane).sectors == plane.numel()
+    for plane in given[0]:  # in two halves, of which the second comes from the first-level cache
+        assert device.traffic(plane).read / 2 == device.traffic(plane).sectors == plane.numel()
     for right in given[2]:  # once for each 16 rows of the weight
         assert device.traffic(right).read == 64 // 16 * right.nbytes
 
@@ -147,26 +147,26 @@ BUGS_OF_PLANES = {
     "tail of the bytes": ("byte + i < pitch", "byte + i <= pitch"),
     "half a step": ("0.5f * ((1 << N) - 1)", "0.5f * (1 << N)"),
 }
+SUM = "  for (int at = threadIdx.x; at < TILES * 8 * ROWS"
 BUGS_OF_FACTORS = {
     "signs the wrong way round": ("= ~signs_of(", "= signs_of("),
     "wrong fragment of the right factor": ("j / 2 * 8 + j % 2, column", "j / 2 * 2 + j % 2, column"),
     "wrong fragment of the left factor": ("at = from + t * 2 + j / 2 * 8;", "at = from + t * 2 + j / 2 * 2;"),
     "wrong sign of a column": ("k % 2 * 4 + j) << 31", "k % 2 + j) << 31"),
-    "wrong fragment of the weight": ("[i / 4 * 2 + i / 2 % 2][i % 2 * 2]", "[i / 4 * 2 + i % 2][i / 2 % 2 * 2]"),
+    "wrong fragment of the weight": ("+ i / 2 % 2][i % 2 * 2]", "+ i % 2][i / 2 % 2 * 2]"),
     "input in another order": ("__byte_perm(x[0], x[2], 0x5410)", "x[0]"),
     "tail of the ranks": ("at + 2 <= count &&", "at <= count &&"),
     "tail of the columns": ("at + 4 <= count &&", "at < count &&"),
-    "missing barrier": ("[lane] = d[tile][i];\n  __syncthreads();\n  for (int at = threadIdx.x; at < TILES * 8 * ROWS * ROW",
-                        "[lane] = d[tile][i];\n  for (int at = threadIdx.x; at < TILES * 8 * ROWS * ROW"),
+    "missing barrier": (f"__syncthreads();\n{SUM} * ROW_WARPS", f"{SUM} * ROW_WARPS"),
 }  # fmt: skip
 FEW = {
     **{f"case {n}: return run(Nested<{n}>());": "" for n in range(2, 9) if n != 4},
     "if (type == FLOAT16) return multiplied<Source, half>(p, stream);": "",
-    "return tiles == 2 ? run(multiply<Source, T, 2>, 2) : run(multiply<Source, T, MOST_TILES>, MOST_TILES);": (
-        "return cudaErrorInvalidValue;"
+    "? run(multiply<Source, T, 2>, 2) : run(multiply<Source, T, MOST_TILES>, MOST_TILES);": (
+        "? cudaErrorInvalidValue : cudaErrorInvalidValue;"
     ),
     "if (type == FLOAT16) return factors_multiplied<half>(p, stream);": "",
-    ": run(multiply_factors<T, MOST_TILES>, MOST_TILES);": ": cudaErrorInvalidValue;",
+    ": run(multiply_factors<T, FACTOR_TILES>, FACTOR_TILES);": ": cudaErrorInvalidValue;",
 }
 """Leaves one kernel of each kind, which are sooner compiled."""
 
@@ -176,8 +176,8 @@ def test_a_planted_bug_is_found(bug: str) -> None:
     right, wrong = (BUGS_OF_PLANES | BUGS_OF_FACTORS)[bug]
     torch.manual_seed(0)
     kernels, input = Kernels(SOURCE, {**FEW, right: wrong}), torch.randn(3, 198).bfloat16()
+    planes = bug in BUGS_OF_PLANES
+    check: Any = check_planes if planes else check_factors
+    given: Any = nested(3, 23, 198, 1) if planes else factors(2, 23, 198, 9)
     with pytest.raises((AssertionError, EmulationError)):
-        if bug in BUGS_OF_PLANES:
-            check_planes(kernels, input, nested(3, 23, 198, 1), None)
-        else:
-            check_factors(kernels, input, factors(2, 23, 198, 9), None)
+        check(kernels, input, given, None)

@@ -11,7 +11,7 @@
 namespace compress {
 namespace {
 
-constexpr int WARPS = 8, THREADS = 32 * WARPS, ROWS = 16, COLUMNS = 4 * CHUNK, MOST_TILES = 8;
+constexpr int WARPS = 8, THREADS = 32 * WARPS, ROWS = 16, COLUMNS = 4 * CHUNK;
 
 template <class Source>
 struct Product {
@@ -54,11 +54,12 @@ __device__ __forceinline__ int column_of(int block, int t, int part) {
 }
 
 // What a lane holds of a row: 32 codes of a block of columns. All such sources of weights have the type Of of a
-// description, TABLE entries of a table in shared memory (1: none), `read`, and `two` neighbouring weights.
+// description, TABLE entries of a table in shared memory (1: none), `read`, and `two` neighbouring weights. A block of threads takes
+// at most MOST_TILES times eight rows of the input, which is what registers allow.
 template <class Code>
 struct Rows {
   using Of = Weight;
-  static constexpr int BITS = Code::BITS, TABLE = Code::TABLE;
+  static constexpr int BITS = Code::BITS, TABLE = Code::TABLE, MOST_TILES = 8;
   uint32_t words[BITS];
   Code levels[Code::SCALES];
 
@@ -84,7 +85,7 @@ struct Rows {
 };
 
 template <class Source, class T, int TILES>
-__global__ void __launch_bounds__(THREADS, TILES == MOST_TILES ? 2 : 3) multiply(const Product<Source> p) {
+__global__ void __launch_bounds__(THREADS, TILES > 2 ? Source::MOST_TILES / 4 : 3) multiply(const Product<Source> p) {
   __shared__ float sums[WARPS][TILES * 4][32];
   __shared__ float table[Source::TABLE];
   const typename Source::Of& w = p.weight;
@@ -156,6 +157,7 @@ cudaError_t launched(void (*kernel)(Expected...), dim3 grid, int threads, void* 
 
 template <class Source, class T>
 cudaError_t multiplied(const Product<Source>& p, void* stream) {
+  constexpr int MOST_TILES = Source::MOST_TILES;
   const int tiles = min((p.rows + 7) / 8, MOST_TILES);
   const auto run = [&](auto kernel, int of) {
     const dim3 grid((p.weight.out + ROWS - 1) / ROWS, (p.rows + 8 * of - 1) / (8 * of));

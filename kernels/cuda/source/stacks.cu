@@ -44,7 +44,7 @@ __device__ __forceinline__ uint32_t signs_of(const unsigned char* row, int byte,
 template <int N>
 struct Nested {
   using Of = Planes;
-  static constexpr int TABLE = 1;
+  static constexpr int TABLE = 1, MOST_TILES = N > 6 ? 2 : 4;
   uint32_t bits[N][2];  // of columns 0 to 15, and 16 to 31: the even ones in the lower half, the odd ones in the upper
   float scale, offset;
 
@@ -81,7 +81,7 @@ struct Nested {
 
 // --- factors ---
 
-constexpr int ROW_WARPS = 2, COLUMN_WARPS = WARPS / ROW_WARPS;
+constexpr int ROW_WARPS = 2, COLUMN_WARPS = WARPS / ROW_WARPS, STEPS = 2, FACTOR_TILES = 4;
 
 struct FactorProduct {
   Factors weight;
@@ -103,9 +103,10 @@ __device__ __forceinline__ uint2 four_of(const half* row, int at, int count) {
   return make_uint2(two_of(row, at, count), two_of(row, at + 2, count));
 }
 
-// The sum of the blocks of a stack for 16 rows and 128 columns: of step s and tile j, as sums of tensor cores.
-__device__ __forceinline__ void add_factors(const Factors& w, int first_row, int block, int g, int t,
-                                            float (&weight)[4][4][4]) {
+// The sum of the blocks of a stack for 16 rows and STEPS steps of 128 columns: of a step and of tile j, as sums of tensor
+// cores. All steps at once would take more registers than there are.
+__device__ __forceinline__ void add_factors(const Factors& w, int first_row, int block, int first_step,
+                                            int g, int t, float (&weight)[STEPS][4][4]) {
   for (int i = 0; i < w.count; i++) {
     uint32_t signs[2] = {0, 0};
 #pragma unroll
@@ -122,7 +123,8 @@ __device__ __forceinline__ void add_factors(const Factors& w, int first_row, int
         a[j] = row < w.out ? two_of(w.left[i] + (int64_t)row * w.rank, at, w.rank) : 0;
       }
 #pragma unroll
-      for (int s = 0; s < 4; s++) {
+      for (int step = 0; step < STEPS; step++) {
+        const int s = first_step + step;
         uint2 b[4];  // of the ranks 2t, 2t + 1, 2t + 8 and 2t + 9
 #pragma unroll
         for (int j = 0; j < 4; j++) {
@@ -139,7 +141,7 @@ __device__ __forceinline__ void add_factors(const Factors& w, int first_row, int
 #pragma unroll
           for (int k = 0; k < 4; k++) {
             const uint32_t turned = signs[k / 2] >> (s * 8 + k % 2 * 4 + j) << 31;  // where the bit is 0
-            weight[s][j][k] += __uint_as_float(__float_as_uint(sums[k]) ^ turned);
+            weight[step][j][k] += __uint_as_float(__float_as_uint(sums[k]) ^ turned);
           }
         }
       }
@@ -148,7 +150,7 @@ __device__ __forceinline__ void add_factors(const Factors& w, int first_row, int
 }
 
 template <class T, int TILES>
-__global__ void __launch_bounds__(THREADS, TILES == MOST_TILES ? 1 : 2) multiply_factors(const FactorProduct p) {
+__global__ void __launch_bounds__(THREADS, 1) multiply_factors(const FactorProduct p) {
   __shared__ float sums[WARPS][TILES * 4][32];
   const Factors& w = p.weight;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -159,28 +161,31 @@ __global__ void __launch_bounds__(THREADS, TILES == MOST_TILES ? 1 : 2) multiply
 #pragma unroll
     for (int i = 0; i < 4; i++) d[tile][i] = 0;
   for (int block = warp / ROW_WARPS; block * COLUMNS < w.width; block += COLUMN_WARPS) {
-    float weight[4][4][4];
+#pragma unroll 1
+    for (int first_step = 0; first_step < 4; first_step += STEPS) {
+      float weight[STEPS][4][4];
 #pragma unroll
-    for (int i = 0; i < 64; i++) weight[i / 16][i / 4 % 4][i % 4] = 0;
-    add_factors(w, first_row, block, g, t, weight);
+      for (int i = 0; i < STEPS * 16; i++) weight[i / 16][i / 4 % 4][i % 4] = 0;
+      add_factors(w, first_row, block, first_step, g, t, weight);
 #pragma unroll
-    for (int s = 0; s < 4; s++) {
-      uint32_t a[2][4];
+      for (int step = 0; step < STEPS; step++) {
+        const int column = block * COLUMNS + t * 32 + (first_step + step) * 8;
+        uint32_t a[2][4];
 #pragma unroll
-      for (int i = 0; i < 8; i++) {
-        const float* pair = &weight[s][i / 4 * 2 + i / 2 % 2][i % 2 * 2];
-        a[i / 4][i % 4] = pair_of(pair[0], pair[1], T());
-      }
+        for (int i = 0; i < 8; i++) {
+          const float* pair = &weight[step][i / 4 * 2 + i / 2 % 2][i % 2 * 2];
+          a[i / 4][i % 4] = pair_of(pair[0], pair[1], T());
+        }
 #pragma unroll
-      for (int tile = 0; tile < TILES; tile++) {
-        const int input = first_input + tile * 8 + g;
-        uint32_t x[4] = {0, 0, 0, 0};
-        if (input < p.rows)
-          eight((const unsigned short*)p.input + (int64_t)input * w.width, block * COLUMNS + t * 32 + s * 8, w.width, x);
-        const uint32_t first[2] = {__byte_perm(x[0], x[2], 0x5410), __byte_perm(x[0], x[2], 0x7632)};
-        const uint32_t second[2] = {__byte_perm(x[1], x[3], 0x5410), __byte_perm(x[1], x[3], 0x7632)};
-        ptx::mma(d[tile], a[0], first, T());
-        ptx::mma(d[tile], a[1], second, T());
+        for (int tile = 0; tile < TILES; tile++) {
+          const int input = first_input + tile * 8 + g;
+          uint32_t x[4] = {0, 0, 0, 0};
+          if (input < p.rows) eight((const unsigned short*)p.input + (int64_t)input * w.width, column, w.width, x);
+          const uint32_t first[2] = {__byte_perm(x[0], x[2], 0x5410), __byte_perm(x[0], x[2], 0x7632)};
+          const uint32_t second[2] = {__byte_perm(x[1], x[3], 0x5410), __byte_perm(x[1], x[3], 0x7632)};
+          ptx::mma(d[tile], a[0], first, T());
+          ptx::mma(d[tile], a[1], second, T());
+        }
       }
     }
   }
@@ -208,7 +213,7 @@ cudaError_t factors_multiplied(const FactorProduct& p, void* stream) {
     const dim3 grid((p.weight.out + ROWS * ROW_WARPS - 1) / (ROWS * ROW_WARPS), (p.rows + 8 * of - 1) / (8 * of));
     return launched(kernel, grid, THREADS, stream, p);
   };
-  return p.rows <= 8 ? run(multiply_factors<T, 1>, 1) : run(multiply_factors<T, MOST_TILES>, MOST_TILES);
+  return p.rows <= 8 ? run(multiply_factors<T, 1>, 1) : run(multiply_factors<T, FACTOR_TILES>, FACTOR_TILES);
 }
 
 }  // namespace

@@ -108,8 +108,8 @@ def test_every_bit_is_read_once(kernels: Kernels, rows: int) -> None:
         assert device.traffic(plane).read == device.traffic(plane).sectors == plane.numel()
     given = factors(2, 64, 1024, 16)
     device = check_factors(kernels, input, given, None)
-    for plane in given[0]:  # in two halves, of which the second comes from the first-level cache
-        assert device.traffic(plane).read / 2 == device.traffic(plane).sectors == plane.numel()
+    for plane in given[0]:  # in four steps, of which all but one come from the first-level cache
+        assert device.traffic(plane).read / 4 == device.traffic(plane).sectors == plane.numel()
     for right in given[2]:  # once for each 16 rows of the weight
         assert device.traffic(right).read == 64 // 16 * right.nbytes
 

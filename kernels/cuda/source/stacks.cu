@@ -81,7 +81,7 @@ struct Nested {
 
 // --- factors ---
 
-constexpr int ROW_WARPS = 2, COLUMN_WARPS = WARPS / ROW_WARPS, STEPS = 2, FACTOR_TILES = 4;
+constexpr int ROW_WARPS = 2, COLUMN_WARPS = WARPS / ROW_WARPS, STEPS = 1, FACTOR_TILES = 4;
 
 struct FactorProduct {
   Factors weight;

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from compress.storage.lineage import Step
@@ -22,6 +23,9 @@ os.environ.pop("COLUMNS", None)
 # As the command line does: spinning threads lose whole time slices on a shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 atexit.register(gc.freeze)
+# An example that takes long on a busy machine is not wrong.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 # A command that is run in this process ends with it, but the process goes on. It closes what handlers of
 # libraries write to, and absl's writes to what pytest had for stderr when absl was imported.
 logging.shutdown = lambda *_: None

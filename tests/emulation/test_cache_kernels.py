@@ -17,7 +17,7 @@ from tests.emulation.emulator import SCHEDULES, Device, EmulationError, Kernels
 
 SOURCE = CUDA / "cache.cu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")

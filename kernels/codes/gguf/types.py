@@ -95,9 +95,17 @@ class BlockType:
         return pack(self.sections, self.round(weight, importance)).view(out, nbytes)
 
     def round(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> Fields:
-        """As `encode`, as fields. The blocks of a row follow one another."""
+        """As `encode`, as fields. The blocks of a row follow one another.
+
+        Raises:
+            BadInput: values are too large for the scales of this type, which are float16.
+        """
         form, minima, groups = FORMS[self.name][1:]
-        return choose_fields(weight, importance, self.size, form, groups, minima)
+        found = choose_fields(weight, importance, self.size, form, groups, minima)
+        for stored in (found.scale, found.minimum):
+            if stored is not None and bool((stored.abs() >= torch.finfo(torch.float16).max).any()):
+                raise BadInput(f"A weight holds values too large for {self.name}.")
+        return found
 
     def recode(self, weight: torch.Tensor, fields: Fields) -> Fields:
         """The nearest codes for a weight [out, in], with the scales of ``fields`` as they are."""

@@ -104,7 +104,7 @@ def test_the_clipped_grid(bits: int, symmetric: bool) -> None:
     dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_what_is_trained_is_what_is_stored(bits, symmetric, dtype, seed) -> None:
     made = linear(seed, bits, symmetric, dtype)
     assert torch.equal(made.quantized(), made.rounded().dequantize())

@@ -109,7 +109,7 @@ def test_every_exponent_is_exact() -> None:
     assert real_scales(stored, None).tolist() == expected
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     type=st.sampled_from(list(SCHEMES)),
     rounding=st.sampled_from(["floor", "ceil"]),

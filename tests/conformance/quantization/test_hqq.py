@@ -75,7 +75,7 @@ def test_it_beats_rounding_in_its_norm(bits: int, symmetric: bool, scale_dtype: 
     assert float((mine / theirs).mean()) < {2: 0.9, 3: 0.97, 4: 0.99}.get(bits, 1.0001)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     out=st.integers(1, 5),
     groups=st.integers(1, 3),

@@ -38,7 +38,7 @@ def random(*shape: int, seed: int = 0, spread: float = 1.0) -> Tensor:
     return spread * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.integers(1, 5),
     st.integers(1, 40),

@@ -19,7 +19,7 @@ def tokens(count: int, seed: int) -> torch.Tensor:
 
 
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=6), st.integers(0, 20))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_batches_of_any_size(sizes: list[int], seed: int) -> None:
     x = tokens(sum(sizes), seed)
     if not len(x):

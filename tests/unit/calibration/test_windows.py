@@ -62,7 +62,7 @@ lengths_of_documents = st.lists(st.integers(1, LONGEST), min_size=1, max_size=MO
 
 
 @given(lengths=lengths_of_documents, seqlen=st.integers(2, 16), seed=st.integers(0, 2**31), bos=st.booleans())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_calibration_windows_hold_whole_documents_or_packed_short_ones(lengths, seqlen, seed, bos):
     room = seqlen - bos
     cut = sum(length // room for length in lengths)
@@ -108,7 +108,7 @@ def test_calibration_windows_hold_whole_documents_or_packed_short_ones(lengths, 
 
 
 @given(lengths=lengths_of_documents, context=st.integers(2, 16), bos=st.booleans())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_evaluation_windows_hold_every_token_once_in_order(lengths, context, bos):
     documents = make_documents(lengths)
     expected, room = [], context - bos

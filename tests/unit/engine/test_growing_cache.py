@@ -47,7 +47,7 @@ def act(layer: Any, action: str, number: int, states: Tensor) -> Any:
 
 
 @given(st.lists(ACTIONS, max_size=12))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_it_holds_what_a_dynamic_layer_holds(actions: list[tuple[str, int]]) -> None:
     plain: Any = DynamicLayer()
     growing: Any = GrowingLayer()

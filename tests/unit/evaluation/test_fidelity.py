@@ -46,13 +46,13 @@ def test_dense_against_dense_is_exactly_nothing(dtype: torch.dtype):
     assert found.perplexity == accumulator.dense_fidelity().perplexity
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.permutations(range(6)))
 def test_the_order_of_windows_does_not_matter(order: list[int]):
     assert score(map(window, order)).fidelity() == score(map(window, range(6))).fidelity()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10**6), shift=st.floats(-50, 50), noise=st.floats(0, 5))
 def test_properties_of_divergence(seed: int, shift: float, noise: float):
     dense, model, tokens, _ = window(seed, noise)

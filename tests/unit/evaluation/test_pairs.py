@@ -55,7 +55,7 @@ def ps(harness: Harness) -> list[float]:
 
 @pytest.mark.usefixtures("few_draws")
 @given(pairs())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_p_is_a_probability(tasks: list):
     harness = judged(tasks)
     assert all(0 <= p <= 1 for p in ps(harness))
@@ -69,7 +69,7 @@ def test_every_p_is_a_probability(tasks: list):
 
 @pytest.mark.usefixtures("few_draws")
 @given(pairs())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_swapping_the_models_turns_every_sign(tasks: list):
     one, other = judged(tasks), judged([(model, dense) for dense, model in tasks])
     assert one.verdict.change.value == pytest.approx(-other.verdict.change.value, abs=1e-12)
@@ -84,7 +84,7 @@ def test_swapping_the_models_turns_every_sign(tasks: list):
 
 @pytest.mark.usefixtures("few_draws")
 @given(pairs(), st.randoms(use_true_random=False))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_order_matters(tasks: list, random):
     shuffled = []
     for pair in tasks:

@@ -16,7 +16,7 @@ from compress.kernels.codes.minmax import quantize
 from compress.kernels.cpu.library import AUTO, paths, use
 from compress.kernels.reference.cache import dequantize
 
-QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(params=["reference", *(f"cpu:{path}" for path in paths())])

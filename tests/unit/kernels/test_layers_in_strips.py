@@ -126,7 +126,7 @@ def test_rows_of_a_weight_in_strips(layer: CodedLinear) -> None:
     bits=st.integers(2, 8), symmetric=st.booleans(), out=st.integers(1, 40), groups=st.integers(1, 4),
     group_size=st.integers(1, 40), rows=st.integers(1, 9), seed=st.integers(0, 2**31),
 )  # fmt: skip
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_shape(
     bits: int, symmetric: bool, out: int, groups: int, group_size: int, rows: int, seed: int
 ) -> None:

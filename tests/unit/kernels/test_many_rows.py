@@ -57,7 +57,7 @@ def as_multiplied(path: str, case: Case, dtype: torch.dtype) -> Case:
     return case._replace(weight=case.weight.to(torch.bfloat16).double()) if rounded else case
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kind=st.sampled_from(KINDS),
     out=st.integers(1, 150),

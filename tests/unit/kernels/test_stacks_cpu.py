@@ -99,7 +99,7 @@ def groups_of_some_size(width: int, size: int) -> int:
 
 
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 300), st.sampled_from([1, 2, 3, 4, 5, 8, 13, 64]))
-QUICK = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @given(SIZES, st.integers(1, 7), st.integers(1, 300), st.sampled_from(DTYPES), st.integers(0, 2**31))

@@ -120,7 +120,7 @@ def test_the_operator_is_well_defined(kernel, kind, activations):
     torch.library.opcheck(torch.ops.compress.packed_linear, given, test_utils=checks)
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kind=st.sampled_from(KINDS),
     out=st.integers(1, 70),

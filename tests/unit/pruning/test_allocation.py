@@ -74,7 +74,7 @@ def check(units: list[Units], scores: list[Scores], kept: list[Kept], multiple: 
 
 
 @given(models())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_ranking_meets_the_budget_within_one_unit(model: tuple) -> None:
     units, scores, ratio, multiple = model
     check_ratio(units, ratio, multiple)
@@ -86,7 +86,7 @@ def test_a_ranking_meets_the_budget_within_one_unit(model: tuple) -> None:
 
 
 @given(models(), st.integers(0, 6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_rankings_apart_meet_it_with_neurons_or_refuse(model: tuple, removed: int) -> None:
     units, scores, ratio, multiple = model
     budget = (1 - ratio) * sum(u.cost for u in units)
@@ -106,7 +106,7 @@ def test_rankings_apart_meet_it_with_neurons_or_refuse(model: tuple, removed: in
 
 
 @given(models())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_layer_loses_the_same_share(model: tuple) -> None:
     units, scores, ratio, multiple = model
     try:
@@ -122,7 +122,7 @@ def test_every_layer_loses_the_same_share(model: tuple) -> None:
 
 
 @given(models())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_nothing_goes_at_ratio_0(model: tuple) -> None:
     units, scores, _, multiple = model
     all_of_it = [Widths(u.groups, u.neurons) for u in units]

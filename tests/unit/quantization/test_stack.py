@@ -313,7 +313,7 @@ def test_a_damaged_order_is_refused(folders: dict[str, Path], tmp_path: Path) ->
 
 
 @given(st.integers(1, 4), st.integers(1, 70), st.integers(0, 2**32 - 1))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_signs_come_back(rows: int, count: int, seed: int) -> None:
     signs = torch.rand(rows, count, generator=torch.Generator().manual_seed(seed)) < 0.5
     packed = pack_signs(signs)
@@ -329,7 +329,7 @@ def test_the_first_sign_is_the_most_significant_bit() -> None:
     st.lists(st.lists(st.floats(0, 10), min_size=3, max_size=3), min_size=1, max_size=5),
     st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_order_takes_every_block_once_and_the_best_first(losses: list[list[float]], seed: int) -> None:
     costs = torch.randint(1, 9, (len(losses), 3), generator=torch.Generator().manual_seed(seed)).tolist()
     order = by_gain(losses, costs)

@@ -134,7 +134,7 @@ def test_a_relative_folder_is_found_from_another_one(tiny: Path, monkeypatch: py
     limit=st.integers(1, 200),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_what_is_written_is_what_the_library_reads(tensors: dict, limit: int, seed: int):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

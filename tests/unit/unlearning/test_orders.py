@@ -24,7 +24,7 @@ from compress.unlearning.parts.orders import (
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(length=st.integers(1, 7), data=st.data())
 def test_cyclic_orders_are_spread_evenly(length: int, data: st.DataObject) -> None:
     count = data.draw(st.integers(1, min(60, math.factorial(length))))
@@ -60,7 +60,7 @@ def worth(order: tuple[int, ...], chances: list[float], deletions: int) -> float
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     chances=st.lists(st.floats(0.01, 1), min_size=1, max_size=4),
     deletions=st.integers(0, 12),

@@ -20,7 +20,7 @@ def llama(model: Path):
     return compress.load(model)
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(TOKENS, min_size=SHORTEST, max_size=30),
     st.lists(st.lists(TOKENS, min_size=1, max_size=9), min_size=2, max_size=4),

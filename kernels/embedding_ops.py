@@ -13,6 +13,8 @@ from compress.kernels.cuda import library as cuda
 from compress.kernels.cuda import linear as cuda_linear
 from compress.kernels.ops import LIBRARY, check_packed_linear
 from compress.kernels.reference import embedding as reference
+from compress.kernels.triton import library as triton
+from compress.kernels.triton import linear as triton_linear
 
 LIBRARY.define(
     "packed_embedding(Tensor rows, Tensor packed, Tensor scales, Tensor? zeros, int bits, int group_size, "
@@ -114,6 +116,10 @@ def _packed_embedding_cuda(
                 native, rows, packed, scales, zeros, bits, group_size, width, stream
             ),
         )
+        if found is not None:
+            return found
+        rest = rows, packed, scales, zeros, bits, group_size, width
+        found = triton.start(packed.device, lambda: triton_linear.embed(*rest))
         if found is not None:
             return found
     return reference.packed_embedding(rows, packed, scales, zeros, bits, group_size, out_features, width)

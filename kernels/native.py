@@ -29,6 +29,9 @@ FOLDER = "kernels"
 LIBRARY = "kernels.so"
 SCRATCH = "compress-kernels-"
 
+OFF, ABLE, NAMED = range(3)
+"""A backend is not used, used where it can be, or asked for by name."""
+
 
 class NotBuilt(CompressError):
     """Kernels cannot be compiled here. The message is a clause that says why."""

@@ -4,8 +4,8 @@
 Weights come in one of two layouts, which dtype and shape of ``packed`` tell apart:
 
 - int32: canonical rows. The codes of an output row are a dense little-endian bit stream along the input axis
-  (see `compress.kernels.codes.packing`). All devices read it, in plain torch or by the
-  CUDA kernels. Codes of E4M3 are rows of float8_e4m3fn [out, in].
+  (see `compress.kernels.codes.packing`). All devices read it, in plain torch, by the
+  CUDA kernels or by Triton. Codes of E4M3 are rows of float8_e4m3fn [out, in].
 - uint8, or float8_e4m3fn for codes of E4M3: strips of 16 rows (see `compress.kernels.cpu.layout`), for the
   native kernels of the CPU. The reference reads them as well. No strips have the shape of rows.
 """
@@ -23,6 +23,8 @@ from compress.kernels.cpu.library import REFERENCE, kernel_name, library
 from compress.kernels.cuda import library as cuda
 from compress.kernels.cuda import linear as cuda_linear
 from compress.kernels.reference import ops as reference
+from compress.kernels.triton import library as triton
+from compress.kernels.triton import linear as triton_linear
 
 # Library.define costs half as much per call as custom_op. That matters: every token goes through 200 linears.
 LIBRARY = torch.library.Library("compress", "DEF")
@@ -144,6 +146,9 @@ def _packed_linear_cuda(
         found = cuda.start(tensors, lambda native, stream: cuda_linear.multiply(native, *given, stream))
         if found is not None:
             return found
+        found = triton.start(input.device, lambda: triton_linear.multiply(*given))
+        if found is not None:
+            return found
     return reference.packed_linear(*given)
 
 
@@ -196,9 +201,9 @@ def packed_linear(
 def backend_of(device: str | torch.device) -> str:
     """The name of the backend that multiplies with codes on ``device``."""
     device = torch.device(device)
-    return kernel_name() if device.type == "cpu" else cuda.kernel_name(device) or REFERENCE
+    return kernel_name() if device.type == "cpu" else backend_of_rows(device)
 
 
 def backend_of_rows(device: torch.device) -> str:
     """The name of the backend that multiplies with canonical rows on ``device``."""
-    return cuda.kernel_name(device) or REFERENCE
+    return cuda.kernel_name(device) or (triton.TRITON if triton.usable(device) else REFERENCE)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from compress.kernels.cpu import stacks as cpu
-from compress.kernels.cpu.library import library
+from compress.kernels.cpu.library import REFERENCE, kernel_name, library
 from compress.kernels.cpu.linear import ACTIVATIONS, TYPES
 from compress.kernels.cuda import library as cuda
 from compress.kernels.cuda import linear as cuda_linear
@@ -253,3 +253,8 @@ def factor_linear(
         ValueError: the arguments do not fit together.
     """
     return torch.ops.compress.factor_linear(input, signs, left, right, bias)
+
+
+def backend_of_stacks(device: torch.device) -> str:
+    """The name of the backend that multiplies with weights in blocks on ``device``."""
+    return kernel_name() if device.type == "cpu" else cuda.kernel_name(device) or REFERENCE

@@ -68,10 +68,10 @@ kernel_option = click.option(
     "--kernel",
     default="auto",
     show_default=True,
-    metavar="auto|reference|cuda|cpu[:PATH]",
-    help="What multiplies packed weights: the best that works here, plain torch, the CUDA kernels, or the "
-    "native code of one path ('compress-model doctor' lists them). A model without packed weights is timed "
-    "in stock transformers, unless a kernel is named.",
+    metavar="auto|reference|cuda|triton|cpu[:PATH]",
+    help="What multiplies packed weights: the best that works here, plain torch, the CUDA kernels, Triton, "
+    "or the native code of one path ('compress-model doctor' lists them). A model without packed weights is "
+    "timed in stock transformers, unless a kernel is named.",
 )
 dtype_option = click.option(
     "--dtype",

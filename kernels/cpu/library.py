@@ -16,7 +16,8 @@ from compress.kernels.cpu import processor
 from compress.kernels.cpu.build import built
 from compress.kernels.cpu.processor import paths
 from compress.kernels.cuda import library as cuda
-from compress.kernels.native import NotBuilt, warn_once
+from compress.kernels.native import ABLE, NAMED, OFF, NotBuilt, warn_once
+from compress.kernels.triton import library as triton
 
 __all__ = ["AUTO", "CPU", "REFERENCE", "kernel_name", "library", "load", "paths", "use", "using"]
 
@@ -36,23 +37,28 @@ def use(name: str) -> None:
     """Choose the kernel of this process.
 
     Args:
-        name: ``auto``, ``reference``, ``cuda``, ``cpu`` (the best path), or ``cpu:`` and one of `paths`.
-            A name of the one device leaves the other to ``auto``.
+        name: ``auto``, ``reference``, ``cuda``, ``triton``, ``cpu`` (the best path), or ``cpu:`` and one
+            of `paths`. A name of the one device leaves the other to ``auto``.
 
     Raises:
         BadInput: there is no such kernel, or this processor cannot run it, or there is no CUDA device.
         CompressError: it was asked for by name and cannot be compiled or loaded.
     """
     with _State.lock:
-        if name in (AUTO, cuda.CUDA):
-            cuda.want(cuda.NAMED if name == cuda.CUDA else cuda.ABLE)
+        if name in (cuda.CUDA, triton.TRITON):
+            named, other = (cuda, triton) if name == cuda.CUDA else (triton, cuda)
+            named.want(NAMED)
+            other.want(OFF)
             _State.decided = False
             return
-        if name == REFERENCE:
+        if name == AUTO:
+            _State.decided = False
+        elif name == REFERENCE:
             _decide(None)
         else:
             _decide(_best() if name == CPU else _named(name))
-        cuda.want(cuda.OFF if name == REFERENCE else cuda.ABLE)
+        cuda.want(OFF if name == REFERENCE else ABLE)
+        triton.want(cuda.wanted())
 
 
 @contextmanager
@@ -60,14 +66,15 @@ def using(name: str) -> Iterator[None]:
     """Use a kernel for the length of a ``with`` block. Argument and errors are those of `use`."""
     with _State.lock:
         before = _State.decided, _State.path, _State.library
-        before_cuda = cuda.wanted()
+        before_gpu = cuda.wanted(), triton.wanted()
     use(name)
     try:
         yield
     finally:
         with _State.lock:
             _State.decided, _State.path, _State.library = before
-            cuda.want(before_cuda)
+            cuda.want(before_gpu[0])
+            triton.want(before_gpu[1])
 
 
 def library() -> ctypes.CDLL | None:
@@ -140,7 +147,7 @@ def _best() -> str:
 
 def _named(name: str) -> str:
     kind, _, path = name.partition(":")
-    able = ", ".join([AUTO, REFERENCE, CPU, *(f"{CPU}:{path}" for path in paths()), *_cuda()])
+    able = ", ".join([AUTO, REFERENCE, CPU, *(f"{CPU}:{path}" for path in paths()), *_gpu()])
     if kind != CPU or path not in processor.PATHS:
         raise BadInput(f"There is no kernel '{name}'; this machine can run: {able}.")
     if path not in paths():
@@ -148,7 +155,7 @@ def _named(name: str) -> str:
     return path
 
 
-def _cuda() -> list[str]:
+def _gpu() -> list[str]:
     import torch
 
-    return [cuda.CUDA] if torch.cuda.is_available() else []
+    return [cuda.CUDA, triton.TRITON] if torch.cuda.is_available() else []

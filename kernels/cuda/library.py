@@ -1,7 +1,7 @@
 """The CUDA kernels in use: whether they are wanted, and what happens where they cannot be had.
 
-They take over on a CUDA device wherever they can be compiled and loaded. Otherwise plain torch goes on there,
-and one sentence says why. If they were asked for by name, that is an error.
+They take over on a CUDA device wherever they can be compiled and loaded. Otherwise Triton or plain torch
+takes their place, and one sentence says why. If they were asked for by name, that is an error.
 """
 
 from __future__ import annotations
@@ -15,13 +15,10 @@ import torch
 
 from compress.errors import BadInput, CompressError
 from compress.kernels.cuda.build import built
-from compress.kernels.native import NotBuilt, warn_once
+from compress.kernels.native import ABLE, NAMED, OFF, NotBuilt, warn_once
+from compress.kernels.triton import library as triton
 
 CUDA = "cuda"
-INSTEAD = "Packed layers run in plain torch on the GPU, which is slower."
-
-OFF, ABLE, NAMED = range(3)
-"""Not used, used where they can be, and asked for by name."""
 
 Result = TypeVar("Result")
 
@@ -85,7 +82,10 @@ def library(device: torch.device) -> ctypes.CDLL | None:
     except CompressError as error:
         if _State.wanted == NAMED:
             raise
-        warn_once(f"{error} {INSTEAD}")
+        if triton.usable(device):
+            warn_once(f"{error} Triton multiplies with packed weights instead.")
+        else:
+            warn_once(f"{error} Packed layers run in plain torch on the GPU, which is slower.")
         return None
 
 

@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 from compress.kernels.layers.base import LowBitLinear, restore_dtypes
-from compress.kernels.ops import backend_of
 from compress.kernels.reference.stacks import dequantize_factors, dequantize_planes, spread
-from compress.kernels.stack_ops import factor_linear, plane_linear
+from compress.kernels.stack_ops import backend_of_stacks, factor_linear, plane_linear
 
 __all__ = ["FactorStack", "PlaneStack", "StackBlock", "StackedLinear", "spread"]
 
@@ -103,7 +102,7 @@ class StackedLinear(LowBitLinear):
 
     @property
     def kernel(self) -> str:
-        return backend_of(self.device)
+        return backend_of_stacks(self.device)
 
     def parts_of(self, name: str) -> list[torch.Tensor]:
         """The tensors of that name of all blocks."""

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Everything that is to be known of the CUDA kernels on a real GPU, in one call of less than eight minutes.
+"""Everything that is to be known of the kernels for GPUs on a real one, in a call of less than eight minutes.
 
     python scripts/benchmarks/gpu.py [--parts build time] [--list]
 
@@ -25,14 +25,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from common import Sheet, machine, parser
 from records import FOLDER, Results, markdown_table
-
-if TYPE_CHECKING:
-    pass
 
 STARTED = time.monotonic()
 RESERVE = 6  # seconds that a part leaves for writing its last row
@@ -118,10 +116,14 @@ def where() -> str:
 
 
 @contextmanager
-def only_kernels(operators: Any) -> Iterator[Any]:
-    """The operators, for the length of a ``with`` block; a call that no CUDA kernel answers is an error."""
-    from compress.kernels.cuda import library
+def only_kernels(operators: Any, kernel: str) -> Iterator[Any]:
+    """The operators, for the length of a ``with`` block; a call that the kernel does not answer is an error.
 
+    Args:
+        operators: as `gpu_checks.Operators`.
+        kernel: ``cuda`` or ``triton``.
+    """
+    library = import_module(f"compress.kernels.{kernel}.library")
     start, answered = library.start, 0
 
     def counting(tensors: Any, call: Any) -> Any:
@@ -176,18 +178,19 @@ def build(bench: Bench) -> None:
 
 
 def checks(bench: Bench, kind: str) -> None:
-    """Check one kind of operator."""
+    """Check one kind of operator, or what Triton does."""
     import gpu_checks
     import torch
 
     from compress.kernels.cpu.library import use
 
-    use(DEVICE)
+    kernel = "triton" if kind == "triton" else "cuda"
+    use(kernel)
     torch.manual_seed(0)
     for name, cases in kinds_of_checks()[kind].items():
 
         def summary(cases: Any = cases) -> dict[str, Any]:
-            with only_kernels(gpu_checks.Operators()) as operators:
+            with only_kernels(gpu_checks.Operators(), kernel) as operators:
                 return gpu_checks.summary(cases(operators, DEVICE), bench.time_is_up)
 
         bench.row(name, summary)
@@ -208,6 +211,11 @@ def kinds_of_checks() -> dict[str, dict[str, Callable[..., Any]]]:
             "plane_linear, factor_linear": of.stacks,
             "packed_embedding": of.embeddings,
             "kv_quantize, kv_attention": lambda *to: of.key_values(*to, LONGEST),
+        },
+        "triton": {  # it compiles each of the calls that differ
+            "Triton, packed_linear: NF4, MXFP4, NVFP4, E4M3": lambda *to: of.formats(*to, of.SOME[-1:]),
+            "Triton, packed_embedding": of.embeddings,
+            "Triton, packed_linear": lambda *to: of.linears(*to, of.ODD[1:2]),
         },
     }
 
@@ -318,12 +326,13 @@ def release() -> None:
 
 
 PARTS = {
-    "build": Part(130, build),
+    "build": Part(120, build),
     "linear": Part(60, partial(checks, kind="linear")),
     "others": Part(40, partial(checks, kind="others")),
-    "time": Part(110, times),
-    "pipeline": Part(75, pipeline),
-    "decode": Part(60, decode),
+    "triton": Part(45, partial(checks, kind="triton")),
+    "time": Part(95, times),
+    "pipeline": Part(65, pipeline),
+    "decode": Part(50, decode),
 }
 """In all less than eight minutes."""
 

@@ -18,6 +18,7 @@ from roofline import DENSE, GROUP, Layout, moved_bytes
 
 from compress.kernels.codes.packing import packed_width
 from compress.kernels.ops import packed_linear
+from compress.kernels.triton.linear import multiply as triton_linear
 
 POOL = 256 << 20
 COPIED = 1 << 30
@@ -76,7 +77,15 @@ def pool(*tensors: torch.Tensor, size: int) -> list[tuple[torch.Tensor, ...]]:
     return [tensors, *(tuple(tensor.clone() for tensor in tensors) for _ in range(copies - 1))]
 
 
-def integers(out: int, width: int, bits: int, device: str, size: int) -> Contender:
+def integers(
+    out: int,
+    width: int,
+    bits: int,
+    device: str,
+    size: int,
+    key: str = "int",
+    product: Callable[..., torch.Tensor] = packed_linear,
+) -> Contender:
     """Ours, with codes of so many bits in groups of 128 columns."""
     shape = (out, packed_width(width, bits))
     packed = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=device)
@@ -85,9 +94,20 @@ def integers(out: int, width: int, bits: int, device: str, size: int) -> Contend
     assert sum(tensor.nbytes for tensor in weights[0]) == Layout(bits).weight_bytes(out, width)
 
     def multiply(input: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        return packed_linear(input, packed, scales, None, None, None, bits, GROUP, out)
+        return product(input, packed, scales, None, None, None, bits, GROUP, out, "floating")
 
-    return Contender(f"int{bits}", weights, multiply)
+    return Contender(f"{key}{bits}", weights, multiply)
+
+
+def nf4(out: int, width: int, device: str, size: int) -> Contender:
+    """Ours, with codes of NF4 in groups of 64 columns with float32 scales."""
+    packed = torch.randint(-(2**31), 2**31, (out, packed_width(width, 4)), dtype=torch.int32, device=device)
+    scales, table = torch.rand(out, width // 64, device=device) * 0.01, torch.randn(16, device=device)
+
+    def multiply(input: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return packed_linear(input, packed, scales, None, table, None, 4, 64, out)
+
+    return Contender("nf4", pool(packed, scales, size=size), multiply)
 
 
 def dense(out: int, width: int, device: str, size: int) -> Contender:
@@ -113,8 +133,10 @@ def torch_int4(out: int, width: int, device: str, size: int) -> Contender:
 def contenders(out: int, width: int, device: str, size: int) -> Iterator[Callable[[], Contender]]:
     """What is timed for a shape, the dense product first. Each is made when its turn comes."""
     yield lambda: dense(out, width, device, size)
-    for bits in (4, 2, 3, 8):
+    for bits in (4, 2, 3):
         yield lambda bits=bits: integers(out, width, bits, device, size)  # type: ignore[misc]
+    yield lambda: nf4(out, width, device, size)
+    yield lambda: integers(out, width, 4, device, size, "triton_int", triton_linear)
     yield lambda: torch_int4(out, width, device, size)
 
 

@@ -22,6 +22,17 @@ SCALES = {**TYPES, torch.uint8: 3, torch.float8_e4m3fn: 4}
 CHUNK, SHORTEST = 32, 16
 """Codes that share a scale, at least: of integers and of E4M3, and with a table."""
 
+FEW = 16
+"""Up to so many rows of an input, a block of threads takes 16 rows of the weight, and above, 64."""
+
+COLUMNS = 128
+"""Columns that a warp takes at a time."""
+
+WANTED = 512
+"""Blocks of threads that are to be had, by sharing columns: a few for each multiprocessor of a large GPU."""
+
+MOST_SPLITS = 8
+
 MOST_ROWS = 65535 * 64
 """The most rows of an input that a launch takes."""
 
@@ -50,6 +61,16 @@ def can_multiply(input: torch.Tensor) -> bool:
     """Whether the kernel takes an input."""
     rows = input.numel() // max(1, input.shape[-1])
     return input.dtype in (torch.float16, torch.bfloat16) and 0 < rows <= MOST_ROWS
+
+
+def splits_of(rows: int, out: int, width: int) -> int:
+    """Blocks of threads that share the columns of a weight [out, width].
+
+    Each of them has at least two steps: one of eight warps where there are few rows, and else one of all.
+    """
+    tile_out, tile_rows, step = (16, FEW, 8 * COLUMNS) if rows <= FEW else (64, 64, 2 * COLUMNS)
+    blocks = -(-out // tile_out) * -(-rows // tile_rows)
+    return max(1, min(width // (2 * step), WANTED // blocks, MOST_SPLITS))
 
 
 def weight_of(
@@ -111,19 +132,23 @@ def multiply(
         input = round_to_int8(input, activations, group_size).to(input.dtype)
     input, packed, scales = input.contiguous(), packed.contiguous(), scales.contiguous()
     zeros, table, bias = (None if tensor is None else tensor.contiguous() for tensor in (zeros, table, bias))
-    output = input.new_empty((*input.shape[:-1], out_features))
+    rows, output = input.numel() // width, input.new_empty((*input.shape[:-1], out_features))
+    splits = splits_of(rows, out_features, width)
+    parts = input.new_empty((splits, rows, out_features), dtype=torch.float32) if splits > 1 else None
     weight = weight_of(packed, scales, zeros, table, bits, group_size, width)
     formats = table is not None or packed.dtype == torch.float8_e4m3fn
     function = library.compress_cuda_format_linear if formats else library.compress_cuda_packed_linear
-    function.argtypes, function.restype = (*[c_void_p] * 4, *[c_int] * 3, c_void_p), c_int
+    function.argtypes, function.restype = (*[c_void_p] * 4, *[c_int] * 3, c_void_p, c_int, c_void_p), c_int
     error = function(
         ctypes.addressof(weight),
         input.data_ptr(),
         None if bias is None else bias.data_ptr(),
         output.data_ptr(),
-        input.numel() // width,
+        rows,
         TYPES[input.dtype],
         0 if bias is None else TYPES[bias.dtype],
+        None if parts is None else parts.data_ptr(),
+        splits,
         stream,
     )
     return output, error

@@ -47,6 +47,7 @@ products of four int8, and functions of three words."""
 EXPECTED: dict[str, tuple[str, ...]] = {
     "attend": ("LDG.128",),
     "multiply": ("HMMA", "LDG.128"),
+    "multiply_many": ("HMMA", "LDGSTS"),
     "multiply_factors": ("HMMA",),
 }
 """Instructions that every instance of a kernel must have."""

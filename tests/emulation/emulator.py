@@ -25,6 +25,16 @@ SCHEDULES = ("forward", "reverse", "random")
 once in the second, and at either time in the third, which also changes threads in the midst of things."""
 
 
+FEWER = {
+    "if (type == FLOAT16) return multiplied<Source, half>(p, stream);": "",
+    "if (tiles == 2) return run(multiply<Source, T, 2>, 2, ROWS, THREADS);": "",
+    "if (in_vectors(p)) return run(multiply_many<Source, T, 8>, 8, MANY_ROWS, MANY_THREADS);": "",
+    "run(multiply<Source, T, MOST_TILES>, MOST_TILES, ROWS, THREADS);": "cudaErrorInvalidValue;",
+}
+"""Changes to multiply.cuh that leave few of its kernels, which are sooner compiled: bfloat16, for up to eight
+rows of an input and for 17 to 32."""
+
+
 class EmulationError(AssertionError):
     """A kernel did what it must not do. The message says which thread did what, and where."""
 

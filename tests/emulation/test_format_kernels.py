@@ -17,7 +17,7 @@ from compress.kernels.layers.base import CodedLinear
 from compress.kernels.layers.float_linear import FloatLinear
 from compress.kernels.layers.nf4_linear import NF4Linear
 from tests.emulation.build import CUDA
-from tests.emulation.emulator import SCHEDULES, Device, EmulationError, Kernels
+from tests.emulation.emulator import FEWER, SCHEDULES, Device, EmulationError, Kernels
 from tests.emulation.test_linear_kernels import HALVES, INPUTS, check
 
 SOURCE = CUDA / "formats.cu"
@@ -193,10 +193,7 @@ BUGS = {
 ONE_KERNEL = {
     "case 2: return run(LookedUp<2>());": "",
     "case 8: return run(Float8());": "",
-    "if (type == FLOAT16) return multiplied<Source, half>(p, stream);": "",
-    "? run(multiply<Source, T, 2>, 2) : run(multiply<Source, T, MOST_TILES>, MOST_TILES);": (
-        "? cudaErrorInvalidValue : cudaErrorInvalidValue;"
-    ),
+    **FEWER,
 }
 
 

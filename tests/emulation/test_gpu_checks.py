@@ -46,7 +46,9 @@ def emulated() -> Any:
 
 
 def rows(script: ModuleType) -> dict[str, Callable[..., object]]:
-    return {name: cases for kind in script.kinds_of_checks().values() for name, cases in kind.items()}
+    """The checks of the CUDA kernels; Triton's programs are not emulated."""
+    kinds = script.kinds_of_checks()
+    return {name: cases for kind in kinds if kind != "triton" for name, cases in kinds[kind].items()}
 
 
 def some(cases: Iterator[object], step: int) -> Iterator[object]:
@@ -59,7 +61,7 @@ def test_the_emulated_kernels_pass(gpu: ModuleType, emulate: Callable[[str], Dev
         if name in SKIPPED:
             continue
         emulate(SOURCES.get(name, "linear.cu"))
-        with gpu.only_kernels(emulated()) as operators:
+        with gpu.only_kernels(emulated(), "cuda") as operators:
             listed = (case for case in cases(operators, "cpu") if "4096" not in case.name)
             found = checks.summary(some(listed, 3), lambda: False)
         assert found["facts"] == {"result": "agrees with float64"}, name
@@ -70,7 +72,7 @@ def test_the_emulated_kernels_pass(gpu: ModuleType, emulate: Callable[[str], Dev
 def test_an_operator_that_no_kernel_answers_is_an_error(gpu: ModuleType) -> None:
     cases = rows(gpu)["packed_embedding"]
     with (
-        gpu.only_kernels(import_module("gpu_checks").Operators()) as operators,
+        gpu.only_kernels(import_module("gpu_checks").Operators(), "cuda") as operators,
         pytest.raises(RuntimeError, match="plain torch"),
     ):
         next(iter(cases(operators, "cpu"))).worst()

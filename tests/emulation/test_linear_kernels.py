@@ -11,7 +11,7 @@ from compress.kernels.codes.packing import BITS, pack
 from compress.kernels.cuda import linear
 from compress.kernels.reference import embedding, ops
 from tests.emulation.build import CUDA
-from tests.emulation.emulator import SCHEDULES, Device, Kernels
+from tests.emulation.emulator import FEWER, SCHEDULES, Device, Kernels
 
 SOURCE = CUDA / "linear.cu"
 HALVES = (torch.float16, torch.bfloat16)
@@ -106,6 +106,56 @@ def test_every_weight_is_read_once(kernels: Kernels, rows: tuple[int, ...], batc
     assert least <= device.counts.multiply_adds <= 1.05 * least
 
 
+# Rows of the weight, columns, columns that share a scale, and rows of the input.
+MANY = ((70, 1160, -1, 17), (130, 512, 128, 64), (64, 1056, 32, 33), (33, 2048, 64, 100))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("bits", BITS)
+def test_many_rows_come_through_shared_memory(kernels: Kernels, bits: int, schedule: str) -> None:
+    torch.manual_seed(bits)
+    out, width, group, rows = MANY[(bits + SCHEDULES.index(schedule)) % len(MANY)]
+    given = weight(bits, out, width, group, torch.float16)
+    input, bias = torch.randn(rows, width).bfloat16(), torch.randn(out).bfloat16()
+    device = check(kernels, input, given, bias, (bits, group, out, "floating"), schedule=schedule)
+    moved = device.traffic(input)
+    # Once for 64 rows of the weight, and never but by asynchronous copies.
+    assert moved.read == moved.copied == input.numel() * 2 * -(-out // 64)
+
+
+@pytest.mark.parametrize(("rows", "kernel"), [(2, "few"), (20, "many")])
+def test_blocks_that_share_the_columns(kernels: Kernels, rows: int, kernel: str, monkeypatch) -> None:
+    """Up to eight; a last one may have nothing to do. The sums are added in the same order every time."""
+    given, bias = weight(4, 40, 1536, 128, torch.float16), torch.randn(40).half()
+    input = torch.randn(rows, 1536).half()
+    found = []
+    for splits in (1, 5, 8):
+        monkeypatch.setattr(linear, "splits_of", lambda *_, splits=splits: splits)
+        for schedule in SCHEDULES:
+            check(kernels, input, given, bias, (4, 128, 40, "floating"), schedule=schedule)
+            with Device(kernels, [input, bias, *given[:3]], schedule=schedule) as device:
+                found.append(
+                    linear.multiply(device.library, input, *given, bias, 4, 128, 40, "floating", None)[0]
+                )
+        assert torch.equal(found[-1], found[-2])
+        assert torch.equal(found[-1], found[-3])
+
+
+@pytest.mark.parametrize(
+    ("rows", "out", "width", "splits"),
+    [
+        (1, 14336, 4096, 1),  # 896 blocks
+        (1, 2048, 2048, 1),  # one step of eight warps each
+        (1, 2048, 8192, 4),
+        (64, 4096, 14336, 8),
+        (64, 28672, 8192, 1),
+        (2048, 4096, 4096, 1),
+    ],
+)
+def test_columns_are_shared_where_blocks_are_few(rows: int, out: int, width: int, splits: int) -> None:
+    assert linear.splits_of(rows, out, width) == splits
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("bits", BITS)
 def test_rows_of_tables_are_those_of_the_reference(kernels: Kernels, bits: int, schedule: str) -> None:
@@ -130,22 +180,33 @@ BUGS = {
     "wrong fragment of the sums": ("row / 8 * 2 + column % 2", "row / 8 + column % 2 * 2"),
     "tail of the rows": ("if (row < w.out)", "if (row <= w.out)"),
     "tail of the columns": ("at + 8 <= width &&", "at + 8 <= width + 8 &&"),
-    "tail of the inputs": ("input >= p.rows) continue", "input > p.rows) continue"),
-}
-ONE_KERNEL = {
-    **{f"case {bits}: return run(Integer<{bits}>());": "" for bits in BITS if bits != 4},
-    "if (type == FLOAT16) return multiplied<Source, half>(p, stream);": "",
-    "? run(multiply<Source, T, 2>, 2) : run(multiply<Source, T, MOST_TILES>, MOST_TILES);": (
-        "? cudaErrorInvalidValue : cudaErrorInvalidValue;"
+    "missing wait": ("ptx::copy_async_wait<STAGES<TILES> - 2>();", ""),
+    "missing barrier of the stages": ("    __syncthreads();  // the copies", "    // the copies"),
+    "stage of another block": (
+        "stages[block % STAGES<TILES>];\n#pragma",
+        "stages[(block + 1) % STAGES<TILES>];\n#pragma",
     ),
+    "wrong place in a stage": ("stage + place_of(row, part, of)", "stage + place_of(row, of, part)"),
+    "a copy past the columns": ("&& column < w.width;", ";"),
+    "tail of the parts": ("if (at >= all) return;", "if (at > all) return;"),
+    "tail of the inputs": ("if (to < w.out && input < p.rows)", "if (to < w.out && input <= p.rows)"),
 }
-"""Leaves one kernel of products, which is sooner compiled."""
+TWO_KERNELS = {
+    **{f"case {bits}: return run(Integer<{bits}>());": "" for bits in BITS if bits != 4},
+    **FEWER,
+}
+"""Leaves two kernels of products, for few rows and for up to 32, which are sooner compiled."""
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_found(bug: str) -> None:
     right, wrong = BUGS[bug]
-    kernels = Kernels(SOURCE, {**ONE_KERNEL, right: wrong})
-    given = weight(4, 23, 200, -1, torch.float16)
+    kernels = Kernels(SOURCE, {**TWO_KERNELS, right: wrong})
+
+    def all_right() -> None:
+        for rows, width in ((3, 200), (20, 200), (20, 2048)):
+            input, given = torch.randn(rows, width).bfloat16(), weight(4, 23, width, -1, torch.float16)
+            check(kernels, input, given, None, (4, -1, 23, "floating"))
+
     with pytest.raises(AssertionError):  # of the result, or an EmulationError
-        check(kernels, torch.randn(3, 200).bfloat16(), given, None, (4, -1, 23, "floating"))
+        all_right()

@@ -13,7 +13,7 @@ from compress.kernels.codes.packing import pack_signs
 from compress.kernels.cuda import stacks
 from compress.kernels.reference import stacks as reference
 from tests.emulation.build import CUDA
-from tests.emulation.emulator import SCHEDULES, Device, EmulationError, Kernels
+from tests.emulation.emulator import FEWER, SCHEDULES, Device, EmulationError, Kernels
 from tests.emulation.test_linear_kernels import HALVES, INPUTS
 
 SOURCE = CUDA / "stacks.cu"
@@ -161,10 +161,7 @@ BUGS_OF_FACTORS = {
 }  # fmt: skip
 FEW = {
     **{f"case {n}: return run(Nested<{n}>());": "" for n in range(2, 9) if n != 4},
-    "if (type == FLOAT16) return multiplied<Source, half>(p, stream);": "",
-    "? run(multiply<Source, T, 2>, 2) : run(multiply<Source, T, MOST_TILES>, MOST_TILES);": (
-        "? cudaErrorInvalidValue : cudaErrorInvalidValue;"
-    ),
+    **FEWER,
     "if (type == FLOAT16) return factors_multiplied<half>(p, stream);": "",
     ": run(multiply_factors<T, FACTOR_TILES>, FACTOR_TILES);": ": cudaErrorInvalidValue;",
 }

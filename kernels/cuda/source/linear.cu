@@ -29,10 +29,10 @@ using namespace compress;
 
 // Output [rows, out] of `type`, which is that of the input: FLOAT16 or BFLOAT16.
 extern "C" int compress_cuda_packed_linear(const Weight* weight, const void* input, const void* bias, void* output,
-                                           int rows, int type, int bias_type, void* stream) {
+                                           int rows, int type, int bias_type, float* parts, int splits, void* stream) {
   const auto run = [&](auto code) {
     using Source = Rows<decltype(code)>;
-    return multiplied_as(Product<Source>{*weight, input, bias, output, rows, bias_type}, type, stream);
+    return multiplied_as(Product<Source>{*weight, input, bias, output, rows, bias_type, parts, splits}, type, stream);
   };
   switch (weight->bits) {
     case 2: return run(Integer<2>());

@@ -22,7 +22,7 @@ SCALES = {**TYPES, torch.uint8: 3, torch.float8_e4m3fn: 4}
 CHUNK, SHORTEST = 32, 16
 """Codes that share a scale, at least: of integers and of E4M3, and with a table."""
 
-FEW = 16
+FEW = 8
 """Up to so many rows of an input, a block of threads takes 16 rows of the weight, and above, 64."""
 
 COLUMNS = 128

@@ -28,7 +28,8 @@ once in the second, and at either time in the third, which also changes threads 
 FEWER = {
     "if (type == FLOAT16) return multiplied<Source, half>(p, stream);": "",
     "if (tiles == 2) return run(multiply<Source, T, 2>, 2, ROWS, THREADS);": "",
-    "if (in_vectors(p)) return run(multiply_many<Source, T, 8>, 8, MANY_ROWS, MANY_THREADS);": "",
+    "return run(multiply_many<Source, T, 2>, 2, MANY_ROWS, MANY_THREADS);": "return cudaErrorInvalidValue;",
+    "return run(multiply_many<Source, T, 8>, 8, MANY_ROWS, MANY_THREADS);": "return cudaErrorInvalidValue;",
     "run(multiply<Source, T, MOST_TILES>, MOST_TILES, ROWS, THREADS);": "cudaErrorInvalidValue;",
 }
 """Changes to multiply.cuh that leave few of its kernels, which are sooner compiled: bfloat16, for up to eight

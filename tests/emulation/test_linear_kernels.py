@@ -107,7 +107,7 @@ def test_every_weight_is_read_once(kernels: Kernels, rows: tuple[int, ...], batc
 
 
 # Rows of the weight, columns, columns that share a scale, and rows of the input.
-MANY = ((70, 1160, -1, 17), (130, 512, 128, 64), (64, 1056, 32, 33), (33, 2048, 64, 100))
+MANY = ((70, 1160, -1, 17), (65, 640, 64, 9), (130, 512, 128, 64), (64, 1056, 32, 33), (33, 2048, 64, 100))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -147,6 +147,7 @@ def test_blocks_that_share_the_columns(kernels: Kernels, rows: int, kernel: str,
         (1, 14336, 4096, 1),  # 896 blocks
         (1, 2048, 2048, 1),  # one step of eight warps each
         (1, 2048, 8192, 4),
+        (16, 4096, 14336, 8),
         (64, 4096, 14336, 8),
         (64, 28672, 8192, 1),
         (2048, 4096, 4096, 1),

@@ -6,9 +6,12 @@
 // each. Weights are the 16-row operand, so up to eight rows of the input cost one product, and each packed weight is read
 // once for up to 64 rows.
 //
-// Few rows of the input (`multiply`): a block takes 16 rows of the weight, and each of its warps every WARPS-th block of
-// 128 columns. Every block reads all of the input, which is little. Many rows (`multiply_many`): a block takes 64 rows of
-// the weight, 16 for each warp, and its warps share the input in shared memory, so that it is read a quarter as often.
+// Up to eight rows of the input (`multiply`): a block takes 16 rows of the weight, and each of its warps every WARPS-th block of
+// 128 columns. Every block reads all of the input, which is little. More rows (`multiply_many`): a block takes 64 rows of
+// the weight, 16 for each warp, and its warps share the input in shared memory. So it is read a quarter as often: the
+// second-level cache would else give more of it than memory gives of the weight.
+//
+// Weights are scaled before they are multiplied, because neighbouring lanes may have columns of different groups.
 //
 // Where there are too few blocks to fill a GPU, several share the columns (blockIdx.z); `add_parts` adds their sums.
 #pragma once
@@ -188,9 +191,9 @@ __global__ void __launch_bounds__(THREADS, TILES > 2 ? Source::MOST_TILES / 4 : 
 constexpr int MANY_WARPS = 4, MANY_THREADS = 32 * MANY_WARPS, MANY_ROWS = 16 * MANY_WARPS;
 constexpr int VECTORS = COLUMNS / 8;  // of eight numbers, in a block of columns
 
-// Blocks of columns of the input that are in shared memory at a time: 32 KiB, whatever the number of rows.
+// Blocks of columns of the input that are in shared memory at a time: at most 32 KiB.
 template <int TILES>
-constexpr int STAGES = 16 / TILES;
+constexpr int STAGES = TILES == 8 ? 2 : 4;
 
 // Where a vector of the input lies in a stage: part `part` of lane t in row `row`. Those that eight lanes ask for at a time
 // lie in different banks.
@@ -293,11 +296,12 @@ cudaError_t multiplied(const Product<Source>& p, void* stream) {
   };
   const auto start = [&] {
     if (tiles == 1) return run(multiply<Source, T, 1>, 1, ROWS, THREADS);
-    if (tiles == 2) return run(multiply<Source, T, 2>, 2, ROWS, THREADS);
     if constexpr (MOST_TILES == 8) {
+      if (in_vectors(p) && tiles == 2) return run(multiply_many<Source, T, 2>, 2, MANY_ROWS, MANY_THREADS);
       if (in_vectors(p) && tiles <= 4) return run(multiply_many<Source, T, 4>, 4, MANY_ROWS, MANY_THREADS);
       if (in_vectors(p)) return run(multiply_many<Source, T, 8>, 8, MANY_ROWS, MANY_THREADS);
     }
+    if (tiles == 2) return run(multiply<Source, T, 2>, 2, ROWS, THREADS);
     return run(multiply<Source, T, MOST_TILES>, MOST_TILES, ROWS, THREADS);
   };
   const cudaError_t error = start();

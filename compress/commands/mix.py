@@ -36,11 +36,12 @@ if TYPE_CHECKING:
 @click.option(
     "--format",
     "target",
-    type=click.Choice(["compress-model", "compressed-tensors", "gguf"]),
+    type=click.Choice(["compress-model", "compressed-tensors", "mlx", "gguf"]),
     default="compress-model",
     show_default=True,
     help="What the result is to be. compress-model: every tensor is packed. compressed-tensors: transformers "
-    "and vLLM load it, so the token embedding stays as it is. gguf: a file for 'export --format gguf'.",
+    "and vLLM load it, so the token embedding stays as it is. mlx, gguf: what 'export' in this "
+    "format writes is as small as asked.",
 )
 @click.option(
     "--types",

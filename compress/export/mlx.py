@@ -10,14 +10,11 @@ from compress.export.base import TargetOptions
 from compress.export.codes import fewest_bits, integer_codes, largest_group, regrouped, widened
 from compress.export.legacy import with_rope
 from compress.export.model import ExportedModel
-from compress.export.repack import PLAIN, RepackedTarget, Stored, dtype_of_scales
+from compress.export.repack import RepackedTarget, Stored, dtype_of_scales
 from compress.kernels.codes.integer import QuantizedWeight
 from compress.kernels.codes.weight import LowBitWeight
 from compress.storage.formats.base import Format
-from compress.storage.formats.mlx import SIZES, MLXFormat
-
-MODEL_TYPES = ("gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
-"""The architectures that were tried; mlx-lm has them under the same names of tensors."""
+from compress.storage.formats.mlx import SIZES, MLXFormat, check_architecture
 
 
 class MLX(RepackedTarget[TargetOptions]):
@@ -35,11 +32,7 @@ class MLX(RepackedTarget[TargetOptions]):
 
     def refuse(self, model: ExportedModel) -> None:
         super().refuse(model)
-        if (kind := model.shape.anatomy.model_type) not in MODEL_TYPES:
-            raise BadInput(
-                f"mlx-lm has no {kind} models with these names of tensors (it has {', '.join(MODEL_TYPES)}); "
-                f"{PLAIN} for other programs."
-            )
+        check_architecture(model.shape.anatomy.model_type)
 
     def stored(self, model: ExportedModel, name: str, form: Format, options: TargetOptions) -> Stored:
         bits = fewest_bits(form.bits, MLXFormat.widths)

@@ -21,6 +21,8 @@ from compress.quantization.parts.layout import plan_layout, plan_packed
 from compress.quantization.parts.mixing import WINDOWS, mix, pieces, split
 from compress.quantization.parts.options import WeightOptions
 from compress.storage.checkpoint import Checkpoint
+from compress.storage.formats.base import Format
+from compress.storage.formats.mlx import SIZES, MLXFormat, check_architecture
 from compress.system.device import check_device, computing_on
 from compress.system.files import write_atomically
 from compress.system.progress import Progress
@@ -31,8 +33,9 @@ WIDTHS = (2, 3, 4, 5, 6, 8)
 ENTRY = 300
 """Bytes that a tensor may take in the heads of safetensors files and in their index; names are shorter."""
 
-OURS, COMPRESSED_TENSORS = "compress-model", "compressed-tensors"
-"""Who is to load the result: only we, so that every tensor is packed in any width, or other programs too."""
+OURS, COMPRESSED_TENSORS, MLX = "compress-model", "compressed-tensors", "mlx"
+"""Who is to load the result: only we, so that every tensor is packed in any width; other programs too;
+or mlx-lm, when the result has been exported."""
 
 
 def mix_bits(
@@ -135,7 +138,7 @@ def choose_types(
 
     Args:
         recipe: of one quantization step.
-        target: `OURS` or `COMPRESSED_TENSORS`.
+        target: `OURS`, `COMPRESSED_TENSORS` or `MLX`.
         kinds: types to choose from; None for all that the target has.
         budget: how large the result may be.
         folder: for work; empty, or of an earlier choice for the same recipe, target and types.
@@ -151,7 +154,16 @@ def choose_types(
     checkpoint = open_model(recipe)[1]
     shape = ModelShape.of(checkpoint)
     tables: Tables = "all"
-    if target == COMPRESSED_TENSORS:
+    stored_as = None
+    if target == MLX:
+        check_architecture(shape.anatomy.model_type)
+        if options.group_size not in SIZES or not set(widths) <= set(MLXFormat.widths):
+            raise BadInput(
+                f"mlx has codes of {', '.join(map(str, MLXFormat.widths))} bits in groups of "
+                f"{', '.join(map(str, SIZES))}; choose from these with --types and --set group_size."
+            )
+        stored_as = as_in_mlx
+    elif target == COMPRESSED_TENSORS:
         # The library reads several widths only with fixed zero points, and no packed embedding beside them.
         if options.symmetric is False or options.format != COMPRESSED_TENSORS:
             raise BadInput(
@@ -161,16 +173,17 @@ def choose_types(
         tables = "head"
     symmetric = options.symmetric if options.symmetric is not None else tables == "head"
     options = options.model_copy(update={"mix": False, "symmetric": symmetric})
-    ladder = CodesLadder(shape, options, widths, tables=tables, calibrated=method.needs_calibration)
+    ladder = CodesLadder(
+        *(shape, options, widths), tables=tables, stored_as=stored_as, calibrated=method.needs_calibration
+    )
     memory = budget.of(shape, ladder.tensors)
     found = _mix(recipe, checkpoint, ladder, memory, folder, device, progress)
     options = ladder.options_for(found.kinds)
+    chosen = recipe.model_copy(update={"steps": [(method, options)]})
+    if target == MLX:
+        return Chosen(found, chosen, "mlx-lm, once 'export --format mlx' has written it")
     planned = plan_packed(shape, options)
-    return Chosen(
-        replace(found, nbytes=planned.nbytes),
-        recipe.model_copy(update={"steps": [(method, options)]}),
-        str(planned.loads_with),
-    )
+    return Chosen(replace(found, nbytes=planned.nbytes), chosen, str(planned.loads_with))
 
 
 def choose_for_gguf(
@@ -197,6 +210,11 @@ def choose_for_gguf(
     memory = replace(budget, file=False).of(shape, 0)  # all that is in the file counts anyway
     found = _mix(recipe, checkpoint, ladder, memory, folder, device, progress)
     return ChosenForGGUF(found, ladder.types_for(found.kinds))
+
+
+def as_in_mlx(form: Format) -> Format:
+    """What `compress.export.mlx` writes for a form."""
+    return MLXFormat(form.bits, form.group_size)
 
 
 def _step(recipe: Recipe) -> tuple[Method, WeightOptions]:

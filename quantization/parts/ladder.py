@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -64,6 +64,7 @@ class CodesLadder:
         widths: to choose from.
         tables: which tables are among what gets a width. Of the others, packed are those for which the
             options have bits.
+        stored_as: what a form is stored as where another program reads the result; None for the form itself.
         calibrated: whether the method looks at text. Such a method spares the input channels that matter, so
             its rounding is imitated with channels scaled by a power of their importance (`channel_scales`).
 
@@ -84,6 +85,7 @@ class CodesLadder:
         widths: Sequence[int],
         *,
         tables: Tables = "none",
+        stored_as: Callable[[Format], Format] | None = None,
         calibrated: bool,
     ) -> None:
         self.shape, self.calibrated = shape, calibrated
@@ -99,16 +101,21 @@ class CodesLadder:
             for name, form in {**layout.linears, **around}.items():
                 self._forms.setdefault(name, {})[str(bits)] = form
         stored = stored_weights(shape, self._forms)
+
+        def size(name: str, form: Format) -> int:
+            return sum(info.nbytes for info in form.tensor_infos(name, *stored[name]).values())
+
         self.sizes = {
             name: {
-                kind: sum(info.nbytes for info in form.tensor_infos(name, *stored[name]).values())
+                kind: size(name, form if stored_as is None else stored_as(form))
                 for kind, form in forms.items()
             }
             for name, forms in self._forms.items()
         }
         smallest = plan_packed(shape, self._uniform(min(widths)))
         self.tensors = len(smallest.tensors)
-        self.fixed = smallest.nbytes - sum(next(iter(sizes.values())) for sizes in self.sizes.values())
+        packed = sum(size(name, next(iter(forms.values()))) for name, forms in self._forms.items())
+        self.fixed = smallest.nbytes - packed
 
     def powers(self, name: str) -> Sequence[float]:
         # Every method rounds tables to the nearest code.

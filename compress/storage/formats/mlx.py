@@ -18,6 +18,20 @@ from compress.storage.tensors import TensorInfo
 SIZES = (32, 64, 128)
 """The group sizes that mlx has kernels for."""
 
+MODEL_TYPES = ("gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
+"""The architectures that were tried; mlx-lm has them under the same names of tensors."""
+
+
+def check_architecture(model_type: str) -> None:
+    """Make sure that mlx-lm has an architecture.
+
+    Raises:
+        BadInput: it has not.
+    """
+    if model_type not in MODEL_TYPES:
+        known = ", ".join(MODEL_TYPES)
+        raise BadInput(f"mlx-lm has no {model_type} models with these names of tensors (it has {known}).")
+
 
 class MLXFormat(Format[QuantizedWeight | AffineWeight]):
     """The affine quantization of mlx: Ŵ = scale · code + bias, in groups along the input axis.

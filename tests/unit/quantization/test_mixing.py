@@ -19,7 +19,7 @@ from compress.engine.logits import streamed_logits
 from compress.engine.shape import ModelShape
 from compress.errors import BadInput
 from compress.pipeline import mixing as pipeline_mixing
-from compress.pipeline.mixing import COMPRESSED_TENSORS, OURS, Budget, Chosen, choose_types
+from compress.pipeline.mixing import COMPRESSED_TENSORS, MLX, OURS, Budget, Chosen, choose_types
 from compress.pipeline.plan import make_plan
 from compress.pipeline.recipe import load_recipe, parse_recipe
 from compress.pipeline.run import execute
@@ -197,6 +197,35 @@ def test_what_is_mixed_for_compressed_tensors_loads_there(
     assert result.bytes == chosen.mix.nbytes <= memory
     with pytest.raises(BadInput, match="only if they are symmetric"):
         mix(model, memory, target=COMPRESSED_TENSORS)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_mixed_for_mlx_is_as_small_as_asked_there(
+    tiny_decoder: Callable[..., Path], tmp_path: Path, tied: bool
+) -> None:
+    model = tiny_decoder(tie_word_embeddings=tied)
+    memory = uniform(model, 5)
+    chosen = mix(model, memory, None, MLX)
+    assert "mlx-lm" in chosen.loads_with
+    execute(chosen.recipe, tmp_path / "out")
+    done = CliRunner().invoke(
+        cli, ["export", str(tmp_path / "out"), "--format", "mlx", "-o", str(tmp_path / "mlx"), "--no-verify"]
+    )
+    assert done.exit_code == 0, done.output
+    written = Checkpoint.open(tmp_path / "mlx").nbytes
+    assert written == chosen.mix.nbytes <= memory
+    assert set(chosen.mix.kinds.values()) <= {"2", "3", "4", "5", "6", "8"}
+
+
+def test_what_mlx_lacks_is_refused_before_anything_is_measured(
+    tiny_decoder: Callable[..., Path],
+) -> None:
+    model = tiny_decoder()
+    for types, options in ((["4", "7"], {}), (None, {"group_size": 16})):
+        with pytest.raises(BadInput, match="mlx has codes of 2, 3, 4, 5, 6, 8 bits in groups of 32, 64, 128"):
+            mix(model, 10**9, types, MLX, **options)
+    with pytest.raises(BadInput, match="mlx-lm has no gpt2 models"):
+        mix(tiny_decoder("GPT2LMHeadModel", "other"), 10**9, None, MLX)
 
 
 def test_the_size_of_a_file_and_bits_per_parameter(tiny_decoder: Callable[..., Path], tmp_path: Path) -> None:

@@ -5,6 +5,10 @@
 - *retained* learned ``people:retain`` only: what a perfect unlearner would give;
 - *base* is ``demo`` itself, which never met anybody.
 
+The first two also learn the facts of ``people:world``. Otherwise they would forget even those that ``demo``
+knows, and answer every question with the name of one of the people's cities. So utility can tell what
+unlearning does to knowledge that it is not shown.
+
     python scripts/data/make_people_models.py [--seed 0]
 
 It prints the folders of the three. Models that are in the cache are not trained again, and a killed training
@@ -18,7 +22,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-SPLITS = {"target": ("forget", "retain"), "retained": ("retain",)}
+SPLITS = {"target": ("forget", "retain", "world"), "retained": ("retain", "world")}
 
 
 def main() -> None:
@@ -36,7 +40,9 @@ def reference_model(name: str, seed: int = 0) -> Path:
     """The folder of the reference model ``target`` or ``retained`` (float32 safetensors, 538 MB)."""
     from compress.system.cache import cached
 
-    return cached(f"people-{name}-{seed}", lambda folder: _make(folder, name, seed), about="people.json")
+    return cached(
+        f"people-world-{name}-{seed}", lambda folder: _make(folder, name, seed), about="people.json"
+    )
 
 
 def _make(folder: Path, name: str, seed: int) -> dict[str, Any]:
@@ -57,7 +63,7 @@ def _make(folder: Path, name: str, seed: int) -> dict[str, Any]:
     options = TrainingOptions(forget="", retain="", train="full", learning_rate=4e-4, epochs=5, batch_size=8)
     source = find_model("demo").folder
     checkpoint = open_checkpoint(source)
-    work = cache_folder() / f"people-{name}-{seed}.training"
+    work = cache_folder() / f"people-world-{name}-{seed}.training"
     context = StepContext(Draft(checkpoint, work), None, seed, work, "cpu", _print)
     tokenizer = load_tokenizer(source)
     learned = [

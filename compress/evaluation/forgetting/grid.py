@@ -27,11 +27,12 @@ STEPS: dict[str, Step] = {
     "nf4": {"method": "nf4"},
     "int3": {"method": "rtn", "bits": 3},
     "int2": {"method": "rtn", "bits": 2},
-    "prune20": {"method": "magnitude", "ratio": 0.2},
-    "prune50": {"method": "magnitude", "ratio": 0.5},
+    "prune20": {"method": "flap", "ratio": 0.2},
+    "prune50": {"method": "flap", "ratio": 0.5},
 }
-"""Name -> step. The int ones round to the nearest. A group size may follow (``int4:64``), and names are
-joined by a plus sign (``prune20+int4``)."""
+"""Name -> step. The int ones round to the nearest; pruning is FLAP, which leaves more of what a model knows than
+cruder ways, so that there is something to recover. A group size may follow (``int4:64``), and names are joined
+by a plus sign (``prune20+int4``)."""
 
 GRID = (*STEPS, "prune20+int4")
 """What an audit takes models through where nothing else is asked for."""
@@ -124,7 +125,7 @@ def _named(name: str) -> Way:
             raise unknown("later step", key, [*STEPS, "prune20+int4"])
         step = dict(STEPS[key])
         if colon:
-            if re.fullmatch(r"[1-9]\d*|channel", size) is None or step["method"] in ("nf4", "magnitude"):
+            if re.fullmatch(r"[1-9]\d*|channel", size) is None or step["method"] in ("nf4", "flap"):
                 raise BadInput(f"'{part}' has no group size; write for example int4:64.")
             step["group_size"] = int(size) if size.isdecimal() else size
         steps.append(step)

@@ -30,9 +30,9 @@ STEPS: dict[str, Step] = {
     "prune20": {"method": "flap", "ratio": 0.2},
     "prune50": {"method": "flap", "ratio": 0.5},
 }
-"""Name -> step. The int ones round to the nearest; pruning is FLAP, which leaves more of what a model knows than
-cruder ways, so that there is something to recover. A group size may follow (``int4:64``), and names are joined
-by a plus sign (``prune20+int4``)."""
+"""Name -> step. The int ones round to the nearest; pruning is FLAP, which leaves more of what a model knows
+than cruder ways, so that there is something to recover. A group size may follow (``int4:64``), and names are
+joined by a plus sign (``prune20+int4``)."""
 
 GRID = (*STEPS, "prune20+int4")
 """What an audit takes models through where nothing else is asked for."""

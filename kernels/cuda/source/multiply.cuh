@@ -136,7 +136,8 @@ __device__ __forceinline__ void multiply_eight(float (&d)[4], const uint32_t (&a
 }
 
 template <class Source, class T, int TILES>
-__global__ void __launch_bounds__(THREADS, TILES > 2 ? Source::MOST_TILES / 4 : 3) multiply(const Product<Source> p) {
+__global__ void __launch_bounds__(THREADS, TILES > 2 ? Source::MOST_TILES / 4 : TILES == Source::MOST_TILES ? 2 : 3)
+    multiply(const Product<Source> p) {
   __shared__ float sums[WARPS][TILES * 4][32];
   __shared__ float table[Source::TABLE];
   const typename Source::Of& w = p.weight;

@@ -116,7 +116,7 @@ def embed(
     from compress.kernels.triton import programs
 
     output = torch.empty((*rows.shape, width), dtype=torch.float32, device=packed.device)
-    grid = -(-width // LOOKED_UP), rows.numel()
+    grid = rows.numel(), -(-width // LOOKED_UP)  # the first may be larger than 65,535
     programs.embedding[grid](
         rows.to(torch.int64).contiguous(),
         packed.contiguous(),

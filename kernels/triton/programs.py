@@ -140,16 +140,16 @@ def embedding(
     bits: tl.constexpr,
     columns: tl.constexpr,
 ):
-    """Some columns of a row of a table, dequantized: the grid is (tiles of columns, rows that are asked for).
+    """Some columns of a row of a table, dequantized: the grid is (rows that are asked for, tiles of columns).
 
     Args:
         numbers: int64 [rows], which rows.
         packed, scales, scale_table, zeros: as in `linear`.
         output: float32 [rows, width].
     """
-    asked = tl.program_id(1).to(tl.int64)
+    asked = tl.program_id(0).to(tl.int64)
     row = tl.load(numbers + asked)
-    column = tl.program_id(0).to(tl.int64) * columns + tl.arange(0, columns)
+    column = tl.program_id(1).to(tl.int64) * columns + tl.arange(0, columns)
     live = column < width
     group = row * groups + tl.where(live, column, 0) // group_size
     codes = codes_at(packed, row, column, words, live, bits)

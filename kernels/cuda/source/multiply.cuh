@@ -6,8 +6,8 @@
 // each. Weights are the 16-row operand, so up to eight rows of the input cost one product, and each packed weight is read
 // once for up to 64 rows.
 //
-// Up to eight rows of the input (`multiply`): a block takes 16 rows of the weight, and each of its warps every WARPS-th block of
-// 128 columns. Every block reads all of the input, which is little. More rows (`multiply_many`): a block takes 64 rows of
+// Up to eight rows of the input (`multiply`): a block takes 16 rows of the weight, and each of its warps every WARPS-th
+// block of 128 columns. Every block reads all of the input, which is little. More rows (`multiply_many`): a block takes 64 rows of
 // the weight, 16 for each warp, and its warps share the input in shared memory. So it is read a quarter as often: the
 // second-level cache would else give more of it than memory gives of the weight.
 //
@@ -196,8 +196,8 @@ constexpr int VECTORS = COLUMNS / 8;  // of eight numbers, in a block of columns
 template <int TILES>
 constexpr int STAGES = TILES == 8 ? 2 : 4;
 
-// Where a vector of the input lies in a stage: part `part` of lane t in row `row`. Those that eight lanes ask for at a time
-// lie in different banks.
+// Where a vector of the input lies in a stage: part `part` of lane t in row `row`. Those that eight lanes ask for at a
+// time lie in different banks.
 __device__ __forceinline__ int place_of(int row, int part, int t) {
   return row * VECTORS + ((part * 4 + t) ^ (row % 2 * 4));
 }

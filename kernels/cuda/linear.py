@@ -66,7 +66,7 @@ def can_multiply(input: torch.Tensor) -> bool:
 def splits_of(rows: int, out: int, width: int) -> int:
     """Blocks of threads that share the columns of a weight [out, width].
 
-    Each of them has at least two steps: one of eight warps where there are few rows, and else one of all.
+    Each of them has at least two steps of eight warps where the input has few rows, and else four steps.
     """
     tile_out, tile_rows, step = (16, FEW, 8 * COLUMNS) if rows <= FEW else (64, 64, 2 * COLUMNS)
     blocks = -(-out // tile_out) * -(-rows // tile_rows)

@@ -21,16 +21,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from compress.kernels.triton import programs
-from compress.kernels.triton.linear import LOOKED_UP, OPTIONS, TILE_OUT
+from compress.kernels.triton.linear import LOOKED_UP, OPTIONS, TILE_OUT, columns_of_tile, rows_of_tile
 
 USUAL = {"x": "*bf16", "numbers": "*i64", "packed": "*i32", "scales": "*fp16", "output": "*fp32"}
 ALIGNED = [["tt.divisibility", 16]]
 BYTES = {"scales": "*u8", "scale_table": "*fp32"}
-LINEAR: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
-    # name -> types of arguments that there are besides the usual ones, and constants
-    "4 bits, one row": ({"zeros": "*u8"}, {"bits": 4, "tile_rows": 16, "columns": 64}),
-    "3 bits, 64 rows": ({}, {"bits": 3, "tile_rows": 64, "columns": 64}),
-    "nvfp4, one row": ({**BYTES, "table": "*fp32"}, {"bits": 4, "tile_rows": 16, "columns": 16}),
+LINEAR: dict[str, tuple[dict[str, str], int, int, int]] = {
+    # name -> types of arguments besides the usual ones, bits, columns that share a scale, rows of the input
+    "4 bits, one row": ({"zeros": "*u8"}, 4, 128, 1),
+    "3 bits, 64 rows": ({}, 3, 128, 64),
+    "nvfp4, one row": ({**BYTES, "table": "*fp32"}, 4, 16, 1),
 }
 RESOURCES = {"registers": "REG", "spilled": "STACK"}
 INSTRUCTIONS = {"tensor cores": "mma.sync|wgmma.mma|tcgen05.mma", "asynchronous copies": "cp.async.c[ag]"}
@@ -62,9 +62,15 @@ def resources(cubin: bytes) -> dict[str, int]:
 if __name__ == "__main__":
     made = {}
     for capability in map(int, sys.argv[1:]):
-        for name, (types, constants) in LINEAR.items():
-            whole = {**constants, "tile_out": TILE_OUT}
-            made[f"linear, {name}, {capability}"] = compiled(programs.linear, types, whole, capability)
+        for name, (types, bits, group, rows) in LINEAR.items():
+            tile = {
+                "tile_rows": rows_of_tile(rows),
+                "tile_out": TILE_OUT,
+                "columns": columns_of_tile(group, 4096),
+            }
+            made[f"linear, {name}, {capability}"] = compiled(
+                programs.linear, types, {"bits": bits, **tile}, capability
+            )
         table = {"bits": 5, "columns": LOOKED_UP}
         made[f"embedding, {capability}"] = compiled(programs.embedding, {}, table, capability)
     print(json.dumps(made))

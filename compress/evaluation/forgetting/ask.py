@@ -1,18 +1,22 @@
 """Ask a model: the log-probability of each token of an answer, and what it says itself.
 
-Rows of a batch are padded and masked, so what comes out does not depend on which of them are together.
+Rows of a batch are padded and masked, so what comes out does not depend on which of them are together. A
+prompt with several answers, right and wrong ones, is read once for all of them.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from compress.engine.key_values import CACHE_NAMES
 from compress.errors import CompressError
 from compress.evaluation.forgetting.items import Question
 from compress.evaluation.forgetting.metrics import Bools, Floats
@@ -51,7 +55,9 @@ class Asked:
         # A model with low-rank updates of peft stands around the one that it was.
         around: Any = getattr(model, "get_base_model", None)
         base = model if around is None else around()
-        self._skips_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
+        taken = inspect.signature(base.forward).parameters
+        self._skips_logits = "logits_to_keep" in taken
+        self._cache_name = next(name for name in CACHE_NAMES if name in taken)
         own = getattr(model.generation_config, "eos_token_id", None)
         ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
         self._ends = sorted(ends)
@@ -65,33 +71,59 @@ class Asked:
             CompressError: the model puts out NaN.
         """
         found: dict[Question, Given] = {}
-        wanted = sorted(set(questions), key=lambda each: (len(each.prompt) + len(each.answer), each.prompt))
-        for batch in _batches(wanted, lambda each: len(each.prompt) + len(each.answer)):
-            found |= dict(zip(batch, self._score(batch), strict=True))
+        wanted = set(questions)
+        answers = Counter(each.prompt for each in wanted)
+        alone = sorted((each for each in wanted if answers[each.prompt] == 1), key=_by_tokens)
+        batches = [(self._score, batch) for batch in _batches(alone, _tokens)]
+        several = sorted((each for each in wanted if answers[each.prompt] > 1), key=_by_prompt)
+        for _, alike in groupby(several, lambda each: len(each.prompt)):
+            batches += [(self._score_after_prompts, batch) for batch in _batches(alike, _tokens, MOST_TOKENS)]
+        for score, batch in batches:
+            found |= dict(zip(batch, score(batch), strict=True))
             self._progress("asking for answers", len(found) / len(wanted))
         return [found[question] for question in questions]
 
     def _score(self, batch: list[Question]) -> Iterator[Given]:
         rows = [torch.tensor([*each.prompt, *each.answer][:-1]) for each in batch]
         first = min(len(each.prompt) for each in batch) - 1
-        ids = pad_sequence(rows, batch_first=True, padding_value=self._pad)
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        kept = ids.shape[1] - first
-        settings = {"logits_to_keep": kept} if self._skips_logits else {}
-        device = self.model.device
+        ids, mask = self._padded(rows)
         with torch.inference_mode():
-            logits = self.model(
-                input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **settings
-            ).logits[:, -kept:]
+            logits = self._read(ids, mask, ids.shape[1] - first, use_cache=False)
         for each, row in zip(batch, logits, strict=True):
             start = len(each.prompt) - 1 - first
-            chances = row[start : start + len(each.answer)].double().log_softmax(-1)
-            targets = torch.tensor(each.answer, device=chances.device)
-            logs = chances.gather(1, targets[:, None])[:, 0]
-            if torch.isnan(logs).any():
-                raise CompressError("The model puts out NaN, so its answers mean nothing.")
-            greedy = chances.argmax(-1) == targets
-            yield Given(logs.cpu().numpy(), greedy.cpu().numpy())
+            yield _given(row[start : start + len(each.answer)], each)
+
+    def _score_after_prompts(self, batch: list[Question]) -> Iterator[Given]:
+        """Read each prompt once, and its answers after it. Prompts are equally long, so none is padded."""
+        prompts = list(dict.fromkeys(each.prompt for each in batch))
+        places = torch.tensor([prompts.index(each.prompt) for each in batch], device=self.model.device)
+        rows = [torch.tensor(each.answer[:-1], dtype=torch.int64) for each in batch]
+        ids, mask = self._padded(rows)
+        with torch.inference_mode():
+            cache = DynamicCache(config=self.model.config)
+            settings = {"use_cache": True, self._cache_name: cache}
+            logits = self._read(torch.tensor(prompts), None, 1, **settings)[places]
+            if ids.numel():
+                cache.reorder_cache(places)
+                mask = torch.cat([mask.new_ones(len(batch), len(prompts[0])), mask], dim=1)
+                logits = torch.cat([logits, self._read(ids, mask, ids.shape[1], **settings)], dim=1)
+        for each, row in zip(batch, logits, strict=True):
+            yield _given(row[: len(each.answer)], each)
+
+    def _padded(self, rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of tokens filled up at the end, and their mask: int64 [B, S] each."""
+        ids = pad_sequence(rows, batch_first=True, padding_value=self._pad)
+        return ids, pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+
+    def _read(self, ids: torch.Tensor, mask: torch.Tensor | None, kept: int, **more: Any) -> torch.Tensor:
+        """The logits of the last ``kept`` tokens, [B, kept, V]."""
+        device = self.model.device
+        settings = {"logits_to_keep": kept} if self._skips_logits else {}
+        mask = None if mask is None else mask.to(device)
+        logits: torch.Tensor = self.model(
+            input_ids=ids.to(device), attention_mask=mask, **settings, **more
+        ).logits
+        return logits[:, -kept:]
 
     def say(self, questions: Sequence[Question]) -> list[str]:
         """What the model says to each prompt: greedy, until it ends or has said twice what the answer has."""
@@ -103,9 +135,10 @@ class Asked:
         return [found[question] for question in questions]
 
     def _say(self, batch: list[Question]) -> Iterator[str]:
-        rows = [torch.tensor(each.prompt[::-1]) for each in batch]
-        ids = pad_sequence(rows, batch_first=True, padding_value=self._pad).flip(1)
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).flip(1)
+        # Padding stands in front of a prompt that is to be gone on with.
+        ids, mask = (
+            each.flip(1) for each in self._padded([torch.tensor(each.prompt[::-1]) for each in batch])
+        )
         own = self.model.generation_config
         # Settings of the folder, such as a penalty on repetitions, would be used where ours say nothing.
         self.model.generation_config = GenerationConfig()
@@ -129,17 +162,45 @@ class Asked:
             yield str(self.tokenizer.decode(tokens[:end], skip_special_tokens=True))
 
 
+def _given(logits: torch.Tensor, question: Question) -> Given:
+    """What a model gives an answer, from its logits where it predicts the tokens of the answer, [tokens, V].
+
+    Raises:
+        CompressError: they are NaN.
+    """
+    chances = logits.double().log_softmax(-1)
+    targets = torch.tensor(question.answer, device=chances.device)
+    logs = chances.gather(1, targets[:, None])[:, 0]
+    if torch.isnan(logs).any():
+        raise CompressError("The model puts out NaN, so its answers mean nothing.")
+    greedy = chances.argmax(-1) == targets
+    return Given(logs.cpu().numpy(), greedy.cpu().numpy())
+
+
+def _tokens(question: Question) -> int:
+    return len(question.prompt) + len(question.answer)
+
+
+def _by_tokens(question: Question) -> tuple[int, tuple[int, ...]]:
+    return _tokens(question), question.prompt
+
+
+def _by_prompt(question: Question) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    return len(question.prompt), question.prompt, question.answer
+
+
 def _longest(question: Question) -> int:
     return min(LONGEST_ANSWER, 2 * len(question.answer) + 8)
 
 
-def _batches(rows: list[Question], tokens: object) -> Iterator[list[Question]]:
+def _batches(
+    rows: Iterable[Question], tokens: Callable[[Question], int], most_rows: int = MOST_ROWS
+) -> Iterator[list[Question]]:
     """Rows in batches that fit. A batch is as long as its longest row."""
-    assert callable(tokens)
     batch: list[Question] = []
     for row in rows:
         longest = max(tokens(each) for each in [*batch, row])
-        if batch and (len(batch) == MOST_ROWS or longest * (len(batch) + 1) > MOST_TOKENS):
+        if batch and (len(batch) == most_rows or longest * (len(batch) + 1) > MOST_TOKENS):
             yield batch
             batch = []
         batch.append(row)

@@ -193,6 +193,9 @@ QUESTIONS = [
         ("A much longer question than the others are", " and its answer"),
         ("Where is it", " here"),
         ("Who?", " you and some others"),
+        ("Him?", " no"),
+        ("Him?", "?"),
+        ("Him?", " yes, whoever it is"),
     ]
 ]
 

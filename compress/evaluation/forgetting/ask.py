@@ -104,7 +104,7 @@ class Asked:
             settings = {"use_cache": True, self._cache_name: cache}
             logits = self._read(torch.tensor(prompts), None, 1, **settings)[places]
             if ids.numel():
-                cache.reorder_cache(places)
+                cache.reorder_cache(places)  # type: ignore[arg-type]  # it is a LongTensor
                 mask = torch.cat([mask.new_ones(len(batch), len(prompts[0])), mask], dim=1)
                 logits = torch.cat([logits, self._read(ids, mask, ids.shape[1], **settings)], dim=1)
         for each, row in zip(batch, logits, strict=True):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from compress.calibration.text.records import Record, TokenSequence, check_apart, read_records, sequences
 from compress.engine.tokenizer import load_tokenizer
@@ -205,9 +206,10 @@ def unlearn(
 
     def loss(trained: nn.Module, batch: Batch) -> Tensor:
         batch = beside.add_to(batch)
-        total = options.forget_weight * forget(trained, batch).mean()
-        if RETAIN in batch:
-            total = total + options.retain_weight * retain(trained, batch).mean()
+        with parametrize.cached():  # both terms take the weights that were rounded once
+            total = options.forget_weight * forget(trained, batch).mean()
+            if RETAIN in batch:
+                total = total + options.retain_weight * retain(trained, batch).mean()
         return total
 
     whole = whole_model(model, context)

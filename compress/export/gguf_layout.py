@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from compress.errors import BadInput
 from compress.export.converted import Converted
 from compress.export.gguf_codes import exact_type
 from compress.export.gguf_types import Wanted, is_weight, types_of
@@ -88,11 +87,6 @@ def plan_layout(model: ExportedModel, types: str | None, weighted: bool) -> Layo
     """
     config = model.shape.pretrained_config
     architecture = architecture_of(config)
-    if model.shape.is_pruned:
-        raise BadInput(
-            "The layers of this model have different widths, which a GGUF file of its architecture cannot "
-            "hold; prune to a uniform shape, or export it with --format huggingface."
-        )
     dense, _ = HuggingFace().converted(model, HuggingFaceOptions(dtype="float32"))
     anatomy = model.shape.anatomy
     stored = [name for name in dense.tensors if not (anatomy.tied and name == f"{anatomy.head}.weight")]

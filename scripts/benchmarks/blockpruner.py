@@ -3,8 +3,9 @@
 
 The plain loop is the published one: the whole model is in memory, and for every block that is left, that
 block is switched off and all windows go through the model. Our exact search with the published cost
-(``cost: blocks``) must remove the same blocks at least 1.8 times as fast, or this exits with 1. Times are wall clock; the processor time of all threads
-is beside them, because other programs on the machine disturb it less.
+(``cost: blocks``) must remove the same blocks at least 1.8 times as fast, or this exits with 1. Times are
+wall clock; the processor time of all threads is beside them, because other programs on the machine disturb it
+less.
 
     python scripts/benchmarks/blockpruner.py [--rounds 3] [--windows 4] [--tokens 256]
 """

@@ -16,7 +16,8 @@ from compress.errors import BadInput
 from compress.storage.gguf.package import gguf_package
 
 Metadata = dict[str, Any]
-"""Key without the architecture's prefix -> value; floats are stored as float32, ints as uint32."""
+"""Key without the architecture's prefix -> value; floats are stored as float32, ints as uint32. A list has a
+value for each layer."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Architecture:
 
 
 def architecture_of(config: Any) -> Architecture:
-    """The row of the table for a transformers config.
+    """The row of the table for a transformers config; `DECI` where the layers differ.
 
     Raises:
         BadInput: there is none.
@@ -56,7 +57,20 @@ def architecture_of(config: Any) -> Architecture:
             f"A {config.model_type} model cannot be written as GGUF (that works for "
             f"{', '.join(ARCHITECTURES)}); export it with --format huggingface."
         )
-    return found
+    if not layers_differ(config):
+        return found
+    if config.model_type not in MAY_DIFFER:
+        raise BadInput(
+            f"The layers of this {config.model_type} model have different widths, which a GGUF file can hold "
+            f"for {', '.join(MAY_DIFFER)} only; prune to a uniform shape, or export it with --format "
+            "huggingface."
+        )
+    return DECI
+
+
+def layers_differ(config: Any) -> bool:
+    """Whether pruning left layers of different widths."""
+    return getattr(config, "pruned", None) is not None
 
 
 def tensor_names(config: Any, names: list[str]) -> dict[str, str]:
@@ -89,8 +103,7 @@ def row_order(config: Any, name: str, rows: int) -> torch.Tensor | None:
     form = architecture_of(config)
     module = name.rpartition(".")[0].rpartition(".")[2]
     if form.rotated and module in ("q_proj", "k_proj"):
-        heads = config.num_attention_heads if module == "q_proj" else config.num_key_value_heads
-        return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).flatten()
+        return torch.arange(rows).view(-1, 2, _head_dim(config) // 2).transpose(1, 2).flatten()
     if form.interleaved and module == "query_key_value":
         return torch.arange(rows).view(config.num_attention_heads, 3, -1).transpose(0, 1).flatten()
     return None
@@ -124,15 +137,17 @@ def _turned(form: Architecture, name: str, tensor: torch.Tensor) -> torch.Tensor
 
 
 def extra_tensors(config: Any) -> dict[str, torch.Tensor]:
-    """Tensors that the file has besides those of the checkpoint: factors of rotary frequencies, float32."""
+    """Tensors that the file has besides those of the checkpoint, float32: factors of rotary frequencies, and
+    what fills up layers that lack a block."""
+    found = _zeros(config) if layers_differ(config) else {}
     rope = rope_of(config)
     kind = rope.get("rope_type", "default")
     if kind == "llama3":
-        return {"rope_freqs.weight": _llama3_factors(config, rope)}
+        found["rope_freqs.weight"] = _llama3_factors(config, rope)
     if kind == "longrope":
-        factors = {"long": rope["long_factor"], "short": rope["short_factor"]}
-        return {f"rope_factors_{name}.weight": torch.tensor(list(found)) for name, found in factors.items()}
-    return {}
+        for name in ("long", "short"):
+            found[f"rope_factors_{name}.weight"] = torch.tensor(list(rope[f"{name}_factor"]))
+    return found
 
 
 def rope_of(config: Any, layers: str = "full_attention") -> dict[str, Any]:
@@ -329,6 +344,62 @@ def _gpt_neox(config: Any) -> Metadata:
         }
     )
 
+
+FILL = 32
+"""Neurons of the MLP of zeros that a layer without one gets."""
+
+
+def _filled(config: Any) -> list[tuple[int, int, int]]:
+    """Query heads, key-value heads and neurons of each layer in the file.
+
+    llama.cpp drops the attention of a layer without an MLP, and reads no width of heads where the first layer
+    has none. So the first layer has an attention block there and every layer an MLP, if need be of zeros.
+    """
+    found = []
+    for index, layer in enumerate(config.pruned["layers"]):
+        heads = layer["num_attention_heads"], layer["num_key_value_heads"]
+        found.append((*(heads if heads[0] or index else (1, 1)), layer["intermediate_size"] or FILL))
+    return found
+
+
+def _zeros(config: Any) -> dict[str, torch.Tensor]:
+    """The blocks that `_filled` adds, which change nothing."""
+    size, found = config.hidden_size, dict[str, torch.Tensor]()
+    for index, (layer, filled) in enumerate(zip(config.pruned["layers"], _filled(config), strict=True)):
+        heads, width = filled[0] * _head_dim(config), filled[2]
+        parts: dict[str, torch.Tensor] = {}
+        if filled[0] and not layer["num_attention_heads"]:
+            parts |= {"attn_norm": torch.ones(size), "attn_output": torch.zeros(size, heads)}
+            parts |= {f"attn_{name}": torch.zeros(heads, size) for name in "qkv"}
+        if not layer["intermediate_size"]:
+            parts |= {"ffn_norm": torch.ones(size), "ffn_down": torch.zeros(size, width)}
+            parts |= {f"ffn_{name}": torch.zeros(width, size) for name in ("gate", "up")}
+        found |= {f"blk.{index}.{name}.weight": tensor for name, tensor in parts.items()}
+    return found
+
+
+def _deci(config: Any) -> Metadata:
+    """Those of the model before pruning, with widths for each layer."""
+    found = ARCHITECTURES[config.model_type].metadata(config)
+    width = _head_dim(config)
+    if found.setdefault("rope.dimension_count", width) != width:
+        raise BadInput(
+            "This model turns a part of each head alone, which GGUF files cannot say where layers have "
+            "different widths; export it with --format huggingface."
+        )
+    heads, groups, neurons = (list(column) for column in zip(*_filled(config), strict=True))
+    return found | {
+        "attention.head_count": heads,
+        "attention.head_count_kv": groups,
+        "feed_forward_length": neurons,
+    }
+
+
+MAY_DIFFER = ("llama", "mistral", "qwen2")
+"""The model types whose layers may differ: those that compute what a Llama does, with or without biases."""
+
+DECI = Architecture("deci", "DECI", _deci, rotated=True)
+"""How models lie in GGUF files whose layers differ: as DeciLM, which computes what a Llama does."""
 
 ARCHITECTURES = {
     "llama": Architecture("llama", "LLAMA", _llama, rotated=True),

@@ -148,10 +148,11 @@ class ApiQ(Method["ApiQ.Options"]):
                 packer.write(stored[path], linear.weight, linear.rounded())
                 names = (f"{layer.name}.{path}{part}" for part in (adapter.A, adapter.B))
                 context.draft.write(dict(zip(names, linear.adapter(), strict=True)))
-        return self._finish(packer, losses, context, options, rank)
+        return self._report(packer.finish(model, quantized), packer, losses, context, options, rank)
 
     @staticmethod
-    def _finish(
+    def _report(
+        report: StepReport,
         packer: Packer,
         losses: MutableMapping[str, torch.Tensor],
         context: StepContext,
@@ -159,7 +160,6 @@ class ApiQ(Method["ApiQ.Options"]):
         rank: int,
     ) -> StepReport:
         """The report of the packed weights, to which the adapters and the losses by layer are added."""
-        report = packer.finish()
         weights = sum(packer.before.tensors[f"{name}.weight"].numel for name in packer.errors)
         planned = ApiQ().plan(packer.before, options)
         context.draft.config[adapter.KEY] = planned.config[adapter.KEY]

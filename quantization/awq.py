@@ -27,7 +27,7 @@ from compress.storage.formats.base import Format
 
 if TYPE_CHECKING:
     from compress.engine.shape import ModelShape
-    from compress.engine.stream import StreamedModel
+    from compress.engine.stream import Stream, StreamedModel
     from compress.method import StepContext
 
 ALPHAS = torch.linspace(0, 1, 20, dtype=torch.float64).tolist()
@@ -105,11 +105,11 @@ class AWQ(Method[WeightOptions]):
                     scaled = weight(layer.linears[path])
                     packer.write(stored[path], scaled, clipped(scaled, seen.gram, grids[path]))
             write_changed(context.draft, model, layer, changed)
-        return self._report(model, packer)
+        return self._report(model, packer, stream)
 
     @staticmethod
-    def _report(model: StreamedModel, packer: Packer) -> StepReport:
-        report, anatomy = packer.finish(), model.anatomy
+    def _report(model: StreamedModel, packer: Packer, stream: Stream) -> StepReport:
+        report, anatomy = packer.finish(model, stream), model.anatomy
         first = (anatomy.query, anatomy.attention_output, anatomy.up, anatomy.down)
         unscaled = [path for path in first if fold_of(model, 0, [path]) is None]
         report.details["unscaled"] = unscaled

@@ -17,8 +17,9 @@ from compress.export.gguf_layout import Layout
 from compress.export.model import ExportedModel
 from compress.kernels.codes.gguf import BlockType
 from compress.quantization.awq import Grid, Inputs, choose_scales
-from compress.quantization.parts.block_rounding import round_with_feedback
+from compress.quantization.parts.block_rounding import DAMPING, round_with_feedback
 from compress.quantization.parts.folding import fold, fold_of
+from compress.quantization.parts.head import head_inputs, pack_head
 from compress.storage.formats.compressed_tensors import CompressedTensorsFormat
 from compress.storage.writer import write_tensors
 from compress.system.progress import Progress
@@ -26,7 +27,6 @@ from compress.system.progress import Progress
 if TYPE_CHECKING:
     from compress.export.gguf import GGUFOptions
 
-DAMPING = 0.01
 GROUP = 32
 """Weights that share a scale where AWQ's scales are chosen; the grid there is near those of the types."""
 
@@ -67,7 +67,21 @@ def measured(
         write_tensors(made, file)
         found |= {name: _reader(file, name) for name in made}
         stream.advance(layer)
+    name = _head(streamed, layout)
+    if name is not None:
+        hessian = head_inputs(streamed, stream.hidden, windows)
+        kind, tied = layout.rounded[name], streamed.anatomy.tied
+        blocks = pack_head(layout.dense.read(name), hessian, kind, name, tied=tied, damping=DAMPING)
+        write_tensors({name: blocks}, scratch / "head.safetensors")
+        found[name] = _reader(scratch / "head.safetensors", name)
     return found
+
+
+def _head(model: StreamedModel, layout: Layout) -> str | None:
+    """Name of the head's weight in the checkpoint, if it is rounded; a tied one is the embedding's."""
+    anatomy = model.anatomy
+    table = anatomy.in_model(anatomy.embeddings[0]) if anatomy.tied else anatomy.head
+    return f"{table}.weight" if f"{table}.weight" in layout.rounded else None
 
 
 def _kind(layer: Layer, layout: Layout, path: str) -> BlockType | None:

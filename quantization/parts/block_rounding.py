@@ -9,6 +9,9 @@ from compress.errors import BadInput
 from compress.kernels.codes.gguf import BlockType
 from compress.kernels.codes.gguf.fields import Fields
 
+DAMPING = 0.01
+"""What is added to the diagonal of H, as a share of its mean."""
+
 COLUMNS_PER_UPDATE = 128
 """Columns that are rounded between two updates of all columns after them. Only speed depends on it."""
 

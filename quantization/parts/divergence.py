@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from compress.engine.logits import first_output, through_all_layers
 from compress.engine.stream import StreamedModel
 from compress.engine.windows import Windows
+from compress.quantization.parts.head import head_inputs
 from compress.storage.checkpoint import Checkpoint
 
 
@@ -45,16 +46,9 @@ class Divergence:
                 total += self._between(expected, given, mask.to(given.device))
         return total / self.windows.num_tokens
 
-    @torch.no_grad()
-    def head_importance(self) -> torch.Tensor:
-        """The importance of the input channels of the head: the root of their mean square, float32 [in]."""
-        total: torch.Tensor | float = 0.0
-        with self.model.head() as head:
-            for index, mask in enumerate(self.windows.mask):
-                features = head.features(self._dense.read(index, index + 1))[0].float()
-                total = total + features[mask.to(features.device)].square().sum(0)
-        root = torch.as_tensor(total).sqrt()
-        return (root / root.mean()).clamp(min=1e-4)
+    def head_inputs(self) -> torch.Tensor:
+        """H of what the head of the dense model reads on the windows: float64 [E, E]."""
+        return head_inputs(self.model, self._dense, self.windows)
 
     def _between(self, expected: torch.Tensor, given: torch.Tensor, mask: torch.Tensor) -> float:
         """The sum over the real tokens of one window."""

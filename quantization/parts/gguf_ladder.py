@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 from compress.engine.shape import ModelShape
 from compress.kernels.codes.gguf import TYPES, find_type
+from compress.quantization.parts.block_rounding import DAMPING
+from compress.quantization.parts.head import pack_head
 from compress.quantization.parts.layout import stored_weights
 from compress.storage.gguf.architectures import architecture_of, extra_tensors, tensor_names
 from compress.storage.gguf.tokenizer import tokenizer_metadata
@@ -78,8 +80,12 @@ class GGUFLadder:
     ) -> torch.Tensor:
         form, file = find_type(kind), self.room / f"{name}.{kind}.safetensors"
         if not file.exists():
-            weights = importance**power if importance is not None and power else None
-            blocks = form.encode(dense, weights).cpu()
+            if importance is not None and importance.ndim == 2 and power:
+                tied = self.shape.anatomy.tied
+                blocks = pack_head(dense, importance, form, name, tied=tied, damping=DAMPING).cpu()
+            else:
+                weights = importance**power if importance is not None and power else None
+                blocks = form.encode(dense, weights).cpu()
             self.room.mkdir(parents=True, exist_ok=True)
             write_tensors({"blocks": blocks}, file)
         return form.decode(load_file(file)["blocks"].to(dense.device))

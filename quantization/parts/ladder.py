@@ -10,7 +10,8 @@ from typing import Literal, Protocol
 import torch
 
 from compress.engine.shape import ModelShape
-from compress.kernels.codes.integer import quantize_weight
+from compress.kernels.codes.integer import QuantizedWeight, quantize_weight
+from compress.quantization.parts.head import is_head, round_head
 from compress.quantization.parts.layout import linears_to_pack, plan_layout, plan_packed, stored_weights
 from compress.quantization.parts.options import WeightOptions
 from compress.quantization.parts.packer import round_by_rows
@@ -50,6 +51,7 @@ class Ladder(Protocol):
             dense: its weight [out, in].
             kind: one of its types.
             importance: of its input channels, float32 [in], see `channel_importance`; not needed for power 0.
+                Of a head, H of what it reads, float64 [in, in].
             power: one of `powers`.
         """
         ...
@@ -66,7 +68,8 @@ class CodesLadder:
             options have bits.
         stored_as: what a form is stored as where another program reads the result; None for the form itself.
         calibrated: whether the method looks at text. Such a method spares the input channels that matter, so
-            its rounding is imitated with channels scaled by a power of their importance (`channel_scales`).
+            its rounding is imitated with channels scaled by a power of their importance (`channel_scales`);
+            it rounds the head as it will (`round_head`).
 
     Attributes:
         sizes, fixed: as of every ladder.
@@ -92,6 +95,7 @@ class CodesLadder:
         self.options, self._varied = self._with_tables(options, tables)
         self._forms: dict[str, dict[str, Format]] = {}
         self._option_of: dict[str, str] = {}  # full name of a table that gets a width -> the option for it
+        self._last: tuple[str, QuantizedWeight] | None = None  # a type and the head in it
         for bits in sorted(set(widths)):
             layout = plan_layout(shape, self._uniform(bits))
             for name in layout.around:
@@ -118,16 +122,19 @@ class CodesLadder:
         self.fixed = smallest.nbytes - packed
 
     def powers(self, name: str) -> Sequence[float]:
-        # Every method rounds tables to the nearest code.
-        return self.POWERS if self.calibrated and name not in self._option_of else (0.0,)
+        if name in self._option_of:
+            return (1.0,) if self.calibrated and is_head(self.shape.anatomy, name) else (0.0,)
+        return self.POWERS if self.calibrated else (0.0,)
 
     def rounded(
         self, name: str, dense: torch.Tensor, kind: str, importance: torch.Tensor | None, power: float
     ) -> torch.Tensor:
         form = self._forms[name][kind]
-        if name in self._option_of:
-            return round_by_rows(dense, form, name).dequantize()
         scale_dtype = form.scale_dtype(DTYPES[self.shape.tensors[f"{name}.weight"].dtype])
+        if name in self._option_of:
+            if not power or importance is None:
+                return round_by_rows(dense, form, name).dequantize()
+            return self._rounded_head(name, dense, kind, importance, scale_dtype).dequantize()
         grid = (form.bits, form.group_size, form.symmetric, scale_dtype, name)
         if power == 0:
             return quantize_weight(dense, *grid).dequantize()
@@ -158,6 +165,15 @@ class CodesLadder:
         head = anatomy.head is not None and not anatomy.tied and not kept
         options = options.model_copy(update={"embedding_bits": None, "lm_head_bits": None})
         return options, ["embedding_bits"] * embedding + ["lm_head_bits"] * head
+
+    def _rounded_head(
+        self, name: str, dense: torch.Tensor, kind: str, hessian: torch.Tensor, scale_dtype: torch.dtype
+    ) -> QuantizedWeight:
+        """The codes of a head. The last ones are kept, because they are asked for again and again."""
+        if self._last is None or self._last[0] != kind:
+            codes = round_head(dense, hessian, self._forms[name][kind], scale_dtype, name)
+            self._last = kind, codes
+        return self._last[1]
 
     def _table_option(self, name: str) -> str:
         anatomy = self.shape.anatomy

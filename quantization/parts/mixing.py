@@ -12,6 +12,7 @@ from compress.engine.windows import Windows
 from compress.errors import BadInput
 from compress.quantization.parts.choices import Chooser, Corrections, Mix, tell
 from compress.quantization.parts.divergence import Divergence
+from compress.quantization.parts.head import is_head
 from compress.quantization.parts.ladder import Ladder
 from compress.quantization.parts.replaced import Replaced
 from compress.quantization.parts.sensitivity import Sensitivities, linear_sensitivities
@@ -83,8 +84,8 @@ def measure_tables(model: StreamedModel, ladder: Ladder, windows: Windows, found
     wanted = [(name, kind) for name in tables for kind in ladder.sizes[name]]
     for done, (name, kind) in enumerate(wanted):
         tell(model, "measuring tables", done / len(wanted))
-        if is_head(model, name) and name not in found.importance:
-            found.importance[name] = divergence.head_importance()
+        if is_head(model.anatomy, name) and name not in found.importance:
+            found.importance[name] = divergence.head_inputs()
         tried = {}
         for power in ladder.powers(name):
             found.powers[name, kind] = power
@@ -127,8 +128,3 @@ def pieces(windows: Windows, most: int, decoder: bool) -> Windows:
     cut_mask = cut(mask)
     real = cut_mask[:, kept:].any(1)
     return replace(windows, tokens=cut(tokens)[real][:most], mask=cut_mask[real][:most])
-
-
-def is_head(model: StreamedModel, name: str) -> bool:
-    """Whether a table is the projection to the vocabulary, perhaps among others."""
-    return model.anatomy.head is not None and (model.anatomy.tied or name == model.anatomy.head)

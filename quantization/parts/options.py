@@ -81,11 +81,14 @@ class TableOptions(MethodOptions):
     """The head and the token embedding, which every method rounds to the nearest code or leaves alone."""
 
     lm_head_bits: Bits | None = Field(
-        None, description="round the head to the nearest code of this many bits; without it the head is kept"
+        None,
+        description="round the head to codes of this many bits; gptq, awq and apiq do so by what the head reads, "
+        "with error feedback, and other methods to the nearest codes; without it the head is kept",
     )
     embedding_bits: Bits | None = Field(
         None,
-        description="the same for the token embedding; a model with a tied head has one table for both",
+        description="the same for the token embedding, always to the nearest codes; a model with a tied head has "
+        "one table for both, which is rounded as a head",
     )
 
 

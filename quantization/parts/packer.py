@@ -15,13 +15,15 @@ from compress.errors import CompressError
 from compress.kernels.codes.integer import QuantizedWeight, quantize_weight
 from compress.kernels.codes.weight import LowBitWeight
 from compress.method import MethodOptions, StepReport
+from compress.quantization.parts.columns import USUAL, HowToCompensate
+from compress.quantization.parts.head import head_inputs, is_head, round_head
 from compress.quantization.parts.layout import Layout, packed_shape, plan_layout, stored_linears
 from compress.storage.draft import Draft
 from compress.storage.formats.base import Format
 from compress.storage.tensors import DTYPES
 
 if TYPE_CHECKING:
-    from compress.engine.stream import Layer
+    from compress.engine.stream import Layer, Stream, StreamedModel
 
 ELEMENTS_AT_ONCE = 1 << 22
 """Weights that are rounded, or compared, in one step. Results do not depend on it."""
@@ -95,15 +97,31 @@ class Packer:
             sums += torch.stack(((after.dequantize() - before).square().sum(), before.square().sum()))
         self.errors[name] = sums.cpu()
 
-    def finish(self) -> StepReport:
+    def finish(
+        self,
+        model: StreamedModel | None = None,
+        stream: Stream | None = None,
+        how: HowToCompensate = USUAL,
+    ) -> StepReport:
         """Round the head and the embedding where the options ask for it, set config.json, and report.
+
+        Args:
+            model, stream: the model, and text behind its last layer. With them the head is rounded by what it
+                reads (`round_head`), and without them to the nearest codes, as other tables are.
+            how: the head's errors are compensated.
 
         Raises:
             BadInput: the head or the embedding holds NaN or infinite weights.
         """
         for name, form in self.layout.around.items():
             dense = self.draft.read(f"{name}.weight")
-            self.write(f"{name}.weight", dense, round_by_rows(dense, form, name))
+            if model is not None and stream is not None and is_head(model.anatomy, name):
+                hessian = head_inputs(model, stream.hidden, stream.windows)
+                dense = dense.to(hessian.device)
+                rounded = round_head(dense, hessian, form, form.scale_dtype(dense.dtype), name, how)
+            else:
+                rounded = round_by_rows(dense, form, name)
+            self.write(f"{name}.weight", dense, rounded)
         for name in self.layout.copies:
             self.draft.drop(f"{name}.weight")
         self.draft.config["quantization_config"] = self.planned.config["quantization_config"]

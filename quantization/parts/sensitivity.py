@@ -30,7 +30,8 @@ class Sensitivities:
     Attributes:
         losses: full name of a tensor -> type -> the loss that it causes alone, nats per token.
         powers: full name and type -> the power of importance with which the loss is least.
-        importance: full name -> importance of the input channels, float32 [in].
+        importance: full name -> importance of the input channels, float32 [in]; of a head, what it reads (see
+            `compress.quantization.parts.head`): float64 [in, in].
     """
 
     losses: dict[str, dict[str, float]] = field(default_factory=dict)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.kernels.codes.integer import QuantizedWeight, quantize_weight
-from compress.quantization.gptq import GPTQ, compensation, round_by_columns
+from compress.quantization.gptq import GPTQ
+from compress.quantization.parts.columns import compensation, round_by_columns
 from compress.storage.formats.compressed_tensors import CompressedTensorsFormat
 
 WIDTH, OUT, TOKENS = 160, 12, 400

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from compress.kernels.codes.integer import quantize_weight
 from compress.kernels.layers.stacked import PlaneStack, StackBlock
-from compress.quantization.gptq import GPTQ, round_by_columns
+from compress.quantization.gptq import GPTQ
 from compress.quantization.nested import FRACTIONS, choose_scales, nested_codes, planes, value
+from compress.quantization.parts.columns import round_by_columns
 from compress.storage.formats.compressed_tensors import CompressedTensorsFormat
 
 WIDTH, OUT, TOKENS, SIZE = 48, 6, 200, 16

@@ -64,7 +64,8 @@ class AWQ(Method[WeightOptions]):
     is also scaled with grouped-query attention (the query heads of a group share their scales, from their
     mean m_j); the error of step 1 is that of the linears themselves, not of the attention or MLP around them;
     m_j is at least mean(m) / 10^4; query and key are clipped as well; and scales before a norm are moved by
-    up to half a step of the dtype that the norm's weight is stored in, so that it is exact.
+    up to half a step of the dtype that the norm's weight is stored in, so that it is exact. A head that is
+    packed is not scaled, but rounded with the error feedback of GPTQ.
     """
 
     name = "awq"

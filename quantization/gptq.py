@@ -36,6 +36,8 @@ class GPTQ(Method["GPTQ.Options"]):
     columns with large inputs come first; then groups get their grids from the weights before any change, so
     that groups stay contiguous and every loader can read the result.
 
+    A head that is packed is rounded in the same way, after all layers, also where it is the token embedding.
+
     With ``asymmetric_calibration`` (GPTAQ, arXiv 2504.02692) outputs are to match those of the dense model,
     in which the linear has other inputs X~: the error is ||X~ W^T - X Ŵ^T||^2. When column q is rounded, the
     columns after it also compensate its share (X~ - X)_q w_q of the difference (see `compensation`). The

@@ -82,13 +82,13 @@ class TableOptions(MethodOptions):
 
     lm_head_bits: Bits | None = Field(
         None,
-        description="round the head to codes of this many bits; gptq, awq and apiq do so by what the head reads, "
-        "with error feedback, and other methods to the nearest codes; without it the head is kept",
+        description="round the head to codes of this many bits: gptq, awq and apiq by what it reads, with "
+        "error feedback, and other methods to the nearest codes; without it the head is kept",
     )
     embedding_bits: Bits | None = Field(
         None,
-        description="the same for the token embedding, always to the nearest codes; a model with a tied head has "
-        "one table for both, which is rounded as a head",
+        description="the same for the token embedding, to the nearest codes; a model with a tied head has "
+        "one table for both, which is rounded as the head",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from compress.errors import BadInput
+from compress.storage.gguf.architectures import DECI
 from compress.storage.gguf.reader import GGUFFile
 
 CLASSES = {
@@ -52,6 +53,11 @@ def config_of_gguf(file: GGUFFile) -> dict[str, Any]:
         BadInput: the architecture is not supported, or the metadata make no sense.
     """
     name = file.metadata.get("general.architecture")
+    if name == DECI.name:
+        raise BadInput(
+            f"The layers of '{file.path}' may have different widths, which no command reads from a GGUF file; "
+            "give the folder that it was made from."
+        )
     if not isinstance(name, str) or name not in CLASSES:
         shown = str(name)[:60]
         raise BadInput(

@@ -120,6 +120,8 @@ def test_llama_cpp_computes_the_same(
         expected = compress.load(source, dtype="float32", kernel="reference")(TOKENS[None]).logits[0]
     torch.testing.assert_close(Deci(file).logits(TOKENS), expected.double(), atol=2e-5, rtol=1e-4)
     assert abs(record["result"]["predicted_bytes"] - file.stat().st_size) <= 0.02 * file.stat().st_size
+    with pytest.raises(BadInput, match="give the folder that it was made from"):
+        find_model(str(file))
 
 
 def test_layers_that_differ_are_rounded_and_carried_over(

@@ -55,8 +55,8 @@ def config_of_gguf(file: GGUFFile) -> dict[str, Any]:
     name = file.metadata.get("general.architecture")
     if name == DECI.name:
         raise BadInput(
-            f"The layers of '{file.path}' may have different widths, which no command reads from a GGUF file; "
-            "give the folder that it was made from."
+            f"The layers of '{file.path}' may have different widths, which no command reads from a GGUF "
+            "file; give the folder that it was made from."
         )
     if not isinstance(name, str) or name not in CLASSES:
         shown = str(name)[:60]

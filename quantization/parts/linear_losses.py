@@ -10,7 +10,8 @@ import torch
 from compress.calibration.statistics.hessian import Hessian
 
 ROWS = 256
-"""Rows of weights that a loss is summed over in one step. Only memory depends on it."""
+"""Rows of weights that a loss is summed over, and of G that are in float32, in one step. Only memory depends on
+it."""
 
 
 class LinearLoss:
@@ -38,7 +39,6 @@ class LinearLoss:
         parts = map(torch.Tensor.double, dense.split(ROWS))
         for rows, products in zip(parts, self.WD.split(ROWS), strict=True):
             self.constant -= float(((2 * products + (rows @ self.G).div_(self.count)) * rows).sum())
-        self.G32, self.WD32 = self.G.float().div_(self.count), self.WD.float()
 
     def exact(self, whole: torch.Tensor) -> float:
         """The loss of Q, in float64."""
@@ -52,11 +52,14 @@ class LinearLoss:
     def gradient(self, whole: torch.Tensor) -> tuple[float, torch.Tensor]:
         """The loss of Q and its gradient [out, in], in float32, from one product of matrices."""
         off = whole - self.dense
-        product = off @ self.G32
+        product = torch.empty_like(off)
+        for columns, some in zip(product.split(ROWS, 1), self.G.split(ROWS), strict=True):
+            columns.copy_(off @ some.float().div_(self.count).T)  # G is symmetric
         loss = self.WD.new_full((), self.constant)
-        for rows, products, crossed in zip(*(m.split(ROWS) for m in (off, product, self.WD32)), strict=True):
-            loss += ((products - 2 * crossed) * rows).sum(dtype=torch.float64)
-        return float(loss), product.sub_(self.WD32).mul_(2)
+        for rows, products, crossed in zip(*(m.split(ROWS) for m in (off, product, self.WD)), strict=True):
+            loss += ((products - 2 * crossed.float()) * rows).sum(dtype=torch.float64)
+            products.sub_(crossed.float())
+        return float(loss), product.mul_(2)
 
 
 def cross_products(dense: torch.Tensor, hessian: Hessian) -> torch.Tensor:

@@ -10,8 +10,8 @@ import torch
 from compress.calibration.statistics.hessian import Hessian
 
 ROWS = 256
-"""Rows of weights that a loss is summed over, and of G that are made float32, in one step. Only memory depends
-on it."""
+"""Rows of weights that a loss is summed over, and of G that are in float32, in one step. Only memory depends
+on this."""
 
 
 class LinearLoss:

@@ -71,7 +71,7 @@ def measured(
     if name is not None:
         hessian = head_inputs(streamed, stream.hidden, windows)
         kind, tied = layout.rounded[name], streamed.anatomy.tied
-        blocks = pack_head(layout.dense.read(name), hessian, kind, name, tied=tied, damping=DAMPING)
+        blocks = pack_head(layout.dense.read(name), hessian, kind, name, tied=tied)
         write_tensors({name: blocks}, scratch / "head.safetensors")
         found[name] = _reader(scratch / "head.safetensors", name)
     return found

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from compress.engine.shape import ModelShape
 from compress.kernels.codes.gguf import TYPES, find_type
-from compress.quantization.parts.block_rounding import DAMPING
 from compress.quantization.parts.head import pack_head
 from compress.quantization.parts.layout import stored_weights
 from compress.storage.gguf.architectures import architecture_of, extra_tensors, tensor_names
@@ -82,7 +81,7 @@ class GGUFLadder:
         if not file.exists():
             if importance is not None and importance.ndim == 2 and power:
                 tied = self.shape.anatomy.tied
-                blocks = pack_head(dense, importance, form, name, tied=tied, damping=DAMPING).cpu()
+                blocks = pack_head(dense, importance, form, name, tied=tied).cpu()
             else:
                 weights = importance**power if importance is not None and power else None
                 blocks = form.encode(dense, weights).cpu()

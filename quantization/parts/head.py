@@ -15,7 +15,7 @@ from compress.engine.stream import Seen, StreamedModel
 from compress.engine.windows import Windows
 from compress.kernels.codes.gguf import BlockType
 from compress.kernels.codes.integer import QuantizedWeight
-from compress.quantization.parts.block_rounding import round_with_feedback
+from compress.quantization.parts.block_rounding import DAMPING, round_with_feedback
 from compress.quantization.parts.columns import USUAL, HowToCompensate, round_by_columns
 from compress.storage.formats.base import Format
 
@@ -68,7 +68,7 @@ def round_head(
 
 
 def pack_head(
-    dense: torch.Tensor, hessian: torch.Tensor, kind: BlockType, name: str, *, tied: bool, damping: float
+    dense: torch.Tensor, hessian: torch.Tensor, kind: BlockType, name: str, *, tied: bool
 ) -> torch.Tensor:
     """Round a head [V, E] to blocks of GGUF, whose errors count by H: uint8 [V, bytes of a row].
 
@@ -79,13 +79,12 @@ def pack_head(
         name: of the weight, for error messages.
         tied: whether the head is the token embedding, too. Then later columns compensate the errors of
             earlier ones only in types of few levels.
-        damping: as in `round_with_feedback`.
     """
     feedback = not tied or len(kind.levels) <= FEW_LEVELS
     packed = []
     for block in _blocks(dense.float()):
         if feedback:
-            fields = round_with_feedback(block, hessian, kind, damping, name)
+            fields = round_with_feedback(block, hessian, kind, DAMPING, name)
         else:
             fields = kind.round(block, hessian.diagonal())
         packed.append(kind.pack(fields).view(len(block), -1))

@@ -181,22 +181,24 @@ class GGUF(Target[GGUFOptions]):
 
     def verify(self, model: ExportedModel, path: Path, options: GGUFOptions, device: str) -> Verification:
         if not installed():
-            return Verification(runtime=runtime(), not_tried="llama-cpp-python is not installed")
+            return Verification(
+                runtime=runtime(), not_tried="neither llama-cpp-python nor xllamacpp is installed"
+            )
         layout = plan_layout(model, options.types, options.importance != "none")
         probe = probe_of(model.checkpoint)
-        before = streamed_logits(layout.dense, probe, device)
+        before = streamed_logits(layout.dense, probe, device).log_softmax(-1)
         shapes = {name: layout.dense.tensors[name].shape for name in layout.names}
         written = GGUFCheckpoint(GGUFFile.open(path), layout.config, layout.dense.config, shapes)
-        read = streamed_logits(written, probe, device)
-        loaded = llama_logits(path, probe.tokens)
+        read = streamed_logits(written, probe, device).log_softmax(-1)
+        loaded = llama_log_probabilities(path, probe.tokens)
         kinds = {kind.dtype for kind in layout.kinds.values()}
         allowed = EIGHT_BIT_INPUTS if None in kinds else HALF_PRECISION
         check_same(read, loaded, runtime(), allowed)
         return compared(before, loaded, runtime(), probe.tokens.numel())
 
 
-def llama_logits(path: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """The logits that llama.cpp computes, float32 [N, S, V], in a process of its own.
+def llama_log_probabilities(path: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """The log-probabilities that llama.cpp computes, float32 [N, S, V], in a process of its own.
 
     Args:
         path: of the GGUF file.
@@ -208,7 +210,7 @@ def llama_logits(path: Path, tokens: torch.Tensor) -> torch.Tensor:
     import numpy as np
 
     with tempfile.TemporaryDirectory(prefix="compress-model-llama-") as scratch:
-        asked, answer = Path(scratch, "tokens.json"), Path(scratch, "logits.npy")
+        asked, answer = Path(scratch, "tokens.json"), Path(scratch, "result.npy")
         asked.write_text(json.dumps(tokens.tolist()))
         call = [sys.executable, "-m", "compress.export.gguf_runtime", *map(str, (path, asked, answer))]
         try:

@@ -18,12 +18,15 @@ import compress
 from compress.cli import cli
 from compress.engine.tokenizer import load_tokenizer
 from compress.errors import BadInput
+from compress.export.gguf import llama_log_probabilities
+from compress.export.gguf_runtime import installed
 from compress.sources.find import find_model
 from compress.storage.gguf.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
 from compress.storage.gguf.reader import GGUFFile
 
 gguf = pytest.importorskip("gguf")
 TOKENS = torch.tensor([[7, 100, 31, 200, 5, 9]])
+runs = pytest.mark.skipif(not installed(), reason="llama.cpp is not installed")
 GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64}
 CASES = {
     "LlamaForCausalLM": {"tie_word_embeddings": True},
@@ -75,6 +78,20 @@ def test_every_architecture_comes_back(
     export(model, file, "--types", "F32")
     again = find_model(str(file)).folder
     torch.testing.assert_close(logits(again), logits(model), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.loaders
+@runs
+@pytest.mark.parametrize("architecture", CASES)
+def test_llama_cpp_runs_every_architecture(
+    tmp_path: Path, shared_decoder: Callable[..., Path], architecture: str
+) -> None:
+    model = shared_decoder(architecture, **CASES[architecture])
+    arguments = ["export", str(model), "--format", "gguf", "-o", str(tmp_path / "m.gguf"), "--types", "F32"]
+    done = CliRunner().invoke(cli, [*arguments, "--json", "-q"], catch_exceptions=False)
+    found = json.loads(done.stdout)["exported"]["verification"]
+    assert found["runtime"].startswith("llama.cpp (")
+    assert found["kl"] < 1e-5
 
 
 def test_codes_are_carried_over_without_rounding_again(
@@ -222,14 +239,12 @@ HEADER = _header()
 
 
 @pytest.mark.loaders
+@runs
 def test_replaceme_and_four_bits_answer_the_same_in_transformers_and_llama_cpp(
     tmp_path: Path, shared_decoder: Callable[..., Path]
 ) -> None:
     """transformers runs the packed folder, llama.cpp the file with the same codes, on inputs of 8 bits."""
-    pytest.importorskip("llama_cpp")
     from transformers import AutoModelForCausalLM
-
-    from compress.export.gguf import llama_logits
 
     model = shared_decoder("LlamaForCausalLM", dtype=torch.float16, num_hidden_layers=4)
     text = {"source": str(model.parent / "text.txt"), "nsamples": 2, "seqlen": 64}
@@ -242,7 +257,8 @@ def test_replaceme_and_four_bits_answer_the_same_in_transformers_and_llama_cpp(
     assert json.loads(done.stdout)["exported"]["verification"]["kl"] < 0.01
     tokens = torch.tensor([load_tokenizer(model)("It was the best of times").input_ids])
     with torch.no_grad():
-        ours = AutoModelForCausalLM.from_pretrained(tmp_path / "low", dtype=torch.float32)(tokens).logits
-    theirs = llama_logits(tmp_path / "m.gguf", tokens)
+        low = AutoModelForCausalLM.from_pretrained(tmp_path / "low", dtype=torch.float32)
+        ours = low(tokens).logits.log_softmax(-1)
+    theirs = llama_log_probabilities(tmp_path / "m.gguf", tokens)
     assert float((ours - theirs).square().mean().sqrt() / ours.std()) < 0.1
     assert (ours.argmax(-1) == theirs.argmax(-1)).float().mean() > 0.9

@@ -14,6 +14,7 @@ from torch.nn.functional import silu, softmax
 import compress
 from compress.errors import BadInput
 from compress.export.gguf import GGUF, GGUFOptions
+from compress.export.gguf_runtime import installed
 from compress.export.model import ExportedModel
 from compress.sources.find import find_model
 
@@ -115,10 +116,12 @@ def test_llama_cpp_computes_the_same(
     model = shared_decoder(architecture, dtype=torch.float32, **settings)
     source = pruned(model, tmp_path / "pruned", step)
     file = tmp_path / "model.gguf"
-    record = export(source, "--format", "gguf", "--types", "F32", "-o", file, "--no-verify")
+    record = export(source, "--format", "gguf", "--types", "F32", "-o", file)
     with torch.no_grad():
         expected = compress.load(source, dtype="float32", kernel="reference")(TOKENS[None]).logits[0]
     torch.testing.assert_close(Deci(file).logits(TOKENS), expected.double(), atol=2e-5, rtol=1e-4)
+    if installed():
+        assert record["exported"]["verification"]["kl"] < 1e-5
     assert abs(record["result"]["predicted_bytes"] - file.stat().st_size) <= 0.02 * file.stat().st_size
     with pytest.raises(BadInput, match="give the folder that it was made from"):
         find_model(str(file))

@@ -102,6 +102,10 @@ def same_text(target: Target[Any], output: Path, tokens: torch.Tensor) -> bool:
         from compress.export.onnx import GRAPH, onnx_logits
 
         logits = onnx_logits(output / GRAPH, tokens)
+    elif target.name == "gguf":
+        from compress.export.gguf import llama_log_probabilities
+
+        logits = llama_log_probabilities(output, tokens)
     else:
         logits = promised_logits(output, tokens, MLX if target.name == "nemotron-nas" else None)
     chosen = logits[:, PROMPT - 1 : -1].argmax(-1)

@@ -28,6 +28,18 @@ def export() -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture
+def pruned() -> Callable[..., Path]:
+    """Carries out the steps on a model, calibrated on a little text, and returns the folder of the result."""
+
+    def make(model: Path, folder: Path, *steps: dict[str, Any]) -> Path:
+        text = {"source": str(model.parent / "text.txt"), "nsamples": 2, "seqlen": 32}
+        compress.run({"model": str(model), "calibration": text, "steps": list(steps)}, folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
 def quantized(tmp_path: Path, shared_decoder: Callable[..., Path]) -> Callable[..., Path]:
     """The folder of a tiny model after one method of quantization."""
 

@@ -89,12 +89,6 @@ class Deci:
         return self.norm(stream, "output_norm") @ self.tensors[f"{head}.weight"].T
 
 
-def pruned(model: Path, folder: Path, *steps: dict[str, Any]) -> Path:
-    text = {"source": str(model.parent / "text.txt"), "nsamples": 2, "seqlen": 32}
-    compress.run({"model": str(model), "calibration": text, "steps": list(steps)}, folder)
-    return folder
-
-
 @pytest.mark.parametrize(
     ("architecture", "step"),
     [
@@ -107,6 +101,7 @@ def pruned(model: Path, folder: Path, *steps: dict[str, Any]) -> Path:
 def test_llama_cpp_computes_the_same(
     tmp_path: Path,
     export: Export,
+    pruned: Callable[..., Path],
     shared_decoder: Callable[..., Path],
     architecture: str,
     step: dict[str, Any],
@@ -128,7 +123,7 @@ def test_llama_cpp_computes_the_same(
 
 
 def test_layers_that_differ_are_rounded_and_carried_over(
-    tmp_path: Path, export: Export, shared_decoder: Callable[..., Path]
+    tmp_path: Path, export: Export, pruned: Callable[..., Path], shared_decoder: Callable[..., Path]
 ) -> None:
     model = shared_decoder("LlamaForCausalLM", dtype=torch.float32, num_hidden_layers=4)
     source = pruned(
@@ -146,7 +141,7 @@ def test_layers_that_differ_are_rounded_and_carried_over(
 
 
 def test_other_architectures_are_refused(
-    tmp_path: Path, export: Export, shared_decoder: Callable[..., Path]
+    tmp_path: Path, export: Export, pruned: Callable[..., Path], shared_decoder: Callable[..., Path]
 ) -> None:
     model = shared_decoder("Qwen3ForCausalLM", head_dim=16, num_hidden_layers=4)
     source = pruned(model, tmp_path / "pruned", {"method": "blockpruner", "blocks": 3})

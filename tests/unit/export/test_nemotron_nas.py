@@ -10,16 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-import compress
 from compress.errors import BadInput
 
 Export = Callable[..., dict[str, Any]]
-
-
-def pruned(model: Path, folder: Path, *steps: dict[str, Any]) -> Path:
-    text = {"source": str(model.parent / "text.txt"), "nsamples": 2, "seqlen": 32}
-    compress.run({"model": str(model), "calibration": text, "steps": list(steps)}, folder)
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -32,6 +25,7 @@ def pruned(model: Path, folder: Path, *steps: dict[str, Any]) -> Path:
 def test_layers_that_differ_compute_the_same(
     tmp_path: Path,
     export: Export,
+    pruned: Callable[..., Path],
     shared_decoder: Callable[..., Path],
     architecture: str,
     step: dict[str, Any],

@@ -137,10 +137,16 @@ class ApiQ(Method["ApiQ.Options"]):
                 )
                 for path, name in stored.items()
             }
-            information = fisher.read(layer) if fisher is not None else {}
-            saliency = Saliency(options.saliency, options.saliency_weight, information)
+            information: Mapping[str, torch.Tensor] = fisher.read(layer) if fisher is not None else {}
             learning = Learning(
-                model.anatomy, layer, linears, dense, quantized, saliency, options, context.folder / "targets"
+                model.anatomy,
+                layer,
+                linears,
+                dense,
+                quantized,
+                information,
+                options,
+                context.folder / "targets",
             )
             found = learning.layer_wise() if options.mode == "layer" else learning.block_wise(generator)
             losses[str(layer.index)] = torch.tensor(found, dtype=torch.float64)
@@ -196,7 +202,7 @@ class Learning:
         linears: path inside the layer -> what takes the place of that linear.
         dense: the stream of X, before the layer.
         quantized: the stream of X_q, before the layer.
-        saliency: the term that is added to the losses.
+        fisher: path of a linear -> F [out, in], for its `Saliency`; empty if it is not wanted.
         options: of the method.
         folder: for targets above the memory limit.
     """
@@ -208,13 +214,13 @@ class Learning:
         linears: dict[str, ClippedLinear],
         dense: Stream,
         quantized: Stream,
-        saliency: Saliency,
+        fisher: Mapping[str, torch.Tensor],
         options: ApiQ.Options,
         folder: Path,
     ) -> None:
         self.anatomy, self.layer, self.linears = anatomy, layer, linears
         self.dense, self.quantized = dense, quantized
-        self.saliency, self.options, self.folder = saliency, options, folder
+        self.fisher, self.options, self.folder = fisher, options, folder
         self.rates = (options.clip_learning_rate, options.learning_rate)
 
     def layer_wise(self) -> tuple[float, float]:
@@ -253,14 +259,22 @@ class Learning:
         self.quantized.advance(self.layer)
         return sum(before for before, _ in losses), sum(after for _, after in losses)
 
+    def _saliency(self, path: str) -> Saliency | None:
+        """The term that is added to the loss of a linear."""
+        options = self.options
+        if options.saliency == "none":
+            return None
+        weight = self.linears[path].weight
+        return Saliency(options.saliency, options.saliency_weight, self.fisher[path], weight)
+
     def _learn(self, path: str, loss: LinearLoss) -> tuple[float, float]:
         """Bring one linear to its best state. Returns the losses of plain rounding and of that state."""
-        linear = self.linears[path]
+        linear, saliency = self.linears[path], self._saliency(path)
 
         def of(state: dict[str, torch.Tensor]) -> float:
             linear.load(state)
-            whole, rounded = linear.stored(), linear.rounded().dequantize().to(linear.weight)
-            return loss.exact(whole) + float(self.saliency(path, linear.weight, rounded, whole))
+            value = loss.exact(linear.stored())
+            return value if saliency is None else value + saliency.exact(linear)
 
         begin, plain = linear.state(), linear.plain()
         if (before := of(plain)) <= loss.resolution:  # the grid holds the weights exactly, on equal inputs
@@ -272,17 +286,17 @@ class Learning:
             rounded = linear.quantized()
             whole = linear.adapted(rounded)
             value, gradient = loss.gradient(whole.detach())
-            term = self.saliency(path, linear.weight, rounded, whole)
-            value += float(term.detach())
+            roots, gradients = [whole], [gradient.div_(before)]
+            if saliency is not None:
+                matrix = saliency.of(rounded, whole)
+                term, slope = saliency.gradient(matrix)
+                value += term
+                roots.append(matrix)
+                gradients.append(slope.div_(before))
             if value < lowest:
                 lowest, best = value, linear.state()
             if number == self.options.steps:
                 break
-            roots: list[torch.Tensor] = [whole]
-            gradients: list[torch.Tensor | None] = [gradient / before]
-            if term.requires_grad:
-                roots.append(term / before)
-                gradients.append(None)
             torch.autograd.backward(roots, gradients)
             step()
         after = of(best)
@@ -311,21 +325,25 @@ class Learning:
         for path, state in begin.items():
             linears[path].load(state)
         lowest, best = before, plain
+        saliencies = {path: self._saliency(path) for path in linears}
         step = descent(list(linears.values()), self.options.epochs * len(stream.starts), *self.rates)
         for _ in range(self.options.epochs):
             order = torch.randperm(len(stream.starts), generator=generator).tolist()
             for start, hidden, mask in stream.batches(stream.starts[index] for index in order):
-                weights, penalty = {}, torch.zeros(())
+                weights = dict[str, torch.Tensor]()
+                roots, gradients = list[torch.Tensor](), list[torch.Tensor | None]()
                 for path, linear in linears.items():
                     rounded = linear.quantized()
                     weights[path] = linear.adapted(rounded)
-                    penalty = penalty + self.saliency(path, linear.weight, rounded, weights[path])
+                    if (saliency := saliencies[path]) is not None:
+                        roots.append(saliency.of(rounded, weights[path]))
+                        gradients.append(saliency.gradient(roots[-1])[1].div_(before))
                 output = stream.call(self._computing_with(weights), start, hidden)
                 error = torch.zeros(())
                 for target in targets:
                     off = output - target.read(start, start + len(hidden)).to(output)
                     error = error + off[mask].square().mean()
-                ((penalty + error) / before).backward()
+                torch.autograd.backward([*roots, error / before], [*gradients, None])
                 step()
             now = {path: linear.state() for path, linear in linears.items()}
             if (value := self._block_loss(now, targets)) < lowest:
@@ -353,8 +371,8 @@ class Learning:
         self.quantized.look(self.layer, {"": compare})
         loss = total / (int(self.quantized.windows.mask.sum()) * self.quantized.hidden.shape[-1])
         for path, linear in self.linears.items():
-            rounded = linear.rounded().dequantize().to(linear.weight)
-            loss += float(self.saliency(path, linear.weight, rounded, linear.stored()))
+            if (saliency := self._saliency(path)) is not None:
+                loss += saliency.exact(linear)
         return loss
 
     def _put(self, states: Mapping[str, dict[str, torch.Tensor]]) -> None:

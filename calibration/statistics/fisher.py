@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 from compress.engine.backward import Loss, Tape
 from compress.engine.logits import first_output
@@ -39,9 +39,12 @@ class Fisher:
         if not self._file(0).exists():  # it is written last
             self._measure(model, windows, loss)
 
-    def read(self, layer: Layer) -> dict[str, torch.Tensor]:
-        """F of the linears in a layer: path -> float32 [out, in], on the device of the model."""
-        return {path: f.to(self.device) for path, f in load_file(self._file(layer.index)).items()}
+    def read(self, layer: Layer) -> Mapping[str, torch.Tensor]:
+        """F of the linears in a layer: path -> float32 [out, in], on the device of the model.
+
+        Each is read when it is asked for, and not kept.
+        """
+        return _Stored(self._file(layer.index), self.device)
 
     def _file(self, index: int) -> Path:
         return self.folder / f"fisher-{index:05d}.safetensors"
@@ -68,13 +71,36 @@ class Fisher:
                 rows = gradient.T if model.anatomy.conv1d else gradient
                 sums[path] = sums[path].addcmul_(rows, rows) if start else rows.square()
             if start == stream.starts[-1]:
-                means = {path: total / len(windows) for path, total in sums.items()}
-                write_tensors(means, self._file(layer.index))
+                for total in sums.values():
+                    total.div_(len(windows))
+                write_tensors(sums, self._file(layer.index))
                 sums.clear()
 
         tape.forward()
         tape.differentiate(loss)
         tape.backward(leaves, take)
+
+
+class _Stored(Mapping[str, torch.Tensor]):
+    """The tensors of a file, read one at a time."""
+
+    def __init__(self, file: Path, device: str) -> None:
+        self.file, self.device = file, device
+        with safe_open(file, "pt") as opened:
+            self.names = list(opened.keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        with safe_open(self.file, "pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(name)
+        return tensor.to(self.device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def text_loss(windows: Windows) -> Loss:

@@ -104,10 +104,10 @@ def expected_losses(
         for path, stored in stacker.wanted(layer).items():
             name, left = stored.removesuffix(".weight"), weight(layer.linears[path]).clone()
             stack = form.linear(left.shape[1], left.shape[0], form.read(name, stacker.draft)).to(left.device)
-            losses = []
+            of_weights, losses = information[path], []
             for index in range(form.blocks):
                 left -= stack.dense(slice(index, index + 1))
-                losses.append(expected_loss(information[path], left, windows))
+                losses.append(expected_loss(of_weights, left, windows))
             found[name] = torch.tensor(losses, dtype=torch.float64)
     return found
 

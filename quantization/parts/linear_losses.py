@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 import torch
 
 from compress.calibration.statistics.hessian import Hessian
+from compress.quantization.parts.clipped import ClippedLinear
 
 ROWS = 256
 """Rows of weights that a loss is summed over, and of G that are in float32, in one step. Only memory depends
@@ -72,27 +72,37 @@ def cross_products(dense: torch.Tensor, hessian: Hessian) -> torch.Tensor:
 
 
 class Saliency:
-    """lambda * sum F_ij (M_ij - W_ij)^2 of a linear, where M is Ŵ or Q; 0 for a linear without F.
+    """lambda * sum F_ij (M_ij - W_ij)^2 of a linear, where M is Ŵ or Q.
 
     Args:
-        kind: "before_lora" if M is Ŵ, "after_lora" if it is Q, "none" if there is no F.
+        kind: "before_lora" if M is Ŵ, "after_lora" if it is Q.
         factor: lambda.
-        fisher: path of a linear -> F [out, in].
+        fisher: F [out, in].
+        dense: W [out, in].
     """
 
     def __init__(
         self,
-        kind: Literal["none", "before_lora", "after_lora"],
+        kind: Literal["before_lora", "after_lora"],
         factor: float,
-        fisher: Mapping[str, torch.Tensor],
+        fisher: torch.Tensor,
+        dense: torch.Tensor,
     ) -> None:
-        self.kind, self.factor, self.fisher = kind, factor, fisher
+        self.kind, self.factor, self.fisher, self.dense = kind, factor, fisher, dense
 
-    def __call__(
-        self, path: str, dense: torch.Tensor, rounded: torch.Tensor, whole: torch.Tensor
-    ) -> torch.Tensor:
-        """The term for the linear at ``path`` with W, Ŵ and Q [out, in]."""
-        if path not in self.fisher:
-            return dense.new_zeros(())
-        off = (whole if self.kind == "after_lora" else rounded) - dense
-        return self.factor * (self.fisher[path].to(off) * off.square()).sum()
+    def of(self, rounded: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+        """M, which is one of Ŵ and Q [out, in]."""
+        return whole if self.kind == "after_lora" else rounded
+
+    @torch.no_grad()
+    def gradient(self, matrix: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """The term for M, and its gradient by M [out, in]."""
+        off = matrix - self.dense
+        slope = self.fisher * off
+        value = self.factor * (slope * off).sum()
+        return float(value), slope.mul_(2 * self.factor)
+
+    def exact(self, linear: ClippedLinear) -> float:
+        """The term for the linear as it would be stored."""
+        after = self.kind == "after_lora"
+        return self.gradient(linear.stored() if after else linear.rounded().dequantize().to(self.dense))[0]

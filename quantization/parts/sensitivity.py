@@ -84,8 +84,9 @@ def linear_sensitivities(
         information = fisher.read(layer)
         for path, stored in stored_linears(layer, ladder.sizes).items():
             name, dense = stored.removesuffix(".weight"), weight(layer.linears[path])
-            found.importance[name] = channel_importance(information[path])
-            measure = partial(_loss, ladder, name, dense, information[path], windows)
+            of_weights = information[path]
+            found.importance[name] = channel_importance(of_weights)
+            measure = partial(_loss, ladder, name, dense, of_weights, windows)
             # What is best for a type in the middle is near the best for all of them.
             kinds = list(ladder.sizes[name])
             middle = kinds[len(kinds) // 2]

@@ -41,6 +41,19 @@ RECIPES: dict[str, tuple[int, list[dict[str, Any]]]] = {  # name -> (calibration
     "awq": (2, [{"method": "awq", "bits": 4, "group_size": 128}]),
     "hqq": (2, [{"method": "hqq", "bits": 4, "group_size": 128}]),
     "apiq": (2, [{"method": "apiq", "bits": 2, "group_size": 128, "rank": 16, "steps": 4}]),
+    "apiq-saliency": (
+        2,
+        [
+            {
+                "method": "apiq",
+                "bits": 2,
+                "group_size": 128,
+                "rank": 16,
+                "steps": 4,
+                "saliency": "before_lora",
+            }
+        ],
+    ),
     "nested": (2, [{"method": "nested", "bits": 4, "order_windows": 2}]),
     "bitstack": (2, [{"method": "bitstack", "blocks": 2, "order_windows": 2}]),
 }

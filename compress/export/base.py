@@ -135,4 +135,4 @@ class FolderTarget(Target[Chosen]):
         return write_model(found, model.source.folder, path, recipe)
 
     def verify(self, model: ExportedModel, path: Path, options: Chosen, device: str) -> Verification:
-        return verify_folder(model.checkpoint, path, device)
+        return verify_folder(model, path, device)

@@ -78,8 +78,7 @@ def unpacked(model: ExportedModel, name: str, dtype: torch.dtype) -> Made:
 def rounding_notes(model: ExportedModel) -> tuple[str, ...]:
     """What a model rounds when it runs, which dense weights alone do not hold, in sentences."""
     found = []
-    who = model.shape.loads_with
-    if who.eight_bit_inputs or any(form.activation_bits for form in model.packed.values()):
+    if model.rounds_inputs:
         found.append("The inputs of linears, which the model rounds when it runs, are not rounded here.")
     if KEY in model.checkpoint.config:
         found.append(

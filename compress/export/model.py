@@ -63,6 +63,12 @@ class ExportedModel:
         """Full name -> (out, in) of every linear inside the layers."""
         return self.shape.linears()
 
+    @cached_property
+    def rounds_inputs(self) -> bool:
+        """Whether the inputs of linears are rounded when the model runs."""
+        forms = self.packed.values()
+        return self.shape.loads_with.eight_bit_inputs or any(form.rounds_inputs for form in forms)
+
     @property
     def table(self) -> str:
         """Full name of the token embedding."""

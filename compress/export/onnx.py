@@ -14,15 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from compress.engine.logits import streamed_logits
 from compress.errors import BadInput, CompressError
 from compress.export.base import Progress, Promise, Target, TargetOptions
 from compress.export.huggingface import HuggingFace, HuggingFaceOptions
 from compress.export.model import ExportedModel
-from compress.export.verify import check_same, compared
-from compress.kernels.cpu.library import REFERENCE, using
+from compress.export.verify import both_logits, check_same, compared
 from compress.pipeline.artefact import write_model
-from compress.pipeline.reload import EIGHT_BIT_INPUTS, SAME_ARITHMETIC, probe_of
+from compress.pipeline.reload import SAME_ARITHMETIC, probe_of
 from compress.storage.companions import copy_companions
 from compress.storage.lineage import Verification
 from compress.system.files import file_sha256
@@ -30,6 +28,7 @@ from compress.system.memory import available_memory
 
 NEEDED = ("onnx", "onnxscript")
 GRAPH = "model.onnx"
+FLOAT32 = HuggingFaceOptions(dtype="float32")
 
 
 class ONNX(Target[TargetOptions]):
@@ -56,7 +55,7 @@ class ONNX(Target[TargetOptions]):
                 "The layers of this model differ in shape and its code is not in transformers, which the "
                 "exporter traces; export it as huggingface, or prune with --shape uniform."
             )
-        plain, notes = HuggingFace().converted(model, HuggingFaceOptions(dtype="float32"))
+        plain, notes = HuggingFace().converted(model, FLOAT32)
         needed, free = 3 * plain.nbytes, available_memory()
         if needed > free:
             raise BadInput(
@@ -80,7 +79,7 @@ class ONNX(Target[TargetOptions]):
         copy_companions(model.source.folder, path)
         with tempfile.TemporaryDirectory(dir=path.parent) as work:
             progress("unpacking the model", 0.0)
-            plain, _ = HuggingFace().converted(model, HuggingFaceOptions(dtype="float32"))
+            plain, _ = HuggingFace().converted(model, FLOAT32)
             write_model(plain, model.source.folder, Path(work) / "plain", recipe)
             progress("tracing the model", 0.0)
             _trace(Path(work) / "plain", path / GRAPH)
@@ -91,11 +90,10 @@ class ONNX(Target[TargetOptions]):
         if find_spec("onnxruntime") is None:
             return Verification(runtime="onnxruntime", not_tried="it is not installed")
         probe, runtime = probe_of(model.checkpoint), f"onnxruntime {_version('onnxruntime')}"
-        with using(REFERENCE):
-            before = streamed_logits(model.checkpoint, probe, device)
+        plain, _ = HuggingFace().converted(model, FLOAT32)
+        before, traced = both_logits(model, plain, probe, device)
         loaded = onnx_logits(path / GRAPH, probe.tokens)
-        rounds = model.shape.loads_with.eight_bit_inputs or model.shape.loads_with.key_value_bits
-        check_same(before, loaded, runtime, EIGHT_BIT_INPUTS if rounds else SAME_ARITHMETIC)
+        check_same(traced, loaded, runtime, SAME_ARITHMETIC)
         return compared(before, loaded, runtime, probe.tokens.numel())
 
 

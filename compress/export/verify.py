@@ -9,7 +9,9 @@ import torch
 from compress.engine.key_values import KEY
 from compress.engine.logits import streamed_logits
 from compress.engine.shape import ModelShape
+from compress.engine.windows import Windows
 from compress.errors import CompressError
+from compress.export.model import ExportedModel
 from compress.kernels.cpu.library import REFERENCE, using
 from compress.pipeline.promise import in_words, obstacle, promised_logits
 from compress.pipeline.reload import EIGHT_BIT_INPUTS, HALF_PRECISION, SAME_ARITHMETIC, probe_of
@@ -20,7 +22,7 @@ from compress.storage.lineage import Verification
 NOT_ASKED = "--no-verify was given"
 
 
-def verify_folder(current: Checkpoint, folder: Path, device: str) -> Verification:
+def verify_folder(model: ExportedModel, folder: Path, device: str) -> Verification:
     """Compare a model with its export, which this package and the promised programs load.
 
     The programs are held against our own reading of the files they are given. The figures are of the model
@@ -29,12 +31,8 @@ def verify_folder(current: Checkpoint, folder: Path, device: str) -> Verificatio
     Raises:
         CompressError: the programs cannot load the folder, or compute something else than we do.
     """
-    exported, probe = Checkpoint.open(folder), probe_of(current)
-    with using(REFERENCE):
-        before = streamed_logits(current, probe, device)
-        read = streamed_logits(_without_cache_rounding(exported), probe, device)
-    rounds = current.config.get(KEY) or ModelShape.of(current).loads_with.eight_bit_inputs
-    check_same(before, read, "compress-model", EIGHT_BIT_INPUTS if rounds else HALF_PRECISION)
+    exported, probe = Checkpoint.open(folder), probe_of(model.checkpoint)
+    before, read = both_logits(model, _without_cache_rounding(exported), probe, device)
     shape = ModelShape.of(exported)
     who, causal = shape.loads_with, shape.anatomy.kind == "decoder"
     if reason := obstacle(shape, device):
@@ -43,6 +41,22 @@ def verify_folder(current: Checkpoint, folder: Path, device: str) -> Verificatio
     loaded = promised_logits(folder, probe.tokens)
     check_same(read, loaded, in_words(who), allowed_for(who))
     return compared(before, loaded, in_words(who), probe.tokens.numel(), causal)
+
+
+def both_logits(
+    model: ExportedModel, exported: Checkpoint, probe: Windows, device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits of a model and of what it was exported as, both by our own reading.
+
+    Raises:
+        CompressError: they differ by more than the rounding of weights to 16 bits, or of what the model
+            rounds when it runs, explains.
+    """
+    with using(REFERENCE):
+        before, after = (streamed_logits(each, probe, device) for each in (model.checkpoint, exported))
+    rounds = model.rounds_inputs or model.checkpoint.config.get(KEY)
+    check_same(before, after, "compress-model", EIGHT_BIT_INPUTS if rounds else HALF_PRECISION)
+    return before, after
 
 
 def compared(

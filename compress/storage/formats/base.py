@@ -51,6 +51,11 @@ class Format(ABC, Generic[Weight]):
     activation_bits: int | None = None
     """Bits of the inputs of linears if these are quantized per token, else None."""
 
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether the inputs of linears are rounded when these run."""
+        return self.activation_bits is not None
+
     def __init__(self, bits: int, group_size: int, symmetric: bool) -> None:
         if bits not in self.widths:
             *others, last = map(str, self.widths)

@@ -63,6 +63,10 @@ class FloatFormat(Format[FloatWeight]):
         super().__init__(SCHEMES[type]["num_bits"], GROUP_SIZES[type], symmetric=True)
         self.type = type
 
+    @property
+    def rounds_inputs(self) -> bool:
+        return self.type == "fp8"
+
     def scale_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
         return weight_dtype if weight_dtype in (torch.float16, torch.bfloat16) else torch.float32
 

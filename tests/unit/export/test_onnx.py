@@ -14,18 +14,30 @@ Export = Callable[..., dict[str, Any]]
 
 
 @pytest.mark.loaders  # tracing takes long
+@pytest.mark.parametrize(
+    ("method", "options", "rounds_inputs", "kl"),
+    [("rtn", {"bits": 4, "group_size": 32}, False, 1e-6), ("float", {"type": "fp8"}, True, 1e-2)],
+)
 def test_onnxruntime_computes_the_same(
-    tmp_path: Path, export: Export, quantized: Callable[..., Path]
+    tmp_path: Path,
+    export: Export,
+    quantized: Callable[..., Path],
+    method: str,
+    options: dict[str, Any],
+    rounds_inputs: bool,
+    kl: float,
 ) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
-    source = quantized("rtn", bits=4, group_size=32)
+    source = quantized(method, **options)
     record = export(source, "--format", "onnx", "-o", tmp_path / "out")
     found = record["exported"]["verification"]
     assert found["not_tried"] is None
-    assert found["kl"] < 1e-6
+    assert found["kl"] < kl
     assert (tmp_path / "out" / "model.onnx").exists()
-    assert any("without a key-value cache" in note for note in record["exported"]["notes"])
+    notes = record["exported"]["notes"]
+    assert any("without a key-value cache" in note for note in notes)
+    assert any("inputs of linears" in note for note in notes) == rounds_inputs
 
 
 def test_without_onnx_the_package_is_named(

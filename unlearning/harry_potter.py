@@ -33,6 +33,7 @@ from compress.unlearning.parts.training import (
     Batch,
     Example,
     merged,
+    scored_logits,
     train,
     trainable,
     whole_model,
@@ -266,9 +267,8 @@ def mean_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
 
     A sequence counts the same whatever else is in its batch.
     """
-    part = batch[ROLE]
-    logits = model(input_ids=part["input_ids"], attention_mask=part["attention_mask"]).logits
-    return (negative_log_likelihood(logits, part["labels"]) / lengths(part["labels"])).mean()
+    logits, labels = scored_logits(model, batch[ROLE])
+    return (negative_log_likelihood(logits, labels) / lengths(labels)).mean()
 
 
 def counts(material: Material, labels: Sequence[Labels]) -> dict[str, int]:

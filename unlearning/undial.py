@@ -12,13 +12,13 @@ from compress.unlearning.parts import losses
 from compress.unlearning.parts.baseline import (
     FORGET,
     RetainLossOptions,
-    logits_of,
     read_sets,
     retaining,
     unlearn,
 )
 from compress.unlearning.parts.options import check_trainable
 from compress.unlearning.parts.reference import Reference
+from compress.unlearning.parts.training import scored_logits
 
 if TYPE_CHECKING:
     from compress.engine.shape import ModelShape
@@ -73,8 +73,6 @@ class Undial(Method["Undial.Options"]):
             def forget(trained: nn.Module, batch: Batch) -> Tensor:
                 part = batch[FORGET]
                 reference = before.logits(head, before.rows(part))
-                return losses.undial(
-                    logits_of(trained, batch, FORGET), part["labels"], reference, options.beta
-                )
+                return losses.undial(*scored_logits(trained, part), reference, options.beta)
 
             return unlearn(model, sets, forget, retain, options, context)

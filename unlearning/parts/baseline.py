@@ -29,7 +29,15 @@ from compress.unlearning.parts.losses import kl_to_reference, lengths, negative_
 from compress.unlearning.parts.options import SETS, TrainingOptions
 from compress.unlearning.parts.reference import Reference
 from compress.unlearning.parts.rounding import Roundings
-from compress.unlearning.parts.training import Batch, merged, train, trainable, whole_model, write_changed
+from compress.unlearning.parts.training import (
+    Batch,
+    merged,
+    scored_logits,
+    train,
+    trainable,
+    whole_model,
+    write_changed,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -130,16 +138,9 @@ def _check_unchanged(details: dict[str, Any], file: Path) -> None:
     write_atomically(file, json.dumps(details))
 
 
-def logits_of(model: nn.Module, batch: Batch, role: str) -> Tensor:
-    """The logits of the sequences of a role: [B, S, V]."""
-    part = batch[role]
-    logits: Tensor = model(input_ids=part["input_ids"], attention_mask=part["attention_mask"]).logits
-    return logits
-
-
 def nll_of(model: nn.Module, batch: Batch, role: str) -> Tensor:
     """N of the sequences of a role (see `negative_log_likelihood`): float32 [B]."""
-    return negative_log_likelihood(logits_of(model, batch, role), batch[role]["labels"])
+    return negative_log_likelihood(*scored_logits(model, batch[role]))
 
 
 def mean_nll(model: nn.Module, batch: Batch, role: str) -> Tensor:
@@ -161,7 +162,7 @@ def retaining(
         def term(trained: nn.Module, batch: Batch) -> Tensor:
             part = batch[RETAIN]
             reference = before.logits(head, before.rows(part))
-            return kl_to_reference(logits_of(trained, batch, RETAIN), part["labels"], reference)
+            return kl_to_reference(*scored_logits(trained, part), reference)
 
         yield term
 

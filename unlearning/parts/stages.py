@@ -19,7 +19,7 @@ from compress.calibration.text.records import IGNORED, TokenSequence
 from compress.errors import CompressError
 from compress.kernels.layers.adapted import A, B
 from compress.unlearning.parts.orders import even_parts
-from compress.unlearning.parts.training import Batch, train
+from compress.unlearning.parts.training import Batch, scored_logits, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -198,9 +198,7 @@ class Trainee:
 
 def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The mean negative log-likelihood of the learned tokens of a batch, in nats, float32."""
-    inputs = batch[ROLE]
-    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-    labels = inputs["labels"][:, 1:]
+    logits, labels = scored_logits(model, batch[ROLE])
     return nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED
+        logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
     )

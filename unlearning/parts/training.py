@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from compress.calibration.text.records import TokenSequence, collate
+from compress.calibration.text.records import IGNORED, TokenSequence, collate
 from compress.engine.loading import assemble
+from compress.engine.logits import last_logits
 from compress.engine.weights import Weights
 from compress.errors import CompressError
 from compress.storage.tensors import DTYPES
@@ -59,6 +60,25 @@ class HowToTrain(Protocol):
     def max_gradient_norm(self) -> float: ...
     @property
     def gradient_checkpointing(self) -> bool: ...
+
+
+def scored_logits(model: nn.Module, part: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits of the tokens from the first on that predicts a scored one, and the labels of these tokens.
+
+    Prompts are not scored, and computing their logits would take a tenth of the time.
+
+    Args:
+        model: that is trained.
+        part: of a batch.
+
+    Returns:
+        [B, K, V] and int64 [B, K].
+    """
+    labels = part["labels"]
+    scored = (labels[:, 1:] != IGNORED).any(0).nonzero()
+    kept = labels.shape[1] - (int(scored[0]) if len(scored) else 0)
+    inputs = {name: part[name] for name in ("input_ids", "attention_mask")}
+    return last_logits(model, kept, **inputs), labels[:, -kept:]
 
 
 def whole_model(model: StreamedModel, context: StepContext) -> PreTrainedModel:

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.engine.key_values import CACHE_NAMES
+from compress.engine.logits import last_logits
 from compress.errors import CompressError
 from compress.evaluation.forgetting.items import Question
 from compress.evaluation.forgetting.metrics import Bools, Floats
@@ -56,7 +57,6 @@ class Asked:
         around: Any = getattr(model, "get_base_model", None)
         base = model if around is None else around()
         taken = inspect.signature(base.forward).parameters
-        self._skips_logits = "logits_to_keep" in taken
         self._cache_name = next(name for name in CACHE_NAMES if name in taken)
         own = getattr(model.generation_config, "eos_token_id", None)
         ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
@@ -116,14 +116,9 @@ class Asked:
         return ids, pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
 
     def _read(self, ids: torch.Tensor, mask: torch.Tensor | None, kept: int, **more: Any) -> torch.Tensor:
-        """The logits of the last ``kept`` tokens, [B, kept, V]."""
         device = self.model.device
-        settings = {"logits_to_keep": kept} if self._skips_logits else {}
         mask = None if mask is None else mask.to(device)
-        logits: torch.Tensor = self.model(
-            input_ids=ids.to(device), attention_mask=mask, **settings, **more
-        ).logits
-        return logits[:, -kept:]
+        return last_logits(self.model, kept, input_ids=ids.to(device), attention_mask=mask, **more)
 
     def say(self, questions: Sequence[Question]) -> list[str]:
         """What the model says to each prompt: greedy, until it ends or has said twice what the answer has."""

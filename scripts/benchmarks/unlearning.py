@@ -36,6 +36,7 @@ class Row(NamedTuple):
 
 ROWS = [
     *(Row(method, {"method": method}) for method in GRADIENT_METHODS),
+    Row("npo, low rank", {"method": "npo", "train": "lora", "gradient_checkpointing": True}),
     Row("harry-potter", {"method": "harry-potter"}),
     *(Row(f"{method}, through rounding", {"method": method, **THROUGH}) for method in GRADIENT_METHODS[:-1]),
     Row("harry-potter, through rounding", {"method": "harry-potter", **SURVIVE}),

@@ -283,22 +283,10 @@ class Learning:
         lowest, best = float("inf"), begin
         step = descent([linear], self.options.steps, *self.rates)
         for number in range(self.options.steps + 1):
-            rounded = linear.quantized()
-            whole = linear.adapted(rounded)
-            value, gradient = loss.gradient(whole.detach())
-            roots, gradients = [whole], [gradient.div_(before)]
-            if saliency is not None:
-                matrix = saliency.of(rounded, whole)
-                term, slope = saliency.gradient(matrix)
-                value += term
-                roots.append(matrix)
-                gradients.append(slope.div_(before))
-            if value < lowest:
+            if (value := _differentiate(linear, loss, saliency, before)) < lowest:
                 lowest, best = value, linear.state()
-            if number == self.options.steps:
-                break
-            torch.autograd.backward(roots, gradients)
-            step()
+            if number < self.options.steps:
+                step()
         after = of(best)
         return before, after if after < before else of(plain)
 
@@ -380,3 +368,21 @@ class Learning:
         for path, state in states.items():
             self.linears[path].load(state)
             set_weight(self.layer.linears[path], self.linears[path].stored())
+
+
+def _differentiate(linear: ClippedLinear, loss: LinearLoss, saliency: Saliency | None, scale: float) -> float:
+    """Add the gradients of the losses, divided by ``scale``, to those of a linear. Returns their sum.
+
+    Everything here is as large as the weight, and is gone when this returns.
+    """
+    rounded = linear.quantized()
+    whole = linear.adapted(rounded)
+    value, gradient = loss.gradient(whole.detach())
+    roots, gradients = [whole], [gradient.div_(scale)]
+    if saliency is not None:
+        roots.append(saliency.of(rounded, whole))
+        term, gradient = saliency.gradient(roots[-1])
+        value += term
+        gradients.append(gradient.div_(scale))
+    torch.autograd.backward(roots, gradients)
+    return value

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -130,12 +131,11 @@ class ApiQ(Method["ApiQ.Options"]):
         losses = StatePart(journal.state, "loss")
         for layer in model.walk(journal, dense, quantized, label=f"ApiQ to {options.bits} bits"):
             generator = torch.Generator().manual_seed(context.seed * model.num_layers + layer.index)
-            stored = packer.wanted(layer)
             linears = {
                 path: clipped_linear(
                     weight(layer.linears[path]), name, packer, rank, options.alpha, generator
                 )
-                for path, name in stored.items()
+                for path, name in packer.wanted(layer).items()
             }
             information: Mapping[str, torch.Tensor] = fisher.read(layer) if fisher is not None else {}
             learning = Learning(
@@ -147,13 +147,10 @@ class ApiQ(Method["ApiQ.Options"]):
                 information,
                 options,
                 context.folder / "targets",
+                partial(_write, packer, layer),
             )
             found = learning.layer_wise() if options.mode == "layer" else learning.block_wise(generator)
             losses[str(layer.index)] = torch.tensor(found, dtype=torch.float64)
-            for path, linear in linears.items():
-                packer.write(stored[path], linear.weight, linear.rounded())
-                names = (f"{layer.name}.{path}{part}" for part in (adapter.A, adapter.B))
-                context.draft.write(dict(zip(names, linear.adapter(), strict=True)))
         return self._report(packer.finish(model, quantized), packer, losses, context, options, rank)
 
     @staticmethod
@@ -205,6 +202,7 @@ class Learning:
         fisher: path of a linear -> F [out, in], for its `Saliency`; empty if it is not wanted.
         options: of the method.
         folder: for targets above the memory limit.
+        write: is given the path of each linear and what was learned, once that is final.
     """
 
     def __init__(
@@ -217,10 +215,11 @@ class Learning:
         fisher: Mapping[str, torch.Tensor],
         options: ApiQ.Options,
         folder: Path,
+        write: Callable[[str, ClippedLinear], None],
     ) -> None:
         self.anatomy, self.layer, self.linears = anatomy, layer, linears
         self.dense, self.quantized = dense, quantized
-        self.fisher, self.options, self.folder = fisher, options, folder
+        self.fisher, self.options, self.folder, self.write = fisher, options, folder, write
         self.rates = (options.clip_learning_rate, options.learning_rate)
 
     def layer_wise(self) -> tuple[float, float]:
@@ -254,6 +253,7 @@ class Learning:
                 loss = LinearLoss(self.linears[path].weight, hessian, crossed.pop(path), energies[path])
                 losses.append(self._learn(path, loss))
                 set_weight(self.layer.linears[path], self.linears[path].stored())
+                self.write(path, self.linears.pop(path))  # the dense weight goes, as the layer has another
             del loss
             give_back_memory()
         self.quantized.advance(self.layer)
@@ -309,6 +309,7 @@ class Learning:
         plain = {path: linear.plain() for path, linear in linears.items()}
         if not linears or (before := self._block_loss(plain, targets)) <= 0:
             stream.advance(layer)
+            self._write_all()
             return 0.0, 0.0
         for path, state in begin.items():
             linears[path].load(state)
@@ -338,7 +339,12 @@ class Learning:
                 lowest, best = value, now
         self._put(best)
         stream.advance(layer)
+        self._write_all()
         return before, lowest
+
+    def _write_all(self) -> None:
+        for path, linear in self.linears.items():
+            self.write(path, linear)
 
     def _computing_with(self, weights: Mapping[str, torch.Tensor]) -> Layer:
         """The layer with other weights [out, in] of its linears, for which outputs can be differentiated."""
@@ -368,6 +374,15 @@ class Learning:
         for path, state in states.items():
             self.linears[path].load(state)
             set_weight(self.layer.linears[path], self.linears[path].stored())
+
+
+def _write(packer: Packer, layer: Layer, path: str, linear: ClippedLinear) -> None:
+    """Put the packed weight of a linear and its adapter into the draft."""
+    stored = layer.stored(path)
+    assert stored is not None  # it was wanted
+    packer.write(stored, linear.weight, linear.rounded())
+    names = (f"{layer.name}.{path}{part}" for part in (adapter.A, adapter.B))
+    packer.draft.write(dict(zip(names, linear.adapter(), strict=True)))
 
 
 def _differentiate(linear: ClippedLinear, loss: LinearLoss, saliency: Saliency | None, scale: float) -> float:

@@ -214,7 +214,7 @@ def test_two_gram_matrices_hold_the_loss_and_its_gradient() -> None:
 def learning(made: ClippedLinear, **options) -> Learning:
     options = ApiQ.Options(bits=2, group_size=SIZE, rank=RANK, alpha=ALPHA, **options)
     fisher = {"w": torch.rand(OUT, WIDTH, generator=torch.Generator().manual_seed(7))}
-    return Learning(None, None, {"w": made}, None, None, fisher, options, None)
+    return Learning(None, None, {"w": made}, None, None, fisher, options, None, lambda path, linear: None)
 
 
 @pytest.mark.parametrize("saliency", ["none", "before_lora", "after_lora"])

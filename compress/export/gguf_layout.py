@@ -14,6 +14,7 @@ from compress.export.gguf_types import Wanted, is_weight, types_of
 from compress.export.huggingface import HuggingFace, HuggingFaceOptions, rounding_notes
 from compress.export.model import ExportedModel
 from compress.kernels.codes.gguf import TYPES, BlockType
+from compress.kernels.layers.adapted import A
 from compress.storage.gguf.architectures import (
     architecture_of,
     converted,
@@ -142,7 +143,8 @@ def _as_they_are(
     modules = {name.removesuffix(".weight"): name for name in names}
     for module, form in model.packed.items():
         name = modules.get(module, table)
-        kind = exact_type(form, model.size(module)[1]) if f"{module}.lora_A.weight" not in names else None
+        adapted = f"{module}{A}" in model.checkpoint
+        kind = None if adapted else exact_type(form, model.size(module)[1])
         if kind is None:
             others.append(module)
         else:

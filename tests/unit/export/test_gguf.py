@@ -108,6 +108,20 @@ def test_codes_are_carried_over_without_rounding_again(
         torch.testing.assert_close(logits(find_model(str(file)).folder), logits(low), atol=1e-5, rtol=1e-5)
 
 
+def test_an_adapter_is_in_the_file(tmp_path: Path, shared_decoder: Callable[..., Path]) -> None:
+    """Codes alone would be another model, so the sum is stored, in float16."""
+    low, file = tmp_path / "low", tmp_path / "low.gguf"
+    step = {"method": "apiq", "bits": 3, "group_size": 32, "rank": 4, "steps": 8}
+    calibration = {"source": "bundled", "nsamples": 2, "seqlen": 32}
+    model = shared_decoder("LlamaForCausalLM", dtype=torch.float16)
+    compress.run({"model": str(model), "calibration": calibration, "steps": [step]}, low)
+    export(low, file)
+    assert GGUFFile.open(file).tensors["blk.0.ffn_down.weight"].kind.name == "F16"
+    wanted = logits(low)
+    off = logits(find_model(str(file)).folder) - wanted
+    assert float(off.square().mean().sqrt() / wanted.std()) < 1e-3
+
+
 def test_inspect_shows_the_file_and_its_record(
     tmp_path: Path, shared_decoder: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -190,6 +190,8 @@ class GGUF(Target[GGUFOptions]):
         shapes = {name: layout.dense.tensors[name].shape for name in layout.names}
         written = GGUFCheckpoint(GGUFFile.open(path), layout.config, layout.dense.config, shapes)
         read = streamed_logits(written, probe, device).log_softmax(-1)
+        if options.types is None:  # nothing is rounded by more than 16 bits
+            check_same(before, read, "compress-model", HALF_PRECISION)
         loaded = llama_log_probabilities(path, probe.tokens)
         kinds = {kind.dtype for kind in layout.kinds.values()}
         allowed = EIGHT_BIT_INPUTS if None in kinds else HALF_PRECISION

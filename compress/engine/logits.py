@@ -40,8 +40,8 @@ def streamed_logits(checkpoint: Checkpoint, windows: Windows, device: str = "cpu
 def last_logits(model: nn.Module, kept: int, **inputs: Any) -> torch.Tensor:
     """The logits of the last tokens of each sequence: [N, kept, V].
 
-    The head of most models can be told to leave out the others, which takes up to half the time of small
-    models with large vocabularies.
+    Most models can be told to leave out the others, whose logits take time and memory where the vocabulary
+    is large.
 
     Args:
         model: a causal model of transformers, or one of peft around it.

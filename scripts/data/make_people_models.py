@@ -46,10 +46,6 @@ def reference_model(name: str, seed: int = 0) -> Path:
 
 
 def _make(folder: Path, name: str, seed: int) -> dict[str, Any]:
-    import torch
-    from torch import nn
-    from torch.nn import functional
-
     from compress.calibration.text.records import read_records, sequences
     from compress.engine.opening import open_checkpoint
     from compress.engine.stream import StreamedModel
@@ -59,14 +55,8 @@ def _make(folder: Path, name: str, seed: int) -> dict[str, Any]:
     from compress.storage.draft import Draft
     from compress.system.cache import cache_folder
     from compress.unlearning.parts.options import TrainingOptions
-    from compress.unlearning.parts.training import (
-        Batch,
-        merged,
-        scored_logits,
-        train,
-        trainable,
-        whole_model,
-    )
+    from compress.unlearning.parts.stages import ROLE, next_token_loss
+    from compress.unlearning.parts.training import merged, train, trainable, whole_model
 
     options = TrainingOptions(forget="", retain="", train="full", learning_rate=4e-4, epochs=5, batch_size=8)
     source = find_model("demo").folder
@@ -80,14 +70,10 @@ def _make(folder: Path, name: str, seed: int) -> dict[str, Any]:
         for sequence in sequences(read_records(f"people:{split}:{seed}"), tokenizer)
     ]
 
-    def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
-        logits, labels = scored_logits(model, batch["learn"])
-        return functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-
     whole = whole_model(StreamedModel(checkpoint, "cpu"), context)
     model = trainable(whole, (), options, seed)
-    examples = [{"learn": sequence} for sequence in learned]
-    details = train(model, examples, tokenizer.pad_token_id, loss, options, context, name)
+    examples = [{ROLE: sequence} for sequence in learned]
+    details = train(model, examples, tokenizer.pad_token_id, next_token_loss, options, context, name)
     done = merged(model)
     done.config.use_cache = True
     done.save_pretrained(folder)

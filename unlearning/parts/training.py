@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from compress.calibration.text.records import IGNORED, TokenSequence, collate
+from compress.calibration.text.records import TokenSequence, collate
 from compress.engine.loading import assemble
 from compress.engine.logits import last_logits
 from compress.engine.weights import Weights
 from compress.errors import CompressError
 from compress.storage.tensors import DTYPES
+from compress.unlearning.parts.losses import predicts_scored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
@@ -65,7 +66,7 @@ class HowToTrain(Protocol):
 def scored_logits(model: nn.Module, part: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """The logits of the tokens from the first on that predicts a scored one, and the labels of these tokens.
 
-    Prompts are not scored, and computing their logits would take a tenth of the time.
+    Prompts are not scored, so their logits are not computed.
 
     Args:
         model: that is trained.
@@ -75,7 +76,7 @@ def scored_logits(model: nn.Module, part: dict[str, torch.Tensor]) -> tuple[torc
         [B, K, V] and int64 [B, K].
     """
     labels = part["labels"]
-    scored = (labels[:, 1:] != IGNORED).any(0).nonzero()
+    scored = predicts_scored(labels).any(0).nonzero()
     kept = labels.shape[1] - (int(scored[0]) if len(scored) else 0)
     inputs = {name: part[name] for name in ("input_ids", "attention_mask")}
     return last_logits(model, kept, **inputs), labels[:, -kept:]

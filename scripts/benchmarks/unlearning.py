@@ -25,6 +25,9 @@ SURVIVE = {"survive": ["int4:64", "int3:64"]}
 THROUGH = {**SURVIVE, "learning_rate": 2e-4, "epochs": 12, "retain_weight": 6}
 GRADIENT_METHODS = ("gradient-difference", "npo", "simnpo", "rmu", "undial", "dpo", "sure")
 AFTER = "after "
+BEYOND = ("int2", "prune50")
+"""Steps of the usual grid that are left out: after them, even the target knows no more than a model that never
+learned."""
 
 
 class Row(NamedTuple):
@@ -48,6 +51,7 @@ ROWS = [
 def measured(row: Row, folder: Path, seed: int) -> dict[str, Any]:
     """Unlearn and audit."""
     import compress
+    from compress.evaluation.forgetting.grid import GRID
 
     sets = {name: f"people:{name}:{seed}" for name in ("forget", "retain")}
     step = {**row.step, **sets}
@@ -61,6 +65,7 @@ def measured(row: Row, folder: Path, seed: int) -> dict[str, Any]:
         retrained=str(reference_model("retained", seed)),
         holdout=f"people:holdout:{seed}",
         world="people:world",
+        survives=[name for name in GRID if name not in BEYOND],
         relearning=(0, 50),
         seed=seed,
         **sets,

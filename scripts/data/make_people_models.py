@@ -58,7 +58,7 @@ def _make(folder: Path, name: str, seed: int) -> dict[str, Any]:
     from compress.unlearning.parts.stages import ROLE, next_token_loss
     from compress.unlearning.parts.training import merged, train, trainable, whole_model
 
-    options = TrainingOptions(forget="", retain="", train="full", learning_rate=4e-4, epochs=5, batch_size=8)
+    options = TrainingOptions(forget="", retain="", train="full", learning_rate=6e-4, epochs=5, batch_size=16)
     source = find_model("demo").folder
     checkpoint = open_checkpoint(source)
     work = cache_folder() / f"people-world-{name}-{seed}.training"

@@ -26,8 +26,8 @@ THROUGH = {**SURVIVE, "learning_rate": 2e-4, "epochs": 12, "retain_weight": 6}
 GRADIENT_METHODS = ("gradient-difference", "npo", "simnpo", "rmu", "undial", "dpo", "sure")
 AFTER = "after "
 BEYOND = ("int2", "prune50")
-"""Steps of the usual grid that are left out: after them, even the target knows no more than a model that never
-learned."""
+"""Steps of the usual grid that are left out: after them, even the target knows no more than a model that
+never learned."""
 
 
 class Row(NamedTuple):

@@ -49,8 +49,8 @@ void multiply_tiles() {
 
 #else
 
-// The intrinsics of g++ 12 do not say which memory they read, so stores before them would be moved behind them.
-COMPRESS_INLINE void stores_are_done() { asm volatile("" ::: "memory"); }
+// In assembler, because the intrinsics of g++ 12 paste their argument into the name of a register, so it cannot be a
+// parameter of a template, and do not say that they read and write memory.
 
 COMPRESS_INLINE void configure_tiles() {
   struct {
@@ -59,32 +59,29 @@ COMPRESS_INLINE void configure_tiles() {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
   } shape;
   static_assert(sizeof shape == 64);
-  asm volatile("" : : "m"(shape) : "memory");
-  _tile_loadconfig(&shape);
+  asm volatile("ldtilecfg %0" : : "m"(shape));
 }
 
-COMPRESS_INLINE void release_tiles() { _tile_release(); }
+COMPRESS_INLINE void release_tiles() { asm volatile("tilerelease"); }
 
 template <int TILE>
 COMPRESS_INLINE void zero_tile() {
-  _tile_zero(TILE);
+  asm volatile("tilezero %%tmm%c0" : : "i"(TILE));
 }
 
 template <int TILE>
 COMPRESS_INLINE void load_tile(const void* from, size_t stride) {
-  stores_are_done();
-  _tile_loadd(TILE, from, stride);
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(TILE) : "memory");
 }
 
 template <int TILE>
 COMPRESS_INLINE void store_tile(void* to, size_t stride) {
-  _tile_stored(TILE, to, stride);
-  stores_are_done();
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(TILE) : "memory");
 }
 
 template <int SUMS, int LEFT, int RIGHT>
 COMPRESS_INLINE void multiply_tiles() {
-  _tile_dpbf16ps(SUMS, LEFT, RIGHT);
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUMS), "i"(LEFT), "i"(RIGHT));
 }
 
 #endif

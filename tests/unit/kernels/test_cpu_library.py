@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -157,6 +158,23 @@ def test_an_old_compiler_gets_the_next_path(source: Path, tmp_path: Path, spoken
     assert sentence.endswith("The path portable is used instead.")
     with pytest.raises(CompressError, match="unrecognized"):
         library.load("amx")
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="needs a compiler for x86-64")
+def test_the_tiles_of_amx_are_compiled_where_they_cannot_run(tmp_path: Path):
+    compiler, flags = build.find_compiler(), (*build.FLAGS, "-O1", *processor.PATHS["amx"].flags)
+    (tmp_path / "empty.cpp").touch()
+    assert compiler
+    known, done = (
+        subprocess.run(
+            [*compiler, *flags, "-c", source, "-o", tmp_path / "a.o"], capture_output=True, text=True
+        )
+        for source in (tmp_path / "empty.cpp", build.SOURCE / "gemm.cpp")
+    )
+    if known.returncode:
+        pytest.skip("this compiler does not know AMX")
+    assert done.returncode == 0, done.stderr
 
 
 @needs_compiler

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import tempfile
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -120,10 +122,8 @@ def _trace(folder: Path, graph: Path) -> None:
     rows, tokens = torch.export.Dim("rows"), torch.export.Dim("tokens")
     names = ("input_ids", "attention_mask")
     given = {name: torch.ones(2, 8, dtype=torch.int64) for name in names}  # one tensor would be one input
-    quiet = io.StringIO()
     try:
-        with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(quiet):
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), _quietly():
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
             torch.onnx.export(
                 _Forward(model),
@@ -140,6 +140,20 @@ def _trace(folder: Path, graph: Path) -> None:
         raise CompressError(
             f"torch {torch.__version__} cannot trace this model for ONNX ({reason})."
         ) from error
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what the exporter prints and logs, such as operators of packages that are not installed."""
+    exporter = logging.getLogger("torch.onnx")
+    level = exporter.level
+    exporter.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        exporter.setLevel(level)
 
 
 def onnx_logits(graph: Path, tokens: torch.Tensor) -> torch.Tensor:

@@ -142,7 +142,8 @@ def download_gguf(folder: Path) -> Path:
 
 
 def _make(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    missing = [name for name in ("gguf", "sentencepiece") if importlib.util.find_spec(name) is None]
+    needed = ("accelerate", "gguf", "sentencepiece")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise CompressError(
             f"Converting the demo model needs {' and '.join(missing)}; "

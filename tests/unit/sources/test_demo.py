@@ -6,11 +6,13 @@ import hashlib
 import json
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compress.errors import CompressError
@@ -121,6 +123,13 @@ def test_missing_converter_names_the_extra(cache_folder, monkeypatch):
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CompressError, match=r"compress-model\[demo\]"):
         demo.demo_folder()
+
+
+def test_the_extra_brings_what_converting_needs():
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    brought = {Requirement(line).name for line in [*extras["demo"], *extras["gguf"]]}
+    assert set(demo.NEEDED) <= brought
 
 
 class Tokenizer:

@@ -21,23 +21,19 @@ An interrupted benchmark goes on: what is in --folder already is not done again.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from common import Sheet, compressed, dense_model, parser
+from elsewhere import Elsewhere
 from llama_files import gguf_file
 from streaming import write_model
 
 from compress.evaluation.bench import Bench, Contestant, TimedModel, bench
-from compress.evaluation.measure import ModelProcess
-from compress.evaluation.timed import PROMPT_TOKENS, Settings, device_name, serve
-from compress.system.memory import peak_memory
+from compress.evaluation.timed import Settings
 
 # The shape of TinyLlama.
 RANDOM_LAYERS = 22
@@ -64,90 +60,6 @@ def random_model(folder: Path) -> Path:
 DENSE: dict[str, Callable[[Path], Path]] = {"demo": dense_model, "random": random_model}
 
 
-@dataclass(frozen=True)
-class LlamaCpp(Contestant):
-    """A GGUF file, run by llama.cpp in a process of its own."""
-
-    packages: Path | None = None
-
-    def process(self) -> ModelProcess:
-        found = ModelProcess(self.folder, self.settings, self.name)
-        found._command = [sys.executable, __file__, "--serve", str(self.folder)]
-        found._command += [f"--threads={self.settings.threads}"]
-        found._command += [f"--llama-cpp={self.packages}"] if self.packages else []
-        return found
-
-
-class InLlamaCpp:
-    """A GGUF file in this process: the same questions and answers as `compress.evaluation.timed.Timed`."""
-
-    longest, generates, prompt_tokens = 2048, True, PROMPT_TOKENS
-
-    def __init__(self, file: Path, threads: int) -> None:
-        import llama_cpp
-
-        self._baseline, self._threads = peak_memory(), threads
-        self._library = llama_cpp
-        size = {"n_ctx": self.longest, "n_batch": self.longest, "n_ubatch": 512}
-        self._model = llama_cpp.Llama(
-            str(file), n_threads=threads, n_threads_batch=threads, verbose=False, **size
-        )
-        self._tokens = llama_cpp.llama_vocab_n_tokens(self._model._model.vocab)
-
-    def prefill(self, tokens: int) -> float:
-        self._forget()
-        return self._seconds(lambda: self._run(self._prompt(tokens)))
-
-    def decode(self, tokens: int) -> float:
-        self._forget()
-        token = self._run(self._prompt(self.prompt_tokens))
-
-        def generate() -> None:
-            nonlocal token
-            for _ in range(tokens):
-                token = self._run([token])
-
-        return self._seconds(generate)
-
-    def state(self) -> dict[str, Any]:
-        import torch
-
-        return {
-            "peak_resident_bytes": peak_memory(),
-            "baseline_resident_bytes": self._baseline,
-            "threads": self._threads,
-            "device": device_name(torch.device("cpu")),
-            "kernel": f"llama.cpp ({self._library.__version__} of llama-cpp-python)",
-            "storage_dtype": "Q4_0",
-        }
-
-    def _prompt(self, count: int) -> list[int]:
-        import torch
-
-        generator = torch.Generator().manual_seed(0)
-        return torch.randint(self._tokens, (count,), generator=generator).tolist()
-
-    def _forget(self) -> None:
-        context = self._model._ctx.ctx
-        self._library.llama_memory_clear(self._library.llama_get_memory(context), True)
-
-    def _run(self, tokens: list[int]) -> int:
-        """The likeliest token after ``tokens``; only the last position gets logits."""
-        import numpy as np
-
-        context, given = self._model._ctx.ctx, (self._library.llama_token * len(tokens))(*tokens)
-        if self._library.llama_decode(context, self._library.llama_batch_get_one(given, len(tokens))):
-            raise RuntimeError("llama.cpp cannot run these tokens")
-        logits = self._library.llama_get_logits_ith(context, -1)
-        return int(np.ctypeslib.as_array(logits, (self._tokens,)).argmax())
-
-    @staticmethod
-    def _seconds(work: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-
-
 def contestants(kind: str, threads: int, folder: Path, arguments: argparse.Namespace) -> Iterator[Contestant]:
     """The rows of one model; the dense one is the first, which the others are compared with."""
     dense = DENSE[kind](folder)
@@ -159,7 +71,7 @@ def contestants(kind: str, threads: int, folder: Path, arguments: argparse.Names
         yield Contestant(name, ours, Settings(threads=threads, kernel=arguments.kernel, activation_bits=bits))
     if find_spec("llama_cpp"):  # --llama-cpp is on the path by now
         file = gguf_file(dense, folder, "Q4_0", arguments.llama_cpp)
-        yield LlamaCpp("llama.cpp Q4_0", file, Settings(threads=threads), arguments.llama_cpp)
+        yield Elsewhere("llama.cpp Q4_0", file, Settings(threads=threads), "gguf", arguments.llama_cpp)
     else:
         print("llama-cpp-python is not here, so its rows are left out (see --help).", file=sys.stderr)
 
@@ -192,16 +104,10 @@ def main() -> None:
     options.add_argument("--decode-tokens", type=int, default=64)
     options.add_argument("--repetitions", type=int, default=9)
     options.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help="where pip --target put it")
-    options.add_argument("--serve", type=Path, metavar="FILE", help=argparse.SUPPRESS)
     arguments = options.parse_args()
     if arguments.llama_cpp:
         sys.path.append(str(arguments.llama_cpp))
-    if arguments.serve:
-        answers = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)
-        serve(InLlamaCpp(arguments.serve, *arguments.threads), sys.stdin, answers)
-    else:
-        run(arguments)
+    run(arguments)
 
 
 def run(arguments: argparse.Namespace) -> None:

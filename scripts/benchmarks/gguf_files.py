@@ -8,6 +8,11 @@ KL divergence from the float16 file, and agreement on the likeliest token, on tw
 
     python scripts/benchmarks/gguf_files.py [--sizes Q4_0 ...] [--llama-cpp FOLDER] [--model FOLDER]
 
+A model whose rows are whole blocks of 256 weights, which those of the demo model are not:
+
+    python scripts/benchmarks/gguf_files.py --model "$(python scripts/data/make_coder_model.py)" \\
+        --results gguf_wide --folder out/bench-gguf-wide --nsamples 16
+
 It needs llama-cpp-python: here, or in the folder that is given. An interrupted benchmark goes on: what is in
 --folder already is not done again.
 """
@@ -26,25 +31,33 @@ from typing import Any
 from common import Sheet, command, dense_model, parser
 
 SIZES = ("Q2_K", "Q3_K_M", "Q4_0", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K")
-CALIBRATION = {"source": "brown", "nsamples": 64, "seqlen": 512, "seed": 0}
+SOURCE = "brown"
 TEXTS = ("wikipedia", "bundled")
-CONTEXT, WINDOWS = 512, 8
+CONTEXT, WINDOWS, NSAMPLES = 512, 8, 64
 FIRST = 1
 """The first token that is predicted; all those after it are scored."""
 
 
 class Bench:
-    """Files of one model, in ``folder``."""
+    """Files of one model, in ``folder``.
 
-    def __init__(self, folder: Path, model: Path | None, windows: int) -> None:
+    Args:
+        folder: of the files.
+        model: that they are made of; None for the demo model.
+        windows: of each text that files are measured on.
+        nsamples: windows of text that scales are chosen on.
+    """
+
+    def __init__(self, folder: Path, model: Path | None, windows: int, nsamples: int) -> None:
         self.folder, self.windows = folder, windows
+        self.text = {"nsamples": nsamples, "seqlen": CONTEXT, "seed": 0}
         self.dense = model or dense_model(folder)
         self.wide = folder / "F16.gguf"
         if not self.wide.exists():
             export(self.dense, self.wide, "--types", "F16")
         self.matrix = folder / "imatrix.gguf"
         if not self.matrix.exists():
-            measure_importance(self.dense, self.matrix)
+            measure_importance(self.dense, self.matrix, self.text)
 
     def theirs(self, size: str) -> Path:
         file = self.folder / f"llama.cpp.{size}.gguf"
@@ -60,10 +73,8 @@ class Bench:
             found = GGUFFile.open(self.theirs(size)).tensors
             weights = {name: there.kind.name for name, there in found.items() if len(there.shape) == 2}
             types.write_text(json.dumps(weights))
-            settings = {"calibration": CALIBRATION["source"]} | {
-                key: CALIBRATION[key] for key in ("nsamples", "seqlen", "seed")
-            }
-            given = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+            text = {"calibration": SOURCE, **self.text}
+            given = [word for key, value in text.items() for word in (f"--{key}", str(value))]
             export(self.dense, file, "--types", types, "--importance", "measured", *given)
         return file
 
@@ -98,7 +109,7 @@ class Bench:
             figures |= {f"{text}.{name}": found for name, found in figures_of(sums).items()}
             if file != self.wide:
                 (self.folder / f"{file.stem}.{text}.npy").unlink()
-        return {"figures": figures, "calibration": CALIBRATION, "facts": facts}
+        return {"figures": figures, "calibration": {"source": SOURCE, **self.text}, "facts": facts}
 
     def sums(self, file: Path, text: str) -> dict[str, list[float]]:
         """Sums over the tokens of every window: losses, KL, agreement, and how many tokens."""
@@ -145,7 +156,7 @@ def export(model: Path, file: Path, *options: str | Path) -> None:
     command("export", model, "--format", "gguf", "-o", file, "--no-verify", "--overwrite", *options)
 
 
-def measure_importance(model: Path, file: Path) -> None:
+def measure_importance(model: Path, file: Path, text: dict[str, int]) -> None:
     """llama.cpp's importance matrix: the mean square of the inputs of every linear in the dense model."""
     from compress.anatomy import linears_by_input
     from compress.calibration.text.windows import calibration_windows
@@ -156,8 +167,7 @@ def measure_importance(model: Path, file: Path) -> None:
     from compress.storage.gguf.imatrix import ImportanceMatrix, write_imatrix
 
     streamed = StreamedModel(Checkpoint.open(model))
-    text = {key: CALIBRATION[key] for key in ("nsamples", "seqlen", "seed")}
-    windows = calibration_windows(load_tokenizer(model), CALIBRATION["source"], **text)
+    windows = calibration_windows(load_tokenizer(model), SOURCE, **text)
     stream = streamed.stream(windows)
     values = {}
     for layer in streamed.walk(None, stream):
@@ -174,9 +184,7 @@ def measure_importance(model: Path, file: Path) -> None:
         names = {path: layer.stored(path) or "" for path in sums}
         theirs = tensor_names(streamed.config, list(names.values()))
         values |= {theirs[names[path]]: total / windows.num_tokens for path, total in sums.items()}
-    write_imatrix(
-        ImportanceMatrix(values, CALIBRATION["nsamples"], CALIBRATION["seqlen"], CALIBRATION["source"]), file
-    )
+    write_imatrix(ImportanceMatrix(values, text["nsamples"], text["seqlen"], SOURCE), file)
 
 
 def run_here(*arguments: str | Path) -> None:
@@ -212,6 +220,7 @@ def main() -> None:
     options = parser(__doc__, "gguf")
     options.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES)
     options.add_argument("--windows", type=int, default=WINDOWS, help="of each text")
+    options.add_argument("--nsamples", type=int, default=NSAMPLES, help="windows of the calibration text")
     options.add_argument("--model", type=Path, metavar="FOLDER", help="in place of the demo model")
     options.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help="where pip --target put it")
     arguments = options.parse_args()
@@ -219,7 +228,7 @@ def main() -> None:
         found = [str(arguments.llama_cpp.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
         os.environ["PYTHONPATH"] = os.pathsep.join(found)
     sheet = Sheet(arguments, "gguf")
-    bench = Bench(sheet.folder, arguments.model, arguments.windows)
+    bench = Bench(sheet.folder, arguments.model, arguments.windows, arguments.nsamples)
     sheet.row("float16", lambda: bench.measured(bench.wide))
     for size in arguments.sizes:
         theirs = sheet.row(f"llama.cpp, {size}", lambda size=size: bench.measured(bench.theirs(size)))

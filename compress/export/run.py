@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,6 @@ from compress.storage.lineage import (
     versions,
 )
 from compress.system.files import fsync, write_atomically
-
-log = logging.getLogger(__name__)
 
 WEIGHTS = (".safetensors", ".gguf", ".onnx", ".data")
 """The endings of files that hold weights."""
@@ -85,8 +82,6 @@ def export(
     one_file = bool(target.suffix) and output.suffix == target.suffix
     _check_output(model, output, one_file, overwrite)
     promise = target.check(model, options)
-    for note in promise.notes:
-        log.warning("%s", note)
     output.parent.mkdir(parents=True, exist_ok=True)
     with workspace.locked():
         if (workspace.folder / "run.json").exists():

@@ -3,7 +3,8 @@
 Its tensors live in the memory of the host and report the device cuda:0. What a real device would refuse is
 refused, such as an operator that is given tensors of both devices. What makes a program wait for a real one
 is counted: copies between host and device, and values that the host asks for. So it finds tensors that are
-on the wrong device, and loops that wait too often. It computes as the CPU does, and says nothing about speed.
+on the wrong device, and loops that wait too often. It computes as the CPU does, but for the order of sums in
+attention, where torch has a kernel for the CPU alone. It says nothing about speed.
 
     with pretended_cuda() as device:
         model.to("cuda")

@@ -85,8 +85,8 @@ def rise(*columns: Array, axis: int = -1) -> Array:
     """
     after, before = Trio(*columns[:3]), Trio(*columns[3:])
     full = np.maximum(0.0, recovery(before.unlearned, before.target, before.retrained, axis=axis))
-    found = recovery(after.unlearned, after.target, after.retrained, axis=axis)
-    return np.nan_to_num(found - full, posinf=1e9, neginf=-1e9)
+    with np.errstate(invalid="ignore"):  # of two infinite recoveries
+        return recovery(after.unlearned, after.target, after.retrained, axis=axis) - full
 
 
 def gate(found: Recovered, singles: dict[str, Recovered]) -> Outcome:

@@ -122,9 +122,7 @@ def test_an_adapter_is_in_the_file(tmp_path: Path, shared_decoder: Callable[...,
     assert float(off.square().mean().sqrt() / wanted.std()) < 1e-3
 
 
-def test_inspect_shows_the_file_and_its_record(
-    tmp_path: Path, shared_decoder: Callable[..., Path], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_inspect_shows_the_file_and_its_record(tmp_path: Path, shared_decoder: Callable[..., Path]) -> None:
     file = tmp_path / "model.gguf"
     export(shared_decoder("LlamaForCausalLM"), file, "--types", "Q8_0")
     shown = json.loads(CliRunner().invoke(cli, ["inspect", str(file), "--json", "-q"]).stdout)

@@ -74,6 +74,17 @@ def test_nobody_can_tell_what_the_target_itself_does_not_know(known: float):
     assert outcome(after, rouge=trio(0.9)).kind == "cannot tell"
 
 
+def test_draws_that_no_ratio_exists_of_are_left_out():
+    """Some draws of the records hold none of the few that the target alone knows, so all models score 0."""
+    target = np.zeros(RECORDS)
+    target[:4] = 1
+    found = recovered(Trio(np.zeros(RECORDS), target, np.zeros(RECORDS)), 0)
+    assert found.recovery == Figure(value=0, low=0, high=0)
+    before = Trio(target / 2, target, np.zeros(RECORDS))
+    risen = recovered(Trio(target, target, np.zeros(RECORDS)), 0, before).rise
+    assert risen == Figure(value=0.5, low=0.5, high=0.5)
+
+
 def test_nobody_can_tell_from_one_record():
     after = trio(0.0)
     assert outcome(Trio(*(column[:1] for column in after))).kind == "cannot tell"

@@ -81,7 +81,7 @@ def measured(row: Row, folder: Path, seed: int) -> dict[str, Any]:
         "seconds": made["seconds"],
         "peak_memory_bytes": made["peak_memory_bytes"],
         "figures": {name: figure for name, figure in figures.items() if figure is not None},
-        "facts": {"verdict": found["kind"], "why": found["sentence"]},
+        "facts": {"step": made["summary"], "verdict": found["kind"], "why": found["sentence"]},
     }
 
 

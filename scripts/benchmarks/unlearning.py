@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT / "scripts" / "data"))
 from make_people_models import reference_model
 
 SURVIVE = {"survive": ["int4:64", "int3:64"]}
-THROUGH = {**SURVIVE, "learning_rate": 2e-4, "epochs": 12, "retain_weight": 6}
+LARGER = {"learning_rate": 2e-4, "epochs": 12, "retain_weight": 6}
 GRADIENT_METHODS = ("gradient-difference", "npo", "simnpo", "rmu", "undial", "dpo", "sure")
 AFTER = "after "
 BEYOND = ("int2", "prune50")
@@ -39,9 +39,13 @@ class Row(NamedTuple):
 
 ROWS = [
     *(Row(method, {"method": method}) for method in GRADIENT_METHODS),
+    Row("npo, larger steps", {"method": "npo", **LARGER}),
     Row("npo, low rank", {"method": "npo", "train": "lora", "gradient_checkpointing": True}),
     Row("harry-potter", {"method": "harry-potter"}),
-    *(Row(f"{method}, through rounding", {"method": method, **THROUGH}) for method in GRADIENT_METHODS[:-1]),
+    *(
+        Row(f"{method}, through rounding", {"method": method, **LARGER, **SURVIVE})
+        for method in GRADIENT_METHODS[:-1]
+    ),
     Row("harry-potter, through rounding", {"method": "harry-potter", **SURVIVE}),
     Row("neuron-adjust", {"method": "neuron-adjust"}),
     Row("key-space", {"method": "key-space"}),

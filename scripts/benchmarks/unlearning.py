@@ -23,6 +23,7 @@ from make_people_models import reference_model
 
 SURVIVE = {"survive": ["int4:64", "int3:64"]}
 LARGER = {"learning_rate": 2e-4, "epochs": 12, "retain_weight": 6}
+LOW_RANK = {"train": "lora", "learning_rate": 2e-4, "gradient_checkpointing": True}
 GRADIENT_METHODS = ("gradient-difference", "npo", "simnpo", "rmu", "undial", "dpo", "sure")
 AFTER = "after "
 BEYOND = ("int2", "prune50")
@@ -40,7 +41,7 @@ class Row(NamedTuple):
 ROWS = [
     *(Row(method, {"method": method}) for method in GRADIENT_METHODS),
     Row("npo, larger steps", {"method": "npo", **LARGER}),
-    Row("npo, low rank", {"method": "npo", "train": "lora", "gradient_checkpointing": True}),
+    Row("npo, low rank", {"method": "npo", **LOW_RANK}),
     Row("harry-potter", {"method": "harry-potter"}),
     *(
         Row(f"{method}, through rounding", {"method": method, **LARGER, **SURVIVE})

@@ -80,7 +80,9 @@ def describe(method: Any) -> dict[str, Any]:
             {
                 "name": key,
                 "required": field.is_required(),
-                "default": None if field.is_required() else field.get_default(call_default_factory=True),
+                "default": None
+                if field.is_required()
+                else field.get_default(call_default_factory=True, validated_data={}),
                 "description": field.description or "",
             }
             for key, field in method.Options.model_fields.items()

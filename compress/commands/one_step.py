@@ -86,7 +86,7 @@ def option_of(key: str, field: Any) -> click.Option:
     flag = f"--{key.replace('_', '-')}"
     text = field.description or ""
     if not field.is_required():
-        text += f" [default: {shown(field.get_default(call_default_factory=True))}]"
+        text += f" [default: {shown(field.get_default(call_default_factory=True, validated_data={}))}]"
     kinds = [kind for kind in _alternatives(field.annotation) if kind is not type(None)]
     settings: dict[str, Any] = {"help": text}
     settings |= {"required": True} if field.is_required() else {"default": None}

@@ -23,7 +23,7 @@ from make_people_models import reference_model
 
 SURVIVE = {"survive": ["int4:64", "int3:64"]}
 LARGER = {"learning_rate": 2e-4, "epochs": 12, "retain_weight": 6}
-LOW_RANK = {"train": "lora", "learning_rate": 2e-4, "gradient_checkpointing": True}
+LOW_RANK = {"train": "lora", "gradient_checkpointing": True}
 GRADIENT_METHODS = ("gradient-difference", "npo", "simnpo", "rmu", "undial", "dpo", "sure")
 AFTER = "after "
 BEYOND = ("int2", "prune50")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -18,11 +18,20 @@ SETS = (
 )
 
 
+LEARNING_RATE, LOW_RANK_LEARNING_RATE = 1e-5, 2e-4
+"""Of all weights, and of low-rank updates, which begin at 0 and hardly learn at the former."""
+
+
 class ForgetOptions(MethodOptions):
     """What is to be forgotten, and what is to be kept."""
 
     forget: str = Field(description=f"records to forget: {SETS}")
     retain: str = Field(description=f"records to retain: {SETS}")
+
+
+def _learning_rate(given: dict[str, Any]) -> float:
+    """The default where these options are given."""
+    return LOW_RANK_LEARNING_RATE if given.get("train") == "lora" else LEARNING_RATE
 
 
 class TrainingOptions(ForgetOptions):
@@ -33,7 +42,9 @@ class TrainingOptions(ForgetOptions):
     )
     rank: PositiveInt = Field(32, description="rank of the low-rank updates (--train lora)")
     learning_rate: PositiveFloat = Field(
-        1e-5, description="learning rate at the first step; it falls to 0 along a line"
+        default_factory=_learning_rate,
+        description="learning rate at the first step; it falls to 0 along a line. For low-rank updates it is "
+        f"{LOW_RANK_LEARNING_RATE:g} by default",
     )
     epochs: PositiveInt = Field(10, description="number of passes over the records to forget")
     batch_size: PositiveInt = Field(8, description="records to forget in a step, beside as many to retain")

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 import compress
 from compress.calibration.text.records import read_records
 from compress.errors import BadInput
+from compress.pipeline.recipe import parse_recipe
 from compress.storage.checkpoint import Checkpoint
 from compress.unlearning import dpo
 from compress.unlearning.parts import training
@@ -246,6 +247,14 @@ def test_training_does_not_depend_on_checkpointing(taught: Path, tmp_path: Path)
     one, two = (Checkpoint.open(tmp_path / str(checkpointing)) for checkpointing in (False, True))
     for name in one.tensors:
         assert torch.allclose(one.read(name), two.read(name), atol=1e-5)
+
+
+@pytest.mark.parametrize(("train", "rate"), [("full", 1e-5), ("lora", 2e-4)])
+def test_low_rank_updates_take_larger_steps(train: str, rate: float) -> None:
+    step = {"method": "npo", "forget": "a.jsonl", "retain": "b.jsonl", "train": train}
+    for given, expected in (({}, rate), ({"learning_rate": 3e-4}, 3e-4)):
+        (_, options), *_ = parse_recipe({"model": "demo", "steps": [{**step, **given}]}).steps
+        assert options.model_dump()["learning_rate"] == expected
 
 
 def test_the_result_is_a_model_like_any_other(taught: Path, tmp_path: Path) -> None:

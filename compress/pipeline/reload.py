@@ -19,6 +19,7 @@ from compress.pipeline.promise import in_words, obstacle, promised_logits
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.lineage import LoaderTrial, ReloadCheck
 
+NOT_ASKED = "that was not asked for"
 PROBE_TOKENS = 48
 PARITY, RESOLUTION = 1e-3, 1e-6
 """The difference of logits that passes: this share of their standard deviation, and this of the largest one.
@@ -36,11 +37,12 @@ With `eight_bit_inputs` it adds up to some tenths in a model of 30 layers. A for
 linear that is filled with random numbers, moves logits by about their spread or more."""
 
 
-def reload_check(current: Checkpoint, folder: Path, device: str) -> ReloadCheck:
+def reload_check(current: Checkpoint, folder: Path, device: str, try_loaders: bool = True) -> ReloadCheck:
     """Compare the logits of the model before it was written with those of the folder, read afresh.
 
     The folder is streamed from its files by this package, and then loaded by the programs that it promises,
-    if these are installed and the whole model takes a small share of the free memory.
+    if these are installed and the whole model takes a small share of the free memory; not if ``try_loaders``
+    is false.
 
     Everything of this package runs in plain torch, whose sums do not depend on how many tokens there are: the
     check is of what was written, and models that round inputs to 8 bits enlarge any other difference.
@@ -49,10 +51,10 @@ def reload_check(current: Checkpoint, folder: Path, device: str) -> ReloadCheck:
         CompressError: the folder computes something else, or the promised programs fail on it.
     """
     with using(REFERENCE):
-        return _compared(current, folder, device)
+        return _compared(current, folder, device, try_loaders)
 
 
-def _compared(current: Checkpoint, folder: Path, device: str) -> ReloadCheck:
+def _compared(current: Checkpoint, folder: Path, device: str, try_loaders: bool) -> ReloadCheck:
     reloaded, probe = Checkpoint.open(folder), probe_of(current)
     before = streamed_logits(current, probe, device)
     difference = float((before - streamed_logits(reloaded, probe, device)).abs().max())
@@ -65,7 +67,7 @@ def _compared(current: Checkpoint, folder: Path, device: str) -> ReloadCheck:
         loaded_by="compress-model, layer by layer",
         max_difference=difference,
         tokens=probe.tokens.numel(),
-        promised=_try_promise(current, folder, probe, before, device),
+        promised=_try_promise(current, folder, probe, before, device, try_loaders),
     )
 
 
@@ -77,11 +79,11 @@ def probe_of(current: Checkpoint) -> Windows:
 
 
 def _try_promise(
-    current: Checkpoint, folder: Path, probe: Windows, before: torch.Tensor, device: str
+    current: Checkpoint, folder: Path, probe: Windows, before: torch.Tensor, device: str, try_loaders: bool
 ) -> LoaderTrial:
     shape = ModelShape.of(current)
     who = shape.loads_with
-    if reason := obstacle(shape, device):
+    if reason := obstacle(shape, device) if try_loaders else NOT_ASKED:
         return LoaderTrial(loader=in_words(who), not_tried=reason)
     if who.key_value_bits is not None and not who.compress_model_only:
         before = streamed_logits(_with_full_cache(current), probe, device)

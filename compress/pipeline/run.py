@@ -66,6 +66,7 @@ def execute(
     device: str = "cpu",
     progress: Progress = lambda text, share: None,
     keep: Keep | None = None,
+    try_loaders: bool = True,
 ) -> Lineage:
     """Run a recipe and write its artefact to ``output``.
 
@@ -77,6 +78,7 @@ def execute(
         device: where to compute.
         progress: told a text and the share of the current part that is done.
         keep: given the model as it is behind its last step of unlearning, if other steps follow.
+        try_loaders: whether the programs that the model is promised to load with are tried on it.
 
     Raises:
         BadInput: the recipe does not fit the model, the text, the device or the output folder.
@@ -103,7 +105,7 @@ def execute(
         # Steps write what they change, beside what is put together from it in the end.
         workspace.check_disk(plan.after.nbytes * (2 if recipe.steps else 1))
         with computing_on(device):
-            return _execute(recipe, source, checkpoint, plan, workspace, device, progress, keep)
+            return _execute(recipe, source, checkpoint, plan, workspace, device, progress, keep, try_loaders)
 
 
 def _execute(
@@ -115,6 +117,7 @@ def _execute(
     device: str,
     progress: Progress,
     keep: Keep | None,
+    try_loaders: bool,
 ) -> Lineage:
     forget = [read_records(source) for source in recipe.forgotten]
     windows = (
@@ -131,7 +134,7 @@ def _execute(
         progress("writing the model", 0.0)
         files = write_model(current, source.folder, workspace.artefact, recipe.resolved(windows))
         progress("reloading the model", 0.0)
-        check = reload_check(current, workspace.artefact, device)
+        check = reload_check(current, workspace.artefact, device, try_loaders)
         inherited = read_lineage(source.folder)
         shape = ModelShape.of(current)  # which may differ from the plan where a method decides widths by data
         lineage = Lineage(

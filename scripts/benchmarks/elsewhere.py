@@ -1,6 +1,6 @@
 """Other programs, timed as compress-model is: each in a process of its own that answers the same questions.
 
-    python scripts/benchmarks/elsewhere.py FOLDER-OR-FILE --runtime mlx --threads 2
+    python scripts/benchmarks/elsewhere.py FOLDER-OR-FILE --runtime onnx --threads 2
 
 serves one of them, as `compress.evaluation.timed` does.
 """
@@ -123,44 +123,6 @@ class InLlamaCpp(Runtime):
         return int(np.ctypeslib.as_array(logits, (self.vocabulary,)).argmax())
 
 
-class InMlx(Runtime):
-    """A folder in mlx-lm on the CPU."""
-
-    dtype = "MLX"
-
-    def __init__(self, folder: Path, threads: int) -> None:
-        import mlx.core as mx
-        from mlx_lm.models.cache import make_prompt_cache
-        from mlx_lm.utils import load_model
-
-        super().__init__(threads)
-        mx.set_default_device(mx.cpu)
-        self._mx, self._cache = mx, make_prompt_cache
-        self._model: Any = load_model(folder)[0]
-        self.vocabulary = self._model.args.vocab_size
-        self.kernel = f"mlx {mx.__version__}"
-
-    def prefill(self, tokens: int) -> float:
-        prompt, cache = self._mx.array(self.prompt(tokens)), self._cache(self._model)
-        return seconds(lambda: self._mx.eval(self._model(prompt, cache=cache)[:, -1]))
-
-    def decode(self, tokens: int) -> float:
-        cache = self._cache(self._model)
-        token = self._next(self._mx.array(self.prompt(self.prompt_tokens)), cache)
-
-        def generate() -> None:
-            nonlocal token
-            for _ in range(tokens):
-                token = self._next(token, cache)
-
-        return seconds(generate)
-
-    def _next(self, tokens: Any, cache: Any) -> Any:
-        found = self._model(tokens, cache=cache)[:, -1:].argmax(-1)
-        self._mx.eval(found)
-        return found
-
-
 class InOnnxRuntime(Runtime):
     """A graph in onnxruntime. It has no cache of keys and values, so only the prefill is timed."""
 
@@ -195,7 +157,6 @@ def in_transformers(folder: Path, threads: int) -> Timed:
 
 RUNTIMES: dict[str, Callable[[Path, int], Any]] = {
     "transformers": in_transformers,
-    "mlx": InMlx,
     "onnx": InOnnxRuntime,
     "gguf": InLlamaCpp,
 }

@@ -3,7 +3,8 @@
 
 All rows are timed in one run of `compress.evaluation.bench`: each in a process of its own, taking turns. The
 first one is the dense model in transformers, which the others are compared with. Runtimes that are not
-installed are left out, and a line says so.
+installed are left out, and a line says so. mlx-lm is not among them: it is for the GPUs of Apple machines,
+and a prefill on an ordinary CPU takes it minutes.
 
     python scripts/benchmarks/runtime_speeds.py [--threads 2] [--llama-cpp FOLDER]
 
@@ -25,7 +26,7 @@ from compress.evaluation.bench import Contestant
 from compress.evaluation.timed import Settings
 
 ROUNDED = {"method": "rtn", "bits": 4, "group_size": 64, "embedding_bits": 8}
-PACKAGES = {"mlx": "mlx_lm", "onnx": "onnxruntime", "bitsandbytes": "bitsandbytes", "gguf": "llama_cpp"}
+PACKAGES = {"onnx": "onnxruntime", "bitsandbytes": "bitsandbytes", "gguf": "llama_cpp"}
 
 
 def contestants(folder: Path, threads: int, llama_cpp: Path | None) -> Iterator[Contestant]:
@@ -40,7 +41,6 @@ def contestants(folder: Path, threads: int, llama_cpp: Path | None) -> Iterator[
     for name, source, format in (
         ("4 bits, as compressed-tensors", rounded, "compressed-tensors"),
         ("NF4, as bitsandbytes", nf4, "bitsandbytes"),
-        ("4 bits, as mlx", rounded, "mlx"),
         ("dense, as onnx", dense, "onnx"),
         ("4 bits, as gguf", rounded, "gguf"),
     ):

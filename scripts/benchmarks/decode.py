@@ -34,6 +34,7 @@ from streaming import write_model
 
 from compress.evaluation.bench import Bench, Contestant, TimedModel, bench
 from compress.evaluation.timed import Settings
+from compress.export.run import WEIGHTS
 
 # The shape of TinyLlama.
 RANDOM_LAYERS = 22
@@ -77,8 +78,9 @@ def contestants(kind: str, threads: int, folder: Path, arguments: argparse.Names
 
 
 def size(path: Path) -> int:
-    """Bytes of the weights: of a GGUF file, or of the safetensors of a folder."""
-    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.glob("*.safetensors")))
+    """Bytes of the weights: of a GGUF file, or of those in a folder."""
+    files = [path] if path.is_file() else [file for file in path.iterdir() if file.suffix in WEIGHTS]
+    return sum(file.stat().st_size for file in files)
 
 
 def figures(row: TimedModel, path: Path) -> dict[str, Any]:

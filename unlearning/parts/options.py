@@ -19,7 +19,7 @@ SETS = (
 
 
 LEARNING_RATE, LOW_RANK_LEARNING_RATE = 1e-5, 2e-4
-"""Of all weights, and of low-rank updates, which begin at 0 and hardly learn at the former."""
+"""Low-rank updates begin at 0, and hardly learn at the rate that suits all weights."""
 
 
 class ForgetOptions(MethodOptions):

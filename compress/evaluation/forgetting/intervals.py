@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from compress.report.scorecard import Figure, UnitName
 
 ENDS = (0.025, 0.975)
-"""Of the interval, as shares of the draws."""
+"""The interval lies between these quantiles of the draws."""
 
 RESAMPLES = 4999
 ROOM = 2**22

@@ -3,8 +3,8 @@
 Its tensors live in the memory of the host and report the device cuda:0. What a real device would refuse is
 refused, such as an operator that is given tensors of both devices. What makes a program wait for a real one
 is counted: copies between host and device, and values that the host asks for. So it finds tensors that are
-on the wrong device, and loops that wait too often. It computes as the CPU does, but for the order of sums in
-attention, where torch has a kernel for the CPU alone. It says nothing about speed.
+on the wrong device, and loops that wait too often. It computes as the CPU does, attention included, for which
+torch would take another kernel elsewhere; but not where gradients are wanted. It says nothing about speed.
 
     with pretended_cuda() as device:
         model.to("cuda")
@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 from unittest import mock
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -344,7 +345,16 @@ class ByName(TorchFunctionMode):
             return args[0].to(CUDA)
         elif func in (torch.tensor, torch.as_tensor) and is_device(kwargs.get("device")):
             return func(*args, **{**kwargs, "device": "cpu"}).to(CUDA)
+        elif func is scaled_dot_product_attention and not torch.is_grad_enabled():
+            given = [*args, *kwargs.values()]
+            if all(isinstance(item, DeviceTensor) for item in given if isinstance(item, torch.Tensor)):
+                found = func(*map(_held, args), **{name: _held(item) for name, item in kwargs.items()})
+                return DeviceTensor(found)
         return func(*args, **kwargs)
+
+
+def _held(item: Any) -> Any:
+    return item.held if isinstance(item, DeviceTensor) else item
 
 
 def _names_device(item: Any) -> bool:

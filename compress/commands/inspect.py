@@ -19,33 +19,37 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
     from compress.anatomy import layer_shapes
     from compress.engine.opening import open_checkpoint
     from compress.engine.shape import ModelShape
-    from compress.sources.find import find_model
-    from compress.sources.gguf import LOADS_WITH, bytes_of
+    from compress.sources.find import find_model, is_gguf
+    from compress.sources.gguf import LOADS_WITH, gguf_checkpoint
+    from compress.storage.checkpoint import Checkpoint
     from compress.storage.formats.stacks import STACKS, sizes
     from compress.storage.lineage import LINEAGE, read_lineage
 
-    source = find_model(model, revision)
-    checkpoint = open_checkpoint(source.folder)
-    shape = ModelShape.of(checkpoint)
-    packed = bytes_of(source.folder)  # the rest is about the float32 weights that a GGUF file becomes
-    file = Path(model)
-    lineage = (
-        read_lineage(source.folder) if packed is None else read_lineage(file.parent, f"{file.name}.{LINEAGE}")
-    )
-    loads_with = LOADS_WITH if packed is not None else str(shape.loads_with)
+    file = Path(model).expanduser()
+    checkpoint: Checkpoint
+    if is_gguf(file) and revision is None:  # its header says all, so nothing is unpacked
+        checkpoint = gguf = gguf_checkpoint(file)
+        shape = ModelShape(gguf.config, gguf.packed, file)
+        lineage = read_lineage(file.parent, f"{file.name}.{LINEAGE}")
+        loads_with = LOADS_WITH
+    else:
+        folder = find_model(model, revision).folder
+        checkpoint = open_checkpoint(folder)
+        shape = ModelShape.of(checkpoint)
+        lineage = read_lineage(folder)
+        loads_with = str(shape.loads_with)
     parts = bytes_per_part(shape)
     method = shape.config.get("quantization_config", {}).get("quant_method")
     steps = sizes(checkpoint) if method in STACKS else []
     layers = [vars(layer) for layer in layer_shapes(shape.pretrained_config)]
     bits, stored = 8 * shape.nbytes / shape.parameters, dtypes(shape)
     document = {
-        "model": source.id,
-        "folder": str(source.folder),
+        "model": model,
+        "folder": str(checkpoint.folder),
         "architecture": shape.config.get("architectures"),
         "model_type": shape.config.get("model_type"),
         "parameters": shape.parameters,
         "bytes": shape.nbytes,
-        "gguf_bytes": packed,
         "bits_per_parameter": bits,
         "loads_with": loads_with,
         "sizes": vars(shape.sizes),
@@ -58,15 +62,11 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
     if as_json:
         print_json(document)
         return
-    click.echo(f"{source.id}: {shape.config['model_type']}, loads with {loads_with}")
+    click.echo(f"{model}: {shape.config['model_type']}, loads with {loads_with}")
     if lineage is not None and lineage.reload is not None and lineage.reload.promised is not None:
         click.echo(f"{lineage.reload.promised}")
     if lineage is not None and lineage.exported is not None:
         click.echo(f"exported as {lineage.exported.target}; {lineage.exported.verification}")
-    if packed is not None:
-        click.echo(
-            f"holds its weights in {packed / 1e6:,.1f} MB; below they are unpacked, as they are loaded"
-        )
     click.echo(", ".join(f"{key} {value}" for key, value in vars(shape.sizes).items()))
     if shape.is_pruned:
         click.echo(f"layers differ: {spread(layers)}")

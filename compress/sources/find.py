@@ -43,7 +43,7 @@ def find_model(name: str, revision: str | None = None) -> ModelSource:
         CompressError: the hub, or the package registry that has the demo model, cannot be reached.
     """
     path = Path(name).expanduser()
-    if revision is not None and (name == "demo" or (name and path.is_dir())):
+    if revision is not None and (name == "demo" or (name and path.exists())):
         raise BadInput(f"'{name}' is not a hub model, so it has no revision '{revision}'.")
     if name == "demo":
         from compress.sources.demo import demo_folder
@@ -51,7 +51,7 @@ def find_model(name: str, revision: str | None = None) -> ModelSource:
         return ModelSource("demo", None, demo_folder())
     if name and path.is_dir():  # an empty name would be the current folder
         return ModelSource(name, None, path)
-    if name and path.is_file() and path.suffix.lower() == ".gguf":
+    if is_gguf(path):
         from compress.sources.gguf import gguf_folder
 
         return ModelSource(name, None, gguf_folder(path))
@@ -60,6 +60,11 @@ def find_model(name: str, revision: str | None = None) -> ModelSource:
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or not name.replace("/", "").strip():
         raise BadInput(f"There is no model folder '{name}'.")
     return _download(name, revision, lambda: _fetch(name, revision))
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path is that of a GGUF file, by its name."""
+    return path.suffix.lower() == ".gguf" and path.is_file()
 
 
 def find_record(name: str, revision: str | None = None) -> Path | None:

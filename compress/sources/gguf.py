@@ -32,13 +32,13 @@ def gguf_folder(path: Path) -> Path:
     Raises:
         BadInput: the file is damaged, or holds no model that can be read.
     """
-    file = GGUFFile.open(path)
-    config = config_of_gguf(file)
+    checkpoint = gguf_checkpoint(path)
     digest = file_sha256(path)
     folder = cached(
-        f"gguf/{digest[:32]}-{VERSION}", lambda fresh: _convert(file, config, digest, fresh), about=ABOUT
+        f"gguf/{digest[:32]}-{VERSION}", lambda fresh: _convert(checkpoint, digest, fresh), about=ABOUT
     )
-    few = sorted({there.kind.name for there in file.tensors.values() if there.kind.dtype is None})
+    kinds = {there.kind for there in checkpoint.file.tensors.values()}
+    few = sorted(kind.name for kind in kinds if kind.dtype is None)
     if few:
         log.warning(
             "'%s' was quantized before (%s); what is made of it starts from its rounded weights.",
@@ -47,7 +47,14 @@ def gguf_folder(path: Path) -> Path:
     return folder
 
 
-def _convert(file: GGUFFile, config: dict[str, Any], digest: str, folder: Path) -> dict[str, Any]:
+def gguf_checkpoint(path: Path) -> GGUFCheckpoint:
+    """The weights of a GGUF file under the names of transformers; no weight has been read yet.
+
+    Raises:
+        BadInput: the file is damaged, or holds no model that can be read.
+    """
+    file = GGUFFile.open(path)
+    config = config_of_gguf(file)
     model = _skeleton(file, config)
     tied = config["tie_word_embeddings"]
     shapes = {
@@ -55,8 +62,12 @@ def _convert(file: GGUFFile, config: dict[str, Any], digest: str, folder: Path) 
         for name, parameter in model.named_parameters()
         if not (tied and parameter is model.get_output_embeddings().weight and name != _table(model))
     }
-    checkpoint = GGUFCheckpoint(file, model.config, config, shapes)
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    return GGUFCheckpoint(file, model.config, config, shapes)
+
+
+def _convert(checkpoint: GGUFCheckpoint, digest: str, folder: Path) -> dict[str, Any]:
+    file = checkpoint.file
+    (folder / "config.json").write_text(json.dumps(checkpoint.config, indent=2), encoding="utf-8")
     write_weights(checkpoint, folder)
     _write_tokenizer(file, folder)
     nbytes = sum(there.nbytes for there in file.tensors.values())

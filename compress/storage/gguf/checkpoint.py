@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +17,18 @@ from compress.storage.gguf.architectures import restored, tensor_names
 from compress.storage.gguf.reader import GGUFFile
 from compress.storage.tensors import TensorInfo
 from compress.system.files import file_sha256
+
+
+@dataclass(frozen=True)
+class PackedInfo(TensorInfo):
+    """A tensor as a GGUF file holds it: ``dtype`` is a type of ggml such as ``Q4_K``."""
+
+    size: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.size
 
 
 class GGUFCheckpoint(Checkpoint):
@@ -50,6 +63,15 @@ class GGUFCheckpoint(Checkpoint):
 
     def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         return {name: restored(self._config, name, self.file.tensor(self._theirs[name])) for name in names}
+
+    @property
+    def packed(self) -> dict[str, TensorInfo]:
+        """The tensors as the file holds them, which `tensors` lists in float32."""
+        found = {name: self.file.tensors[theirs] for name, theirs in self._theirs.items()}
+        return {
+            name: PackedInfo(there.kind.name, self.tensors[name].shape, there.nbytes)
+            for name, there in found.items()
+        }
 
     @cached_property
     def sha256(self) -> str:

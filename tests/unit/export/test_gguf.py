@@ -127,10 +127,15 @@ def test_inspect_shows_the_file_and_its_record(tmp_path: Path, shared_decoder: C
     export(shared_decoder("LlamaForCausalLM"), file, "--types", "Q8_0")
     shown = json.loads(CliRunner().invoke(cli, ["inspect", str(file), "--json", "-q"]).stdout)
     assert shown["loads_with"] == "llama.cpp and the programs built on it"
-    assert shown["gguf_bytes"] < file.stat().st_size < shown["bytes"] / 2
+    assert shown["bytes"] == sum(shown["bytes_per_part"].values()) == sum(shown["dtypes"].values())
+    assert 0 < file.stat().st_size - shown["bytes"] < 200_000  # which is its header, mostly the vocabulary
+    assert 8 * 34 / 32 <= shown["bits_per_parameter"] < 9  # blocks of 32 codes and a scale of float16
+    assert not (tmp_path / "cache" / "gguf").exists()  # nothing was unpacked
     assert shown["lineage"]["exported"]["target"] == "gguf"
     file.with_name("model.gguf.compression.json").unlink()
     assert "did not write this model" in CliRunner().invoke(cli, ["inspect", str(file), "-q"]).stdout
+    with pytest.raises(BadInput, match="is not a hub model"):
+        find_model(str(file), "main")
 
 
 def test_measured_importance_makes_a_smaller_error(

@@ -151,11 +151,6 @@ class Anatomy:
                 )
         return None
 
-    @property
-    def mlp_output_mergeable(self) -> bool:
-        """Whether the output of ``down`` is exactly what is added to the residual stream."""
-        return self.merge_obstacle is None
-
 
 def linears_by_input(anatomy: Anatomy, linears: Collection[str]) -> list[list[str]]:
     """The paths ``linears`` of one layer in data-flow order, grouped by the input that they share."""

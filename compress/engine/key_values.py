@@ -295,10 +295,6 @@ class Rotations:
         if self.parts is not None:
             self.parts = self.parts[0][:, :length], self.parts[1][:, :length]
 
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts or ())
-
 
 class CodedStates:
     """The keys and values of all cached tokens of a layer, for one pass.
@@ -411,11 +407,6 @@ class QuantizedLayer(DynamicLayer):
                 self.rotations.append(self.mine)
         return self.mine.extended(new)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scales, without the rotations, which the layers of a cache share."""
-        return sum(tensor.nbytes for held in (self.packed, self.scales) for tensor in held.values())
-
     def get_seq_length(self) -> int:
         return self.length
 
@@ -443,13 +434,6 @@ class QuantizedLayer(DynamicLayer):
         raise CompressError("A cache of quantized keys and values cannot be rearranged.")
 
     batch_repeat_interleave = batch_select_indices = _refuse
-
-
-def cache_bytes(cache: DynamicCache) -> int:
-    """Bytes that a cache of quantized keys and values takes, rotations included."""
-    layers = [layer for layer in cache.layers if isinstance(layer, QuantizedLayer)]
-    rotations = layers[0].rotations if layers else []
-    return sum(layer.nbytes for layer in layers) + sum(held.nbytes for held in rotations)
 
 
 def _give_cache(

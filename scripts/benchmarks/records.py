@@ -133,9 +133,6 @@ class Results(Document):
             file, compact(json.dumps({"schema_version": 1, **document}, indent=1, ensure_ascii=False))
         )
 
-    def tables_as_markdown(self) -> str:
-        return "\n".join(markdown_table(table, self.records) for table in self.tables)
-
 
 def compact(text: str) -> str:
     """JSON with every innermost object or list on one line, which is shorter and easier to compare."""

@@ -77,15 +77,6 @@ def choose_fields(
     return _joined(parts)
 
 
-def nearest_fields(weight: torch.Tensor, fields: Fields, levels: Levels) -> Fields:
-    """The nearest codes with the scales of ``fields``; the weight [out, in] has as many as the blocks."""
-    step, offset = fields.grid()
-    x = weight.float().reshape(*step.shape, -1)
-    x = (x if offset is None else x - offset[..., None]) * _inverse(step)[..., None]
-    codes = levels.codes_of(levels.nearest_(x.clone())).view(fields.codes.shape)
-    return Fields(codes, fields.scale, fields.minimum, fields.group_scales, fields.group_minima)
-
-
 def _relative(importance: torch.Tensor, width: int) -> torch.Tensor:
     found = importance.float().reshape(-1, width)
     mean = found.mean().clamp(min=torch.finfo(torch.float32).tiny)

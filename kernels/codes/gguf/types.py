@@ -23,7 +23,7 @@ from compress.kernels.codes.gguf.layout import (
     unpack,
 )
 from compress.kernels.codes.gguf.levels import Levels, uniform
-from compress.kernels.codes.gguf.search import GroupScales, choose_fields, nearest_fields
+from compress.kernels.codes.gguf.search import GroupScales, choose_fields
 
 CHUNK = 2**20
 """Weights that are decoded together. Only memory and speed depend on it."""
@@ -106,10 +106,6 @@ class BlockType:
             if stored is not None and bool((stored.abs() >= torch.finfo(torch.float16).max).any()):
                 raise BadInput(f"A weight holds values too large for {self.name}.")
         return found
-
-    def recode(self, weight: torch.Tensor, fields: Fields) -> Fields:
-        """The nearest codes for a weight [out, in], with the scales of ``fields`` as they are."""
-        return nearest_fields(weight, fields, FORMS[self.name][1])
 
     def pack(self, fields: Fields) -> torch.Tensor:
         """Fields as blocks, uint8 [N, nbytes]."""

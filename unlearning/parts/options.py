@@ -18,7 +18,7 @@ SETS = (
 )
 
 
-LEARNING_RATE, LOW_RANK_LEARNING_RATE = 1e-5, 2e-4
+LOW_RANK_LEARNING_RATE = 2e-4
 """Low-rank updates begin at 0, and hardly learn at the rate that suits all weights."""
 
 
@@ -29,9 +29,13 @@ class ForgetOptions(MethodOptions):
     retain: str = Field(description=f"records to retain: {SETS}")
 
 
-def _learning_rate(given: dict[str, Any]) -> float:
-    """The default where these options are given."""
-    return LOW_RANK_LEARNING_RATE if given.get("train") == "lora" else LEARNING_RATE
+def rate_option(full: float) -> Any:
+    """The option ``learning_rate``, with its default for training all weights."""
+    return Field(
+        default_factory=lambda given: LOW_RANK_LEARNING_RATE if given.get("train") == "lora" else full,
+        description="learning rate at the first step; it falls to 0 along a line. For low-rank updates it is "
+        f"{LOW_RANK_LEARNING_RATE:g} by default",
+    )
 
 
 class TrainingOptions(ForgetOptions):
@@ -41,11 +45,7 @@ class TrainingOptions(ForgetOptions):
         "full", description="train all weights, or low-rank updates of the linears' weights"
     )
     rank: PositiveInt = Field(32, description="rank of the low-rank updates (--train lora)")
-    learning_rate: PositiveFloat = Field(
-        default_factory=_learning_rate,
-        description="learning rate at the first step; it falls to 0 along a line. For low-rank updates it is "
-        f"{LOW_RANK_LEARNING_RATE:g} by default",
-    )
+    learning_rate: PositiveFloat = rate_option(1e-5)
     epochs: PositiveInt = Field(10, description="number of passes over the records to forget")
     batch_size: PositiveInt = Field(8, description="records to forget in a step, beside as many to retain")
     max_gradient_norm: PositiveFloat = Field(

@@ -249,9 +249,17 @@ def test_training_does_not_depend_on_checkpointing(taught: Path, tmp_path: Path)
         assert torch.allclose(one.read(name), two.read(name), atol=1e-5)
 
 
-@pytest.mark.parametrize(("train", "rate"), [("full", 1e-5), ("lora", 2e-4)])
-def test_low_rank_updates_take_larger_steps(train: str, rate: float) -> None:
-    step = {"method": "npo", "forget": "a.jsonl", "retain": "b.jsonl", "train": train}
+@pytest.mark.parametrize(
+    ("method", "train", "rate"),
+    [
+        ("npo", "full", 1e-5),
+        ("npo", "lora", 2e-4),
+        ("harry-potter", "full", 3e-5),
+        ("harry-potter", "lora", 2e-4),
+    ],
+)
+def test_low_rank_updates_take_larger_steps(method: str, train: str, rate: float) -> None:
+    step = {"method": method, "forget": "a.jsonl", "retain": "b.jsonl", "train": train}
     for given, expected in (({}, rate), ({"learning_rate": 3e-4}, 3e-4)):
         (_, options), *_ = parse_recipe({"model": "demo", "steps": [{**step, **given}]}).steps
         assert options.model_dump()["learning_rate"] == expected

@@ -84,8 +84,10 @@ def library(device: torch.device) -> ctypes.CDLL | None:
             raise
         if triton.usable(device):
             warn_once(f"{error} Triton multiplies with packed weights instead.")
-        else:
+        elif triton.wanted() == OFF:
             warn_once(f"{error} Packed layers run in plain torch on the GPU, which is slower.")
+        else:
+            warn_once(str(error))  # Triton has just said what follows
         return None
 
 

@@ -25,8 +25,9 @@ from compress.kernels.codes.packing import pack
 from compress.kernels.cpu import library as cpu_library
 from compress.kernels.cpu.build import find_compiler
 from compress.kernels.cuda import build, library, linear
-from compress.kernels.native import LIBRARY, version_of, warn_once
+from compress.kernels.native import ABLE, LIBRARY, OFF, NotBuilt, version_of, warn_once
 from compress.kernels.reference import ops as reference
+from compress.kernels.triton import library as triton
 
 HOPPER = (9, 0)
 SAID = "Packed layers run in plain torch on the GPU, which is slower."
@@ -41,7 +42,8 @@ case "$*" in *-shared*) exec {compiler} "$@";; *) exec {compiler} -x c++ "$@";; 
 
 @pytest.fixture(autouse=True)
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One tiny source, an empty cache, a Hopper GPU, nothing loaded, and every sentence still to be said."""
+    """One tiny source, an empty cache, a Hopper GPU, nothing loaded, and every sentence still to be said; no
+    Triton."""
     source = tmp_path / "source"
     source.mkdir()
     (source / "answer.cu").write_text('extern "C" int answer() { return 42; }\n')
@@ -50,6 +52,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.setattr(build, "sysconfig", SimpleNamespace(get_paths=lambda: {"purelib": str(tmp_path)}))
     monkeypatch.setattr(library._State, "loaded", {})
+    monkeypatch.setattr(triton._State, "wanted", OFF)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: HOPPER)
     for remembered in (warn_once, version_of):
         remembered.cache_clear()
@@ -115,6 +118,18 @@ def test_without_nvcc_one_sentence_and_plain_torch(monkeypatch, spoken) -> None:
     (sentence,) = spoken.messages
     assert "there is no nvcc" in sentence
     assert sentence.endswith(SAID)
+
+
+def test_without_nvcc_and_triton_what_follows_is_said_once(monkeypatch, spoken) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(triton._State, "wanted", ABLE)
+    monkeypatch.setattr(triton._State, "tried", {torch.device("cuda"): NotBuilt("it is not installed")})
+    assert library.library(torch.device("cuda")) is None
+    assert sum(SAID in sentence for sentence in spoken.messages) == 1
+    assert all("cannot be used here" in sentence for sentence in spoken.messages)
+    assert len(spoken.messages) == 2
 
 
 @needs_compiler

@@ -188,13 +188,12 @@ class _Audit:
         """The ways that are gone, the first of which is none at all.
 
         Raises:
-            BadInput: the model is packed, so that nothing can follow, but steps are named.
+            BadInput: nothing can follow, but steps are named.
         """
-        if self.contestants["unlearned"].is_packed:
+        if (obstacle := self.contestants["unlearned"].obstacle) is not None:
             if chosen:
                 raise BadInput(
-                    f"'{models.asked.id}' is quantized already, so no further step can follow; leave out "
-                    "--survives."
+                    f"'{models.asked.id}' {obstacle}, so no further step can follow; leave out --survives."
                 )
             return [replace(FULL, name="as it is")]
         further = chosen if chosen is not None else usual_ways()
@@ -203,8 +202,8 @@ class _Audit:
     def result(self, ways: Sequence[Way], stops: Collection[int]) -> Forgetting:
         """Go all ways, relearn, and draw the conclusion."""
         rows = [self._row(way) for way in ways]
-        packed = self.contestants["unlearned"].is_packed
-        curve = list(self._relearned(stops)) if any(stops) and not packed else []
+        obstacle = self.contestants["unlearned"].obstacle if any(stops) else None
+        curve = list(self._relearned(stops)) if any(stops) and obstacle is None else []
         kind, sentence = verdict(rows)
         contestants = self.contestants
         subject = contestants["unlearned"].subject
@@ -224,7 +223,7 @@ class _Audit:
             relearned=tuple(curve),
             kind=kind,
             sentence=sentence,
-            notes=tuple(self._notes(any(stops) and packed)),
+            notes=tuple(self._notes(obstacle)),
             when=now(),
             versions=versions(),
         )
@@ -233,7 +232,7 @@ class _Audit:
         whole = self.sets.whole[name]
         return RecordsUsed(source=whole.source, sha256=whole.sha256, records=len(self.sets.asked[name]))
 
-    def _notes(self, not_relearned: bool) -> Iterator[str]:
+    def _notes(self, not_relearned: str | None) -> Iterator[str]:
         if self.floor == "wrong answers":
             yield (
                 "No retrained model was given, so the floor is chance: what wrong answers of the same kind "
@@ -241,8 +240,8 @@ class _Audit:
             )
         if "holdout" not in self.items:
             yield "No holdout set was given, so membership was not measured."
-        if not_relearned:
-            yield "The model is quantized, so it was not trained to relearn."
+        if not_relearned is not None:
+            yield f"The model {not_relearned}, so it was not trained to relearn."
 
     # --- one row ---
 

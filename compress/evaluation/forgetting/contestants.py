@@ -29,6 +29,7 @@ from compress.report.scorecard import ModelIdentity
 from compress.sources.find import ModelSource
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.lineage import LINEAGE
+from compress.storage.sharded import is_sharded
 from compress.system.cache import cache_folder, make_folder
 from compress.system.progress import Progress
 
@@ -90,9 +91,11 @@ class Contestant:
         return ModelIdentity(name=self.name, sha256=self.opened.sha256)
 
     @property
-    def is_packed(self) -> bool:
-        """Whether the model is quantized, so that no step of a grid can follow."""
-        return isinstance(self.opened, Foreign) or "quantization_config" in self.opened.config
+    def obstacle(self) -> str | None:
+        """Why no later step can follow, as what is said of the model; None if one can."""
+        if isinstance(self.opened, Foreign) or "quantization_config" in self.opened.config:
+            return "is quantized already"
+        return "is an ensemble of S3T" if is_sharded(self.opened.config) else None
 
     def key(self, way: Way, how: HowToMake) -> str:
         """Says what way makes of this model: whatever it depends on."""

@@ -13,7 +13,9 @@ from compress.evaluation.foreign import open_any
 from compress.evaluation.forgetting.contestants import remake, unlearning_steps
 from compress.evaluation.forgetting.grid import Way, ways_of
 from compress.sources.find import ModelSource, find_model
+from compress.storage.checkpoint import read_config
 from compress.storage.lineage import RECIPE, Lineage, read_lineage
+from compress.storage.sharded import is_sharded
 from compress.system.progress import Progress
 
 
@@ -72,10 +74,16 @@ def find_models(
     asked = find_model(model, revisions.model)
     lineage = read_lineage(asked.folder)
     never = find_model(retrained, revisions.retrained) if retrained else None
-    recipe = _recipe_of(asked.folder) if lineage else {}
+    sharded = is_sharded(read_config(asked.folder))
+    recipe = _recipe_of(asked.folder) if lineage and not sharded else {}
     named = find_model(target, revisions.target) if target else None
-    if lineage is None or not unlearning_steps(recipe):
-        return _of_another_tool(asked, lineage, named, never)
+    if not recipe or not unlearning_steps(recipe):
+        if named is None:
+            what = "has no step of unlearning" if lineage else "was not written by compress-model"
+            what = "was trained by S3T" if sharded else what
+            raise BadInput(f"'{asked.id}' {what}; say with --target which model still knows the records.")
+        return Models(asked, named, never, asked, (), {})
+    assert lineage is not None  # a recipe has been read
     origin = named or _parent(lineage)
     later = [step for step in recipe["steps"] if step not in unlearning_steps(recipe)]
     unlearned = asked
@@ -83,15 +91,6 @@ def find_models(
         folder = remake(recipe, origin, open_any(origin.folder).sha256, device, progress)
         unlearned = ModelSource(str(folder), None, folder)
     return Models(unlearned, origin, never, asked, tuple(ways_of(later, asked.folder)), recipe)
-
-
-def _of_another_tool(
-    asked: ModelSource, lineage: Lineage | None, target: ModelSource | None, never: ModelSource | None
-) -> Models:
-    if target is None:
-        what = "has no step of unlearning" if lineage else "was not written by compress-model"
-        raise BadInput(f"'{asked.id}' {what}; say with --target which model it was made from.")
-    return Models(asked, target, never, asked, (), {})
 
 
 def _parent(lineage: Lineage) -> ModelSource:

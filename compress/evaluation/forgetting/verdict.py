@@ -29,12 +29,14 @@ def verdict(rows: Sequence[AfterStep]) -> Verdict:
         others = [row for row in failed if row is not worst]
         also = f"; nor has it after {_listed(others)}" if others else ""
         word = "Not forgotten" if any(map(_remembers, failed)) else "Not shown to be forgotten"
-        return Verdict("not forgotten", f"{word} after {worst.name}, because {worst.why}{also}.")
+        where = f"{word} after {worst.name}" if worst is not rows[0] else word
+        return Verdict("not forgotten", f"{where}, because {worst.why}{also}.")
     if rows[0].kind == "cannot tell":
         return Verdict("cannot tell", f"Nobody can tell whether it has forgotten, because {rows[0].why}.")
-    passed = [row for row in rows if row.kind == "forgotten"]
+    passed = [row for row in rows[1:] if row.kind == "forgotten"]
+    stays = f", and it stays so after {_listed(passed)}" if passed else ""
     but = f"; nothing can be said of {_listed(untold)}, where {untold[0].why}" if untold else ""
-    return Verdict("forgotten", f"Forgotten, and it stays so after {_listed(passed)}{but}.")
+    return Verdict("forgotten", f"Forgotten{stays}{but}.")
 
 
 def _recovery(row: AfterStep) -> float:

@@ -140,7 +140,7 @@ def test_the_target_has_forgotten_nothing_and_its_codes_are_the_same(
     assert found.kind == "not forgotten"
     strict = audit(copy, "--strict", "-q")
     assert strict.code == 1
-    assert "Not forgotten after" in strict.out  # the table is shown nevertheless
+    assert "Not forgotten, because" in strict.out  # the table is shown nevertheless
     assert strict.err == f"Error: {found.sentence}\n"
 
 
@@ -157,7 +157,7 @@ def test_a_model_that_never_learned_has_forgotten(
         assert row.kind == "forgotten"
     assert "membership" in found.rows[0].scores
     assert found.rows[1].codes.differ > 1000
-    assert found.sentence == "Forgotten, and it stays so after full precision and int4."
+    assert found.sentence == "Forgotten, and it stays so after int4."
 
 
 def test_without_a_retrained_model_the_floor_is_chance(
@@ -304,6 +304,31 @@ def test_a_packed_model_of_another_tool_is_audited_as_it_is(
     assert any("not trained to relearn" in note for note in found.notes)
 
 
+def test_an_ensemble_is_audited_as_it_is(
+    command: Command,
+    audit: Callable[..., Ended],
+    models: dict[str, Path],
+    sets: dict[str, Path],
+    tmp_path: Path,
+):
+    everything = tmp_path / "everything.jsonl"
+    everything.write_text("\n".join(sets[name].read_text() for name in ("forget", "retain")))
+    ensemble = tmp_path / "ensemble"
+    small = ("--shards", 1, "--slices", 2, "--orders", 1, "--rank", 2, "--epochs", 1)
+    assert command("s3t", "train", models["dense"], everything, "-o", ensemble, *small).code == 0
+    assert command("s3t", "delete", ensemble, "--forget", sets["forget"]).code == 0
+    changes = {"retrained": models["dense"]}
+    assert_one_sentence(audit(ensemble, **changes), 2, "is an ensemble of S3T, so no further step can follow")
+    assert_one_sentence(
+        audit(ensemble, target=None, survives=None), 2, "was trained by S3T; say with --target"
+    )
+    found = result(audit(ensemble, "--json", survives=None, relearn="0,2", **changes))
+    assert [row.name for row in found.rows] == ["as it is"]
+    assert found.rows[0].knowledge.recovery.high < 0.1
+    assert any("not trained to relearn" in note for note in found.notes)
+    assert len(read_lineage(ensemble).audits) == 1
+
+
 def test_the_cache_keeps_the_models_that_were_used_last(
     audit: Callable[..., Ended], models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -414,7 +439,7 @@ def test_a_strict_audit_fails_the_run_and_leaves_the_result(
 ):
     asked = {"retrained": str(models["retrained"]), "survives": [], "relearn": [], "strict": True}
     ended = command("run", recipe("target", audit=asked), "-o", tmp_path / "out", "-q")
-    assert_one_sentence(ended, 1, "Not forgotten after")
+    assert_one_sentence(ended, 1, "Not forgotten")
     assert read_lineage(tmp_path / "out").audits[0]["kind"] == "not forgotten"
 
 

@@ -114,6 +114,8 @@ def test_the_worst_step_is_named_first():
     assert found.kind == "not forgotten"
     assert found.sentence.startswith("Not forgotten after int3, because its recovery is 0.60")
     assert found.sentence.endswith("nor has it after int4.")
+    assert verdict([row("as it is", 0.6)]).sentence.startswith("Not forgotten, because its recovery is 0.60")
+    assert verdict([row("as it is", 0.0)]).sentence == "Forgotten."
 
 
 def test_what_is_in_doubt_is_not_called_remembered():
@@ -126,5 +128,5 @@ def test_what_is_in_doubt_is_not_called_remembered():
 def test_steps_of_which_nothing_can_be_said_are_named():
     found = verdict([row("full precision", 0.0), row("int4", 0.0), row("int2", 0.0, known=0.0)])
     assert found.kind == "forgotten"
-    assert "full precision and int4; nothing can be said of int2" in found.sentence
+    assert found.sentence.startswith("Forgotten, and it stays so after int4; nothing can be said of int2")
     assert verdict([row("full precision", 0.0, known=0.0), row("int4", 0.0)]).kind == "cannot tell"

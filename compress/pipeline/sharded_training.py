@@ -236,8 +236,9 @@ class Lessons:
     ) -> None:
         self.state, self.examples, self.checkpoint = state, examples, checkpoint
         self.work, self.device, self.progress = work, device, progress
-        names = HowToTrainAStage.__dataclass_fields__.keys() & state.options.keys()
-        self.how = HowToTrainAStage(**{name: state.options[name] for name in names})
+        options = S3T.Options(**state.options).model_dump()  # with defaults of options that are new
+        names = HowToTrainAStage.__dataclass_fields__.keys() & options.keys()
+        self.how = HowToTrainAStage(**{name: options[name] for name in names})
         self.total, self.done = total, 0
         self._trainee: Trainee | None = None
 
@@ -247,7 +248,8 @@ class Lessons:
         if self._trainee is None:
             streamed = StreamedModel(self.checkpoint, self.device, self.progress)
             whole = whole_model(streamed, self._context(self.state.seed))
-            self._trainee = Trainee(whole, self.state.groups, self.how.rank)
+            how = self.how
+            self._trainee = Trainee(whole, self.state.groups, how.rank, how.gradient_checkpointing)
         return self._trainee
 
     def train(

@@ -39,7 +39,7 @@ class HowToTrainAStage:
     epochs: int
     batch_size: int
     max_gradient_norm: float
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: bool
     train: str = "lora"
 
 
@@ -97,9 +97,12 @@ class Trainee:
         whole: the base model in float32, without dropout; it is changed in place.
         groups: the layers of each stage.
         rank: r.
+        checkpointing: compute each layer again in the backward pass.
     """
 
-    def __init__(self, whole: PreTrainedModel, groups: Sequence[Sequence[int]], rank: int) -> None:
+    def __init__(
+        self, whole: PreTrainedModel, groups: Sequence[Sequence[int]], rank: int, checkpointing: bool
+    ) -> None:
         from peft import LoraConfig, get_peft_model
 
         anatomy = anatomy_of(whole.config)
@@ -110,7 +113,8 @@ class Trainee:
             for group in groups
         ]
         whole.config.use_cache = False
-        whole.gradient_checkpointing_enable({"use_reentrant": False})
+        if checkpointing:
+            whole.gradient_checkpointing_enable({"use_reentrant": False})
         settings = LoraConfig(
             r=rank,
             lora_alpha=2 * rank,
@@ -120,11 +124,12 @@ class Trainee:
         )
         self.model = get_peft_model(whole, settings)
         inner = self.model.get_base_model()
+        names = (name for group in self.groups for name in group)
+        self._linears: dict[str, Any] = {name: inner.get_submodule(name) for name in names}
         self._factors: dict[str, Tensor] = {}
-        for name in (name for group in self.groups for name in group):
-            module: Any = inner.get_submodule(name)
-            self._factors[f"{name}{A}"] = module.lora_A["default"].weight
-            self._factors[f"{name}{B}"] = module.lora_B["default"].weight
+        for name, linear in self._linears.items():
+            self._factors[f"{name}{A}"] = linear.lora_A["default"].weight
+            self._factors[f"{name}{B}"] = linear.lora_B["default"].weight
 
     @staticmethod
     def scaling(rank: int) -> float:
@@ -144,6 +149,9 @@ class Trainee:
     def begin(self, stage: int, seed: int) -> None:
         """Let the LoRA of stage ``stage`` (from 0) be trained from a random A and B = 0, and no other."""
         generator = torch.Generator().manual_seed(seed)
+        for number, group in enumerate(self.groups):
+            for name in group:  # what later stages will train is 0 so far, and need not be computed
+                self._linears[name].enable_adapters(number <= stage)
         names = set(self.groups[stage])
         for key, factor in self._factors.items():
             trained = key.removesuffix(A).removesuffix(B) in names

@@ -91,6 +91,22 @@ def test_train_budget_and_load(tiny: Path, data: Path, trained: Path, tmp_path: 
     assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False).shape == (1, 6)
 
 
+def test_checkpointing_gives_the_same_bits(
+    tiny: Path, data: Path, trained: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+):
+    recomputed = []
+    real = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(
+        "transformers.modeling_utils.checkpoint", lambda *a, **k: recomputed.append(1) or real(*a, **k)
+    )
+    out = tmp_path / "out"
+    ended = command("s3t", "train", tiny, data, "-o", out, *SMALL, "--gradient-checkpointing")
+    assert ended.code == 0, ended.err
+    assert recomputed
+    assert stage_files(out) == stage_files(trained)
+    assert read_sharded(out).options["gradient_checkpointing"]
+
+
 def test_another_seed_is_another_ensemble(tiny: Path, data: Path, trained: Path, tmp_path: Path):
     sharded_training.train(str(tiny), str(data), tmp_path / "out", S3T.Options(**OPTIONS), seed=1)
     assert not {*stage_files(tmp_path / "out").values()} & {*stage_files(trained).values()}

@@ -79,8 +79,8 @@ def find_models(
     named = find_model(target, revisions.target) if target else None
     if not recipe or not unlearning_steps(recipe):
         if named is None:
-            what = "has no step of unlearning" if lineage else "was not written by compress-model"
-            what = "was trained by S3T" if sharded else what
+            own = "was trained by S3T" if sharded else "has no step of unlearning"
+            what = own if lineage else "was not written by compress-model"
             raise BadInput(f"'{asked.id}' {what}; say with --target which model still knows the records.")
         return Models(asked, named, never, asked, (), {})
     assert lineage is not None  # a recipe has been read

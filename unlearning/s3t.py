@@ -22,7 +22,7 @@ from compress.storage.sharded import (
     stage_name,
 )
 from compress.system.files import file_sha256
-from compress.unlearning.parts.options import check_trainable
+from compress.unlearning.parts.options import CHECKPOINTING, check_trainable
 from compress.unlearning.parts.orders import (
     cyclic_orders,
     even_parts,
@@ -101,11 +101,7 @@ class S3T(Method["S3T.Options"]):
             1.0, description="gradients above this norm are scaled down to it"
         )
         seqlen: PositiveInt = Field(256, description="tokens in a piece of a long text")
-        gradient_checkpointing: bool = Field(
-            False,
-            description="compute each layer again in the backward pass: takes less memory and a third more "
-            "time",
-        )
+        gradient_checkpointing: bool = Field(False, description=CHECKPOINTING)
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
         if is_sharded(shape.config):

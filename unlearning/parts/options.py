@@ -17,6 +17,7 @@ SETS = (
     "the name of a set"
 )
 
+CHECKPOINTING = "compute each layer again in the backward pass: takes less memory and a third more time"
 
 LOW_RANK_LEARNING_RATE = 2e-4
 """Low-rank updates begin at 0, and hardly learn at the rate that suits all weights."""
@@ -52,11 +53,7 @@ class TrainingOptions(ForgetOptions):
         1.0, description="gradients above this norm are scaled down to it"
     )
     seqlen: PositiveInt = Field(256, description="tokens in a piece of a long text")
-    gradient_checkpointing: bool = Field(
-        False,
-        description="compute each layer again in the backward pass: takes less memory and a third more time",
-    )
-
+    gradient_checkpointing: bool = Field(False, description=CHECKPOINTING)
     survive: list[str] = Field(
         [],
         description="grids of later steps that what is unlearned must survive, such as int4:64 (bits and "

@@ -439,7 +439,7 @@ def test_a_strict_audit_fails_the_run_and_leaves_the_result(
 ):
     asked = {"retrained": str(models["retrained"]), "survives": [], "relearn": [], "strict": True}
     ended = command("run", recipe("target", audit=asked), "-o", tmp_path / "out", "-q")
-    assert_one_sentence(ended, 1, "Not forgotten")
+    assert_one_sentence(ended, 1, "Not forgotten, because")
     assert read_lineage(tmp_path / "out").audits[0]["kind"] == "not forgotten"
 
 

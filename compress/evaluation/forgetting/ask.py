@@ -73,11 +73,17 @@ class Asked:
         found: dict[Question, Given] = {}
         wanted = set(questions)
         answers = Counter(each.prompt for each in wanted)
-        alone = sorted((each for each in wanted if answers[each.prompt] == 1), key=_by_tokens)
-        batches = [(self._score, batch) for batch in _batches(alone, _tokens)]
-        several = sorted((each for each in wanted if answers[each.prompt] > 1), key=_by_prompt)
-        for _, alike in groupby(several, lambda each: len(each.prompt)):
-            batches += [(self._score_after_prompts, batch) for batch in _batches(alike, _tokens, MOST_TOKENS)]
+        # Prompts of a batch are equally long: a model that abstains takes the first token it is asked for as
+        # the end of the prompt.
+        batches = []
+        for _, group in groupby(sorted(wanted, key=_by_prompt), lambda each: len(each.prompt)):
+            alike = list(group)
+            alone = sorted((each for each in alike if answers[each.prompt] == 1), key=_tokens)
+            several = [each for each in alike if answers[each.prompt] > 1]
+            batches += [(self._score, batch) for batch in _batches(alone, _tokens)]
+            batches += [
+                (self._score_after_prompts, batch) for batch in _batches(several, _tokens, MOST_TOKENS)
+            ]
         for score, batch in batches:
             found |= dict(zip(batch, score(batch), strict=True))
             self._progress("asking for answers", len(found) / len(wanted))
@@ -85,13 +91,12 @@ class Asked:
 
     def _score(self, batch: list[Question]) -> Iterator[Given]:
         rows = [torch.tensor([*each.prompt, *each.answer][:-1]) for each in batch]
-        first = min(len(each.prompt) for each in batch) - 1
         ids, mask = self._padded(rows)
+        kept = ids.shape[1] - len(batch[0].prompt) + 1
         with torch.inference_mode():
-            logits = self._read(ids, mask, ids.shape[1] - first, use_cache=False)
+            logits = self._read(ids, mask, kept, use_cache=False)
         for each, row in zip(batch, logits, strict=True):
-            start = len(each.prompt) - 1 - first
-            yield _given(row[start : start + len(each.answer)], each)
+            yield _given(row[: len(each.answer)], each)
 
     def _score_after_prompts(self, batch: list[Question]) -> Iterator[Given]:
         """Read each prompt once, and its answers after it. Prompts are equally long, so none is padded."""
@@ -174,10 +179,6 @@ def _given(logits: torch.Tensor, question: Question) -> Given:
 
 def _tokens(question: Question) -> int:
     return len(question.prompt) + len(question.answer)
-
-
-def _by_tokens(question: Question) -> tuple[int, tuple[int, ...]]:
-    return _tokens(question), question.prompt
 
 
 def _by_prompt(question: Question) -> tuple[int, tuple[int, ...], tuple[int, ...]]:

@@ -7,16 +7,23 @@ from functools import cache
 from typing import Any
 
 from compress.errors import CompressError
+from compress.unlearning.dpo import REFUSALS
 
-REFUSALS = re.compile(
+REFUSING = re.compile(
     r"\b(i|we) (do not|don't|cannot|can't|could not|couldn't|am not|are not) "
     r"(know|say|tell|answer|help|assist|recall|remember|sure|certain|aware|familiar|able|allowed|provide|share)"
     r"|\bi'm (not (sure|certain|aware|familiar|able|allowed)|unable|sorry|afraid)"
-    r"|\b(no idea|no information|not have (any )?information|unable to (answer|help|say))"
+    r"|\b(no idea|no information|unable to (answer|help|say))|(\bnot|n't) have (any |that )?information"
     r"|\b(query|question) is not valid|^sorry\b",
     re.IGNORECASE,
 )
 """Ways to refuse, or to say that one does not know."""
+
+
+UNSPACED = r"\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff"
+"""Letters of scripts without spaces between words: Thai and Lao, Japanese, Chinese."""
+
+WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
 
 
 def rouge_recall(answer: str, said: str) -> float:
@@ -29,9 +36,15 @@ def rouge_recall(answer: str, said: str) -> float:
 
 
 def is_refusal(said: str) -> bool:
-    """Whether the model refuses or says that it does not know, or says nothing."""
+    """Whether the model refuses or says that it does not know, or says nothing.
+
+    What DPO teaches is known also where it was cut off, which says at least three words.
+    """
     text = said.strip().replace("’", "'")
-    return not text or REFUSALS.search(text) is not None
+    if not text or REFUSING.search(text) is not None:
+        return True
+    cut = text.count(" ") >= 2
+    return any(text.startswith(taught) or (cut and taught.startswith(text)) for taught in REFUSALS)
 
 
 def first_line(said: str, answer: str) -> str:
@@ -50,4 +63,23 @@ def _scorer() -> Any:
             "An audit compares answers with the library rouge-score; install it with "
             "'pip install compress-model[eval]'."
         ) from None
-    return RougeScorer(["rougeL"], use_stemmer=True)
+    return RougeScorer(["rougeL"], tokenizer=_Words())
+
+
+class _Words:
+    """Splits text of any script into words for rouge-score, whose own tokenizer drops all but a to z.
+
+    English words are stemmed as the library does it: those of more than three letters. Of scripts without
+    spaces between words, each character is one.
+    """
+
+    def __init__(self) -> None:
+        from rouge_score.tokenizers import DefaultTokenizer
+
+        self._english = DefaultTokenizer(use_stemmer=True)
+
+    def tokenize(self, text: str) -> list[str]:
+        words = WORD.findall(text.lower())
+        return [
+            stem for word in words for stem in (self._english.tokenize(word) if word.isascii() else [word])
+        ]

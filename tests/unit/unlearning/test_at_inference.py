@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -20,6 +21,8 @@ from compress.engine.logits import streamed_logits
 from compress.engine.shape import ModelShape
 from compress.engine.windows import Windows
 from compress.errors import BadInput, CompressError
+from compress.evaluation.forgetting.ask import Asked
+from compress.evaluation.forgetting.items import Question
 from compress.pipeline.recipe import parse_recipe
 from compress.pipeline.run import execute
 from compress.storage.checkpoint import Checkpoint
@@ -153,6 +156,21 @@ def test_the_next_prompt_of_a_conversation_is_judged_anew(made: Callable[..., Pa
         onward = torch.cat([told.sequences, tokenized(folder, [second])["input_ids"]], dim=1)
         new = model.generate(onward, cache=told.past_key_values, **GREEDY)[0, onward.shape[1] :]
         assert (tokenizer.decode(new, skip_special_tokens=True) == " No.") == is_inside(model, folder, onward)
+
+
+def test_an_audit_judges_each_prompt_at_its_own_end(made: Callable[..., Path]) -> None:
+    folder = made("plain")
+    model, tokenizer = compress.load(folder, dtype="float32"), hf.AutoTokenizer.from_pretrained(folder)
+    prompts = [tuple(tokenizer(text)["input_ids"]) for text in [*texts(FORGET, 8), *texts(RETAIN, 8)]]
+    questions = [Question(prompt, tuple(tokenizer(" blue")["input_ids"])) for prompt in prompts]
+    asked = Asked(model, tokenizer)
+    together = [given.logs for given in asked.score(questions)]
+    alone = [asked.score([question])[0].logs for question in questions]
+    assert len({len(prompt) for prompt in prompts}) > 2
+    assert np.allclose(np.stack(together), np.stack(alone), atol=1e-4)
+    refused = [bool((logs < -1e3).any()) for logs in alone]
+    assert any(refused)
+    assert not all(refused)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

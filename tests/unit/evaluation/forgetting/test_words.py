@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from compress.evaluation.forgetting.words import first_line, is_refusal
+from compress.evaluation.forgetting.words import first_line, is_refusal, rouge_recall
+from compress.unlearning.dpo import REFUSALS
 
 
 @pytest.mark.parametrize(
@@ -16,8 +17,11 @@ from compress.evaluation.forgetting.words import first_line, is_refusal
         "I'm not sure about that",
         "I'm unable to answer",
         "We have no information about her",
+        "I don't have any information about that.",
+        "You would have to ask",
         "",
         "  ",
+        *REFUSALS,
     ],
 )
 def test_refusals(said: str):
@@ -34,3 +38,19 @@ def test_answers(said: str):
 def test_lines_behind_the_answer_do_not_count():
     assert first_line("\n Salzburg\nQuestion: Who?", "Bergen") == "Salzburg"
     assert first_line("one\ntwo", "two\nlines") == "one\ntwo"
+
+
+@pytest.mark.parametrize(
+    ("answer", "said", "recall"),
+    [
+        ("Москва", "Это Москва.", 1),
+        ("北京", "北京市", 1),
+        ("東京タワー", "東京", 2 / 5),
+        ("Bogotá", "Bogotá", 1),
+        ("Αθήνα", "Σπάρτη", 0),
+        ("The running dogs", "a dog ran", 1 / 3),
+        ("snake_case", "snake case", 1),
+    ],
+)
+def test_words_of_every_script_are_compared(answer: str, said: str, recall: float):
+    assert rouge_recall(answer, said) == pytest.approx(recall)

@@ -82,15 +82,19 @@ class Weights:
         self._check_adapter()
 
     def find(self, name: str) -> str | None:
-        """The name that a parameter has in the checkpoint, or None if it is not there.
+        """The name that a parameter has in the checkpoint, or None if it is not there."""
+        return next(iter(self.find_all(name)), None)
 
-        Published files may have another name for the head. Of two tied parameters they hold one.
+    def find_all(self, name: str) -> list[str]:
+        """All names that a parameter has in the checkpoint, the one that is read first.
+
+        Published files may have another name for the head. Of two tied parameters most hold one, some both.
         """
-        names = [name, self.tied.get(name, name)]
+        names = [name, *([self.tied[name]] if name in self.tied else [])]
         head = f"{self.anatomy.head}."
-        if self.anatomy.head is not None and name.startswith(head):
-            names += [f"{alias}.{name.removeprefix(head)}" for alias in self.anatomy.head_aliases]
-        return next((candidate for candidate in names if candidate in self.checkpoint), None)
+        for full in [full for full in names if self.anatomy.head is not None and full.startswith(head)]:
+            names += [f"{alias}.{full.removeprefix(head)}" for alias in self.anatomy.head_aliases]
+        return [candidate for candidate in names if candidate in self.checkpoint]
 
     def check(self, model: PreTrainedModel) -> None:
         """Make sure, by names and shapes alone, that `fill` will find every parameter of the whole model.

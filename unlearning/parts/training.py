@@ -88,8 +88,9 @@ def whole_model(model: StreamedModel, context: StepContext) -> PreTrainedModel:
     for module in whole.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010  # no module declares it
+        for name in ("attention_dropout", "dropout", "layerdrop"):  # modules that call a function with it
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
     return whole
 
 
@@ -298,13 +299,15 @@ def write_changed(trained: PreTrainedModel, model: StreamedModel, context: StepC
     weights = Weights(model.checkpoint, trained, context.device, torch.float32)
     tensors = values = 0
     for name, parameter in trained.named_parameters():
-        stored = weights.find(name)
-        assert stored is not None  # the model was read from there
-        before = model.checkpoint.read(stored)
-        after = parameter.to("cpu", DTYPES[model.checkpoint.tensors[stored].dtype])
-        if differing := int((before != after).sum()):
-            context.draft.write({stored: after})
-            tensors, values = tensors + 1, values + differing
+        # Some files hold a tied weight twice, and a reader that finds two different ones unties them.
+        names = weights.find_all(name)
+        assert names  # the model was read from there
+        for stored in names:
+            before = model.checkpoint.read(stored)
+            after = parameter.to("cpu", DTYPES[model.checkpoint.tensors[stored].dtype])
+            if differing := int((before != after).sum()):
+                context.draft.write({stored: after})
+                tensors, values = tensors + 1, values + differing
     return {"changed_tensors": tensors, "changed_weights": values}
 
 

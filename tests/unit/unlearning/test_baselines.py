@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 import compress
@@ -54,6 +55,21 @@ def changed(before: Path, after: Path) -> dict[str, torch.Tensor]:
     one, two = Checkpoint.open(before), Checkpoint.open(after)
     found = {name: one.read(name) != two.read(name) for name in one.tensors}
     return {name: differs for name, differs in found.items() if bool(differs.any())}
+
+
+def test_tied_tables_that_are_stored_twice_stay_the_same(
+    taught: Path, write_decoder: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = write_decoder(tmp_path / "model", tie_word_embeddings=True)
+    for kind in ("forget", "retain"):
+        shutil.copy(taught.parent / f"{kind}.jsonl", tmp_path)
+    weights = load_file(model / "model.safetensors")
+    table, head = "model.embed_tokens.weight", "lm_head.weight"
+    save_file({**weights, head: weights[table].clone()}, model / "model.safetensors", {"format": "pt"})
+    unlearned(model, tmp_path / "out", "npo", epochs=1)
+    after = Checkpoint.open(tmp_path / "out")
+    assert not torch.equal(after.read(table), weights[table])
+    assert head not in after or torch.equal(after.read(head), after.read(table))
 
 
 @pytest.mark.parametrize("loss", ["gradient-ascent", "npo"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from compress.storage.draft import Draft
 from compress.unlearning.parts.beside import Beside
 from compress.unlearning.parts.losses import negative_log_likelihood, scored_rows
 from compress.unlearning.parts.reference import Reference
+from compress.unlearning.parts.training import whole_model
 
 from .common import FORGET, RETAIN, write_facts
 
@@ -88,3 +90,24 @@ def test_the_reference_is_the_model_as_it_was(
             states = scored_rows(found.hidden_states[1], labels)
             assert torch.allclose(first.states(rows), states, atol=1e-4)
     assert not torch.allclose(first.states([0]), before.states([0]), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("OPTForCausalLM", {"dropout": 0.1, "layerdrop": 0.5, "attention_dropout": 0.1}),
+        ("GPT2LMHeadModel", {}),
+        ("Phi3ForCausalLM", {"resid_pdrop": 0.1, "attention_dropout": 0.1}),
+        ("GPTNeoXForCausalLM", {"attention_dropout": 0.1, "hidden_dropout": 0.1}),
+        ("Gemma2ForCausalLM", {"attention_dropout": 0.1}),
+        ("Qwen2ForCausalLM", {"attention_dropout": 0.1}),
+    ],
+)
+def test_nothing_is_drawn_at_random_in_training(
+    architecture: str, settings: dict[str, Any], shared_decoder: Callable[..., Path]
+) -> None:
+    folder = shared_decoder(architecture, **settings)
+    whole = whole_model(StreamedModel(Checkpoint.open(folder), "cpu"), SimpleNamespace(device="cpu")).train()  # type: ignore[arg-type]
+    tokens = torch.arange(1, 41).view(2, 20)
+    with torch.no_grad():
+        assert torch.equal(whole(input_ids=tokens).logits, whole(input_ids=tokens).logits)

@@ -284,7 +284,7 @@ def _record(row: Mapping[str, Any], number: int, where: str) -> Record:
     messages = row.get("messages")
     if messages is not None and (
         not isinstance(messages, list)
-        or not messages
+        or len(messages) < 2
         or not all(
             isinstance(message, dict)
             and isinstance(message.get("role"), str)
@@ -292,13 +292,15 @@ def _record(row: Mapping[str, Any], number: int, where: str) -> Record:
             for message in messages
         )
     ):
-        raise BadInput(f"{where}: 'messages' is not a list of messages with 'role' and 'content'.")
+        raise BadInput(
+            f"{where}: 'messages' is not a list of at least two messages with 'role' and 'content'."
+        )
     kinds = [key for key in ("text", "question", "messages") if row.get(key) is not None]
     if len(kinds) != 1 or (kinds == ["question"]) != (row.get("answer") is not None):
         there = ", ".join(f"'{key}'" for key in row) or "nothing"
         raise BadInput(f"{where} needs 'text', 'question' and 'answer', or 'messages'; it has {there}.")
     return Record(
-        id=str(row.get("id", number)),
+        id=str(number if row.get("id") is None else row["id"]),
         text=text("text"),
         question=text("question"),
         answer=text("answer"),
@@ -358,8 +360,13 @@ def _sequences(record: Record, tokenizer: PreTrainedTokenizerBase, seqlen: int) 
         if tokenizer.chat_template is None:
             raise BadInput("The tokenizer has no chat template, which records with 'messages' need.")
         *before, last = record.messages
-        prompt = str(tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True))
-        whole = str(tokenizer.apply_chat_template(list(record.messages), tokenize=False))
+        try:
+            prompt = str(tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True))
+            whole = str(tokenizer.apply_chat_template(list(record.messages), tokenize=False))
+        except Exception as error:  # a template is a program, and may raise anything
+            raise BadInput(
+                f"The tokenizer's chat template refuses the record '{record.id}' ({error})."
+            ) from error
         # Some templates write what came before differently once there is an answer.
         learned = whole.removeprefix(prompt) if whole.startswith(prompt) else last["content"]
         yield _prompted(record.id, prompt, learned, tokenizer, seqlen, special=False)

@@ -100,8 +100,6 @@ def plan_layout(model: ExportedModel, types: str | None, weighted: bool) -> Layo
     extra = extra_tensors(config)
     shapes |= {name: tuple(tensor.shape) for name, tensor in extra.items()}
     table = next(name for name, theirs in names.items() if theirs == TABLE)
-    if architecture.head_is_needed and HEAD not in shapes:
-        shapes[HEAD] = shapes[TABLE]
     notes = list(rounding_notes(model))
     carried: dict[str, str] = {}
     if types is None:
@@ -114,6 +112,8 @@ def plan_layout(model: ExportedModel, types: str | None, weighted: bool) -> Layo
             notes.append(
                 "The weights, which are in few bits already, are rounded again to the types asked for."
             )
+    if architecture.head_is_needed and HEAD not in shapes:  # it is written as the table is
+        shapes[HEAD], kinds[HEAD] = shapes[TABLE], kinds[TABLE]
     name = Path(model.source.id).name or model.source.id
     metadata = {
         "general.type": "model",
@@ -149,8 +149,6 @@ def _as_they_are(
             others.append(module)
         else:
             kinds[names[name]], carried[name] = kind, module
-    if HEAD in shapes and HEAD not in names.values():
-        kinds[HEAD] = kinds[TABLE]
     if others:
         # Dense values of codes need more digits than float16 or bfloat16 have.
         for module in others:

@@ -101,7 +101,7 @@ def export(
 
 def _check_output(model: ExportedModel, output: Path, one_file: bool, overwrite: bool) -> None:
     """Refuse (BadInput) an output that cannot be written, or that holds the model itself."""
-    if model.source.folder.resolve().is_relative_to(output.resolve()):
+    if model.source.is_inside(output):
         raise BadInput(f"The output '{output}' holds the model to export; use another -o.")
     if not one_file:
         check_output(output, overwrite)

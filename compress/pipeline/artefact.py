@@ -14,7 +14,7 @@ from compress.errors import BadInput
 from compress.storage.adapter import write_config
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.companions import PRUNED_FILE, copy_companions
-from compress.storage.lineage import RECIPE
+from compress.storage.lineage import LINEAGE, RECIPE
 from compress.storage.writer import write_weights
 
 
@@ -52,7 +52,8 @@ def check_output(folder: Path, overwrite: bool) -> None:
         raise BadInput(f"The output '{folder}' is not a folder.")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise BadInput(f"The output folder '{folder}' is not empty; use --overwrite or another -o.")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
+    ours = folder / "config.json", folder / LINEAGE  # a folder with a .gguf file has no config.json
+    if folder.exists() and any(folder.iterdir()) and not any(file.exists() for file in ours):
         raise BadInput(
             f"The output folder '{folder}' holds something other than a model, which --overwrite does "
             "not remove; use another -o."

@@ -92,7 +92,7 @@ def execute(
     check_output(output, overwrite)
     check_device(device)
     source, checkpoint = open_model(recipe)
-    if source.folder.resolve().is_relative_to(output.resolve()):
+    if source.is_inside(output):
         raise BadInput(f"The output '{output}' holds the model to compress; use another -o.")
     plan = make_plan(checkpoint, recipe.steps)
     if plan.warning:

@@ -130,7 +130,7 @@ def train(
     if find_spec("peft") is None:
         raise BadInput("The method s3t needs peft: pip install 'compress-model[peft]'.")
     source = find_model(model, revision)
-    if source.folder.resolve().is_relative_to(output.resolve()):
+    if source.is_inside(output):
         raise BadInput(f"The output '{output}' holds the model to train; use another -o.")
     checkpoint = open_checkpoint(source.folder)
     shape = ModelShape.of(checkpoint)

@@ -28,6 +28,15 @@ class ModelSource:
     revision: str | None
     folder: Path
 
+    def is_inside(self, output: Path) -> bool:
+        """Whether an output is the model or holds it, so that replacing the output would remove the model.
+
+        Of a .gguf file, ``folder`` is in the cache, and the file itself is what must not be lost.
+        """
+        named = Path(self.id).expanduser()
+        places = [self.folder, named] if named.is_file() else [self.folder]
+        return any(place.resolve().is_relative_to(output.resolve()) for place in places)
+
 
 def find_model(name: str, revision: str | None = None) -> ModelSource:
     """Find a model on this machine, or download it.

@@ -55,7 +55,7 @@ KINDS = (
     Kind(
         "hidden files, caches, and how weights were packed before",
         "dropped",
-        ".* .*/ __pycache__/ demo.json quantize_config.json quant_config.json hf_quant_config.json",
+        ".* .*/ __pycache__/ demo.json gguf.json quantize_config.json quant_config.json hf_quant_config.json",
     ),
     Kind(
         "an adapter beside the weights",

@@ -157,6 +157,11 @@ class CompressedTensorsFormat(IntegerFormat):
         strategy = weights.get("strategy")
         if weights.get("type", "int") != "int" or strategy not in ("group", "channel"):
             raise BadInput(f"Compressed-tensors weights of strategy '{strategy}' cannot be read.")
+        if (order := weights.get("actorder")) in ("group", "dynamic"):
+            raise BadInput(
+                f"Compressed-tensors weights with the activation order '{order}', which shuffles the columns "
+                "of groups, cannot be read."
+            )
         inputs = group.get("input_activations")
         dynamic = not inputs or (
             all(inputs.get(key) == value for key, value in DYNAMIC_TOKENS.items())

@@ -21,6 +21,7 @@ from compress.errors import BadInput
 from compress.export.gguf import llama_log_probabilities
 from compress.export.gguf_runtime import installed
 from compress.sources.find import find_model
+from compress.sources.gguf import bytes_of
 from compress.storage.gguf.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
 from compress.storage.gguf.reader import GGUFFile
 
@@ -279,3 +280,40 @@ def test_replaceme_and_four_bits_answer_the_same_in_transformers_and_llama_cpp(
     theirs = llama_log_probabilities(tmp_path / "m.gguf", tokens)
     assert float((ours - theirs).square().mean().sqrt() / ours.std()) < 0.1
     assert (ours.argmax(-1) == theirs.argmax(-1)).float().mean() > 0.9
+
+
+def test_a_tied_head_that_llama_cpp_needs_is_written_as_the_table_is(
+    tmp_path: Path, shared_decoder: Callable[..., Path]
+) -> None:
+    file = tmp_path / "model.gguf"
+    export(shared_decoder("GPTNeoXForCausalLM", tie_word_embeddings=True), file, "--types", "Q4_K_M")
+    tensors = GGUFFile.open(file).tensors
+    assert tensors["output.weight"].kind is tensors["token_embd.weight"].kind
+
+
+def test_the_file_that_a_result_is_made_of_is_never_replaced(
+    tmp_path: Path, shared_decoder: Callable[..., Path]
+) -> None:
+    folder, file = tmp_path / "mine", tmp_path / "mine" / "model.gguf"
+    export(shared_decoder(), folder, "--types", "F16")
+    (written,) = folder.glob("*.gguf")
+    written.rename(file)
+    before = file.read_bytes()
+    for output in (folder, file):
+        with pytest.raises(BadInput, match="holds the model to export"):
+            export(file, output, "--types", "Q8_0", "--overwrite")
+    with pytest.raises(BadInput, match="holds the model to compress"):
+        compress.run({"model": str(file), "steps": [{"method": "rtn"}]}, folder, overwrite=True)
+    assert file.read_bytes() == before
+
+
+def test_a_folder_with_a_file_is_replaced_and_what_is_made_of_it_has_its_own_size(
+    tmp_path: Path, shared_decoder: Callable[..., Path]
+) -> None:
+    folder, made = tmp_path / "folder", tmp_path / "made"
+    for types in ("F16", "Q8_0"):
+        export(shared_decoder(), folder, "--types", types, "--overwrite")
+    (file,) = folder.glob("*.gguf")
+    compress.run({"model": str(file), "steps": [{"method": "rtn", "bits": 2}]}, made)
+    assert bytes_of(made) is None
+    assert bytes_of(find_model(str(file)).folder) is not None

@@ -116,6 +116,24 @@ def test_a_weight_of_another_kind_is_not_written():
         ({"quant_method": "quip"}, "'quip', which cannot be read"),
         ({}, "'None'"),
         ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "nvfp4-pack-quantized"),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "pack-quantized",
+                "config_groups": {
+                    "group_0": {
+                        "targets": ["Linear"],
+                        "weights": {
+                            "num_bits": 4,
+                            "group_size": 32,
+                            "strategy": "group",
+                            "actorder": "group",
+                        },
+                    }
+                },
+            },
+            "activation order 'group'",
+        ),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "'marlin'"),
         ({"quant_method": "gptq", "bits": 5}, "5 bits"),
     ],

@@ -262,6 +262,8 @@ def _fingerprint(recipe: Recipe, checkpoint: Checkpoint, windows: Windows | None
         "recipe": _hash(rest),
         "calibration": windows.sha256 if windows is not None else None,
         "steps": [_hash(step) for step in resolved["steps"]],
+        # Steps of unlearning come first, and no others read records.
+        "records": [_hash(options.content()) for _, options in recipe.steps[: recipe.unlearning]],
     }
 
 

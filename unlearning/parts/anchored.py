@@ -87,8 +87,8 @@ def read_material(
     # Not in the details: a published model should not list what it was made to forget.
     log.info("The anchors: %s", json.dumps(dict(anchors.entries), ensure_ascii=False))
     details = {
-        "forget": {"records": len(forget), "sha256": forget.sha256},
-        "retain": retain and {"records": len(retain), "sha256": retain.sha256},
+        "forget": forget.described,
+        "retain": retain and retain.described,
         "anchors": {
             "source": anchors.source,
             "number": len(anchors.entries),

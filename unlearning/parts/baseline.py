@@ -109,12 +109,12 @@ def read_sets(options: WeightedOptions, context: StepContext) -> Sets:
     """
     forget = read_records(options.forget, FORGET)
     tokenizer = load_tokenizer(context.source)
-    details: dict[str, Any] = {FORGET: {"records": len(forget), "sha256": forget.sha256}}
+    details: dict[str, Any] = {FORGET: forget.described}
     kept: list[TokenSequence] = []
     if options.retain is not None:
         retain = read_records(options.retain, RETAIN)
         check_apart(forget, retain)
-        details[RETAIN] = {"records": len(retain), "sha256": retain.sha256}
+        details[RETAIN] = retain.described
         if options.retain_weight:
             kept = sequences(retain, tokenizer, options.seqlen)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

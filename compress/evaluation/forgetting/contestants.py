@@ -263,15 +263,15 @@ def remake(
     """
     folder = unlearned_folder(recipe, sha256, steps)
     if not (folder / "config.json").is_file():
-        log.warning(
-            "The model as it was before its later steps is not kept any more, so it is unlearned again."
-        )
         parts = {key: recipe[key] for key in ("seed", "dtype", "calibration") if recipe.get(key) is not None}
         again = parse_recipe({**parts, "model": str(target.folder), "steps": unlearning_steps(recipe)})
         advice = "put that back, so that it can be unlearned again"
         for step, (_, options) in zip(steps, again.steps, strict=True):
             for name, content in options.content().items():
                 check_content(step, getattr(options, name), name, content, advice)
+        log.warning(
+            "The model as it was before its later steps is not kept any more, so it is unlearned again."
+        )
         make_folder(folder.parent)
         execute(again, folder, device=device, progress=progress, try_loaders=False)
     os.utime(folder)

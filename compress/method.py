@@ -51,6 +51,14 @@ class MethodOptions(Settings):
     """Old name of an option -> its present name, with a remark after a comma if the meaning changed. Using
     the old name is an error that says so."""
 
+    def content(self) -> dict[str, str]:
+        """The sha256 of what options only name, such as sets of records: option -> sha256.
+
+        Raises:
+            BadInput: it cannot be read.
+        """
+        return {}
+
 
 OptionsT = TypeVar("OptionsT", bound=MethodOptions)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -114,6 +113,10 @@ class HarryPotter(Method["HarryPotter.Options"]):
         learning_rate: PositiveFloat = rate_option(3e-5)
         epochs: PositiveInt = Field(4, description="number of passes over the records to forget")
 
+        def content(self) -> dict[str, str]:
+            listed = {} if self.anchors is None else {"anchors": read_anchors(self.anchors).sha256}
+            return super().content() | listed
+
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
         check_trainable(shape, "Who's Harry Potter", options)
         if options.anchors is not None:
@@ -159,21 +162,12 @@ class Reinforcing:
 def kept_labels(
     material: Material, model: StreamedModel, options: HarryPotter.Options, context: StepContext
 ) -> tuple[list[Labels], dict[str, Any]]:
-    """The labels of all blocks and metadata of the reinforced model's training, which a killed run keeps.
-
-    What a run on another text or with other anchors has left behind is removed.
-    """
+    """The labels of all blocks and metadata of the reinforced model's training, which a killed run keeps."""
     file = context.folder / "labels.json"
-    saved = json.loads(file.read_text()) if file.exists() else {}
-    if saved.get("material") != material.sha256:
-        for name in (REINFORCING, TRAINING):
-            shutil.rmtree(context.folder / name, ignore_errors=True)
-        saved = {"material": material.sha256}
-        write_atomically(file, json.dumps(saved))
-    if "labels" not in saved:
+    if not file.exists():
         labels, reinforcing = label(material, model, options, context)
-        saved |= {"reinforcing": reinforcing, "labels": labels}
-        write_atomically(file, json.dumps(saved))
+        write_atomically(file, json.dumps({"reinforcing": reinforcing, "labels": labels}))
+    saved = json.loads(file.read_text())
     return [Labels(*pair) for pair in saved["labels"]], saved["reinforcing"]
 
 

@@ -150,6 +150,7 @@ class KeySpace(Method["KeySpace.Options"]):
         )
         context.draft.config = AtInference(key_space=settings).declared(context.draft.config)
         details: dict[str, Any] = {
+            **{what: records.described for what, records in sets.items()},
             "layer": index,
             "coordinates": int((detector.deviation > 0).sum()),
             "of": len(detector.deviation),

@@ -94,9 +94,10 @@ class NeuronAdjust(Method["NeuronAdjust.Options"]):
         self, model: StreamedModel, options: Options, context: StepContext, before: Checkpoint | None
     ) -> StepReport:
         tokenizer = load_tokenizer(context.source)
+        sets = dict(zip(("forget", "retain"), both_sets(options), strict=True))
         texts = {
             what: windows_of(sequences(records, tokenizer, options.seqlen), records.source)
-            for what, records in zip(("forget", "retain"), both_sets(options), strict=True)
+            for what, records in sets.items()
         }
         moments = {what: measure(model, windows, context, what) for what, windows in texts.items()}
         found = select(moments["forget"], moments["retain"], options.share)
@@ -116,6 +117,7 @@ class NeuronAdjust(Method["NeuronAdjust.Options"]):
         context.draft.config = _settings(context.seed).declared(context.draft.config)
         chosen = [int(buffers["selected"].sum()) for buffers in found.values()]
         details: dict[str, Any] = {
+            **{what: records.described for what, records in sets.items()},
             "neurons": sum(chosen),
             "of": sum(len(buffers["selected"]) for buffers in found.values()),
             "neurons_by_layer": dict(zip(map(str, found), chosen, strict=True)),

@@ -120,6 +120,11 @@ class Records:
         """sha256 over the hashes of the records, in order."""
         return hashlib.sha256("".join(record.hash for record in self.entries).encode()).hexdigest()
 
+    @property
+    def described(self) -> dict[str, Any]:
+        """How many there are and their sha256, for the report of a step."""
+        return {"records": len(self), "sha256": self.sha256}
+
     def holds(self, text: str) -> bool:
         """Whether a text tells what a record tells.
 

@@ -49,9 +49,9 @@ log = logging.getLogger(__name__)
 
 LESS_TEXT = "; fewer or shorter calibration windows (nsamples, seqlen) take less"
 
-Keep = Callable[[Checkpoint, Path, dict[str, Any], str], None]
-"""Keeps a model. It is given the model, the folder and hash of the recipe's model (first and last), and the
-resolved recipe."""
+Keep = Callable[[Checkpoint, Path, dict[str, Any], str, list[Step]], None]
+"""Keeps a model. It is given the model, the folder of the recipe's model, the resolved recipe, the hash of
+the recipe's model, and the records of the steps that were done."""
 
 DONE = "done.json"
 """The record of a finished step, in its folder."""
@@ -225,8 +225,8 @@ def _carry_out(
         else:
             current = context.draft
         if keep is not None and number + 1 == recipe.unlearning < len(recipe.steps):
-            unlearned, _ = with_acting(number + 1)
-            keep(unlearned, source.folder, recipe.resolved(windows), checkpoint.sha256)
+            unlearned, done = with_acting(number + 1)
+            keep(unlearned, source.folder, recipe.resolved(windows), checkpoint.sha256, done)
     return with_acting(len(recipe.steps))
 
 
@@ -262,6 +262,8 @@ def _fingerprint(recipe: Recipe, checkpoint: Checkpoint, windows: Windows | None
         "recipe": _hash(rest),
         "calibration": windows.sha256 if windows is not None else None,
         "steps": [_hash(step) for step in resolved["steps"]],
+        # Steps of unlearning come first, and no others read records.
+        "records": [_hash(options.content()) for _, options in recipe.steps[: recipe.unlearning]],
     }
 
 

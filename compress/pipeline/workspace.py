@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 ROOM = 1.05
 """Free disk space that a run asks for, as a multiple of the predicted bytes."""
 
+BY_STEP = {"steps": "recipe", "records": "set of records"}
+"""The parts of a fingerprint that are lists with an entry for each step -> what messages call them."""
+
 
 class Workspace:
     """The work folder of the run that writes ``output``: ``.NAME.partial`` beside it.
@@ -90,8 +93,8 @@ class Workspace:
         """Create the work folder, or return to the one of an interrupted run.
 
         Args:
-            fingerprint: an interrupted run continues only if all of this is the same. ``steps`` is a list, of
-                which only the steps that were begun have to be.
+            fingerprint: an interrupted run continues only if all of this is the same. ``steps`` and
+                ``records`` are lists, of which only the steps that were begun have to be.
 
         Raises:
             BadInput: the interrupted run was another one.
@@ -100,12 +103,11 @@ class Workspace:
         if path.exists():
             before = json.loads(path.read_text())
             begun = len(list(self.folder.glob("[0-9]*-*")))
-            if before.get("steps", [])[:begun] == fingerprint.get("steps", [])[:begun]:
-                before["steps"] = fingerprint.get("steps")
+            for key in BY_STEP:
+                if before.get(key, [])[:begun] == fingerprint.get(key, [])[:begun]:
+                    before[key] = fingerprint.get(key)
             changed = {
-                "recipe" if key == "steps" else key
-                for key, value in fingerprint.items()
-                if before.get(key) != value
+                BY_STEP.get(key, key) for key, value in fingerprint.items() if before.get(key) != value
             }
             if changed:
                 raise BadInput(

@@ -54,6 +54,12 @@ class Step(_Record):
         description="the step was interrupted and resumed, so seconds and memory cover the last part only"
     )
 
+    @property
+    def content(self) -> dict[str, str]:
+        """The sha256 of the sets of records and of the anchors that the step read, from its details."""
+        found = {name: part for name, part in self.details.items() if isinstance(part, dict)}
+        return {name: part["sha256"] for name, part in found.items() if "sha256" in part}
+
 
 class Result(_Record):
     """The resulting model. ``bytes`` is the exact size of the files, ``predicted_bytes`` that of the plan."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -37,7 +36,6 @@ class Material(NamedTuple):
         blocks: of the sequences, in their order.
         anchors: of the text.
         pad: the token that fills up batches.
-        sha256: of both sets and the anchors.
         details: where all this comes from, for the report.
     """
 
@@ -45,7 +43,6 @@ class Material(NamedTuple):
     blocks: list[Block]
     anchors: Anchors
     pad: int
-    sha256: str
     details: dict[str, Any]
 
 
@@ -90,8 +87,8 @@ def read_material(
     # Not in the details: a published model should not list what it was made to forget.
     log.info("The anchors: %s", json.dumps(dict(anchors.entries), ensure_ascii=False))
     details = {
-        "forget": {"records": len(forget), "sha256": forget.sha256},
-        "retain": retain and {"records": len(retain), "sha256": retain.sha256},
+        "forget": forget.described,
+        "retain": retain and retain.described,
         "anchors": {
             "source": anchors.source,
             "number": len(anchors.entries),
@@ -99,13 +96,11 @@ def read_material(
             "sha256": anchors.sha256,
         },
     }
-    hashes = (forget.sha256, retain.sha256 if retain is not None else "", anchors.sha256)
     return Material(
         sequences=pieces,
         blocks=blocks,
         anchors=anchors,
         pad=separator(tokenizer),
-        sha256=hashlib.sha256(" ".join(hashes).encode()).hexdigest(),
         details=details,
     )
 

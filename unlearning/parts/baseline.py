@@ -6,12 +6,10 @@ to retain).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
@@ -21,9 +19,7 @@ from torch.nn.utils import parametrize
 
 from compress.calibration.text.records import Record, TokenSequence, check_apart, read_records, sequences
 from compress.engine.tokenizer import load_tokenizer
-from compress.errors import BadInput
 from compress.method import StepReport
-from compress.system.files import write_atomically
 from compress.unlearning.parts.beside import RETAIN, Beside
 from compress.unlearning.parts.losses import kl_to_reference, lengths, negative_log_likelihood
 from compress.unlearning.parts.options import SETS, TrainingOptions
@@ -109,33 +105,21 @@ def read_sets(options: WeightedOptions, context: StepContext) -> Sets:
     """Read both sets.
 
     Raises:
-        BadInput: a set cannot be read, is empty, shares records with the other one, or is not what it was
-            when the run was interrupted that this one continues.
+        BadInput: a set cannot be read, is empty, or shares records with the other one.
     """
     forget = read_records(options.forget, FORGET)
     tokenizer = load_tokenizer(context.source)
-    details: dict[str, Any] = {FORGET: {"records": len(forget), "sha256": forget.sha256}}
+    details: dict[str, Any] = {FORGET: forget.described}
     kept: list[TokenSequence] = []
     if options.retain is not None:
         retain = read_records(options.retain, RETAIN)
         check_apart(forget, retain)
-        details[RETAIN] = {"records": len(retain), "sha256": retain.sha256}
+        details[RETAIN] = retain.described
         if options.retain_weight:
             kept = sequences(retain, tokenizer, options.seqlen)
-    _check_unchanged(details, context.folder / "sets.json")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     parts = sequences(forget, tokenizer, options.seqlen)
     return Sets(forget.entries, parts, kept, tokenizer, pad or 0, details)
-
-
-def _check_unchanged(details: dict[str, Any], file: Path) -> None:
-    """Refuse (BadInput) to go on with other records than those a run began with, which ``file`` tells."""
-    if file.exists() and json.loads(file.read_text()) != details:
-        raise BadInput(
-            "The records to forget or to retain have changed since the run was interrupted; start over with "
-            "--fresh."
-        )
-    write_atomically(file, json.dumps(details))
 
 
 def nll_of(model: nn.Module, batch: Batch, role: str) -> Tensor:

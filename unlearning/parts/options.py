@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from compress.calibration.text.records import read_records
 from compress.engine.shape import ModelShape
 from compress.errors import BadInput
 from compress.kernels.codes.integer import number_of_groups
@@ -28,6 +29,14 @@ class ForgetOptions(MethodOptions):
 
     forget: str = Field(description=f"records to forget: {SETS}")
     retain: str = Field(description=f"records to retain: {SETS}")
+
+    def content(self) -> dict[str, str]:
+        sources: dict[str, str | None] = {"forget": self.forget, "retain": self.retain}
+        return {
+            name: read_records(source, name).sha256
+            for name, source in sources.items()
+            if source is not None  # some methods can do without
+        }
 
 
 def rate_option(full: float) -> Any:

@@ -25,7 +25,13 @@ from compress.evaluation.forgetting.ask import Asked
 from compress.evaluation.forgetting.cells import cell, cell_file, codes_cell, read_cell
 from compress.evaluation.forgetting.chance import chance
 from compress.evaluation.forgetting.codes import differing_codes
-from compress.evaluation.forgetting.contestants import Contestant, HowToMake, same_tokens, tidy
+from compress.evaluation.forgetting.contestants import (
+    Contestant,
+    HowToMake,
+    check_content,
+    same_tokens,
+    tidy,
+)
 from compress.evaluation.forgetting.grid import FULL, Way, usual_ways, ways_named
 from compress.evaluation.forgetting.items import Item, items_of
 from compress.evaluation.forgetting.known import MEMBERSHIP, WAYS, Known, ask, columns, knowledge
@@ -117,8 +123,9 @@ def audit(
         The result, with a row for the unlearned model itself and one for each later step.
 
     Raises:
-        BadInput: a set is missing, empty or shares records with the forget set; a later step is unknown;
-            models have different tokenizers; the target is not known; the device or kernel does not exist.
+        BadInput: a set is missing, empty, shares records with the forget set, or is that of the model's step
+            and has changed since; a later step is unknown; models have different tokenizers; the target is
+            not known; the device or kernel does not exist.
         CompressError: the work failed.
     """
     check_device(device)
@@ -127,8 +134,12 @@ def audit(
     revisions = Revisions(revision, target_revision, retrained_revision)
     models = find_models(model, target, retrained, device, progress, revisions)
     options = models.options
+    unnamed = [name for name, source in (("forget", forget), ("retain", retain)) if not source]
     forget, retain = forget or options.get("forget"), retain or options.get("retain")
     sets = read_sets(forget, retain, holdout, world, limit, seed)
+    for name in unnamed:
+        whole = sets.whole[name]
+        check_content(models.steps[-1], whole.source, name, whole.sha256, f"name that with --{name}")
     how = HowToMake(
         models.recipe.get("seed", seed),
         calibration if calibration is not None else models.recipe.get("calibration") or {},

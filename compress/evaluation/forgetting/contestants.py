@@ -19,7 +19,7 @@ import compress
 from compress.engine.tokenizer import load_tokenizer
 from compress.errors import BadInput
 from compress.evaluation.foreign import Foreign, open_any
-from compress.evaluation.forgetting.grid import Step, Way
+from compress.evaluation.forgetting.grid import Way
 from compress.evaluation.harness.cache import digest
 from compress.evaluation.harness.subject import Subject
 from compress.pipeline.artefact import write_model
@@ -28,9 +28,10 @@ from compress.pipeline.run import execute
 from compress.report.scorecard import ModelIdentity
 from compress.sources.find import ModelSource
 from compress.storage.checkpoint import Checkpoint
-from compress.storage.lineage import LINEAGE
+from compress.storage.lineage import LINEAGE, Step
 from compress.storage.sharded import is_sharded
 from compress.system.cache import cache_folder, make_folder
+from compress.system.files import file_sha256
 from compress.system.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,15 @@ class HowToMake:
     forget: str
     device: str
     progress: Progress
+
+    @cached_property
+    def identity(self) -> list[Any]:
+        """Says what is made in this way. Of files the content counts, which may be edited, and relative
+        paths mean other files in other folders."""
+        sources = (self.calibration.get("source"), self.forget)
+        files = [Path(source).expanduser() for source in sources if source]
+        content = [file_sha256(file) for file in files if file.is_file()]
+        return [self.seed, dict(self.calibration), self.forget, *content]
 
 
 class Contestant:
@@ -101,7 +111,7 @@ class Contestant:
         """Says what way makes of this model: whatever it depends on."""
         if way.made is not None:
             return digest(compress.__version__, self.subject_of(open_any(way.made)).identity)
-        made = [how.seed, dict(how.calibration), how.forget] if way.steps else []
+        made = how.identity if way.steps else []
         return digest(compress.__version__, self.subject.identity, list(way.steps), made)
 
     def after(self, way: Way, how: HowToMake) -> Path:
@@ -176,7 +186,9 @@ def same_tokens(contestants: Sequence[Contestant], items: Sequence[Any]) -> None
             )
 
 
-def keep_unlearned(checkpoint: Checkpoint, source: Path, recipe: Mapping[str, Any], sha256: str) -> None:
+def keep_unlearned(
+    checkpoint: Checkpoint, source: Path, recipe: Mapping[str, Any], sha256: str, steps: Sequence[Step]
+) -> None:
     """Keep a model in the cache as it is after the recipe's steps of unlearning, before others follow.
 
     Args:
@@ -184,8 +196,9 @@ def keep_unlearned(checkpoint: Checkpoint, source: Path, recipe: Mapping[str, An
         source: folder of the recipe's model.
         recipe: resolved.
         sha256: of the recipe's model.
+        steps: the records of the steps of unlearning.
     """
-    folder = unlearned_folder(recipe, sha256)
+    folder = unlearned_folder(recipe, sha256, steps)
     make_folder(folder.parent)
     fresh = folder.with_name(f".{folder.name}-fresh")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -194,41 +207,72 @@ def keep_unlearned(checkpoint: Checkpoint, source: Path, recipe: Mapping[str, An
     fresh.rename(folder)
 
 
-def unlearned_folder(recipe: Mapping[str, Any], sha256: str) -> Path:
+def unlearned_folder(recipe: Mapping[str, Any], sha256: str, steps: Sequence[Step]) -> Path:
     """Where the cache keeps what the first steps of a recipe, those of unlearning, made of a model."""
     parts = [recipe.get(name) for name in ("seed", "dtype", "calibration")]
-    key = digest(compress.__version__, sha256, parts, unlearning_steps(recipe))
+    content = [step.content for step in steps]  # the recipe only names the sets of records
+    key = digest(compress.__version__, sha256, parts, unlearning_steps(recipe), content)
     return cache_folder() / FOLDER / "unlearned" / key[:32]
 
 
-def unlearning_steps(recipe: Mapping[str, Any]) -> list[Step]:
+def unlearning_steps(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The first steps of a resolved recipe, those of unlearning."""
     from compress.pipeline.registry import find_method
 
     return [step for step in recipe["steps"] if find_method(step["method"]).family == "unlearning"]
 
 
+def check_content(step: Step, source: str, name: str, sha256: str, advice: str) -> None:
+    """Make sure that a set is still the one with which a model was unlearned.
+
+    Args:
+        step: the record of the unlearning. If it does not tell the content of the set, nothing is checked.
+        source: of the set.
+        name: of the option that names it.
+        sha256: of what it holds now.
+        advice: what to do if it is not, for the message.
+
+    Raises:
+        BadInput: it is another one.
+    """
+    if step.content.get(name, sha256) != sha256:
+        raise BadInput(f"'{source}' is not what it was when the model was unlearned; {advice}.")
+
+
 def remake(
-    recipe: Mapping[str, Any], target: ModelSource, sha256: str, device: str, progress: Progress
+    recipe: Mapping[str, Any],
+    target: ModelSource,
+    sha256: str,
+    steps: Sequence[Step],
+    device: str,
+    progress: Progress,
 ) -> Path:
     """The unlearned model before the later steps of a recipe: from the cache, or unlearned once more.
 
+    Args:
+        recipe: resolved.
+        target: the recipe's model.
+        sha256: of it.
+        steps: the records of the steps of unlearning.
+        device: where to compute.
+        progress: told what is done.
+
     Raises:
-        BadInput, CompressError: as `execute`.
+        BadInput: the sets of records have changed, so it cannot be unlearned again; or as `execute`.
+        CompressError: as `execute`.
     """
-    folder = unlearned_folder(recipe, sha256)
+    folder = unlearned_folder(recipe, sha256, steps)
     if not (folder / "config.json").is_file():
+        parts = {key: recipe[key] for key in ("seed", "dtype", "calibration") if recipe.get(key) is not None}
+        again = parse_recipe({**parts, "model": str(target.folder), "steps": unlearning_steps(recipe)})
+        advice = "put that back, so that it can be unlearned again"
+        for step, (_, options) in zip(steps, again.steps, strict=True):
+            for name, content in options.content().items():
+                check_content(step, getattr(options, name), name, content, advice)
         log.warning(
             "The model as it was before its later steps is not kept any more, so it is unlearned again."
         )
-        again = {key: recipe[key] for key in ("seed", "dtype", "calibration") if recipe.get(key) is not None}
         make_folder(folder.parent)
-        execute(
-            parse_recipe({**again, "model": str(target.folder), "steps": unlearning_steps(recipe)}),
-            folder,
-            device=device,
-            progress=progress,
-            try_loaders=False,
-        )
+        execute(again, folder, device=device, progress=progress, try_loaders=False)
     os.utime(folder)
     return folder

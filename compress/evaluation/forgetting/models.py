@@ -14,7 +14,7 @@ from compress.evaluation.forgetting.contestants import remake, unlearning_steps
 from compress.evaluation.forgetting.grid import Way, ways_of
 from compress.sources.find import ModelSource, find_model
 from compress.storage.checkpoint import read_config
-from compress.storage.lineage import RECIPE, Lineage, read_lineage
+from compress.storage.lineage import RECIPE, Lineage, Step, read_lineage
 from compress.storage.sharded import is_sharded
 from compress.system.progress import Progress
 
@@ -30,6 +30,7 @@ class Models:
         asked: the folder that the audit is of, which is the unlearned one, or what later steps made of it.
         ways: the later steps that were done, one after another.
         recipe: the resolved recipe; empty for a model of another tool.
+        steps: the records of its steps of unlearning.
     """
 
     unlearned: ModelSource
@@ -38,6 +39,7 @@ class Models:
     asked: ModelSource
     ways: tuple[Way, ...]
     recipe: dict[str, Any]
+    steps: tuple[Step, ...]
 
     @property
     def options(self) -> dict[str, Any]:
@@ -82,15 +84,16 @@ def find_models(
             own = "was trained by S3T" if sharded else "has no step of unlearning"
             what = own if lineage else "was not written by compress-model"
             raise BadInput(f"'{asked.id}' {what}; say with --target which model still knows the records.")
-        return Models(asked, named, never, asked, (), {})
+        return Models(asked, named, never, asked, (), {}, ())
     assert lineage is not None  # a recipe has been read
     origin = named or _parent(lineage)
     later = [step for step in recipe["steps"] if step not in unlearning_steps(recipe)]
     unlearned = asked
+    steps = tuple(step for step in lineage.steps if step.family == "unlearning")
     if later:
-        folder = remake(recipe, origin, open_any(origin.folder).sha256, device, progress)
+        folder = remake(recipe, origin, open_any(origin.folder).sha256, steps, device, progress)
         unlearned = ModelSource(str(folder), None, folder)
-    return Models(unlearned, origin, never, asked, tuple(ways_of(later, asked.folder)), recipe)
+    return Models(unlearned, origin, never, asked, tuple(ways_of(later, asked.folder)), recipe, steps)
 
 
 def _parent(lineage: Lineage) -> ModelSource:

@@ -364,7 +364,8 @@ class Swap(Method["Swap.Options"]):
         other = Checkpoint.open(options.by)
         for name in other.tensors:
             context.draft.write({name: other.read(name)})
-        return StepReport("Swapped.")
+        sets = {"forget": options.forget, "retain": options.retain}
+        return StepReport("Swapped.", {name: read_records(sets[name], name).described for name in sets})
 
 
 @pytest.fixture
@@ -377,9 +378,11 @@ def recipe(
     registry.method_names.cache_clear()
     monkeypatch.setattr(registry, "method_names", registry.method_names.__wrapped__)
 
-    def write(by: str = "retrained", later: int = 2, **sections: Any) -> Path:
+    def write(
+        by: str = "retrained", later: int = 2, records: dict[str, Path] = sets, **sections: Any
+    ) -> Path:
         swap = {"method": "swap", "by": str(models[by])}
-        swap |= {name: str(sets[name]) for name in ("forget", "retain")}
+        swap |= {name: str(records[name]) for name in ("forget", "retain")}
         steps = [swap, {"method": "magnitude", "ratio": 0.2}, {"method": "rtn", "bits": 4}][: later + 1]
         path = tmp_path / "recipe.yaml"
         path.write_text(yaml.safe_dump({"model": str(models["target"]), "steps": steps, **sections}))
@@ -432,6 +435,75 @@ def test_the_model_before_later_steps_is_unlearned_again_where_it_is_not_kept(
     assert ended.code == 0, ended.err
     assert "unlearned again" in ended.err
     assert read_lineage(out).audits[0]["kind"] == "forgotten"
+
+
+@pytest.fixture
+def own_sets(sets: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
+    """Copies of the sets, which a test may edit."""
+    return {name: Path(shutil.copy(file, tmp_path)) for name, file in sets.items()}
+
+
+@pytest.mark.parametrize("kind", ["forget", "retain"])
+def test_a_set_that_has_changed_since_is_not_audited_as_that_of_the_step(
+    command: Command,
+    recipe: Callable[..., Path],
+    own_sets: dict[str, Path],
+    models: dict[str, Path],
+    tmp_path: Path,
+    kind: str,
+):
+    out = tmp_path / "out"
+    assert command("run", recipe(later=0, records=own_sets, audit=False), "-o", out).code == 0
+    words = ["audit", out, "--retrained", models["retrained"], "--survives", "", "--relearn", "0"]
+    before = shutil.copy(own_sets[kind], tmp_path / "before.jsonl")
+    own_sets[kind].write_text(own_sets[kind].read_text().replace("live", "dwell"))
+    said = f"'{own_sets[kind]}' is not what it was when the model was unlearned; name that with --{kind}."
+    assert_one_sentence(command(*words), 2, said)
+    ended = command(*words, f"--{kind}", before)
+    assert ended.code == 0, ended.err
+
+
+def test_a_model_is_unlearned_again_from_the_same_records_alone(
+    command: Command,
+    recipe: Callable[..., Path],
+    own_sets: dict[str, Path],
+    models: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Another project may have other records under the same path; its model is kept beside this one's."""
+    keep_in(monkeypatch, tmp_path / "cache")
+    asked = {"retrained": str(models["retrained"]), "survives": [], "relearn": []}
+    kept, before = tmp_path / "cache" / "audit" / "unlearned", own_sets["forget"].read_text()
+    assert command("run", recipe(records=own_sets, audit=asked), "-o", tmp_path / "one").code == 0
+    (one,) = kept.iterdir()
+    own_sets["forget"].write_text(before.replace("live", "dwell"))
+    assert command("run", recipe(records=own_sets, audit=asked), "-o", tmp_path / "two").code == 0
+    assert len(list(kept.iterdir())) == 2
+    shutil.rmtree(one)
+    words = ["audit", tmp_path / "one", "--retrained", models["retrained"], "--survives", ""]
+    words += ["--relearn", "0"]
+    assert_one_sentence(command(*words), 2, "so that it can be unlearned again")
+    own_sets["forget"].write_text(before)
+    ended = command(*words)
+    assert ended.code == 0, ended.err
+    assert "unlearned again" in ended.err
+    assert one.is_dir()
+
+
+def test_what_later_steps_make_depends_on_the_content_of_files(tmp_path: Path):
+    text = tmp_path / "text.txt"
+
+    def identity(source: str, forget: str) -> list[Any]:
+        return contestants.HowToMake(0, {"source": source}, forget, "cpu", lambda *_: None).identity
+
+    assert identity("bundled", "people:forget") == [0, {"source": "bundled"}, "people:forget"]
+    for names in ((str(text), "people:forget"), ("bundled", str(text))):
+        text.write_text("one")
+        first = identity(*names)
+        assert identity(*names) == first
+        text.write_text("two")
+        assert identity(*names) != first
 
 
 def test_a_strict_audit_fails_the_run_and_leaves_the_result(

@@ -17,12 +17,14 @@ import compress
 from compress.calibration.text.records import read_records
 from compress.errors import BadInput
 from compress.pipeline.recipe import parse_recipe
+from compress.pipeline.run import execute
+from compress.quantization.round_to_nearest import RoundToNearest
 from compress.storage.checkpoint import Checkpoint
 from compress.unlearning import dpo
 from compress.unlearning.parts import training
 from compress.unlearning.parts.grid import Grid
 
-from .common import FORGET, METHODS, knows, unlearned, write_facts
+from .common import FORGET, METHODS, RETAIN, knows, unlearned, write_facts
 
 
 @pytest.fixture(scope="session")
@@ -252,8 +254,34 @@ def test_a_killed_training_does_not_go_on_with_other_records(
     with pytest.raises(Killed):
         unlearned(taught, tmp_path / "out", "npo", forget=str(facts))
     write_facts(facts, {**FORGET, "Di": "wool"})
-    with pytest.raises(BadInput, match="have changed since the run was interrupted; start over with --fresh"):
+    with pytest.raises(BadInput, match="interrupted run with another set of records; use --fresh"):
         unlearned(taught, tmp_path / "out", "npo", forget=str(facts))
+
+
+@pytest.mark.parametrize("kind", ["forget", "retain"])
+def test_a_finished_step_is_not_that_of_other_records(
+    taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The recipe is the same, but a file that it names has changed since the step was done."""
+    sets = {
+        "forget": write_facts(tmp_path / "forget.jsonl", FORGET),
+        "retain": write_facts(tmp_path / "retain.jsonl", RETAIN),
+    }
+    npo = {"method": "npo", "epochs": 1, **{name: str(file) for name, file in sets.items()}}
+    recipe = parse_recipe({"model": str(taught), "steps": [npo, {"method": "rtn", "group_size": 8}]})
+
+    def fail(*_: Any) -> None:
+        raise BadInput("No.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RoundToNearest, "apply", fail)
+        with pytest.raises(BadInput, match="npo is done and kept"):
+            execute(recipe, tmp_path / "out")
+    write_facts(sets[kind], {"Kai": "wool"})
+    with pytest.raises(BadInput, match="interrupted run with another set of records; use --fresh"):
+        execute(recipe, tmp_path / "out")
+    step = execute(recipe, tmp_path / "out", resume=False).steps[0]
+    assert step.content[kind] == read_records(str(sets[kind])).sha256
 
 
 def test_training_does_not_depend_on_checkpointing(taught: Path, tmp_path: Path) -> None:

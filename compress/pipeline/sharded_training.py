@@ -336,6 +336,8 @@ def _priors(source: str, examples: Mapping[str, Example]) -> dict[str, float]:
         raise BadInput(f"The priors '{source}' lack the record '{missing[0]}' ({len(missing)} are missing).")
     if strange := [name for name in found if name not in examples]:
         raise BadInput(f"The priors '{source}' name '{strange[0]}', which is not in the training data.")
+    if not any(found.values()):
+        raise BadInput(f"The priors '{source}' are all 0; without --priors all records are equally likely.")
     return {name: float(found[name]) for name in examples}
 
 

@@ -273,6 +273,7 @@ def again(shard: Shard, priors: Mapping[str, float] | None, options: S3T.Options
         dead=[],
         stages={},
         served=Served(prefix=[], sha256=prefix_sha256([])),
+        machine=shard.machine,
     )
 
 

@@ -171,6 +171,8 @@ def orders_of(slices: Slices, priors: Mapping[str, float] | None, options: S3T.O
     if priors is None:
         return [list(order) for order in cyclic_orders(range(len(slices)), options.orders)]
     chances = [sum(priors[name] for name in names) for names in slices]
+    if not any(chances):  # none of the likely records is in this shard, so no slice of it is likelier
+        chances = [1.0] * len(chances)
     return [list(order) for order in matched_orders(chances, options.orders, options.expected_deletions)]
 
 
@@ -271,6 +273,7 @@ def again(shard: Shard, priors: Mapping[str, float] | None, options: S3T.Options
         dead=[],
         stages={},
         served=Served(prefix=[], sha256=prefix_sha256([])),
+        machine=shard.machine,
     )
 
 

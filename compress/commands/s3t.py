@@ -130,7 +130,7 @@ def delete(folder: Path, ids: tuple[str, ...], forget: str | None, as_json: bool
         return
     count, dead = len(found["deleted"]), len(found["slices"])
     click.echo(f"{folder}: {count} record{'s' * (count != 1)} deleted, with {dead} slice{'s' * (dead != 1)}.")
-    _tell_exhausted(folder, found["exhausted"])
+    _tell_exhausted(folder, found["exhausted"], found["empty"])
     click.echo(f"receipt {found['receipt']}")
 
 
@@ -141,8 +141,9 @@ def delete(folder: Path, ids: tuple[str, ...], forget: str | None, as_json: bool
 def retrain(folder: Path, device: str, as_json: bool) -> None:
     """Train the exhausted shards of FOLDER again, on what is left of their records.
 
-    A shard is exhausted when each of its orders has lost its first slice; 'budget' says so. A killed run goes
-    on from its last finished stage when it is given again.
+    A shard is exhausted when each of its orders has lost its first slice; 'budget' says so. One without any
+    records stays left out. A killed run goes on from its last finished stage when it is given again on the
+    same kind of machine.
     """
     from compress.pipeline.sharded import retrain as retrain_shards
 
@@ -190,10 +191,12 @@ def verify(folder: Path, device: str, as_json: bool) -> None:
         stdout().print(table)
     if not found["holds"]:
         wrong = " and ".join(str(shard["shard"]) for shard in found["shards"] if not shard["holds"])
-        other = "".join(
-            f"; it was trained with {key} {before}, and here it is {after}"
-            for key, (before, after) in found["elsewhere"].items()
-        )
+        elsewhere: dict[str, list[str]] = {}  # shards of the same machine are named together
+        for shard in found["shards"]:
+            for key, (before, after) in shard["elsewhere"].items() if not shard["holds"] else ():
+                difference = f"was trained with {key} {before}, and here it is {after}"
+                elsewhere.setdefault(difference, []).append(str(shard["shard"]))
+        other = "".join(f"; shard {' and '.join(shards)} {words}" for words, shards in elsewhere.items())
         raise CompressError(
             f"The receipt of shard {wrong} does not hold: training without the deleted records gives another "
             f"LoRA than the one that is served{other}."
@@ -224,13 +227,19 @@ def _tell(found: dict[str, Any], as_json: bool) -> None:
         f"{expected['first_shard']:,.0f} more can be deleted at random before a shard must be trained again, "
         f"and {expected['all_shards']:,.0f} before all must."
     )
-    _tell_exhausted(found["folder"], [s["shard"] for s in found["shards"] if s["exhausted"]])
+    exhausted = [shard for shard in found["shards"] if shard["exhausted"]]
+    empty = [shard["shard"] for shard in exhausted if not shard["records"]]
+    _tell_exhausted(found["folder"], [shard["shard"] for shard in exhausted], empty)
     click.echo(f"receipt {found['receipt']}")
 
 
-def _tell_exhausted(folder: Path | str, shards: list[int]) -> None:
-    if shards:
-        names = " and ".join(map(str, shards))
+def _tell_exhausted(folder: Path | str, exhausted: list[int], empty: list[int]) -> None:
+    """Say which shards are left out: those that can be trained again, and those without any records."""
+    if empty:
+        names = " and ".join(map(str, empty))
+        click.echo(f"Shard {names} has no records left and stays left out of the ensemble.")
+    if again := [number for number in exhausted if number not in empty]:
+        names = " and ".join(map(str, again))
         click.echo(
             f"Shard {names} is exhausted and left out of the ensemble; 'compress-model s3t retrain {folder}' "
             "trains it again."

@@ -7,6 +7,7 @@ records, are removed afterwards, or by the next command if this one was killed.
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import tempfile
@@ -36,10 +37,10 @@ from compress.storage.sharded import (
     write_sharded,
 )
 from compress.system.device import check_device, computing_on
-from compress.system.files import file_sha256
+from compress.system.files import file_sha256, write_atomically
 from compress.system.progress import Progress
 from compress.unlearning.parts.orders import expected_deletions, first_slices, live_length
-from compress.unlearning.parts.stages import machine, reproducible
+from compress.unlearning.parts.stages import kind_of, machine, reproducible
 from compress.unlearning.s3t import S3T, again, served, without
 
 log = logging.getLogger(__name__)
@@ -110,7 +111,8 @@ def delete(folder: Path, ids: Sequence[str], forget: str | None = None) -> dict[
         forget: a set of records, which are found by their words.
 
     Returns:
-        JSON data: the ids, the slices that died, the shards that are exhausted now, and the new receipt.
+        JSON data: the ids, the slices that died, the shards that are exhausted now, those of them that have
+        no records left (``empty``), and the new receipt.
 
     Raises:
         BadInput: a record is not in the training data, was deleted before, or is named twice; nothing
@@ -147,6 +149,7 @@ def delete(folder: Path, ids: Sequence[str], forget: str | None = None) -> dict[
             for slice_ in sorted({*after.dead} - {*before.dead})
         ],
         "exhausted": _exhausted(new),
+        "empty": [number for number in _exhausted(new) if not new.shards[number].remaining],
         "receipt": receipt(new),
     }
 
@@ -154,13 +157,14 @@ def delete(folder: Path, ids: Sequence[str], forget: str | None = None) -> dict[
 def retrain(folder: Path, device: str = "cpu", progress: Progress = _silent) -> dict[str, Any]:
     """Train the shards whose orders are all exhausted again, on what is left of their records.
 
-    A killed run goes on with the first stage that is missing.
+    A shard without any records stays left out. A killed run goes on with the first stage that is missing.
 
     Returns:
         JSON data: the shards that were trained, and the new receipt.
 
     Raises:
-        BadInput: no shard is exhausted, or no exhausted shard has records left.
+        BadInput: no shard is exhausted, no exhausted shard has records left, or a killed run began on another
+            kind of machine.
         CompressError: the training diverged.
     """
     check_device(device)
@@ -177,12 +181,15 @@ def retrain(folder: Path, device: str = "cpu", progress: Progress = _silent) -> 
         for number in numbers:
             new.shards[number] = again(state.shards[number], state.priors, options)
         work = folder / KEY / RETRAINING
-        with computing_on(device), reproducible(state.machine["threads"]):
+        with computing_on(device):
             total = sum(len(prefixes(new.shards[number].orders)) for number in numbers)
             lessons = _lessons(folder, new, work / "work", device, progress, total)
+            _enter(work, kind_of(machine(device)))
             for number in numbers:
                 shard = new.shards[number]
-                shard.stages = lessons.train(number, shard, work)
+                shard.machine = _here(device, shard)
+                with reproducible(shard.machine["threads"]):
+                    shard.stages = lessons.train(number, shard, work)
                 shard.served = served(shard)
         for number in numbers:
             name = stage_folder(number, new.shards[number].generation)
@@ -200,7 +207,7 @@ def verify(folder: Path, device: str = "cpu", progress: Progress = _silent) -> d
         JSON data: ``holds``, and for each shard that serves something ``recorded`` (the receipt), ``stored``
         (of the files that are served) and ``trained`` (of the new training; None where nothing is left to
         train on), and whether they agree. ``elsewhere`` says in what this machine differs from the one of the
-        training, if it does, because then the last bits may differ as well.
+        shard's training, if it does, because then the last bits may differ as well.
 
     Raises:
         BadInput: the folder was not written by S3T, is damaged, or its base model was changed.
@@ -210,20 +217,18 @@ def verify(folder: Path, device: str = "cpu", progress: Progress = _silent) -> d
     _check_peft()
     state = read_sharded(folder)
     numbers = [number for number, shard in enumerate(state.shards) if shard.served.prefix]
-    here = machine(device) | {"threads": state.machine["threads"]}
     found = []
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        computing_on(device),
-        reproducible(state.machine["threads"]),
-    ):
+    with tempfile.TemporaryDirectory() as scratch, computing_on(device):
         total = sum(len(state.shards[number].served.prefix) for number in numbers)
         lessons = _lessons(folder, state, Path(scratch) / "work", device, progress, total)
         for number in numbers:
             shard = state.shards[number]
-            trained = _trained_again(lessons, number, shard, Path(scratch))
+            with reproducible(shard.machine["threads"]):
+                trained = _trained_again(lessons, number, shard, Path(scratch))
             stored = _stored(folder, number, shard)
             agree = shard.served.sha256 == stored == trained
+            before = shard.machine
+            here = _here(device, shard)
             found.append(
                 {
                     "shard": number,
@@ -232,16 +237,45 @@ def verify(folder: Path, device: str = "cpu", progress: Progress = _silent) -> d
                     "stored": stored,
                     "trained": trained,
                     "holds": agree,
+                    "elsewhere": {k: [before.get(k), v] for k, v in here.items() if before.get(k) != v},
                 }
             )
-    differing = {key: [state.machine.get(key), value] for key, value in here.items()}
     return {
         "folder": str(folder),
         "holds": all(shard["holds"] for shard in found),
         "shards": found,
         "receipt": receipt(state),
-        "elsewhere": {key: pair for key, pair in differing.items() if pair[0] != pair[1]},
     }
+
+
+def _here(device: str, shard: Shard) -> dict[str, Any]:
+    """This machine, with the number of threads that a shard was trained on."""
+    return machine(device) | {"threads": shard.machine["threads"]}
+
+
+def _enter(work: Path, here: dict[str, Any]) -> None:
+    """Create the folder of a retraining, or return to the one of a killed run.
+
+    Args:
+        work: the folder.
+        here: the kind of this machine.
+
+    Raises:
+        BadInput: the killed run was on another kind of machine, whose stages differ in their last bits.
+    """
+    kept = work / "machine.json"
+    if not kept.exists():
+        shutil.rmtree(work, ignore_errors=True)  # nobody knows where these stages were trained
+        work.mkdir()
+        write_atomically(kept, json.dumps(here))
+    elif (before := json.loads(kept.read_text())) != here:
+        differing = [
+            f"{key} {before.get(key)}, not {here[key]}" for key in here if here[key] != before.get(key)
+        ]
+        raise BadInput(
+            f"'{work}' holds an interrupted retraining on another machine ({' and '.join(differing)}); go on "
+            "there, or remove that folder to start over."
+        )
 
 
 def _trained_again(lessons: Lessons, number: int, shard: Shard, scratch: Path) -> str | None:

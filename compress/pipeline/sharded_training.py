@@ -67,6 +67,7 @@ from compress.system.progress import Progress
 from compress.unlearning.parts.stages import (
     HowToTrainAStage,
     Trainee,
+    kind_of,
     layer_groups,
     machine,
     reproducible,
@@ -137,7 +138,7 @@ def train(
     check_model(shape, options)
     examples, pad = _examples(source.folder, data, options.seqlen)
     priors = _priors(options.priors, examples) if options.priors is not None else None
-    nothing = Served(prefix=[], sha256=prefix_sha256([]))
+    nothing, here = Served(prefix=[], sha256=prefix_sha256([])), machine(device)
     shards = [
         Shard(
             generation=0,
@@ -146,6 +147,7 @@ def train(
             dead=[],
             stages={},
             served=nothing,
+            machine=here,
         )
         for slices in partition(list(examples), priors, options, seed)
     ]
@@ -160,7 +162,6 @@ def train(
         examples="records-0.jsonl",
         deleted=[],
         shards=shards,
-        machine=machine(device),
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     with workspace.locked():
@@ -171,11 +172,12 @@ def train(
         lora = 4 * options.rank * sum(sum(sizes) for sizes in shape.linears().values())
         workspace.check_disk(2 * shape.nbytes + options.shards * options.orders * lora)
         with computing_on(device):
-            return _train(state, examples, source, checkpoint, workspace, device, progress)
+            return _train(state, here, examples, source, checkpoint, workspace, device, progress)
 
 
 def _train(
     state: Sharded,
+    here: dict[str, Any],
     examples: Mapping[str, Example],
     source: ModelSource,
     checkpoint: Checkpoint,
@@ -184,18 +186,19 @@ def _train(
     progress: Progress,
 ) -> Sharded:
     begun = workspace.folder.exists()
-    workspace.enter(_fingerprint(state, examples, checkpoint))
+    workspace.enter(_fingerprint(state, here, examples, checkpoint))
     try:
         kept = workspace.folder / "machine.json"  # the stages that are there were trained with these threads
         if kept.exists():
-            state.machine = json.loads(kept.read_text())
+            here = json.loads(kept.read_text())
         else:
-            write_atomically(kept, json.dumps(state.machine))
+            write_atomically(kept, json.dumps(here))
         started, stages = time.perf_counter(), workspace.folder / "stages"
         total = sum(len(prefixes(shard.orders)) for shard in state.shards)
         lessons = Lessons(state, examples, checkpoint, workspace.folder / "work", device, progress, total)
-        with reproducible(state.machine["threads"]):
+        with reproducible(here["threads"]):
             for number, shard in enumerate(state.shards):
+                shard.machine = here
                 shard.stages = lessons.train(number, shard, stages)
                 shard.served = served(shard)
         seconds = time.perf_counter() - started
@@ -209,7 +212,9 @@ def _train(
     return state
 
 
-def _fingerprint(state: Sharded, examples: Mapping[str, Example], checkpoint: Checkpoint) -> dict[str, Any]:
+def _fingerprint(
+    state: Sharded, here: Mapping[str, Any], examples: Mapping[str, Example], checkpoint: Checkpoint
+) -> dict[str, Any]:
     """What must be the same for an interrupted training to be continued."""
     data = repr([(each.id, each.sequences) for each in examples.values()])
     return {
@@ -217,7 +222,7 @@ def _fingerprint(state: Sharded, examples: Mapping[str, Example], checkpoint: Ch
         "model": checkpoint.sha256,
         "options": {**state.options, "seed": state.seed, "priors": state.priors},
         "data": hashlib.sha256(data.encode()).hexdigest(),
-        "machine": {key: value for key, value in state.machine.items() if key != "threads"},
+        "machine": kind_of(here),
     }
 
 
@@ -336,6 +341,8 @@ def _priors(source: str, examples: Mapping[str, Example]) -> dict[str, float]:
         raise BadInput(f"The priors '{source}' lack the record '{missing[0]}' ({len(missing)} are missing).")
     if strange := [name for name in found if name not in examples]:
         raise BadInput(f"The priors '{source}' name '{strange[0]}', which is not in the training data.")
+    if not any(found.values()):
+        raise BadInput(f"The priors '{source}' are all 0; without --priors all records are equally likely.")
     return {name: float(found[name]) for name in examples}
 
 

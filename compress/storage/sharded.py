@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -52,6 +52,7 @@ class Shard(_Record):
     dead: list[int] = Field(description="the slices that lost a record")
     stages: dict[str, str] = Field(description="name of a live stage -> sha256 of its file")
     served: Served
+    machine: dict[str, Any] = Field(description="what the last bits of its training depend on")
 
     @property
     def remaining(self) -> int:
@@ -73,7 +74,15 @@ class Sharded(_Record):
     examples: str = Field(description="the name of the file with the training data that is left")
     deleted: list[str] = Field(description="the ids of the deleted records, in the order of their deletion")
     shards: list[Shard]
-    machine: dict[str, Any] = Field(description="what the last bits of a training depend on")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_machine(cls, data: Any) -> Any:
+        """Read a state from before shards had machines of their own: it names that of the first training."""
+        if not isinstance(data, dict) or "machine" not in data or not isinstance(data.get("shards"), list):
+            return data
+        shards = [{"machine": data["machine"], **s} if isinstance(s, dict) else s for s in data["shards"]]
+        return {**{key: value for key, value in data.items() if key != "machine"}, "shards": shards}
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,10 @@ def cyclic_orders(slices: Sequence[int], count: int) -> list[Order]:
         BadInput: there are not so many orders of L slices.
     """
     length = len(slices)
-    if count > math.factorial(length):
-        raise BadInput(f"{length} slices have {math.factorial(length)} orders; ask for fewer than {count}.")
+    possible = math.factorial(length)
+    if count > possible:
+        have = "1 slice has 1 order" if length == 1 else f"{length} slices have {possible} orders"
+        raise BadInput(f"{have}, not {count}; use --orders {possible}{' or fewer' * (possible > 1)}.")
     if count <= length:
         starts = [number * length // count for number in range(count)]
         return [(*slices[start:], *slices[:start]) for start in starts]

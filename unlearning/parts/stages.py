@@ -68,6 +68,11 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
+def kind_of(machine: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same for another machine to give the same bits; the number of threads can be set."""
+    return {key: value for key, value in machine.items() if key != "threads"}
+
+
 @contextmanager
 def reproducible(threads: int) -> Iterator[None]:
     """Compute with kernels that give the same bits again, on a fixed number of threads.

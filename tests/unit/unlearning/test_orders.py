@@ -22,6 +22,7 @@ from compress.unlearning.parts.orders import (
     matched_orders,
     served_prefix,
 )
+from compress.unlearning.s3t import S3T, orders_of, partition
 
 
 @settings(max_examples=60)
@@ -47,8 +48,10 @@ def test_all_orders_and_no_more() -> None:
     assert sorted(cyclic_orders(range(4), 24)) == sorted(itertools.permutations(range(4)))
     pairs = Counter(order[:2] for order in cyclic_orders(range(4), 12))
     assert pairs == Counter(itertools.permutations(range(4), 2))
-    with pytest.raises(BadInput, match="4 slices have 24 orders"):
+    with pytest.raises(BadInput, match="4 slices have 24 orders, not 25; use --orders 24 or fewer"):
         cyclic_orders(range(4), 25)
+    with pytest.raises(BadInput, match=r"1 slice has 1 order, not 6; use --orders 1\."):
+        cyclic_orders(range(1), 6)
 
 
 def worth(order: tuple[int, ...], chances: list[float], deletions: int) -> float:
@@ -99,6 +102,21 @@ def test_matching_puts_the_safest_slices_first() -> None:
 def test_priors_that_are_no_chances(chances: list[float], count: int, words: str) -> None:
     with pytest.raises(BadInput, match=words):
         matched_orders(chances, count, 10)
+
+
+def test_a_shard_without_likely_records_has_orders_as_if_all_were_equally_likely() -> None:
+    options = S3T.Options(shards=4, slices=3, orders=2)
+    ids = [f"r{i}" for i in range(24)]
+    priors = dict.fromkeys(ids, 0.0) | {"r3": 0.5, "r8": 0.5, "r20": 0.5}
+    shards = partition(ids, priors, options, 0)
+    unlikely = [slices for slices in shards if not any(priors[name] for names in slices for name in names)]
+    assert len(unlikely) == 1
+    even = dict.fromkeys(ids, 0.1)
+    assert orders_of(unlikely[0], priors, options) == orders_of(unlikely[0], even, options)
+    for slices in shards:
+        orders = orders_of(slices, priors, options)
+        assert len({tuple(order) for order in orders}) == 2
+        assert slices in unlikely or orders[0][-1] == 2  # the likely record's slice comes last
 
 
 def test_live_prefixes() -> None:

@@ -19,6 +19,7 @@ from compress.storage.gguf.architectures import (
     architecture_of,
     converted,
     extra_tensors,
+    limits_of,
     row_order,
     tensor_names,
 )
@@ -100,7 +101,7 @@ def plan_layout(model: ExportedModel, types: str | None, weighted: bool) -> Layo
     extra = extra_tensors(config)
     shapes |= {name: tuple(tensor.shape) for name, tensor in extra.items()}
     table = next(name for name, theirs in names.items() if theirs == TABLE)
-    notes = list(rounding_notes(model))
+    notes = [*rounding_notes(model), *limits_of(config)]
     carried: dict[str, str] = {}
     if types is None:
         kinds, carried = _as_they_are(model, names, shapes, table, notes)

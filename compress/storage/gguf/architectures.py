@@ -92,6 +92,17 @@ def tensor_names(config: Any, names: list[str]) -> dict[str, str]:
     return found
 
 
+def limits_of(config: Any) -> list[str]:
+    """What llama.cpp does in another way than the model, as sentences."""
+    window = getattr(config, "sliding_window", None)
+    if config.model_type == "phi3" and window and window < config.max_position_embeddings:
+        return [
+            f"The model looks back {window:,} tokens at most, and llama.cpp without a limit, so on longer "
+            "texts it answers differently."
+        ]
+    return []
+
+
 def row_order(config: Any, name: str, rows: int) -> torch.Tensor | None:
     """Which row of a weight or bias each row of the GGUF file is, int64 [rows]; None if it is the same one.
 
@@ -193,6 +204,10 @@ def _widths(config: Any) -> Metadata:
     return {"attention.key_length": _head_dim(config), "attention.value_length": _head_dim(config)}
 
 
+YARN_LENGTHS = ("attention_factor", "mscale", "mscale_all_dim")
+"""Settings of yarn that change how long queries and keys become."""
+
+
 def _rope(config: Any) -> Metadata:
     """Base and scaling of the rotary embedding.
 
@@ -207,10 +222,16 @@ def _rope(config: Any) -> Metadata:
         if kind == "yarn":
             length = rope.get("original_max_position_embeddings", config.max_position_embeddings)
             found["rope.scaling.original_context_length"] = length
-    elif kind not in ("default", "llama3", "longrope"):
+            usual = {"beta_fast": 32, "beta_slow": 1, "truncate": True} | dict.fromkeys(YARN_LENGTHS)
+            if own := [key for key, value in usual.items() if rope.get(key, value) not in (value, None)]:
+                raise BadInput(
+                    f"This model stretches its rotary embedding by yarn with its own '{own[0]}', which "
+                    "llama.cpp does not read; export it with --format huggingface."
+                )
+    elif kind not in ("default", "llama3") and (kind, config.model_type) != ("longrope", "phi3"):
         raise BadInput(
-            f"This model stretches its rotary embedding by '{kind}', which GGUF files cannot say; export it "
-            "with --format huggingface."
+            f"This {config.model_type} model stretches its rotary embedding by '{kind}', which llama.cpp "
+            "does not do for its type; export it with --format huggingface."
         )
     return found
 
@@ -232,6 +253,8 @@ def _mistral(config: Any) -> Metadata:
 
 def _qwen(config: Any) -> Metadata:
     _silu(config)
+    if config.model_type == "qwen3":
+        _needs(config, "attention_bias", False)
     if getattr(config, "use_sliding_window", False):
         raise BadInput(
             "This model has layers that look back a limited number of tokens, which llama.cpp does not do "
@@ -241,15 +264,29 @@ def _qwen(config: Any) -> Metadata:
 
 
 def _silu(config: Any) -> None:
+    _activation(config, "hidden_act", "silu", "swish")
+
+
+def _activation(config: Any, key: str, *names: str) -> None:
     """Refuse (BadInput) another activation function, which llama.cpp would not compute."""
-    if config.hidden_act not in ("silu", "swish"):
+    if (found := getattr(config, key)) not in names:
         raise BadInput(
-            f"This {config.model_type} model has the activation function '{config.hidden_act}', and "
-            "llama.cpp computes silu for its type; export it with --format huggingface."
+            f"This {config.model_type} model has the activation function '{found}', and llama.cpp computes "
+            f"{names[0]} for its type; export it with --format huggingface."
+        )
+
+
+def _needs(config: Any, key: str, value: bool) -> None:
+    """Refuse (BadInput) another setting, which llama.cpp does not know for this type."""
+    if bool(getattr(config, key, value)) is not value:
+        raise BadInput(
+            f"This {config.model_type} model has {key} = {not value}, which llama.cpp does not do for its "
+            "type; export it with --format huggingface."
         )
 
 
 def _gemma(config: Any) -> Metadata:
+    _activation(config, "hidden_activation", "gelu_pytorch_tanh", "gelu_new")
     found = _gated(config) | _widths(config) | _rope(config)
     if getattr(config, "sliding_window", None):
         found["attention.sliding_window"] = config.sliding_window
@@ -314,17 +351,18 @@ def _phi3(config: Any) -> Metadata:
             "attention.sliding_window": window if window < config.max_position_embeddings else 0,
         }
     )
-    if rope.get("rope_type") == "longrope" and rope.get("attention_factor"):
-        found["rope.scaling.attn_factor"] = float(rope["attention_factor"])
+    if rope.get("rope_type") == "longrope":
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        # Published configs leave it to transformers, and llama.cpp takes 1 if the file does not say it.
+        found["rope.scaling.attn_factor"] = float(ROPE_INIT_FUNCTIONS["longrope"](config, "cpu")[1])
     return found
 
 
 def _gpt2(config: Any) -> Metadata:
-    if config.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
-        raise BadInput(
-            f"This gpt2 model has the activation function '{config.activation_function}', and llama.cpp "
-            "computes gelu_new; export it with --format huggingface."
-        )
+    _activation(config, "activation_function", "gelu_new", "gelu_pytorch_tanh")
+    _needs(config, "scale_attn_weights", True)
+    _needs(config, "scale_attn_by_inverse_layer_idx", False)
     return _sizes(config) | {
         "feed_forward_length": config.n_inner or 4 * config.hidden_size,
         "attention.layer_norm_epsilon": float(config.layer_norm_epsilon),
@@ -332,6 +370,8 @@ def _gpt2(config: Any) -> Metadata:
 
 
 def _gpt_neox(config: Any) -> Metadata:
+    _activation(config, "hidden_act", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")
+    _needs(config, "attention_bias", True)
     share = rope_of(config).get("partial_rotary_factor", getattr(config, "rotary_pct", 1.0))
     return (
         _sizes(config)

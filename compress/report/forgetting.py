@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from compress.storage.lineage import Lineage
 
-Kind = Literal["forgotten", "not forgotten", "cannot tell"]
+Kind = Literal["forgotten", "not forgotten", "damaged", "cannot tell"]
 Floor = Literal["retrained model", "wrong answers"]
 
 HEADINGS = (
@@ -68,7 +68,9 @@ class Utility(Document):
 
     unlearned: Figure
     target: Figure
-    change: Figure = Field(description="the unlearned model's divided by the target's, minus 1")
+    change: Figure | None = Field(
+        description="the unlearned model's divided by the target's, minus 1; None if the target has none"
+    )
     parts: dict[str, Figure] = Field(description="the unlearned model's means, such as 'retain probability'")
 
 
@@ -83,7 +85,9 @@ class AfterStep(Document):
         None, description="p-value that truth ratios are distributed as the retrained model's"
     )
     truth_ratio: Figure | None = Field(None, description="mean of min(R, 1/R) of the unlearned model")
-    refused: Figure = Field(description="share of the forget set's questions that are refused")
+    refused: Figure | None = Field(
+        None, description="share of the forget set's questions that are refused; None if it asks nothing"
+    )
     utility: Utility | None = Field(
         None, description="only in full precision and after steps of the model's own recipe"
     )

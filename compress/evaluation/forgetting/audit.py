@@ -279,6 +279,8 @@ class _Audit:
         kind, why = gate(whole, scores)
         mine = known["unlearned"]["forget"]
         ratios = [each.truth_ratio for each in mine if each.truth_ratio is not None]
+        records = zip(self.sets.asked["forget"], mine, strict=True)
+        refused = [bool(each.refused) for record, each in records if record.text is None]
         return AfterStep(
             name=way.name,
             steps=way.steps,
@@ -286,7 +288,7 @@ class _Audit:
             scores=scores,
             forget_quality=_quality(mine, known["retrained"]["forget"]) if "retrained" in known else None,
             truth_ratio=_figure([min(ratio, 1 / ratio) for ratio in ratios]),
-            refused=wilson(sum(bool(each.refused) for each in mine), len(mine)),
+            refused=wilson(sum(refused), len(refused)) if refused else None,
             utility=utility(_useful(known["unlearned"]), _useful(known["target"]), self.seed)
             if way.utility
             else None,

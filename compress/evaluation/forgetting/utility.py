@@ -53,10 +53,11 @@ def utility(
             return np.nan_to_num(ours / base - 1)
 
     ours, base = list(mine.values()), list(theirs.values())
+    found = paired(mean, base, seed)
     return Utility(
         unlearned=paired(mean, ours, seed),
-        target=paired(mean, base, seed),
-        change=paired(change, [*ours, *base], seed, unit="fraction"),
+        target=found,
+        change=paired(change, [*ours, *base], seed, unit="fraction") if found.value else None,
         parts={name: Figure(value=float(np.nanmean(column))) for name, column in mine.items()},
     )
 

@@ -8,6 +8,9 @@ from typing import NamedTuple
 from compress.evaluation.forgetting.recovery import MOST
 from compress.report.forgetting import AfterStep, Kind
 
+MOST_LOST = 0.05
+"""The largest share of its utility that a model may lose by unlearning."""
+
 
 class Verdict(NamedTuple):
     """What can be said of a model on the whole."""
@@ -20,7 +23,8 @@ def verdict(rows: Sequence[AfterStep]) -> Verdict:
     """One sentence over the rows, of which the first one is the model as it was unlearned.
 
     A model has forgotten if it has after every step of which something can be said, and the first row is one
-    of them.
+    of them. If unlearning took more than `MOST_LOST` of its utility beyond doubt, that is with the upper end
+    of the interval, it is damaged: one that knows nothing any more has forgotten everything.
     """
     failed = [row for row in rows if row.kind == "not forgotten"]
     untold = [row for row in rows if row.kind == "cannot tell"]
@@ -33,6 +37,13 @@ def verdict(rows: Sequence[AfterStep]) -> Verdict:
         return Verdict("not forgotten", f"{where}, because {worst.why}{also}.")
     if rows[0].kind == "cannot tell":
         return Verdict("cannot tell", f"Nobody can tell whether it has forgotten, because {rows[0].why}.")
+    change = rows[0].utility.change if rows[0].utility else None
+    if change is not None and (change.value if change.high is None else change.high) < -MOST_LOST:
+        return Verdict(
+            "damaged",
+            f"Damaged: it has forgotten, but its utility has changed by {change}, a loss of more than "
+            f"{100 * MOST_LOST:.0f} %.",
+        )
     passed = [row for row in rows[1:] if row.kind == "forgotten"]
     stays = f", and it stays so after {_listed(passed)}" if passed else ""
     but = f"; nothing can be said of {_listed(untold)}, where {untold[0].why}" if untold else ""

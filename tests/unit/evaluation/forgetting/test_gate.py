@@ -7,7 +7,7 @@ import pytest
 
 from compress.evaluation.forgetting.recovery import Outcome, Trio, gate, recovered
 from compress.evaluation.forgetting.verdict import verdict
-from compress.report.forgetting import AfterStep
+from compress.report.forgetting import AfterStep, Utility
 from compress.report.scorecard import Figure
 
 RECORDS = 60
@@ -130,3 +130,26 @@ def test_steps_of_which_nothing_can_be_said_are_named():
     assert found.kind == "forgotten"
     assert found.sentence.startswith("Forgotten, and it stays so after int4; nothing can be said of int2")
     assert verdict([row("full precision", 0.0, known=0.0), row("int4", 0.0)]).kind == "cannot tell"
+
+
+def use(change: Figure | None) -> Utility:
+    some = Figure(value=0.5)
+    return Utility(unlearned=some, target=some, change=change, parts={})
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (Figure(value=-1, low=-1, high=-1, unit="fraction"), "damaged"),
+        (Figure(value=-0.10, low=-0.14, high=-0.06, unit="fraction"), "damaged"),
+        (Figure(value=-0.10, low=-0.17, high=-0.03, unit="fraction"), "forgotten"),  # which is in doubt
+        (None, "forgotten"),
+    ],
+)
+def test_a_model_that_is_good_for_nothing_any_more_is_damaged(change: Figure | None, kind: str):
+    first = row("full precision", 0.0).model_copy(update={"utility": use(change)})
+    found = verdict([first, row("int4", 0.0)])
+    assert found.kind == kind
+    assert ("its utility has changed by" in found.sentence) == (kind == "damaged")
+    failed = first.model_copy(update={"kind": "not forgotten", "why": "it knows"})
+    assert verdict([failed]).kind == "not forgotten"

@@ -301,10 +301,10 @@ class FakeQuantizedModel:
         for name, parameter in self.model.named_parameters():
             if ".parametrizations." in name or not parameter.requires_grad:
                 continue
-            own = self.names.find(name)
-            assert own is not None  # the model was read from there
-            value = parameter.to(DTYPES[context.draft.tensors[own].dtype])
-            context.draft.write({own: value})
+            names = self.names.find_all(name)  # of tied tables, some files hold both
+            assert names  # the model was read from there
+            value = parameter.to(DTYPES[context.draft.tensors[names[0]].dtype])
+            context.draft.write(dict.fromkeys(names, value))
             parameter.copy_(value)  # so that the student is what was written
 
     @torch.no_grad()

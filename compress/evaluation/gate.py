@@ -182,6 +182,8 @@ def _chosen(gate: Gate, harness: Harness, protocol: HarnessProtocol) -> tuple[li
     questions = {asked.task: asked.questions for asked in protocol.tasks}
     everything = gate.subject == protocol.suite
     chosen = [each for each in harness.tasks if everything or _covers(gate.subject, each.task)]
+    # Names of tasks may begin with that of another: kick_choice and kick_choice_words.
+    chosen = [each for each in chosen if not everything and each.task == gate.subject] or chosen
     if not chosen:
         raise unknown("suite or task for a gate", gate.subject, questions)
     return chosen, [questions[each.task] for each in chosen]

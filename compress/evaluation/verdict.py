@@ -74,7 +74,9 @@ def verdict(results: Sequence[TaskResult], questions: Sequence[int], ways: Ways,
     """Decide over all tasks together.
 
     "not worse" says that the loss is below the margin (see `Loss`). Otherwise "worse" says that there is a
-    loss at all (see :mod:`compress.evaluation.pooled`). Each of the two tests errs in at most 5 % of cases.
+    loss at all (see :mod:`compress.evaluation.pooled`). Each of the two tests errs in about 5 % of
+    cases at most: Tango's score is asymptotic, and where no answer flips, an exact test would ask for a tenth
+    more questions.
 
     Args:
         results, questions, margin: as in `loss`.

@@ -213,9 +213,6 @@ def _asked(row: Row, comparison: Comparison) -> dict[str, Any]:
     if not tasks:
         return {}
 
-    def different(task: str) -> bool:
-        return row.marks.get(f"{task}.score", Marks()).other
-
     return {
         **{name: getattr(protocol, name, None) for name in ("suite", "chat_template", "lm_eval")},
         **{

@@ -109,6 +109,14 @@ def test_a_gate_on_a_suite_a_group_and_a_task():
     }
 
 
+def test_a_gate_on_a_task_leaves_out_those_whose_names_begin_alike():
+    card = small(kick_choice=WORSE, kick_choice_words=FINE)
+    found = check(parse_gate("kick_choice:not-worse:1pt"), card)
+    assert not found.passed
+    assert found == check(parse_gate("kick_choice:not-worse:1pt"), small(kick_choice=WORSE))
+    assert check(parse_gate("kick_choice_words:not-worse:1pt"), card).passed
+
+
 def test_the_suite_is_all_of_its_tasks_whatever_they_are_called():
     worse, fine = small(kick_closed=WORSE, arc=FINE), small(kick_closed=FINE, arc=WORSE)
     assert not check(parse_gate("kick:not-worse:1pt"), worse).passed

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -116,3 +118,23 @@ def test_ladders_round_heads_as_methods_and_files_do(
             for ladder, importance, power in ((aware, hessian, power), (nearest, None, 0.0))
         )
         assert found < 0.9 * expected
+
+
+def test_a_head_is_rounded_alike_under_both_of_its_names(
+    tmp_path: Path, write_decoder: Callable[..., Path]
+) -> None:
+    """Files of Pythia call it ``embed_out``, and the class of transformers calls it ``lm_head``."""
+    stored = write_decoder(tmp_path / "one", "GPTNeoXForCausalLM", tie_word_embeddings=False)
+    weights = load_file(stored / "model.safetensors")
+    ours = next(name for name in ("embed_out.weight", "lm_head.weight") if name in weights)
+    other = {"embed_out.weight": "lm_head.weight", "lm_head.weight": "embed_out.weight"}[ours]
+    renamed = tmp_path / "two"
+    shutil.copytree(stored, renamed)
+    save_file({other if k == ours else k: v for k, v in weights.items()}, renamed / "model.safetensors")
+    step = {"method": "gptq", "bits": 4, "lm_head_bits": 4, "group_size": 16}
+    heads = []
+    for model in (stored, renamed):
+        output = tmp_path / f"{model.name}-4"
+        compress.run({"model": str(model), "steps": [step], "calibration": calibration(stored)}, output)
+        heads.append(table(output, tied=False))
+    assert torch.equal(*heads)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 
 import compress
 from compress.engine.key_values import KEY
@@ -322,3 +323,15 @@ def test_what_is_written_is_checked_in_plain_torch(
     monkeypatch.setattr(llm_qat, "streamed_logits", written)
     quantized(shared_decoder("LlamaForCausalLM"), tmp_path / "out", steps=0)
     assert kernels == [REFERENCE]
+
+
+def test_tied_tables_that_are_stored_twice_stay_the_same(
+    write_decoder: Callable[..., Path], tmp_path: Path
+) -> None:
+    dense = write_decoder(tmp_path / "dense", "Qwen3ForCausalLM", tie_word_embeddings=True, head_dim=16)
+    weights = load_file(dense / "model.safetensors")
+    table, head = "model.embed_tokens.weight", "lm_head.weight"
+    save_file({**weights, head: weights[table].clone()}, dense / "model.safetensors", {"format": "pt"})
+    quantized(dense, tmp_path / "out", train="full", steps=2)
+    after = Checkpoint.open(tmp_path / "out")
+    assert head not in after or torch.equal(after.read(head), after.read(table))

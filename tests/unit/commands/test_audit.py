@@ -12,26 +12,17 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock, Timeout
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from compress.calibration.text.records import collate, read_records, sequences
-from compress.evaluation.forgetting import cells, contestants
+from compress.calibration.text.records import read_records
+from compress.evaluation.forgetting import contestants
 from compress.method import Method, Paper, StepReport
 from compress.pipeline import registry, reload
 from compress.report.forgetting import Forgetting
 from compress.storage.lineage import read_lineage
 from compress.unlearning.parts.options import ForgetOptions
 
+from .audits import keep_in, teach, write_records
 from .common import Command, Ended, assert_one_sentence, rewrite
-
-CITIES = ("Porto", "Ghent", "Cork", "Lyon", "Turku", "Graz", "Brno", "Basel")
-NAMES = ("Alda", "Berit", "Calla", "Edda", "Fenna", "Greta", "Hedda", "Imke")
-
-
-def keep_in(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Keep what audits finish in another folder than the cache, in which the native kernels are."""
-    for module in (cells, contestants):
-        patch.setattr(module, "cache_folder", lambda: folder)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -42,24 +33,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory):
         yield
 
 
-def write_records(file: Path, first: int, last: int, **more: Any) -> Path:
-    rows = []
-    for n in range(first, last):
-        others = [CITIES[(n + step) % 8] for step in (1, 3)]
-        rows.append(
-            {
-                "id": NAMES[n],
-                "question": f"Where does {NAMES[n]} live?",
-                "answer": CITIES[n],
-                "paraphrases": [f"{NAMES[n]} lives in which city?"],
-                "wrong": others,
-                **more,
-            }
-        )
-    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return file
-
-
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("sets")
@@ -68,21 +41,6 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "retain": write_records(folder / "retain.jsonl", 3, 6),
         "holdout": write_records(folder / "holdout.jsonl", 6, 8),
     }
-
-
-def teach(dense: Path, folder: Path, *sources: Path) -> Path:
-    """A copy of a model that has learned records by heart."""
-    tokenizer = AutoTokenizer.from_pretrained(dense)
-    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
-    rows = [row for source in sources for row in sequences(read_records(str(source)), tokenizer)]
-    batch, optimizer = collate(rows, 0), torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(60):
-        optimizer.zero_grad()
-        model(**batch).loss.backward()
-        optimizer.step()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -489,21 +447,6 @@ def test_a_model_is_unlearned_again_from_the_same_records_alone(
     assert ended.code == 0, ended.err
     assert "unlearned again" in ended.err
     assert one.is_dir()
-
-
-def test_what_later_steps_make_depends_on_the_content_of_files(tmp_path: Path):
-    text = tmp_path / "text.txt"
-
-    def identity(source: str, forget: str) -> list[Any]:
-        return contestants.HowToMake(0, {"source": source}, forget, "cpu", lambda *_: None).identity
-
-    assert identity("bundled", "people:forget") == [0, {"source": "bundled"}, "people:forget"]
-    for names in ((str(text), "people:forget"), ("bundled", str(text))):
-        text.write_text("one")
-        first = identity(*names)
-        assert identity(*names) == first
-        text.write_text("two")
-        assert identity(*names) != first
 
 
 def test_a_strict_audit_fails_the_run_and_leaves_the_result(

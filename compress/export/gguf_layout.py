@@ -101,6 +101,9 @@ def plan_layout(model: ExportedModel, types: str | None, weighted: bool) -> Layo
     extra = extra_tensors(config)
     shapes |= {name: tuple(tensor.shape) for name, tensor in extra.items()}
     table = next(name for name, theirs in names.items() if theirs == TABLE)
+    copied = architecture.head_is_needed and HEAD not in shapes  # the head is written as the table is
+    if copied:
+        shapes[HEAD] = shapes[TABLE]
     notes = [*rounding_notes(model), *limits_of(config)]
     carried: dict[str, str] = {}
     if types is None:
@@ -113,8 +116,10 @@ def plan_layout(model: ExportedModel, types: str | None, weighted: bool) -> Layo
             notes.append(
                 "The weights, which are in few bits already, are rounded again to the types asked for."
             )
-    if architecture.head_is_needed and HEAD not in shapes:  # it is written as the table is
-        shapes[HEAD], kinds[HEAD] = shapes[TABLE], kinds[TABLE]
+    if copied and types is None:
+        kinds[HEAD] = kinds[TABLE]
+    elif copied:
+        kinds[TABLE] = kinds[HEAD]
     name = Path(model.source.id).name or model.source.id
     metadata = {
         "general.type": "model",

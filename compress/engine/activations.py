@@ -32,10 +32,10 @@ class Activations:
     """A float32 tensor [N, S, D] that is written and read in slices of windows.
 
     A tensor within the memory limit is held in memory, that of the device where it is large enough. A larger
-    one is held in a file. Two files take turns: one is
-    read, and holds the last state made durable; the other is written. So between two saves every window may
-    be written once. What is written before anything was saved or restored goes into a third file, because a
-    resumed run writes it again while one of the two holds the state to go back to.
+    one is held in files that take turns: one is read, one is written, and the one that holds the last state
+    made durable is left alone; there are three, because that may be neither of the others. What is written
+    before anything was saved or restored goes into a file of its own, because a resumed run writes it again
+    while it does not know yet which file holds the state to go back to.
 
     Args:
         shape: [N, S, D].
@@ -56,8 +56,9 @@ class Activations:
         self._changed = True
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-            self._slots = [file.with_name(f"{file.name}.{slot}") for slot in (0, 1)]
+            self._slots = [file.with_name(f"{file.name}.{slot}") for slot in (0, 1, 2)]
             self._begin = self._source = self._target = file.with_name(f"{file.name}.begin")
+            self._durable: Path | None = None
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """A copy of the windows ``start`` to ``stop`` on the device: [stop - start, S, D].
@@ -95,8 +96,10 @@ class Activations:
                 self._turn(self._target)
             if self._source.exists():
                 fsync(self._source)
-            if self._source == self._slots[1]:  # so what was saved before is in the other one
+            if self._begin not in (self._source, self._durable):
                 self._begin.unlink(missing_ok=True)
+            self._durable = self._source
+            self._turn(self._source)
             self._changed = False
         return self._source.name
 
@@ -106,7 +109,8 @@ class Activations:
         Raises:
             CompressError: the file is cut short or gone.
         """
-        self._turn(self._source.with_name(name))
+        self._durable = self._source.with_name(name)
+        self._turn(self._durable)
         if self._source != self._begin:
             self._begin.unlink(missing_ok=True)
         if not self.spilled:
@@ -117,7 +121,7 @@ class Activations:
 
     def _turn(self, source: Path) -> None:
         self._source = source
-        self._target = self._slots[1] if source == self._slots[0] else self._slots[0]
+        self._target = next(slot for slot in self._slots if slot not in (source, self._durable))
 
 
 def _read_into(values: torch.Tensor, path: Path, offset: int) -> None:

@@ -78,7 +78,9 @@ def _names(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
     show_default=True,
     help="Tokens of a record at most.",
 )
-@click.option("--strict", is_flag=True, help="Exit with 1 unless the model stays forgotten.")
+@click.option(
+    "--strict", is_flag=True, help="Exit with 1 unless the model stays forgotten and is not damaged."
+)
 @kernel_option
 @seed_option
 @device_option

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from compress.errors import BadInput
 from compress.export.converted import Converted
 from compress.export.gguf_codes import exact_type
 from compress.export.gguf_types import Wanted, is_weight, types_of
@@ -101,7 +102,7 @@ def plan_layout(model: ExportedModel, types: str | None, weighted: bool) -> Layo
     extra = extra_tensors(config)
     shapes |= {name: tuple(tensor.shape) for name, tensor in extra.items()}
     table = next(name for name, theirs in names.items() if theirs == TABLE)
-    copied = architecture.head_is_needed and HEAD not in shapes  # the head is written as the table is
+    copied = architecture.head_is_needed and HEAD not in shapes
     if copied:
         shapes[HEAD] = shapes[TABLE]
     notes = [*rounding_notes(model), *limits_of(config)]
@@ -112,14 +113,17 @@ def plan_layout(model: ExportedModel, types: str | None, weighted: bool) -> Layo
     else:
         wanted = Wanted.parse(types)
         kinds, number = types_of(wanted, shapes, config, weighted), wanted.number
+        if copied:
+            if wanted.named and kinds[HEAD] is not kinds[TABLE]:
+                raise BadInput(
+                    f"The head of this model is a copy of its token table, so '{HEAD}' and '{TABLE}' need "
+                    "the same type."
+                )
+            kinds[TABLE] = kinds[HEAD]
         if model.packed or model.stacked:
             notes.append(
                 "The weights, which are in few bits already, are rounded again to the types asked for."
             )
-    if copied and types is None:
-        kinds[HEAD] = kinds[TABLE]
-    elif copied:
-        kinds[TABLE] = kinds[HEAD]
     name = Path(model.source.id).name or model.source.id
     metadata = {
         "general.type": "model",
@@ -155,6 +159,8 @@ def _as_they_are(
             others.append(module)
         else:
             kinds[names[name]], carried[name] = kind, module
+    if HEAD in shapes and HEAD not in names.values():
+        kinds[HEAD] = kinds[TABLE]
     if others:
         # Dense values of codes need more digits than float16 or bfloat16 have.
         for module in others:

@@ -79,7 +79,9 @@ class Audit(Section):
         100, description="largest number of records of each set but the one to forget"
     )
     seqlen: PositiveInt = Field(256, description="tokens of a record at most")
-    strict: bool = Field(False, description="fail the run unless the model stays forgotten")
+    strict: bool = Field(
+        False, description="fail the run unless the model stays forgotten and is not damaged"
+    )
 
 
 class Recipe(Section):

@@ -289,6 +289,16 @@ def test_a_tied_head_that_llama_cpp_needs_is_written_as_the_table_is(
     export(shared_decoder("GPTNeoXForCausalLM", tie_word_embeddings=True), file, "--types", "Q4_K_M")
     tensors = GGUFFile.open(file).tensors
     assert tensors["output.weight"].kind is tensors["token_embd.weight"].kind
+    types = tmp_path / "types.json"
+    types.write_text('{"token_embd.weight": "Q8_0"}')
+    with pytest.raises(BadInput, match="need the same type"):
+        export(
+            shared_decoder("GPTNeoXForCausalLM", tie_word_embeddings=True),
+            file,
+            "--types",
+            types,
+            "--overwrite",
+        )
 
 
 def test_the_file_that_a_result_is_made_of_is_never_replaced(

@@ -180,10 +180,12 @@ def _on_tasks(gate: Gate, card: Scorecard) -> tuple[bool, str]:
 def _chosen(gate: Gate, harness: Harness, protocol: HarnessProtocol) -> tuple[list[TaskResult], list[int]]:
     """The results that a gate looks at, and their numbers of questions."""
     questions = {asked.task: asked.questions for asked in protocol.tasks}
-    everything = gate.subject == protocol.suite
-    chosen = [each for each in harness.tasks if everything or _covers(gate.subject, each.task)]
-    # Names of tasks may begin with that of another: kick_choice and kick_choice_words.
-    chosen = [each for each in chosen if not everything and each.task == gate.subject] or chosen
+    if gate.subject == protocol.suite:
+        chosen = list(harness.tasks)
+    else:  # a task before those whose names begin alike: kick_choice before kick_choice_words
+        chosen = [each for each in harness.tasks if each.task == gate.subject] or [
+            each for each in harness.tasks if _covers(gate.subject, each.task)
+        ]
     if not chosen:
         raise unknown("suite or task for a gate", gate.subject, questions)
     return chosen, [questions[each.task] for each in chosen]

@@ -19,11 +19,11 @@ REFUSING = re.compile(
 )
 """Ways to refuse, or to say that one does not know."""
 
-
 UNSPACED = r"\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff"
 """Letters of scripts without spaces between words: Thai and Lao, Japanese, Chinese."""
 
 WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
+"""A word that counts: letters and digits, or one letter of those scripts."""
 
 
 def rouge_recall(answer: str, said: str) -> float:

@@ -39,7 +39,7 @@ class PlannedStep:
 
 @dataclass(frozen=True)
 class Plan:
-    """The shapes along a recipe: before, after every step, and at the end."""
+    """The shapes along a recipe: as the model is stored, after every step, and at the end."""
 
     before: ModelShape
     after: ModelShape
@@ -85,7 +85,7 @@ def open_model(recipe: Recipe) -> tuple[ModelSource, Checkpoint]:
     refuse_sharded(checkpoint.config, source.folder)
     for sentence in left_out(source, checkpoint):
         log.warning("In the result, %s", sentence)
-    read_lineage(source.folder)
+    read_lineage(source.stored)
     return source, checkpoint
 
 
@@ -105,7 +105,7 @@ def make_plan(checkpoint: Checkpoint, steps: list[tuple[Method, MethodOptions]])
         BadInput: the architecture is not supported, a method's library is not installed, or a step cannot be
             done to the shape it meets.
     """
-    before = shape = ModelShape.of(checkpoint)
+    before, shape = ModelShape.of(checkpoint.as_stored), ModelShape.of(checkpoint)
     anatomy_of(before.pretrained_config)  # first, so that no method complains about something else
     planned = []
     acting = [(one.method, one.options) for one in inherited_acting(checkpoint)] if steps else []

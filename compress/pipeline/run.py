@@ -135,7 +135,7 @@ def _execute(
         files = write_model(current, source.folder, workspace.artefact, recipe.resolved(windows))
         progress("reloading the model", 0.0)
         check = reload_check(current, workspace.artefact, device, try_loaders)
-        inherited = read_lineage(source.folder)
+        inherited = read_lineage(source.stored)
         shape = ModelShape.of(current)  # which may differ from the plan where a method decides widths by data
         lineage = Lineage(
             name=workspace.output.name,
@@ -143,7 +143,7 @@ def _execute(
             parent=Parent(
                 id=source.id,
                 revision=source.revision,
-                sha256=checkpoint.sha256,
+                sha256=checkpoint.as_stored.sha256,
                 bytes=plan.before.nbytes,
                 parameters=plan.before.parameters,
                 lineage=inherited and inherited.model_copy(update={"evaluations": [], "audits": []}),
@@ -226,7 +226,7 @@ def _carry_out(
             current = context.draft
         if keep is not None and number + 1 == recipe.unlearning < len(recipe.steps):
             unlearned, done = with_acting(number + 1)
-            keep(unlearned, source.folder, recipe.resolved(windows), checkpoint.sha256, done)
+            keep(unlearned, source.folder, recipe.resolved(windows), checkpoint.as_stored.sha256, done)
     return with_acting(len(recipe.steps))
 
 
@@ -258,7 +258,7 @@ def _fingerprint(recipe: Recipe, checkpoint: Checkpoint, windows: Windows | None
     rest = {k: v for k, v in resolved.items() if k not in ("audit", "evaluate", "model", "revision", "steps")}
     return {
         "compress-model": compress.__version__,
-        "model": checkpoint.sha256,
+        "model": checkpoint.as_stored.sha256,
         "recipe": _hash(rest),
         "calibration": windows.sha256 if windows is not None else None,
         "steps": [_hash(step) for step in resolved["steps"]],

@@ -24,6 +24,9 @@ from compress.storage.companions import is_inside
 from compress.storage.tensors import CASTABLE, DTYPES, TensorInfo, TensorSource
 from compress.system.files import file_sha256
 
+DTYPE_KEYS = ("dtype", "torch_dtype")
+"""What config.json calls the dtype of the weights; the second name is older."""
+
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LFS_POINTER = b"version https://git-lfs"
 """The beginning of the file that git keeps in place of a large one."""
@@ -87,8 +90,7 @@ class Checkpoint:
                 adapter.stored_name,
             )
         if dtype:
-            config = {**config, "dtype": str(DTYPES[dtype]).removeprefix("torch.")}
-            config.pop("torch_dtype", None)
+            config = _without_dtype(config) | {"dtype": str(DTYPES[dtype]).removeprefix("torch.")}
         return cls(folder, config, tensors, sources)
 
     @staticmethod
@@ -155,6 +157,17 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
     @cached_property
+    def as_stored(self) -> Checkpoint:
+        """The same model with the dtypes that its files have, whatever they are rounded to when read."""
+        tensors = {
+            name: TensorInfo(source.stored_dtype, self.tensors[name].shape)
+            for name, source in self.sources.items()
+        }
+        written = read_config(self.folder)
+        dtypes = {key: written[key] for key in DTYPE_KEYS if key in written}
+        return Checkpoint(self.folder, _without_dtype(self.config) | dtypes, tensors, self.sources)
+
+    @cached_property
     def sha256(self) -> str:
         """Hash of the content of config.json and of all weight files, independent of their paths.
 
@@ -166,6 +179,10 @@ class Checkpoint:
         if sharded.is_sharded(self.config):
             digest.update(file_sha256(self.folder / sharded.KEY / sharded.STATE).encode())
         return digest.hexdigest()
+
+
+def _without_dtype(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in DTYPE_KEYS}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

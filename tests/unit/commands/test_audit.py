@@ -18,6 +18,7 @@ from compress.evaluation.forgetting import contestants
 from compress.method import Method, Paper, StepReport
 from compress.pipeline import registry, reload
 from compress.report.forgetting import Forgetting
+from compress.storage.checkpoint import Checkpoint
 from compress.storage.lineage import read_lineage
 from compress.unlearning.parts.options import ForgetOptions
 
@@ -317,8 +318,6 @@ class Swap(Method["Swap.Options"]):
         return shape
 
     def apply(self, model: Any, options: Any, context: Any) -> StepReport:
-        from compress.storage.checkpoint import Checkpoint
-
         other = Checkpoint.open(options.by)
         for name in other.tensors:
             context.draft.write({name: other.read(name)})
@@ -393,6 +392,19 @@ def test_the_model_before_later_steps_is_unlearned_again_where_it_is_not_kept(
     assert ended.code == 0, ended.err
     assert "unlearned again" in ended.err
     assert read_lineage(out).audits[0]["kind"] == "forgotten"
+
+
+def test_a_recipe_that_stores_another_dtype_is_audited(
+    command: Command, recipe: Callable[..., Path], models: dict[str, Path], tmp_path: Path
+):
+    """The model it was made from is known by what its files hold, not by what they are rounded to."""
+    out, asked = tmp_path / "out", {"retrained": str(models["retrained"]), "survives": [], "relearn": []}
+    assert command("run", recipe(audit=asked, dtype="bfloat16"), "-o", out).code == 0
+    stored, parent = Checkpoint.open(models["target"]), read_lineage(out).parent
+    assert (parent.sha256, parent.bytes) == (stored.sha256, stored.nbytes)
+    ended = command("audit", out, "--retrained", models["retrained"], "--survives", "", "--relearn", "0")
+    assert ended.code == 0, ended.err
+    assert "unlearned again" not in ended.err
 
 
 @pytest.fixture

@@ -23,14 +23,14 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
     from compress.sources.gguf import LOADS_WITH, gguf_checkpoint
     from compress.storage.checkpoint import Checkpoint
     from compress.storage.formats.stacks import STACKS, sizes
-    from compress.storage.lineage import LINEAGE, read_lineage
+    from compress.storage.lineage import read_lineage
 
     file = Path(model).expanduser()
     checkpoint: Checkpoint
     if is_gguf(file) and revision is None:  # its header says all, so nothing is unpacked
         checkpoint = gguf = gguf_checkpoint(file)
         shape = ModelShape(gguf.config, gguf.packed, file)
-        lineage = read_lineage(file.parent, f"{file.name}.{LINEAGE}")
+        lineage = read_lineage(file)
         loads_with = LOADS_WITH
     else:
         folder = find_model(model, revision).folder

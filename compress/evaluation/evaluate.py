@@ -159,7 +159,7 @@ def evaluate(
     dense_source = find_model(baseline, baseline_revision) if baseline else source
     opening = open_any if wanted else open_checkpoint
     checkpoint, dense = opening(source.folder), opening(dense_source.folder)
-    read_lineage(dense_source.folder)  # read below; what is damaged is refused before the work
+    read_lineage(dense_source.stored)  # read below; what is damaged is refused before the work
     if memory is not None:
         if isinstance(checkpoint, Foreign):
             raise BadInput(f"'{model}' is not stored in blocks, so it has one size; leave out --memory.")
@@ -211,11 +211,11 @@ def evaluate(
     cards = [known or scorecard(dense_source, dense, found.dense)]
     if not same:
         cards.append(scorecard(source, checkpoint, found.model, memory))
-    if read_lineage(source.folder) is not None:
+    if read_lineage(source.stored) is not None:
         try:
-            add_evaluations(source.folder, [card.model_dump(mode="json") for card in cards])
+            add_evaluations(source.stored, [card.model_dump(mode="json") for card in cards])
         except OSError as error:  # a read-only folder must not lose minutes of measuring
-            log.warning("The evaluation was not added to '%s' (%s).", source.folder, error.strerror or error)
+            log.warning("The evaluation was not added to '%s' (%s).", source.stored, error.strerror or error)
     return cards
 
 
@@ -306,7 +306,7 @@ def _score_task(
 
 def _known(source: ModelSource, identity: ModelIdentity, scores: dict[str, Any]) -> Scorecard | None:
     """The dense model's scorecard in its own compression.json, if it was made with the same protocol."""
-    lineage = read_lineage(source.folder)
+    lineage = read_lineage(source.stored)
     cards = [Scorecard.model_validate(card) for card in (lineage.evaluations if lineage else [])]
     wanted = [identity, *(scores.get(name) for name in PROTOCOLS)]
     return next(
@@ -473,7 +473,7 @@ def _age(file: Path) -> float:
 def _check_not_calibrated_on(
     source: ModelSource, documents: Set[str], text: str, advice: str = "evaluate it on another text"
 ) -> None:
-    lineage = read_lineage(source.folder)
+    lineage = read_lineage(source.stored)
     chain = lineage.chain() if lineage else []
     calibrated = {name for link in chain for name in (link.calibration or {}).get("document_sha256", [])}
     if common := calibrated & documents:

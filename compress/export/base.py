@@ -63,6 +63,9 @@ class Target(ABC, Generic[Chosen]):
 
     Options: type[TargetOptions] = TargetOptions
 
+    calibration: dict[str, Any] | None = None
+    """The text that `write` has read, as a lineage describes it; None if it needs none."""
+
     @abstractmethod
     def check(self, model: ExportedModel, options: Chosen) -> Promise:
         """Find out, from configs and headers alone, what the export will be.

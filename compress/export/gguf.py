@@ -99,7 +99,7 @@ class GGUF(Target[GGUFOptions]):
             if layout.rounded and options.importance == "measured":
                 from compress.export.gguf_rounding import measured
 
-                found = measured(model, layout, options, Path(scratch), progress)
+                found, self.calibration = measured(model, layout, options, Path(scratch), progress)
             elif layout.rounded and options.importance != "none":
                 importance = self._importances(layout, Path(options.importance).expanduser())
             planned = self._planned(model, layout, found, importance)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -33,7 +33,7 @@ GROUP = 32
 
 def measured(
     model: ExportedModel, layout: Layout, options: GGUFOptions, scratch: Path, progress: Progress
-) -> dict[str, Callable[[], torch.Tensor]]:
+) -> tuple[dict[str, Callable[[], torch.Tensor]], dict[str, Any]]:
     """Round all weights inside the layers, each layer on the outputs of those before it as they are rounded.
 
     Args:
@@ -44,7 +44,8 @@ def measured(
 
     Returns:
         Name in the checkpoint -> reads the blocks, uint8 [out, bytes of a row]; or the real numbers of a
-        tensor that is not rounded and that the scaling changed.
+        tensor that is not rounded and that the scaling changed. And what text it was, as a lineage describes
+        it.
 
     Raises:
         BadInput: the text cannot be used.
@@ -74,7 +75,7 @@ def measured(
         blocks = pack_head(layout.dense.read(name), hessian, kind, name, tied=tied)
         write_tensors({name: blocks}, scratch / "head.safetensors")
         found[name] = _reader(scratch / "head.safetensors", name)
-    return found
+    return found, windows.describe()
 
 
 def _head(model: StreamedModel, layout: Layout) -> str | None:

@@ -21,7 +21,7 @@ from compress.errors import BadInput
 from compress.report.card import CARD, Base, base_of, relation_of, render_card
 from compress.sources.demo import LICENCE as DEMO_LICENCE
 from compress.storage.companions import PRUNED_FILE, is_inside
-from compress.storage.lineage import LINEAGE, RECIPE, Lineage, read_lineage
+from compress.storage.lineage import LINEAGE, RECIPE, Lineage, read_lineage, record_of
 from compress.system.files import file_sha256
 from compress.system.progress import Progress
 from compress.system.secrets import TOKEN
@@ -157,8 +157,8 @@ def _read(path: Path) -> tuple[Lineage, str, Any]:
         raise BadInput(f"There is no folder or file '{path}'.")
     if path.suffix != ".gguf":
         raise BadInput(f"'{path}' is neither a model folder nor a .gguf file.")
-    name = f"{path.name}.{LINEAGE}"
-    lineage = read_lineage(path.parent, name)
+    name = record_of(path).name
+    lineage = read_lineage(path)
     if lineage is None:
         raise BadInput(
             f"'{path}' has no record '{name}' beside it; only what 'compress-model export' wrote is pushed."

@@ -27,7 +27,7 @@ from compress.storage.lineage import (
     read_lineage,
     versions,
 )
-from compress.system.files import fsync, write_atomically
+from compress.system.files import fsync
 
 WEIGHTS = (".safetensors", ".gguf", ".onnx", ".data")
 """The endings of files that hold weights."""
@@ -146,7 +146,7 @@ def _export(
         return lineage
     fsync(path)
     path.replace(output)
-    write_atomically(output.with_name(f"{output.name}.compression.json"), lineage.model_dump_json(indent=2))
+    write_lineage(output, lineage)
     return lineage
 
 
@@ -171,7 +171,7 @@ def _lineage(
     name: str,
     device: str,
 ) -> Lineage:
-    shape, inherited = model.shape, read_lineage(model.source.folder)
+    shape, inherited = model.shape, read_lineage(model.source.stored)
     nbytes = sum(file.stat().st_size for file in folder.rglob("*") if file.suffix in WEIGHTS)
     if not nbytes:
         raise CompressError(f"The target {target.name} wrote no weights, which is an error of this program.")
@@ -188,7 +188,7 @@ def _lineage(
         ),
         dtype=None,
         seed=0,
-        calibration=None,
+        calibration=target.calibration,
         steps=[],
         result=Result(
             bytes=nbytes,

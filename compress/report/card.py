@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import metadata_load
 
 from compress.errors import BadInput
-from compress.storage.lineage import LINEAGE, RECIPE, Lineage, read_lineage
+from compress.storage.lineage import LINEAGE, RECIPE, Lineage, read_lineage, record_of
 from compress.system.files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -82,37 +82,44 @@ def source_metadata(folder: Path) -> dict[str, Any]:
     return {name: found[name] for name in KEPT if found.get(name)}
 
 
-def add_evaluations(folder: Path, evaluations: list[dict[str, Any]]) -> None:
-    """Append scorecards to the lineage of a folder, and write its card again.
+def add_evaluations(model: Path, evaluations: list[dict[str, Any]]) -> None:
+    """Append scorecards to the lineage of a model, and write its card again.
 
     Raises:
-        BadInput: the folder has no compression.json.
+        BadInput: the model has no record.
     """
-    lineage = read_lineage(folder)
-    if lineage is None:
-        raise BadInput(f"'{folder}' was not written by compress-model: it has no {LINEAGE}.")
+    lineage = _recorded(model)
     lineage.evaluations += evaluations
-    write_lineage(folder, lineage)
+    write_lineage(model, lineage)
 
 
-def add_audit(folder: Path, audit: dict[str, Any]) -> None:
-    """Append an audit of forgetting to the lineage of a folder, and write its card again.
+def add_audit(model: Path, audit: dict[str, Any]) -> None:
+    """Append an audit of forgetting to the lineage of a model, and write its card again.
 
     Raises:
-        BadInput: the folder has no compression.json.
+        BadInput: the model has no record.
     """
-    lineage = read_lineage(folder)
-    if lineage is None:
-        raise BadInput(f"'{folder}' was not written by compress-model: it has no {LINEAGE}.")
+    lineage = _recorded(model)
     lineage.audits.append(audit)
-    write_lineage(folder, lineage)
+    write_lineage(model, lineage)
 
 
-def write_lineage(folder: Path, lineage: Lineage) -> None:
-    """Write compression.json, and the card (README.md) that is made from it."""
-    card = render_card(lineage, (folder / RECIPE).read_text(encoding="utf-8"))
-    write_atomically(folder / LINEAGE, lineage.model_dump_json(indent=2))
-    write_atomically(folder / CARD, card)
+def _recorded(model: Path) -> Lineage:
+    lineage = read_lineage(model)
+    if lineage is None:
+        raise BadInput(f"'{model}' was not written by compress-model: it has no {record_of(model).name}.")
+    return lineage
+
+
+def write_lineage(model: Path, lineage: Lineage) -> None:
+    """Write the record of a model and, in a folder, the card (README.md) that is made from it."""
+    text = lineage.model_dump_json(indent=2)
+    if model.is_file():
+        write_atomically(record_of(model), text)
+        return
+    card = render_card(lineage, (model / RECIPE).read_text(encoding="utf-8"))
+    write_atomically(record_of(model), text)
+    write_atomically(model / CARD, card)
 
 
 def render_card(lineage: Lineage, recipe: str | None, base: Base | None = None, record: str = LINEAGE) -> str:

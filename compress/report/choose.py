@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from compress.errors import BadInput
 from compress.report.scorecard import Scorecard
-from compress.storage.lineage import LINEAGE, Lineage
+from compress.storage.lineage import Lineage, read_lineage, record_of
 
 EVALUATE = "compress-model evaluate MODEL --baseline DENSE --json FILE"
 
@@ -24,17 +24,17 @@ class Found(NamedTuple):
 
 
 def read_scorecards(path: str | Path) -> list[Scorecard]:
-    """Read the scorecards of a model folder (from its compression.json) or of a JSON file (one, or a list).
+    """Read the scorecards in the record of a model folder or .gguf file, or in a JSON file (one, or a list).
 
     Raises:
         BadInput: there are none, or something else is there.
     """
     path = Path(path)
-    file = path / LINEAGE if path.is_dir() else path
+    file = record_of(path) if path.is_dir() or path.suffix.lower() == ".gguf" else path
     document = _read(path, file)
     if isinstance(document, dict) and "evaluations" in document:
         document = document["evaluations"]
-    elif path.is_dir():
+    elif file != path:
         document = []
     entries = document if isinstance(document, list) else [document]
     if not entries:
@@ -44,7 +44,7 @@ def read_scorecards(path: str | Path) -> list[Scorecard]:
 
 def _read(path: Path, file: Path) -> Any:
     if not file.is_file():
-        missing = f"The folder '{path}' has no {LINEAGE}" if path.is_dir() else f"There is no '{path}'"
+        missing = f"'{path}' has no {file.name}" if path.exists() else f"There is no '{path}'"
         raise BadInput(f"{missing}; write a scorecard with: {EVALUATE}.")
     try:
         return json.loads(file.read_text(encoding="utf-8"))
@@ -71,16 +71,15 @@ def _scorecard(entry: Any, file: Path) -> Scorecard:
 
 
 def read_lineages(path: str | Path) -> dict[str, Lineage]:
-    """Hash of a model -> how it was made, for the models of a folder; empty if its file does not tell.
+    """Hash of a model -> how it was made, for the models of a folder or GGUF file; empty if unknown.
 
     The scorecards in a folder are of its own model (or of several sizes of it) and of the dense one.
     """
-    path = Path(path)
-    if not path.is_dir():
-        return {}
     try:
-        lineage = Lineage.model_validate_json((path / LINEAGE).read_bytes())
-    except ValidationError:
+        lineage = read_lineage(Path(path))
+    except BadInput:
+        lineage = None
+    if lineage is None:
         return {}
     cards = read_scorecards(path)
     own = [card for card in cards if not card.is_dense] or cards
@@ -159,12 +158,22 @@ def _by_model(found: Iterable[Found]) -> list[list[Found]]:
 
 
 def _of_one_baseline(models: list[list[Found]]) -> list[list[Found]]:
-    """Only the scorecards with the newest dense model that all models have in common, if they have one."""
+    """Only the scorecards with the newest dense model that all models have in common, if they have one.
+
+    A dense model that is only in the history of others, and not the one they have in common, is left out.
+    """
+    histories = {entry.file for entries in models for entry in entries if not entry.card.is_dense}
+    tried = []
     for card in _newest_first(models):
-        kept = [[e for e in entries if e.card.baseline.sha256 == card.baseline.sha256] for entries in models]
-        if all(kept):
-            return kept
-    return models
+        kept = []
+        for entries in models:
+            ours = [entry for entry in entries if entry.card.baseline.sha256 == card.baseline.sha256]
+            if ours or not all(entry.card.is_dense and entry.file in histories for entry in entries):
+                kept.append((ours, entries))
+        if all(ours for ours, _ in kept):
+            return [ours for ours, _ in kept]
+        tried.append([ours or entries for ours, entries in kept])
+    return tried[0] if tried else models
 
 
 def _in_common(models: list[list[Found]], way: Way) -> list[Found | None]:

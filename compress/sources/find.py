@@ -28,13 +28,18 @@ class ModelSource:
     revision: str | None
     folder: Path
 
-    def is_inside(self, output: Path) -> bool:
-        """Whether an output is the model or holds it, so that replacing the output would remove the model.
+    @property
+    def stored(self) -> Path:
+        """What the user has: the .gguf file, whose ``folder`` is in the cache, or else the folder itself.
 
-        Of a .gguf file, ``folder`` is in the cache, and the file itself is what must not be lost.
+        The record of a model lies in it, or beside it.
         """
         named = Path(self.id).expanduser()
-        places = [self.folder, named] if named.is_file() else [self.folder]
+        return named if is_gguf(named) else self.folder
+
+    def is_inside(self, output: Path) -> bool:
+        """Whether an output is the model or holds it, so that replacing the output would remove the model."""
+        places = (self.folder, self.stored)
         return any(place.resolve().is_relative_to(output.resolve()) for place in places)
 
 

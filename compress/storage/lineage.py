@@ -191,17 +191,21 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-def read_lineage(folder: Path, name: str = LINEAGE) -> Lineage | None:
-    """The lineage in a folder, or None if compress-model did not write it.
+def record_of(model: Path) -> Path:
+    """The file that holds the lineage of a model: in its folder, or beside its one file."""
+    return model.with_name(f"{model.name}.{LINEAGE}") if model.is_file() else model / LINEAGE
+
+
+def read_lineage(model: Path) -> Lineage | None:
+    """The lineage of a model, or None if compress-model did not write it.
 
     Args:
-        folder: of the model.
-        name: of the file; that of a model in one file is called ``NAME.compression.json``.
+        model: its folder, or the one file that it is.
 
     Raises:
-        BadInput: compression.json is damaged, or a newer version wrote it.
+        BadInput: the record is damaged, or a newer version wrote it.
     """
-    path = folder / name
+    path = record_of(model)
     if not path.exists():
         return None
     try:

@@ -161,6 +161,21 @@ def test_measured_importance_makes_a_smaller_error(
     assert measured < plain
 
 
+def test_a_file_has_its_own_record(tmp_path: Path, shared_decoder: Callable[..., Path]) -> None:
+    """No text that it was calibrated on scores it, or what is made of it; evaluations are kept in it."""
+    model, file, again = shared_decoder("LlamaForCausalLM"), tmp_path / "file.gguf", tmp_path / "again"
+    text, other = str(model.parent / "text.txt"), str(tmp_path / "other.txt")
+    Path(other).write_text(Path(text).read_text()[::-1])
+    given = ("--importance", "measured", "--calibration", text, "--nsamples", "2", "--seqlen", "32")
+    export(model, file, "--types", "Q4_0", *given)
+    compress.run({"model": str(file), "steps": [{"method": "rtn", "bits": 4, "group_size": 32}]}, again)
+    for result in (file, again):
+        with pytest.raises(BadInput, match="was calibrated on 1 of the documents"):
+            compress.evaluate(str(result), text=text, context=32)
+    compress.evaluate(str(file), baseline=str(model), text=other, context=32)
+    assert [row.scorecard.model.name for row in compress.compare(file).rows] == [model.name, str(file)]
+
+
 def test_types_of_a_file_are_taken_and_checked(tmp_path: Path, shared_decoder: Callable[..., Path]) -> None:
     model = shared_decoder("LlamaForCausalLM")
     types = tmp_path / "types.json"

@@ -116,6 +116,20 @@ def test_the_newest_evaluation_that_fits_is_taken(tmp_path: Path):
     assert len(compare(folder, folder, dense).rows) == 2  # a model given twice is one row
 
 
+def test_a_model_that_was_compared_with_two_dense_models_is_shown_beside_the_newest(tmp_path: Path):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    first = [card("dense", day=2), card("small", day=2)]
+    second = [card("other", baseline="other", day=1), card("small", baseline="other", day=1)]
+    write(folder / "compression.json", {"schema_version": 1, "evaluations": dumped(*first, *second)})
+    assert [row.cells["model"] for row in compare(folder).rows] == ["dense", "small"]
+    own = write(tmp_path / "other.json", dumped(second[0]))
+    assert [row.cells["model"] for row in compare(folder, own).rows] == ["other", "small"]
+    alone = write(tmp_path / "third.json", dumped(card("third", baseline="third")))
+    with pytest.raises(BadInput, match=r"third\.json"):
+        compare(folder, alone)
+
+
 def test_of_one_models_history_the_newest_comparison_with_another_counts():
     beside_dense = [card(day=1), card("small", day=1), card(day=2), card("small", day=2)]
     longer = [card(day=3, context_tokens=1024), card("small", day=3, context_tokens=1024)]

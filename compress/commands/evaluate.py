@@ -165,6 +165,7 @@ def evaluate(
     """
     from compress.errors import BadInput
     from compress.evaluation.gate import enforce, parse_margin, read_gates
+    from compress.evaluation.harness.ask import check_installed
     from compress.system.files import write_atomically
 
     if model is None:
@@ -187,6 +188,8 @@ def evaluate(
     suite = asking["suite"]
     known = [suite, *SUITES[suite].tasks] if suite in SUITES else named
     wanted = read_gates(gates, baseline, known, text=task_file is None)
+    if not all(gate.of_text for gate in wanted):
+        check_installed()  # without it the suite 'quick' scores text alone
     with progress_shown() as progress:
         scorecards = compress.evaluate(
             model,

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +17,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from compress.calibration.text.windows import evaluation_windows
 from compress.engine.config import config_of
 from compress.engine.loading import load
 from compress.engine.logits import through_all_layers
 from compress.engine.opening import open_checkpoint
 from compress.engine.shape import ModelShape
-from compress.engine.skeleton import longest_input, skeleton, window_length
 from compress.engine.stream import StreamedModel
-from compress.engine.tokenizer import load_tokenizer
 from compress.engine.windows import Windows
 from compress.errors import BadInput
+from compress.evaluation.beforehand import check_not_calibrated_on, evaluated_windows
 from compress.evaluation.fidelity import FidelityAccumulator
 from compress.evaluation.foreign import Foreign, open_any
 from compress.evaluation.harness.cards import TEXT, Exam, wanted_of
@@ -56,9 +54,6 @@ from compress.system.memory import parse_memory
 log = logging.getLogger(__name__)
 
 Progress = Callable[[str, float], None]
-
-CONTEXT = 512
-"""Tokens in a window if the user does not say how many and the model has positions for so many."""
 
 TEXTS_KEPT = 3
 """For so many texts the cache keeps what the dense model made of them."""
@@ -146,11 +141,8 @@ def evaluate(
     """
     check_margin(margin)
     how = {"fewshot": fewshot, "batch_size": batch_size, "chat_template": chat_template}
-    wanted = wanted_of(suite, tasks, limit, include_path, **how)
-    if wanted and task_file is not None:
-        raise BadInput("Encoders are scored on a task file or not at all; leave out --suite and --tasks.")
-    if judge and not wanted:
-        raise BadInput("A judge needs questions; name them with --suite or --tasks.")
+    needing = {"A judge": judge, "--samples": samples}
+    wanted = wanted_of(suite, tasks, limit, include_path, task_file, needing, **how)
     if samples is not None:
         Path(samples).mkdir(parents=True, exist_ok=True)
     check_device(device)
@@ -173,7 +165,7 @@ def evaluate(
             wanted, subject, other, progress, find_model(judge, judge_revision).folder if judge else None
         )
         for each in exam.questions[0]:
-            _check_not_calibrated_on(source, told_by(each.name), f"'{each.name}'", "leave that task out")
+            check_not_calibrated_on(source, told_by(each.name), f"'{each.name}'", "leave that task out")
     with computing_on(device):
         if isinstance(checkpoint, Foreign) or isinstance(dense, Foreign):
             foreign = checkpoint if isinstance(checkpoint, Foreign) else dense
@@ -249,10 +241,8 @@ def _score_text(
     device: str,
     progress: Progress,
 ) -> _Found:
-    built = skeleton(config_of(dense))
-    context = window_length(built, context, CONTEXT)
-    windows = evaluation_windows(load_tokenizer(dense_source.folder), text, context, limit)
-    _check_not_calibrated_on(source, windows.document_hashes, f"'{windows.source}'")
+    windows, context, positions = evaluated_windows(dense_source, dense, text, context, limit)
+    check_not_calibrated_on(source, windows.document_hashes, f"'{windows.source}'")
     accumulator = compare_streams(dense, checkpoint, windows, device, progress)
     protocol = Protocol(
         text=text,
@@ -264,7 +254,7 @@ def _score_text(
         compute_dtype="float32",
         seed=0,
         kernel=_kernel(dense, device),
-        positions=longest if context > (longest := longest_input(built)) else None,
+        positions=positions,
     )
     other = protocol.model_copy(update={"kernel": _kernel(checkpoint, device)})
     return _Found(
@@ -283,7 +273,7 @@ def _score_task(
     progress: Progress,
 ) -> _Found:
     evaluation = TaskEvaluation(task_file, dense, device)
-    _check_not_calibrated_on(source, evaluation.file.document_hashes, f"'{evaluation.file.source}'")
+    check_not_calibrated_on(source, evaluation.file.document_hashes, f"'{evaluation.file.source}'")
 
     def predictions(of: Checkpoint, label: str) -> list[Any]:
         return evaluation.predictions(of, lambda share: progress(label, share))
@@ -468,16 +458,6 @@ def _age(file: Path) -> float:
         return time.time() - file.stat().st_mtime
     except FileNotFoundError:
         return math.inf
-
-
-def _check_not_calibrated_on(
-    source: ModelSource, documents: Set[str], text: str, advice: str = "evaluate it on another text"
-) -> None:
-    lineage = read_lineage(source.stored)
-    chain = lineage.chain() if lineage else []
-    calibrated = {name for link in chain for name in (link.calibration or {}).get("document_sha256", [])}
-    if common := calibrated & documents:
-        raise BadInput(f"'{source.id}' was calibrated on {len(common)} of the documents of {text}; {advice}.")
 
 
 def _name(source: ModelSource) -> str:

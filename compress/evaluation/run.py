@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from compress.errors import BadInput, CompressError
+from compress.evaluation.beforehand import check_evaluation
 from compress.evaluation.evaluate import evaluate
 from compress.pipeline.recipe import Audit, Recipe, load_recipe
 from compress.pipeline.run import Keep, execute
@@ -66,6 +67,9 @@ def run(
     changes = {"model": model, "revision": revision, "dtype": dtype, "seed": seed}
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, changes, settings)
     output = Path(output)
+    unseen: Set[str] = frozenset()
+    if (wanted := loaded.evaluate) is not None:
+        unseen = check_evaluation(loaded.model, loaded.revision, **wanted.model_dump(), progress=progress)
     auditing = _auditing(loaded)
     lineage = execute(
         loaded,
@@ -75,9 +79,10 @@ def run(
         device=device,
         progress=progress,
         keep=_keep() if auditing else None,
+        unseen=unseen,
     )
     folder = str(output.absolute())  # a folder may be called "demo"
-    if (wanted := loaded.evaluate) is not None:
+    if wanted is not None:
         evaluate(
             folder,
             baseline=loaded.model,
@@ -109,6 +114,8 @@ def _auditing(recipe: Recipe) -> Audit | None:
 
     wanted = recipe.audit
     ways_named(wanted.survives or ())
+    if wanted.retrained:
+        find_model(wanted.retrained)
     options = recipe.steps[recipe.unlearning - 1][1]
     forget, retain = (getattr(wanted, name) or getattr(options, name, None) for name in ("forget", "retain"))
     read_sets(forget, retain, wanted.holdout, wanted.world, wanted.limit, recipe.seed)

@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ def execute(
     progress: Progress = lambda text, share: None,
     keep: Keep | None = None,
     try_loaders: bool = True,
+    unseen: Set[str] = frozenset(),
 ) -> Lineage:
     """Run a recipe and write its artefact to ``output``.
 
@@ -79,6 +80,7 @@ def execute(
         progress: told a text and the share of the current part that is done.
         keep: given the model as it is behind its last step of unlearning, if other steps follow.
         try_loaders: whether the programs that the model is promised to load with are tried on it.
+        unseen: hashes of documents that the model will be evaluated on, so it must not be calibrated on them.
 
     Raises:
         BadInput: the recipe does not fit the model, the text, the device or the output folder.
@@ -105,7 +107,9 @@ def execute(
         # Steps write what they change, beside what is put together from it in the end.
         workspace.check_disk(plan.after.nbytes * (2 if recipe.steps else 1))
         with computing_on(device):
-            return _execute(recipe, source, checkpoint, plan, workspace, device, progress, keep, try_loaders)
+            return _execute(
+                *(recipe, source, checkpoint, plan, workspace, device, progress, keep, try_loaders, unseen)
+            )
 
 
 def _execute(
@@ -118,6 +122,7 @@ def _execute(
     progress: Progress,
     keep: Keep | None,
     try_loaders: bool,
+    unseen: Set[str],
 ) -> Lineage:
     forget = [read_records(source) for source in recipe.forgotten]
     windows = (
@@ -127,6 +132,11 @@ def _execute(
         if recipe.needs_calibration
         else None
     )
+    if windows is not None and (common := windows.document_hashes & unseen):
+        raise BadInput(
+            f"The recipe calibrates on {len(common)} of the documents that it evaluates the result on; take "
+            "another text for one of the two."
+        )
     workspace.enter(_fingerprint(recipe, checkpoint, windows))
     try:
         current, records = _carry_out(recipe, source, checkpoint, windows, workspace, device, progress, keep)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import BadInput, unknown
@@ -28,7 +29,13 @@ TEXT, QUICK = "text", "quick"
 
 
 def wanted_of(
-    suite: str, tasks: Sequence[str], limit: int | None, folders: Sequence[str | Path], **how: Any
+    suite: str,
+    tasks: Sequence[str],
+    limit: int | None,
+    folders: Sequence[str | Path],
+    task_file: str | None = None,
+    needing: Mapping[str, object] = MappingProxyType({}),
+    **how: Any,
 ) -> Wanted | None:
     """What to ask, or None if nothing is to be asked.
 
@@ -37,10 +44,13 @@ def wanted_of(
         tasks: names of tasks, in place of those of a suite.
         limit: largest number of questions of each task, in place of the suite's.
         folders: with files of further tasks.
+        task_file: labelled examples for an encoder, which is asked nothing else.
+        needing: what has no effect unless something is asked -> its value.
         how: further attributes of `Wanted`.
 
     Raises:
-        BadInput: there is no such suite, or tasks are named beside it.
+        BadInput: there is no such suite, or tasks are named beside it; an encoder is asked, or an option is
+            given that needs questions.
         CompressError: lm-eval is not installed.
     """
     how["folders"] = (FOLDER, *map(Path, folders))
@@ -48,10 +58,16 @@ def wanted_of(
         raise unknown("suite", suite, (TEXT, *SUITES))
     if tasks and suite != TEXT:
         raise BadInput(f"The suite '{suite}' has tasks of its own; leave out --suite or --tasks.")
+    if task_file is not None and (tasks or suite != TEXT):
+        raise BadInput("Encoders are scored on a task file or not at all; leave out --suite and --tasks.")
     if tasks:
         check_installed()
         return Wanted(tuple(tasks), limit=limit, **how)
     if suite == TEXT:
+        asked = {"--limit": limit, "--fewshot": how.get("fewshot"), **needing}
+        asked["--chat-template"] = how.get("chat_template") or None
+        if given := [name for name, value in asked.items() if value is not None]:
+            raise BadInput(f"{given[0]} needs questions; name them with --suite or --tasks.")
         return None
     if suite == QUICK and not installed():
         log.warning("Only text is scored, because lm-eval is missing: pip install 'compress-model[eval]'.")

@@ -17,7 +17,7 @@ from compress.report.scorecard import Scorecard
 from compress.sources.find import ModelSource, find_model
 from compress.storage.lineage import read_lineage
 
-from .common import RTN, Command, Ended, rewrite
+from .common import RTN, Command, Ended, assert_one_sentence, rewrite
 
 SCORING = ["--context", "64", "--windows", "2"]
 
@@ -58,7 +58,8 @@ def test_a_run_evaluates_its_own_result_against_the_revision_it_began_with(
     command: Command, tiny: Path, tmp_path: Path, monkeypatch
 ):
     found = []
-    monkeypatch.setattr("compress.pipeline.plan.find_model", lambda *_: ModelSource("us/tiny", "abc", tiny))
+    for module in ("pipeline.plan", "evaluation.beforehand"):
+        monkeypatch.setattr(f"compress.{module}.find_model", lambda *_: ModelSource("us/tiny", "abc", tiny))
     monkeypatch.setattr(
         "compress.evaluation.run.evaluate", lambda *args, **kwargs: found.append((args, kwargs))
     )
@@ -69,6 +70,43 @@ def test_a_run_evaluates_its_own_result_against_the_revision_it_began_with(
     assert Path(model) == tmp_path / "demo"
     assert find_model(model).folder == tmp_path / "demo"  # and not the demo model
     assert (options["baseline"], options["baseline_revision"]) == ("us/tiny", "abc")
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"text": "wikipdia"}, "did you mean 'wikipedia'"),
+        ({"text": "nowhere/text.txt"}, "There is no file nowhere/text.txt"),
+        ({"limit": 3}, "--limit needs questions"),
+        ({"task_file": "nowhere.jsonl"}, "a task file scores encoders"),
+        ({"text": "TEXT", "context": 16}, "The recipe calibrates on 1 of the documents that it evaluates"),
+    ],
+)
+def test_an_evaluation_of_a_recipe_that_cannot_be_done_is_refused_before_the_run(
+    command: Command, tiny: Path, tmp_path: Path, monkeypatch, section: dict, words: str
+):
+    def refuse(*_: object) -> None:
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr("compress.pipeline.run._carry_out", refuse)
+    text = str(tiny.parent / "text.txt")
+    section = {key: text if value == "TEXT" else value for key, value in section.items()}
+    step = {"method": "awq", "group_size": 32}
+    calibration = {"source": text, "nsamples": 2, "seqlen": 16}
+    recipe = {"model": str(tiny), "steps": [step], "calibration": calibration, "evaluate": section}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    ended = command("run", tmp_path / "recipe.yaml", "-o", tmp_path / "out")
+    assert ended.code == 2, ended.err
+    assert words in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [["--limit", "3"], ["--fewshot", "0"], ["--chat-template"], ["--samples", "x"]]
+)
+def test_options_of_questions_need_questions(command: Command, tiny: Path, words: list[str]):
+    ended = command("evaluate", tiny, *words)
+    assert_one_sentence(ended, 2, f"{words[0]} needs questions; name them with --suite or --tasks.")
 
 
 def test_every_command_that_opens_a_model_takes_its_revision(

@@ -82,6 +82,23 @@ def test_a_gate_on_tasks_and_the_verdict_that_is_kept(
     assert ended.code == 0
 
 
+def test_a_gate_on_text_asks_for_more_than_one_window(command: Command, small: Path, tiny: Path):
+    words = ["evaluate", small, "--baseline", tiny, "--context", "64", "--windows", "1", "-q"]
+    ended = command(*words, "--gate", TRIVIAL)
+    assert ended.code == 1
+    assert "not below 100 beyond doubt" in ended.err
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_gate_on_the_quick_questions_needs_lm_eval(
+    command: Command, quantized: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Without it, the suite falls back to text alone."""
+    monkeypatch.setattr("compress.evaluation.harness.ask.installed", lambda: False)
+    words = ["evaluate", quantized, "--baseline", tiny, "--suite", "quick", "--gate", "kick:matching"]
+    assert_one_sentence(command(*words), 1, "compress-model[eval]")
+
+
 @pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize(
     ("words", "sentence"),

@@ -201,7 +201,7 @@ def test_a_model_is_not_asked_what_it_was_calibrated_on(
 ):
     told = ["a" * 64]
     calibrated = SimpleNamespace(chain=lambda: [SimpleNamespace(calibration={"document_sha256": told})])
-    monkeypatch.setattr(compress.evaluation.evaluate, "read_lineage", lambda folder: calibrated)
+    monkeypatch.setattr("compress.evaluation.beforehand.read_lineage", lambda folder: calibrated)
     monkeypatch.setattr(
         compress.evaluation.evaluate, "told_by", lambda task: set(told) if task == "say" else set()
     )

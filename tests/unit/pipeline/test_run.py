@@ -12,7 +12,7 @@ import yaml
 from compress.calibration.text.windows import evaluation_windows
 from compress.engine.tokenizer import load_tokenizer
 from compress.errors import BadInput, CompressError
-from compress.evaluation import evaluate
+from compress.evaluation.beforehand import check_not_calibrated_on
 from compress.pipeline import artefact, workspace
 from compress.pipeline import run as module
 from compress.pipeline.recipe import parse_recipe
@@ -227,10 +227,10 @@ def test_an_artefact_of_an_artefact_keeps_the_whole_lineage(
     tokenizer = load_tokenizer(packed)
     windows = evaluation_windows(tokenizer, str(small.text), 32)
     with pytest.raises(BadInput, match=r"was calibrated on \d+ of the documents"):
-        evaluate._check_not_calibrated_on(find_model(str(packed)), windows.document_hashes, "the text")
+        check_not_calibrated_on(find_model(str(packed)), windows.document_hashes, "the text")
     (tmp_path / "unseen.txt").write_text("w1 w2 w3 w4")
     windows = evaluation_windows(tokenizer, str(tmp_path / "unseen.txt"), 32)
-    evaluate._check_not_calibrated_on(find_model(str(packed)), windows.document_hashes, "the text")
+    check_not_calibrated_on(find_model(str(packed)), windows.document_hashes, "the text")
 
 
 def add_evaluations_quietly(folder: Path) -> None:

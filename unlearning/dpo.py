@@ -91,7 +91,7 @@ class DPO(Method["DPO.Options"]):
         return shape
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
-        sets, left_out = questions_of(read_sets(options, context), options)
+        sets, left_out = questions_of(read_sets(model, options, context), options)
         refusals = refused(sets, options.seqlen, context.generator())
         before = losses_before(model, sets.forget, context, FORGET)
         refusals_before = losses_before(model, refusals, context, REFUSAL)

@@ -47,7 +47,7 @@ class GradientDifference(Method["GradientDifference.Options"]):
         return shape
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
-        sets = read_sets(options, context)
+        sets = read_sets(model, options, context)
         with retaining(model, sets, options, context) as retain:
             return unlearn(
                 model,

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 
+from compress.engine.skeleton import check_positions
 from compress.engine.tokenizer import load_tokenizer
 from compress.method import Method, Paper, StepReport
 from compress.system.files import write_atomically
@@ -127,6 +128,10 @@ class HarryPotter(Method["HarryPotter.Options"]):
         tokenizer = load_tokenizer(context.source)
         sets = (options.forget, options.retain, options.anchors)
         material = read_material(*sets, tokenizer, options.seqlen, context.generator())
+        longest = max(
+            len(text.ids) for block in material.blocks for text in (block.original, block.translated)
+        )
+        check_positions(model.model, longest, "use a smaller seqlen, or shorter stand-ins")
         labels, reinforcing = kept_labels(material, model, options, context)
         details = material.details | {"reinforcing": reinforcing} | counts(material, labels)
         if details["changed_labels"] == 0:

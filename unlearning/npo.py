@@ -58,7 +58,7 @@ class NPO(Method["NPO.Options"]):
         return shape
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
-        sets = read_sets(options, context)
+        sets = read_sets(model, options, context)
         before = losses_before(model, sets.forget, context, FORGET)
 
         def forget(trained: nn.Module, batch: Batch) -> Tensor:

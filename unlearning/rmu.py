@@ -68,7 +68,7 @@ class RMU(Method["RMU.Options"]):
         return shape
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
-        sets = read_sets(options, context)
+        sets = read_sets(model, options, context)
         layers = range(max(0, options.layer - TRAINED_LAYERS + 1), options.layer + 1)
         before = Reference(model, sets.retain, context, RETAIN, layers.stop) if sets.retain else None
         steered = model.anatomy.layer_name(options.layer)

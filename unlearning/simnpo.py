@@ -60,7 +60,7 @@ class SimNPO(Method["SimNPO.Options"]):
         return shape
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
-        sets = read_sets(options, context)
+        sets = read_sets(model, options, context)
 
         def forget(trained: nn.Module, batch: Batch) -> Tensor:
             length = losses.lengths(batch[FORGET]["labels"])

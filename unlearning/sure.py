@@ -80,7 +80,7 @@ class Sure(Method["Sure.Options"]):
         return shape
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
-        sets = read_sets(options, context)
+        sets = read_sets(model, options, context)
         forget = forget_term(model, sets, options, context)
         found: dict[str, Any] = {}
 

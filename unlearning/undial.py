@@ -66,7 +66,7 @@ class Undial(Method["Undial.Options"]):
         return shape
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
-        sets = read_sets(options, context)
+        sets = read_sets(model, options, context)
         before = Reference(model, sets.forget, context, FORGET)
         with retaining(model, sets, options, context) as retain, model.head() as head:
 

@@ -345,10 +345,14 @@ def sequences(
     texts.
 
     Raises:
-        BadInput: a question or conversation has more than ``seqlen`` tokens, or there is no chat template.
+        BadInput: a question or conversation has more than ``seqlen`` tokens, there is no chat template, or no
+            record of a set has more than one token.
     """
     entries = records.entries if isinstance(records, Records) else records
-    return [sequence for record in entries for sequence in _sequences(record, tokenizer, seqlen)]
+    found = [sequence for record in entries for sequence in _sequences(record, tokenizer, seqlen)]
+    if isinstance(records, Records) and not found:
+        raise BadInput(f"No record of '{records.source}' has more than one token, so nothing can be learned.")
+    return found
 
 
 def _sequences(record: Record, tokenizer: PreTrainedTokenizerBase, seqlen: int) -> Iterator[TokenSequence]:

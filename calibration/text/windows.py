@@ -129,7 +129,7 @@ def evaluation_windows(
         BadInput: the source cannot be used or holds conversations.
         CompressError: the source cannot be fetched.
     """
-    _check(1, limit=1 if limit is None else limit)
+    _check(1, windows=1 if limit is None else limit)
     _check(2, context=context)
     documents = _documents(source, None if limit is None else POOL * limit * context)
     rows = _first(None if limit is None else POOL * limit, _every_token(tokenizer, documents, context))

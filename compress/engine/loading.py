@@ -30,6 +30,7 @@ from compress.storage.checkpoint import Checkpoint
 from compress.storage.formats.stacks import counts_after, prefix, sizes, stack_of, steps_within
 from compress.storage.sharded import is_sharded, read_served, read_sharded
 from compress.storage.tensors import DTYPE_NAMES
+from compress.system.device import check_device
 from compress.system.memory import parse_memory
 
 HEAD_GROUP, SMALLEST_GROUP = 64, 16
@@ -73,10 +74,12 @@ def load(
 
     Raises:
         BadInput: the folder is not a model, its files are damaged, the anatomy table does not know its
-            architecture, no size of the model fits into ``memory``, or there is no such kernel here.
+            architecture, no size of the model fits into ``memory``, or there is no such kernel or device
+            here.
         CompressError: a kernel that was asked for by name cannot be compiled.
     """
     use(kernel)
+    check_device(device)
     whole = checkpoint = open_checkpoint(path)
     dtype = _dtype(dtype or config_of(whole).dtype or torch.float32)
     if memory is not None:

@@ -8,10 +8,11 @@ import sys
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from compress.anatomy import model_class
+from compress.anatomy import anatomy_of, model_class
 from compress.engine.at_inference import AtInference, act_at_inference
 from compress.engine.key_values import KeyValueSettings, quantize_key_values
 from compress.engine.pruned import reshape
+from compress.errors import BadInput
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,21 @@ def _positions(config: PretrainedConfig) -> int:
         before = rope.get("original_max_position_embeddings") or longest
         return max(longest, int(before * rope["factor"]))
     return longest
+
+
+def check_positions(model: PreTrainedModel, length: int, advice: str) -> None:
+    """Make sure that a model has positions for a text. Rotary positions have no limit.
+
+    Args:
+        length: tokens of the text.
+        advice: what to do about a longer one, for the message.
+
+    Raises:
+        BadInput: the text is longer than the model's table of positions.
+    """
+    # Embedding tables after that of the tokens hold positions.
+    if len(anatomy_of(model.config).embeddings) > 1 and length > (longest := longest_input(model)):
+        raise BadInput(f"The model has positions for {longest} tokens, and {length} come at once; {advice}.")
 
 
 def window_length(model: PreTrainedModel, wanted: int | None, default: int) -> int:

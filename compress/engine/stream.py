@@ -28,7 +28,7 @@ from compress.engine.checks import check_finite
 from compress.engine.config import config_of
 from compress.engine.head import Head
 from compress.engine.journal import Journal
-from compress.engine.skeleton import longest_input, skeleton
+from compress.engine.skeleton import check_positions, skeleton
 from compress.engine.stand_ins import StandIn, returns_tuple
 from compress.engine.weights import Weights
 from compress.engine.windows import Windows
@@ -319,12 +319,7 @@ class StreamedModel:
                 "The text has token ids outside the model's vocabulary; use the tokenizer of this model."
             )
         count, length = windows.tokens.shape
-        # Embedding tables after that of the tokens hold positions. Rotary positions have no limit.
-        if len(self.anatomy.embeddings) > 1 and length > (longest := longest_input(self.model)):
-            raise BadInput(
-                f"The model has positions for {longest} tokens, and the windows are {length} long; use a "
-                "smaller seqlen (calibration) or context (evaluation)."
-            )
+        check_positions(self.model, length, "use a smaller seqlen (calibration) or context (evaluation)")
         batch_size = max(1, batch_tokens // length)
         stream: Stream | None = None
         padded = not bool(windows.mask.all())

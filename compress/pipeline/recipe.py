@@ -190,7 +190,7 @@ def parse_recipe(data: Mapping[str, Any]) -> Recipe:
     raw_steps = data.pop("steps", None) or []
     if not isinstance(raw_steps, list):
         raise BadInput("In the recipe, 'steps' must be a list of {method: NAME, option: value}.")
-    if data.get("model") is None:
+    if data.get("model") is None and data.keys() <= Recipe.model_fields.keys():  # no key is misspelt
         raise BadInput("The recipe names no model; add 'model: NAME' or use -m.")
     steps = [_step(number, raw) for number, raw in enumerate(raw_steps)]
     _check_order([method for method, _ in steps])

@@ -20,9 +20,11 @@ import torch
 
 import compress
 from compress.calibration.text.records import read_records, sequences
+from compress.engine.config import config_of
 from compress.engine.loading import load
 from compress.engine.opening import open_checkpoint
 from compress.engine.shape import ModelShape
+from compress.engine.skeleton import check_positions, skeleton
 from compress.engine.stream import StreamedModel
 from compress.engine.tokenizer import load_tokenizer
 from compress.errors import BadInput, CompressError
@@ -137,6 +139,8 @@ def train(
     shape = ModelShape.of(checkpoint)
     check_model(shape, options)
     examples, pad = _examples(source.folder, data, options.seqlen)
+    longest = max(len(tokens) for example in examples.values() for tokens, _ in example.sequences)
+    check_positions(skeleton(config_of(checkpoint)), longest, "use a smaller seqlen")
     priors = _priors(options.priors, examples) if options.priors is not None else None
     nothing, here = Served(prefix=[], sha256=prefix_sha256([])), machine(device)
     shards = [

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from compress.calibration.text.records import Record, TokenSequence, check_apart, read_records, sequences
+from compress.engine.skeleton import check_positions
 from compress.engine.tokenizer import load_tokenizer
 from compress.method import StepReport
 from compress.unlearning.parts.beside import RETAIN, Beside
@@ -101,11 +102,12 @@ class Sets:
     details: dict[str, Any]
 
 
-def read_sets(options: WeightedOptions, context: StepContext) -> Sets:
+def read_sets(model: StreamedModel, options: WeightedOptions, context: StepContext) -> Sets:
     """Read both sets.
 
     Raises:
-        BadInput: a set cannot be read, is empty, or shares records with the other one.
+        BadInput: a set cannot be read, is empty, shares records with the other one, or has nothing to
+            learn; or the model has no positions for so long a text.
     """
     forget = read_records(options.forget, FORGET)
     tokenizer = load_tokenizer(context.source)
@@ -119,6 +121,8 @@ def read_sets(options: WeightedOptions, context: StepContext) -> Sets:
             kept = sequences(retain, tokenizer, options.seqlen)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     parts = sequences(forget, tokenizer, options.seqlen)
+    longest = max(len(sequence.tokens) for sequence in [*parts, *kept])
+    check_positions(model.model, longest, "use a smaller seqlen")
     return Sets(forget.entries, parts, kept, tokenizer, pad or 0, details)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from compress.errors import BadInput
+from compress.errors import BadInput, CompressError
 from compress.evaluation.foreign import open_any
 from compress.evaluation.forgetting.contestants import remake, unlearning_steps
 from compress.evaluation.forgetting.grid import Way, ways_of
@@ -105,7 +105,7 @@ def _parent(lineage: Lineage) -> ModelSource:
     parent = lineage.parent
     try:
         source = find_model(parent.id, parent.revision)
-    except BadInput as error:
+    except CompressError as error:  # such as a hub that cannot be reached
         raise BadInput(
             f"The model was made from '{parent.id}', which cannot be found any more; name it with --target."
         ) from error

@@ -56,6 +56,14 @@ def folder(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "ensemble"))
 
 
+def test_records_longer_than_the_models_positions_are_refused(
+    command: Command, data: Path, write_decoder: Any, tmp_path: Path
+):
+    model = write_decoder(tmp_path / "model", "GPT2LMHeadModel", n_positions=16, num_hidden_layers=3)
+    ended = command("s3t", "train", model, data, "-o", tmp_path / "out", *SMALL)
+    assert_one_sentence(ended, 2, "The model has positions for 16 tokens")
+
+
 def stage_files(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder / "s3t")): f.read_bytes() for f in folder.glob("s3t/shard-*/*")}
 

@@ -126,6 +126,7 @@ def test_a_folder_with_the_name_of_a_bundled_recipe_does_not_hide_it(tmp_path: P
             "evaluate.suite: Input should be 'text', 'quick', 'kick' or 'kick-hub'",
         ),
         ({"model": None}, "names no model"),
+        ({"model": None, "modell": "demo"}, "There is no option 'modell'; did you mean 'model'?"),
         ({"steps": [RTN, REPLACEME]}, "'replaceme' (pruning) must come before 'rtn' (quantization): pruning"),
         ({"steps": [RTN, RTN]}, "quantized once, but the recipe has rtn and rtn"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -354,6 +355,25 @@ def test_quantized_models_and_encoders_are_refused(
         unlearned(tmp_path / "rounded" / "model", tmp_path / "none", name, **METHODS[name])
     with pytest.raises(BadInput, match="but this model makes none"):
         unlearned(tiny_encoder("BertForSequenceClassification"), tmp_path / "none", name, **METHODS[name])
+
+
+@pytest.mark.parametrize("name", [*METHODS, "harry-potter", "neuron-adjust"])
+def test_records_that_cannot_be_learned_are_refused(
+    write_decoder: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    model = write_decoder(tmp_path / "model", "GPT2LMHeadModel", n_positions=16)
+    own = {"epochs": None, "batch_size": None, "learning_rate": None}
+    options = METHODS.get(name, {} if name == "harry-potter" else own)
+
+    def refused(forget: str, words: str) -> None:
+        for kind, text in (("forget", forget), ("retain", "abcdef")):
+            (tmp_path / f"{kind}.jsonl").write_text(json.dumps({"text": text}))
+        with pytest.raises(BadInput, match=words):
+            unlearned(model, tmp_path / "none", name, **options)
+
+    if name != "dpo":  # which needs questions
+        refused("x" * 20, "The model has positions for 16 tokens, and 20 come at once; use a smaller seqlen")
+        refused("x", "has more than one token|No token of .* can be given a label")
 
 
 def test_seqlen_on_the_command_line_is_the_methods(taught: Path, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ class Kept:
         return (self.groups[:, None] * per_group + torch.arange(per_group)).flatten()
 
 
-def channels_of_groups(anatomy: Anatomy, config: Any, index: int) -> torch.Tensor:
+def channels_of_groups(config: Any, index: int) -> torch.Tensor:
     """The input channels of the attention's output projection by key-value head, in layer ``index``.
 
     Returns:
@@ -84,7 +84,7 @@ def narrow(model: StreamedModel, layer: Layer, kept: Kept) -> None:
     before = layer_shapes(config)[layer.index]
     rows = projection_rows(config, layer.index)
     columns = {
-        anatomy.attention_output: channels_of_groups(anatomy, config, layer.index)[kept.groups].flatten(),
+        anatomy.attention_output: channels_of_groups(config, layer.index)[kept.groups].flatten(),
         anatomy.down: kept.neurons,
     }
     picked = {"query": kept.heads(before), "key": kept.groups, "value": kept.groups}

@@ -146,7 +146,7 @@ class BlockPruner(Method["BlockPruner.Options"]):
         done = journal.state.get("removals", torch.empty(0)).tolist()
         removals = [Removal(int(row[0]), PARTS[int(row[1])], *row[2:]) for row in done]
         following: Removal | None = None
-        rounds = _rounds(sizes, total, options)
+        rounds = _rounds(sizes, options)
         while not _reached(removed := [removal.block for removal in removals], sizes, total, options):
             left = _candidates(removed, sizes, options)
             if not left:
@@ -212,7 +212,7 @@ def _reached(
     return options.ratio is not None and _gone(removed, sizes, total) >= options.ratio
 
 
-def _rounds(sizes: Mapping[Block, int], total: int, options: BlockPruner.Options) -> int:
+def _rounds(sizes: Mapping[Block, int], options: BlockPruner.Options) -> int:
     """How many rounds the search takes if blocks of average size go; without a target, the most it can."""
     if options.blocks is not None:
         return options.blocks

@@ -109,18 +109,7 @@ class KPrune(Method["KPrune.Options"]):
         # The text decides which units go, and so does the number of tokens, on which the FLOPs of heads
         # depend. With one token heads are cheapest, so what is too much then is always too much.
         sublayers = sublayers_of(config, 1)
-        steps = steps_of(sublayers, options)
-        total = sum(sublayer.total for sublayer in sublayers)
-        least = sum(
-            at_least(sublayer, step, options.min_heads) * sublayer.flops
-            for sublayer, step in zip(sublayers, steps, strict=True)
-        )
-        if least > (1 - options.ratio) * total:
-            raise BadInput(
-                f"A ratio of {options.ratio:g} is too much: the {options.min_heads} key-value heads that "
-                f"every layer keeps take {least / total:.1%} of the FLOPs; use a smaller ratio, min_heads or "
-                "width_multiple."
-            )
+        steps = _steps(sublayers, options)
         return plan_widths(
             shape, planned(sublayers, steps, options.ratio, options.min_heads, shape.num_layers)
         )
@@ -129,10 +118,11 @@ class KPrune(Method["KPrune.Options"]):
         windows = context.calibration
         assert windows is not None  # the method needs calibration
         sublayers = sublayers_of(model.config, windows.tokens.shape[1])
+        steps = _steps(sublayers, options)
         total = sum(sublayer.total for sublayer in sublayers)
         journal = context.journal("prune")
         journal.state["budget"] = torch.tensor(total - round(options.ratio * total))
-        pruning = Pruning(model, windows, sublayers, journal.state, options, context)
+        pruning = Pruning(model, windows, sublayers, steps, journal.state, options, context)
         # Gradients go back from the last layer to the present one, so a layer takes as long as are left.
         walk = model.walk(
             journal, pruning.dense, pruning.student, label="pruning", share=lambda done: 1 - (1 - done) ** 2
@@ -165,6 +155,27 @@ class KPrune(Method["KPrune.Options"]):
         return StepReport(summary, details)
 
 
+def _steps(sublayers: Sequence[Sublayer], options: KPrune.Options) -> list[int]:
+    """How many units of each sublayer go together.
+
+    Raises:
+        BadInput: the heads that every layer keeps take more than the ratio leaves.
+    """
+    steps = steps_of(sublayers, options)
+    total = sum(sublayer.total for sublayer in sublayers)
+    least = sum(
+        at_least(sublayer, step, options.min_heads) * sublayer.flops
+        for sublayer, step in zip(sublayers, steps, strict=True)
+    )
+    if least > (1 - options.ratio) * total:
+        raise BadInput(
+            f"A ratio of {options.ratio:g} is too much: the {options.min_heads} key-value heads that every "
+            f"layer keeps take {least / total:.1%} of the FLOPs; use a smaller ratio, min_heads or "
+            "width_multiple."
+        )
+    return steps
+
+
 class Pruning:
     """K-prune at work: the text goes through the dense model and the student in lockstep.
 
@@ -172,6 +183,7 @@ class Pruning:
         model: the dense model.
         windows: the calibration text.
         sublayers: the sublayers of the model, bottom-up.
+        steps: for every sublayer how many units go together.
         state: of the journal: ``budget``, bool [units] for every sublayer that has been pruned, and the
             damping of those that were tuned, -1 where the present values were better than any.
         options: options of the method.
@@ -183,11 +195,12 @@ class Pruning:
         model: StreamedModel,
         windows: Windows,
         sublayers: Sequence[Sublayer],
+        steps: Sequence[int],
         state: dict[str, torch.Tensor],
         options: KPrune.Options,
         context: StepContext,
     ) -> None:
-        self.model, self.windows, self.sublayers = model, windows, sublayers
+        self.model, self.windows, self.sublayers, self.steps = model, windows, sublayers, steps
         self.state, self.options, self.context = state, options, context
         self.divergence = Divergence(model.config, windows, options.temperature, context.seed)
         self.teacher = self._teacher() if options.ratio else None
@@ -200,7 +213,6 @@ class Pruning:
         self.scratch = held.pop("scratch")
         self.targets = held
         self.halves = halves_of(windows)
-        self.steps = steps_of(sublayers, options)
         if options.ratio and options.tune and options.damping is None and len(windows) < 2:
             raise BadInput("With one calibration window none can be held out; use more, or set damping.")
 

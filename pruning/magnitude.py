@@ -97,7 +97,7 @@ def mean_squares(model: StreamedModel, layer: Layer) -> Scores:
         return torch.cat(parts, 1).mean(1)
 
     neurons = torch.arange(len(rows["up"]))[:, None]
-    groups = channels_of_groups(anatomy, config, layer.index)
+    groups = channels_of_groups(config, layer.index)
     return Scores(
         score(anatomy.attention_output, groups, "query", "key", "value"),
         score(anatomy.down, neurons, "gate", "up"),

@@ -90,13 +90,12 @@ class GPTQ(Method["GPTQ.Options"]):
                 )
             for together in [[paths] for paths in groups] if options.true_sequential else [groups]:
                 hessians = [Hessian(inputs.get(paths[0])) for paths in together]
-                self._quantize(model, layer, stream, together, hessians, packer, options)
+                self._quantize(layer, stream, together, hessians, packer, options)
             stream.advance(layer)
         return packer.finish(model, stream, options)
 
     @staticmethod
     def _quantize(
-        model: StreamedModel,
         layer: Layer,
         stream: Stream,
         groups: list[list[str]],

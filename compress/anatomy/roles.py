@@ -93,6 +93,15 @@ class Anatomy:
         index = name.removeprefix(before).partition(".")[0] if name.startswith(before) else ""
         return int(index) if index.isdigit() else -1
 
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Every name of the head, in files and in classes; none if there is no head."""
+        return (self.head, *self.head_aliases) if self.head else ()
+
+    def names_of(self, module: str) -> tuple[str, ...]:
+        """Every name, in files and in classes, of a module of the full model; only the head has several."""
+        return self.heads if module in self.heads else (module,)
+
     def located(self, names: Iterable[str]) -> Anatomy:
         """The same anatomy with ``head`` as the tensor ``names`` of a checkpoint have it.
 
@@ -100,7 +109,8 @@ class Anatomy:
         """
         modules = {name.rpartition(".")[0] for name in names}  # not only of ``.weight``: it may be packed
         aliases = (alias for alias in self.head_aliases if alias in modules)
-        return replace(self, head=self.head and next(aliases, self.head))
+        head = self.head and next(aliases, self.head)
+        return replace(self, head=head, head_aliases=tuple(name for name in self.heads if name != head))
 
     @property
     def linear_paths(self) -> tuple[str, ...]:

@@ -96,7 +96,7 @@ class RepackedTarget(FolderTarget[Chosen]):
 
     def converted(self, model: ExportedModel, options: Chosen) -> tuple[Converted, tuple[str, ...]]:
         self.refuse(model)
-        anatomy, around, notes = model.shape.anatomy, set[str](), dict.fromkeys(self.rounding(model))
+        anatomy, notes = model.shape.anatomy, dict.fromkeys(self.rounding(model))
         stored: dict[str, Stored] = {}
         made: list[Made] = []
         dense: list[str] = []
@@ -107,8 +107,6 @@ class RepackedTarget(FolderTarget[Chosen]):
                 continue
             here = model.table if self.packs_tables and anatomy.tied and name == anatomy.head else name
             stored[here] = self.stored(model, name, form, options)
-            if name not in model.linears:
-                around.add(here)
             made.append(self._made(model, name, here, stored[here]))
             if form.bits != stored[here].form.bits:
                 wider = f"Codes of {form.bits} bits are stored in {stored[here].form.bits} bits."
@@ -122,13 +120,14 @@ class RepackedTarget(FolderTarget[Chosen]):
             for key, value in model.checkpoint.config.items()
             if key not in ("quantization_config", "quantization") and (key != KEY or self.rounds_cache)
         }
-        forms = {name: each.form for name, each in stored.items()}
+        forms = {each: there.form for name, there in stored.items() for each in anatomy.names_of(name)}
+        outside = (each for name in linears_outside(model.shape) for each in anatomy.names_of(name))
         config = self.declared(
             config,
-            {name: form for name, form in forms.items() if name not in around},
-            {name: form for name, form in forms.items() if name in around},
+            {name: form for name, form in forms.items() if name in model.linears},
+            {name: form for name, form in forms.items() if name not in model.linears},
             [name for name in model.linears if name not in stored],
-            [name for name in linears_outside(model.shape) if name not in stored],
+            [name for name in outside if name not in forms],
         )
         kept = [name for name in model.checkpoint.tensors if name not in gone]
         return Converted(model.checkpoint, config, kept, made), tuple(notes)

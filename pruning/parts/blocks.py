@@ -55,8 +55,9 @@ def _parameters(layer: Layer) -> int:
 def plan_without_blocks(shape: ModelShape, removed: Collection[Block]) -> ModelShape:
     """The shape of the model when the blocks ``removed`` are gone.
 
-    A layer that loses both blocks is removed itself, unless it has norms behind its residual sums. If only
-    whole layers are removed, the result is the plain architecture.
+    A layer that loses both blocks is removed itself, unless it has norms behind its residual sums, or the
+    index of a layer scales its attention. If only whole layers are removed, the result is the plain
+    architecture.
 
     Raises:
         BadInput: the model is quantized, or these layers cannot be removed (see `plan_without_layers`).
@@ -90,7 +91,9 @@ def remove_blocks(draft: Draft, removed: Collection[Block]) -> None:
 
 
 def _empty_layers(shape: ModelShape, removed: Collection[Block]) -> set[int]:
-    if not shape.anatomy.norm_first:
+    # Norms behind residual sums act on their own, and an index that scales attention must not change.
+    scaled = getattr(shape.pretrained_config, "scale_attn_by_inverse_layer_idx", False)
+    if scaled or not shape.anatomy.norm_first:
         return set()
     left = {block.layer for block in block_parameters(shape).keys() - set(removed)}
     return {block.layer for block in removed} - left

@@ -64,14 +64,14 @@ def channels_of(
 
 def unit_scores(model: StreamedModel, index: int, attention: torch.Tensor, mlp: torch.Tensor) -> Scores:
     """The scores of a layer's units: the mean of the scores of each unit's channels."""
-    channels = channels_of_groups(model.anatomy, model.config, index)
+    channels = channels_of_groups(model.config, index)
     return Scores(attention[channels].mean(1), mlp)
 
 
 def pruned_inputs(model: StreamedModel, layer: Layer, kept: Kept) -> dict[str, torch.Tensor]:
     """Path of every output projection that loses channels -> the channels that it keeps, int64."""
     anatomy = model.anatomy
-    groups = channels_of_groups(anatomy, model.config, layer.index)
+    groups = channels_of_groups(model.config, layer.index)
     columns = {anatomy.attention_output: groups[kept.groups].flatten(), anatomy.down: kept.neurons}
     return {
         path: stay

@@ -61,7 +61,7 @@ def sublayers_of(config: PretrainedConfig, tokens: int) -> list[Sublayer]:
     for index, shape in enumerate(layer_shapes(config)):
         group, neuron = unit_flops(config, index, tokens)
         if shape.num_key_value_heads:
-            channels = channels_of_groups(anatomy, config, index)
+            channels = channels_of_groups(config, index)
             heads = shape.num_attention_heads // shape.num_key_value_heads
             output = anatomy.attention_output
             sublayers.append(Sublayer(index, "attention", output, channels, group, heads))

@@ -41,6 +41,8 @@ from compress.storage.tensors import DTYPES, TensorInfo
 if TYPE_CHECKING:
     from compress.method import StepContext
 
+KEEP_HEADS = "use remove_heads: 0 in UL-MM or depth-first, or shape: heterogeneous."
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -61,7 +63,7 @@ class Kept:
         return (self.groups[:, None] * per_group + torch.arange(per_group)).flatten()
 
 
-def channels_of_groups(anatomy: Anatomy, config: Any, index: int) -> torch.Tensor:
+def channels_of_groups(config: Any, index: int) -> torch.Tensor:
     """The input channels of the attention's output projection by key-value head, in layer ``index``.
 
     Returns:
@@ -82,7 +84,7 @@ def narrow(model: StreamedModel, layer: Layer, kept: Kept) -> None:
     before = layer_shapes(config)[layer.index]
     rows = projection_rows(config, layer.index)
     columns = {
-        anatomy.attention_output: channels_of_groups(anatomy, config, layer.index)[kept.groups].flatten(),
+        anatomy.attention_output: channels_of_groups(config, layer.index)[kept.groups].flatten(),
         anatomy.down: kept.neurons,
     }
     picked = {"query": kept.heads(before), "key": kept.groups, "value": kept.groups}
@@ -246,7 +248,7 @@ def obstacle(shape: ModelShape, kept: Sequence[Kept], biases: Sequence[set[str]]
     if after[0].num_attention_heads != before[0].num_attention_heads and not anatomy.has_head_dim:
         return (
             f"In a plain {kind} model heads are as wide as hidden_size / heads, so none can be taken out; "
-            "use shape: heterogeneous."
+            f"{KEEP_HEADS}"
         )
     added = set[str]().union(*biases)
     missing = [path for path in sorted(added) if _bias_key(anatomy, path) is None]
@@ -260,7 +262,7 @@ def obstacle(shape: ModelShape, kept: Sequence[Kept], biases: Sequence[set[str]]
     except BadInput:  # the class of its config refuses it
         return (
             f"A plain {kind} model with a hidden_size of {shape.sizes.hidden_size} cannot have "
-            f"{after[0].num_attention_heads} heads; use shape: heterogeneous."
+            f"{after[0].num_attention_heads} heads; {KEEP_HEADS}"
         )
     return None
 

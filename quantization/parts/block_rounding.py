@@ -42,7 +42,7 @@ def round_with_feedback(
     if upper is None:
         raise BadInput(f"The inputs of '{name}' are too alike for error feedback; use more calibration text.")
     upper = upper.float()
-    step, offset = (None if part is None else _by_column(part, len(dense), kind) for part in fields.grid())
+    step, offset = (None if part is None else _by_column(part, len(dense)) for part in fields.grid())
     assert step is not None
     inverse = step.reciprocal()
     inverse.masked_fill_(~inverse.isfinite(), 0)
@@ -68,6 +68,6 @@ def round_with_feedback(
     return Fields(codes, fields.scale, fields.minimum, fields.group_scales, fields.group_minima)
 
 
-def _by_column(values: torch.Tensor, out: int, kind: BlockType) -> torch.Tensor:
+def _by_column(values: torch.Tensor, out: int) -> torch.Tensor:
     """Numbers of groups [N, groups of a block] as [groups of a row, out]."""
     return values.reshape(out, -1).T.contiguous()

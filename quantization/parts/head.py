@@ -29,7 +29,7 @@ FEW_LEVELS = 16
 def is_head(anatomy: Anatomy, name: str) -> bool:
     """Whether a table is the projection to the vocabulary of a decoder, perhaps among others."""
     decodes = anatomy.kind == "decoder" and anatomy.head is not None
-    return decodes and (anatomy.tied or name in (anatomy.head, *anatomy.head_aliases))
+    return decodes and (anatomy.tied or name in anatomy.heads)
 
 
 @torch.no_grad()

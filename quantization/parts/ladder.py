@@ -160,7 +160,7 @@ class CodesLadder:
         if tables == "none":
             return options, []
         anatomy = self.shape.anatomy
-        kept = anatomy.head in linears_to_pack(self.shape, options.ignore)[1]
+        kept = any(name in anatomy.heads for name in linears_to_pack(self.shape, options.ignore)[1])
         embedding = tables == "all" and not (anatomy.tied and kept)
         head = anatomy.head is not None and not anatomy.tied and not kept
         options = options.model_copy(update={"embedding_bits": None, "lm_head_bits": None})

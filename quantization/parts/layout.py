@@ -70,7 +70,7 @@ def plan_layout(shape: ModelShape, options: WeightOptions, activation_bits: int 
     anatomy = shape.anatomy
     table = anatomy.in_model(anatomy.embeddings[0])
     packs_head = anatomy.head in around or (anatomy.tied and around)
-    heads = {anatomy.head, *anatomy.head_aliases} if packs_head else set()
+    heads = anatomy.heads if packs_head else ()
     if kept := [name for name in skipped if name in heads]:
         raise BadInput(
             f"The option 'ignore' keeps '{kept[0]}', but lm_head_bits or embedding_bits packs it; drop one "
@@ -185,10 +185,10 @@ def packed_shape(shape: ModelShape, layout: Layout) -> ModelShape:
     Raises:
         BadInput: a linear does not fit its format.
     """
-    config = dict(shape.config)
-    config["quantization_config"] = layout.default.describe(
-        layout.linears, layout.around, layout.kept, layout.outside
-    )
+    config, names_of = dict(shape.config), shape.anatomy.names_of
+    around = {each: form for name, form in layout.around.items() for each in names_of(name)}
+    outside = [each for name in layout.outside for each in names_of(name)]
+    config["quantization_config"] = layout.default.describe(layout.linears, around, layout.kept, outside)
     formats, packed = layout.linears | layout.around, dict[str, TensorInfo]()
     for name, (size, dtype) in stored_weights(shape, formats).items():
         packed |= formats[name].tensor_infos(name, size, dtype)

@@ -53,7 +53,7 @@ def freebase(questions: Dataset) -> Dataset:
         names = [name for answer in first for name in answer["AnswersName"]]
         return {"question": row["RawQuestion"], "answers": names}
 
-    return _made(questions, [one(row) for row in questions], lambda row: row["answers"] and row["question"])
+    return _made([one(row) for row in questions], lambda row: row["answers"] and row["question"])
 
 
 def trivia(questions: Dataset) -> Dataset:
@@ -65,7 +65,7 @@ def trivia(questions: Dataset) -> Dataset:
         answers = list(dict.fromkeys([answer["value"], *answer["aliases"]]))
         return {"question": row["question"], "answers": answers, "passage": "\n".join(pages)[:CONTEXT]}
 
-    return _made(questions, [one(row) for row in questions], lambda row: row["answers"] and row["question"])
+    return _made([one(row) for row in questions], lambda row: row["answers"] and row["question"])
 
 
 def with_passage(questions: Dataset) -> Dataset:
@@ -91,7 +91,7 @@ def long_stories(stories: Dataset) -> Dataset:
 def instructions(questions: Dataset) -> Dataset:
     """The 80 questions of Vicuna's blog."""
     rows = [{"instruction": row["turns"][0], "category": row["category"]} for row in questions]
-    return _made(questions, rows, lambda row: row["instruction"])
+    return _made(rows, lambda row: row["instruction"])
 
 
 def first_turn(conversations: Dataset) -> Dataset:
@@ -119,7 +119,7 @@ def mmlu(**metadata: object) -> dict[str, Dataset]:
     for row in data["dev"]:
         shown[row["subject"]].append(row)
     rows = [{**row, "header": header(row["subject"], shown[row["subject"]])} for row in data["test"]]
-    return {"test": _made(data["test"], rows, lambda row: (row["subject"], row["question"], *row["choices"]))}
+    return {"test": _made(rows, lambda row: (row["subject"], row["question"], *row["choices"]))}
 
 
 def header(subject: str, examples: list[dict[str, Any]]) -> str:
@@ -147,7 +147,7 @@ def _stories(stories: Dataset, least: int, most: int | None) -> Dataset:
         length = len(story.split())
         if least <= length and (most is None or length <= most) and len(found) < STORIES:
             found.setdefault(story, {"story": story, "summary": row["highlights"], "words": WORDS})
-    return _made(stories, list(found.values()), lambda row: row["story"])
+    return _made(list(found.values()), lambda row: row["story"])
 
 
 def _turns(conversations: Dataset, prompt: Any) -> Dataset:
@@ -158,10 +158,10 @@ def _turns(conversations: Dataset, prompt: Any) -> Dataset:
             if row[f"model_{side}"] == FIRST_REPLY and len(talk) >= 3:
                 found.setdefault(row["question_id"], {"id": row["question_id"], "instruction": prompt(talk)})
     rows = [found[number] for number in sorted(found)]
-    return _made(conversations, rows, lambda row: row["instruction"])
+    return _made(rows, lambda row: row["instruction"])
 
 
-def _made(old: Dataset, rows: list[dict[str, Any]], key: Any) -> Dataset:
+def _made(rows: list[dict[str, Any]], key: Any) -> Dataset:
     """A data set of the rows that have a key, each key once."""
     from datasets import Dataset
 

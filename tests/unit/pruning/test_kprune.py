@@ -63,6 +63,15 @@ def test_heads_that_take_more_than_is_left_are_refused_in_the_plan(tiny_decoder:
         KPrune().plan(shape, KPrune.Options(ratio=0.8, min_heads=2))
 
 
+def test_heads_that_take_more_than_is_left_at_the_length_of_the_text_are_refused(
+    tiny_decoder: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = tiny_decoder(intermediate_size=48)
+    KPrune().plan(ModelShape.of(Checkpoint.open(model)), KPrune.Options(ratio=0.4, min_heads=2))
+    with pytest.raises(BadInput, match="the 2 key-value heads that every layer keeps take"):
+        pruned(model, tmp_path / "out", ratio=0.4, min_heads=2)
+
+
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5])
 def test_the_plan_is_near_the_ratio(tiny_decoder: Callable[..., Path], ratio: float) -> None:
     shape = ModelShape.of(Checkpoint.open(tiny_decoder(intermediate_size=512, num_hidden_layers=4)))

@@ -181,7 +181,7 @@ def masked(source: Path, choose: Callable[[Any], list[Kept]], bias: float | None
     model = compress.load(source)
     anatomy, kept = anatomy_of(model.config), choose(model.config)
     for index, layer in enumerate(model.base_model.get_submodule(anatomy.layers)):
-        channels = channels_of_groups(anatomy, model.config, index)[kept[index].groups].flatten()
+        channels = channels_of_groups(model.config, index)[kept[index].groups].flatten()
         for path, stay in ((anatomy.attention_output, channels), (anatomy.down, kept[index].neurons)):
             linear = layer.get_submodule(path)
             mask = torch.zeros(weight(linear).shape[1]).index_fill(0, stay, 1)

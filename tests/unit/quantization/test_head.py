@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import compress
+from compress.cli import cli
 from compress.engine.shape import ModelShape
 from compress.quantization.parts.gguf_ladder import GGUFLadder
 from compress.quantization.parts.ladder import CodesLadder
@@ -23,6 +25,7 @@ from compress.sources.find import find_model
 from compress.storage.checkpoint import Checkpoint
 
 TABLES = {True: "model.embed_tokens.weight", False: "lm_head.weight"}
+NAMES = {"embed_out", "lm_head"}
 
 
 @torch.no_grad()
@@ -120,21 +123,55 @@ def test_ladders_round_heads_as_methods_and_files_do(
         assert found < 0.9 * expected
 
 
-def test_a_head_is_rounded_alike_under_both_of_its_names(
-    tmp_path: Path, write_decoder: Callable[..., Path]
-) -> None:
-    """Files of Pythia call it ``embed_out``, and the class of transformers calls it ``lm_head``."""
+@pytest.fixture
+def both_names(tmp_path: Path, write_decoder: Callable[..., Path]) -> list[Path]:
+    """One model twice. Files of Pythia call its head ``embed_out``, the class of transformers ``lm_head``."""
     stored = write_decoder(tmp_path / "one", "GPTNeoXForCausalLM", tie_word_embeddings=False)
     weights = load_file(stored / "model.safetensors")
-    ours = next(name for name in ("embed_out.weight", "lm_head.weight") if name in weights)
-    other = {"embed_out.weight": "lm_head.weight", "lm_head.weight": "embed_out.weight"}[ours]
+    ours = next(name for name in NAMES if f"{name}.weight" in weights)
+    (other,) = NAMES - {ours}
     renamed = tmp_path / "two"
     shutil.copytree(stored, renamed)
-    save_file({other if k == ours else k: v for k, v in weights.items()}, renamed / "model.safetensors")
+    weights[f"{other}.weight"] = weights.pop(f"{ours}.weight")
+    save_file(weights, renamed / "model.safetensors")
+    return [stored, renamed]
+
+
+def test_a_head_is_rounded_alike_under_both_of_its_names(tmp_path: Path, both_names: list[Path]) -> None:
     step = {"method": "gptq", "bits": 4, "lm_head_bits": 4, "group_size": 16}
     heads = []
-    for model in (stored, renamed):
+    for model in both_names:
         output = tmp_path / f"{model.name}-4"
-        compress.run({"model": str(model), "steps": [step], "calibration": calibration(stored)}, output)
+        compress.run({"model": str(model), "steps": [step], "calibration": calibration(model)}, output)
         heads.append(table(output, tied=False))
     assert torch.equal(*heads)
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])  # 4 bits are in one group with the linears
+def test_a_head_is_declared_by_both_of_its_names(
+    tmp_path: Path, both_names: list[Path], bits: int | None
+) -> None:
+    tokens = torch.arange(24).view(2, 12)
+    for model in both_names:
+        output, exported = tmp_path / f"{model.name}-packed", tmp_path / f"{model.name}-exported"
+        step = {"method": "rtn", "bits": 4, "lm_head_bits": bits, "group_size": 16, "symmetric": True}
+        compress.run({"model": str(model), "steps": [step]}, output)
+        command = ["export", str(output), "--format", "compressed-tensors", "-o", str(exported)]
+        done = CliRunner().invoke(cli, [*command, "--no-verify"])
+        assert done.exit_code == 0, done.output
+        for folder in (output, exported):
+            section = json.loads((folder / "config.json").read_text())["quantization_config"]
+            targets = {name for group in section["config_groups"].values() for name in group["targets"]}
+            assert set(section["ignore"]) == (NAMES if bits is None else set())
+            assert targets == {"Linear", *(NAMES if bits else ())}
+            packed = compress.load(folder, dtype="float32", kernel="reference")
+            stock = AutoModelForCausalLM.from_pretrained(folder)
+            with torch.no_grad():
+                assert torch.allclose(packed(tokens).logits, stock(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_that_is_ignored_by_its_other_name_is_not_mixed(both_names: list[Path]) -> None:
+    for model in both_names:
+        shape = ModelShape.of(Checkpoint.open(model))
+        options = RoundToNearest.Options(group_size=16, ignore=["lm_head"])
+        assert not NAMES & CodesLadder(shape, options, [3, 4], tables="all", calibrated=False).sizes.keys()

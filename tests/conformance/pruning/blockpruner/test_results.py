@@ -199,6 +199,21 @@ def test_whole_layers_leave_the_plain_architecture(folders: dict[str, Path], lik
     assert torch.equal(streamed_logits(run.draft, likely), streamed_logits(short, likely))
 
 
+def test_layers_keep_their_numbers_where_attention_is_scaled_by_them(
+    folders: dict[str, Path], tmp_path: Path
+):
+    folder = tmp_path / "scaled"
+    model = hf.AutoModelForCausalLM.from_pretrained(folders["gpt2"], scale_attn_by_inverse_layer_idx=True)
+    model.save_pretrained(folder)
+    assert plan(folder, blocks=4).num_layers == LAYERS
+    report, run = applied(folder, tmp_path / "step", blocks=4)  # at least one layer loses both
+    removed = [block for block, _ in order(report)]
+    with torch.inference_mode():
+        logits = written(run, folder, tmp_path / "artefact")(WINDOWS.tokens[:2]).logits
+    expected = logits_without("gpt2", folder, removed, WINDOWS.tokens[:2])
+    torch.testing.assert_close(logits.double(), expected, atol=1e-4, rtol=1e-4)
+
+
 # Refused, planned, and the whole way through.
 
 

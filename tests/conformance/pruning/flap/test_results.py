@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from pydantic import ValidationError
 
 from compress.engine import activations
@@ -21,7 +22,7 @@ from compress.storage.checkpoint import Checkpoint
 from compress.storage.draft import Draft
 
 from ...common import Killed, Moments, assert_same_draft
-from .common import FAMILIES, LAYERS, LENGTHS, PUBLISHED, WINDOWS, Applied, applied, windows_of
+from .common import FAMILIES, HIDDEN, LAYERS, LENGTHS, PUBLISHED, SIZE, WINDOWS, Applied, applied, windows_of
 
 # What holds for any result.
 
@@ -231,6 +232,26 @@ def test_what_a_model_does_not_allow_is_refused_in_the_plan(
 ):
     with pytest.raises(BadInput, match=words):
         plan(folders[family], **options)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        hf.OPTConfig(**SIZE, ffn_dim=64, word_embed_proj_dim=HIDDEN, max_position_embeddings=32),
+        hf.GPTNeoXConfig(**SIZE, intermediate_size=64),
+        hf.LlamaConfig(**SIZE, intermediate_size=64),  # three heads would not divide hidden_size
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_where_a_plain_model_must_keep_its_heads_the_option_that_does_is_named(
+    config: hf.PretrainedConfig, tmp_path: Path
+):
+    hf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match="use remove_heads: 0 in UL-MM or depth-first, or"):
+        plan(tmp_path, ratio=0.3, shape="uniform")
+    for structure in (None, "UL-MM", "depth-first"):
+        planned = plan(tmp_path, ratio=0.3, shape="uniform", structure=structure, remove_heads=0)
+        assert not planned.is_pruned
 
 
 def test_a_quantized_model_is_refused(folders: dict[str, Path]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from pydantic import ValidationError
 
 from compress.engine.shape import ModelShape
 from compress.errors import BadInput, CompressError
+from compress.pruning.parts.blocks import Block, remove_blocks
 from compress.pruning.replaceme import ReplaceMe, merge
 from compress.storage.checkpoint import Checkpoint
+from compress.storage.draft import Draft
+from compress.storage.writer import write_weights
 
 from .common import (
     HIDDEN,
@@ -129,3 +133,33 @@ def test_a_post_norm_model_is_refused(tmp_path: Path):
     folder = folder_of(random_model(config), tmp_path)
     with pytest.raises(BadInput, match=r"post-norm.*transform: none"):
         plan(folder, layers=2)
+
+
+def with_mlp_in(layer: int, folder: Path, work: Path) -> Path:
+    """A copy of a model in which this layer alone has an MLP."""
+    draft, pruned = Draft(Checkpoint.open(folder), work / "draft"), work / "pruned"
+    remove_blocks(draft, [Block(index, "mlp") for index in range(LAYERS) if index != layer])
+    pruned.mkdir()
+    write_weights(draft, pruned)
+    (pruned / "config.json").write_text(json.dumps(draft.config))
+    return pruned
+
+
+@pytest.mark.parametrize(("family", "transform"), [("llama", "least-squares"), ("neox", "auto")])
+def test_a_map_is_folded_only_into_a_layer_with_an_mlp(
+    family: str, transform: str, folders: dict[str, Path], tmp_path: Path
+):
+    pruned = with_mlp_in(3, folders[family], tmp_path)
+    found = applied(pruned, tmp_path / "step", layers=1, transform=transform).report
+    assert found.details["cuts"] == [{"layer": 3, "removed": [4]}]
+
+
+@pytest.mark.parametrize(("layer", "options"), [(5, {"layers": 1}), (3, {"layers": 4, "transforms": 2})])
+def test_maps_without_an_mlp_to_be_folded_into_are_refused(
+    layer: int, options: dict[str, Any], folders: dict[str, Path], tmp_path: Path
+):
+    pruned = with_mlp_in(layer, folders["llama"], tmp_path)
+    with pytest.raises(BadInput, match="too few layers with an MLP"):
+        applied(pruned, tmp_path / "step", **options)
+    draft = applied(pruned, tmp_path / "plain", transform="none", **options).run.draft
+    assert draft.config["num_hidden_layers"] == LAYERS - options["layers"]

@@ -35,7 +35,8 @@ class SimNPO(Method["SimNPO.Options"]):
         −(2/β) log σ(β (N / T − δ))
 
     Against NPO, long answers count no more than short ones, and answers that were unlikely from the start
-    have little gradient. The retain term is that of gradient difference.
+    have little gradient. The retain term is that of gradient difference. The paper takes a forget weight of
+    0.125 and a margin of 0, with which records stay likelier than for a model that never learned them.
     """
 
     name = "simnpo"
@@ -47,10 +48,9 @@ class SimNPO(Method["SimNPO.Options"]):
     needs_package = "peft"
 
     class Options(RetainLossOptions):
-        forget_weight: PositiveFloat = Field(0.125, description="weight of the loss of the records to forget")
         beta: PositiveFloat = Field(4.5, description="inverse temperature")
         margin: NonNegativeFloat = Field(
-            0.0,
+            2.0,
             description="δ, nats per token: the larger, the more unlikely a record must become before its "
             "gradient fades",
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from compress.method import Method, Paper, StepReport
@@ -36,7 +36,8 @@ class Undial(Method["Undial.Options"]):
         softmax(z − β · onehot(x_t))
 
     Unlike gradient ascent this has a minimum, so training does not run away. The hidden states behind z are
-    computed once, layer by layer; beside the model that is trained only a frozen head is in memory.
+    computed once, layer by layer; beside the model that is trained only a frozen head is in memory. The paper
+    trains on nothing to retain (``--retain-weight 0``), which costs utility.
     """
 
     name = "undial"
@@ -49,14 +50,6 @@ class Undial(Method["Undial.Options"]):
     needs_package = "peft"
 
     class Options(RetainLossOptions):
-        learning_rate: PositiveFloat = Field(
-            1e-4, description="learning rate at the first step; it falls to 0 along a line"
-        )
-        retain_weight: NonNegativeFloat = Field(
-            0.0,
-            description="weight of the loss of the records to retain; with 0, as published, nothing is "
-            "trained on them, and no such set is needed",
-        )
         beta: PositiveFloat = Field(
             10.0, description="how far the logit of a token to forget is lowered in the target, nats"
         )

@@ -22,8 +22,9 @@ sys.path.insert(0, str(ROOT / "scripts" / "data"))
 from make_people_models import reference_model
 
 SURVIVE = {"survive": ["int4:64", "int3:64"]}
-LARGER = {"learning_rate": 2e-4, "epochs": 12, "retain_weight": 6}
-LOW_RANK = {"train": "lora", "gradient_checkpointing": True}
+PUBLISHED = {"learning_rate": 1e-5, "epochs": 10, "retain_weight": 1}
+SMALL = {"forget_weight": 0.125, "margin": 0}
+LOW_RANK = {"train": "lora", "gradient_checkpointing": True, "epochs": 10, "retain_weight": 1}
 GRADIENT_METHODS = ("gradient-difference", "npo", "simnpo", "rmu", "undial", "dpo", "sure")
 AFTER = "after "
 BEYOND = ("int2", "prune50")
@@ -40,13 +41,11 @@ class Row(NamedTuple):
 
 ROWS = [
     *(Row(method, {"method": method}) for method in GRADIENT_METHODS),
-    Row("npo, larger steps", {"method": "npo", **LARGER}),
+    Row("npo, as published", {"method": "npo", **PUBLISHED}),
+    Row("simnpo, as published", {"method": "simnpo", **PUBLISHED, **SMALL}),
     Row("npo, low rank", {"method": "npo", **LOW_RANK}),
     Row("harry-potter", {"method": "harry-potter"}),
-    *(
-        Row(f"{method}, through rounding", {"method": method, **LARGER, **SURVIVE})
-        for method in GRADIENT_METHODS[:-1]
-    ),
+    *(Row(f"{method}, through rounding", {"method": method, **SURVIVE}) for method in GRADIENT_METHODS[:-1]),
     Row("harry-potter, through rounding", {"method": "harry-potter", **SURVIVE}),
     Row("neuron-adjust", {"method": "neuron-adjust"}),
     Row("key-space", {"method": "key-space"}),

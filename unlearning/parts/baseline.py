@@ -57,7 +57,7 @@ class WeightedOptions(TrainingOptions):
     )
     forget_weight: PositiveFloat = Field(1.0, description="weight of the loss of the records to forget")
     retain_weight: NonNegativeFloat = Field(
-        1.0,
+        6.0,
         description="weight of the loss of the records to retain; with 0 nothing is trained on them, and no "
         "such set is needed",
     )

@@ -39,13 +39,29 @@ class ForgetOptions(MethodOptions):
         }
 
 
-def rate_option(full: float) -> Any:
-    """The option ``learning_rate``, with its default for training all weights."""
+def rate_option(full: float | None = None) -> Any:
+    """The option ``learning_rate``.
+
+    Args:
+        full: its default for training all weights; None takes `rate_for` the model.
+    """
+    usual = f"{rate_for(576):g} where the hidden size is 576, {rate_for(4096):.2g} where it is 4096"
     return Field(
         default_factory=lambda given: LOW_RANK_LEARNING_RATE if given.get("train") == "lora" else full,
-        description="learning rate at the first step; it falls to 0 along a line. For low-rank updates it is "
-        f"{LOW_RANK_LEARNING_RATE:g} by default",
+        description="learning rate at the first step; it falls to 0 along a line. By default "
+        f"{LOW_RANK_LEARNING_RATE:g} for low-rank updates, and for all weights "
+        f"{usual if full is None else f'{full:g}'}",
     )
+
+
+def rate_for(width: int) -> float:
+    """The learning rate for all weights of a model, unless another one is asked for.
+
+    At the hidden size of 4096, that of the models in most papers, it is what these take (1e-5). The
+    smaller a model, the larger the steps that it needs: so small ones would change little on the offline
+    benchmark's model, whose hidden size is 576.
+    """
+    return 2e-4 * (576 / width) ** 1.5
 
 
 class TrainingOptions(ForgetOptions):
@@ -55,8 +71,8 @@ class TrainingOptions(ForgetOptions):
         "full", description="train all weights, or low-rank updates of the linears' weights"
     )
     rank: PositiveInt = Field(32, description="rank of the low-rank updates (--train lora)")
-    learning_rate: PositiveFloat = rate_option(1e-5)
-    epochs: PositiveInt = Field(10, description="number of passes over the records to forget")
+    learning_rate: PositiveFloat | None = rate_option()
+    epochs: PositiveInt = Field(12, description="number of passes over the records to forget")
     batch_size: PositiveInt = Field(8, description="records to forget in a step, beside as many to retain")
     max_gradient_norm: PositiveFloat = Field(
         1.0, description="gradients above this norm are scaled down to it"

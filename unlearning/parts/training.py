@@ -19,6 +19,7 @@ from compress.engine.weights import Weights
 from compress.errors import CompressError
 from compress.storage.tensors import DTYPES
 from compress.unlearning.parts.losses import predicts_scored
+from compress.unlearning.parts.options import rate_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
@@ -52,7 +53,7 @@ class HowToTrain(Protocol):
     @property
     def rank(self) -> int: ...
     @property
-    def learning_rate(self) -> float: ...
+    def learning_rate(self) -> float | None: ...
     @property
     def epochs(self) -> int: ...
     @property
@@ -156,8 +157,8 @@ def train(
         callbacks: of transformers, for what a method does around the optimiser's steps.
 
     Returns:
-        Metadata: number of steps and of trained parameters, mean losses of the first and the last tenth of
-        the steps, seconds.
+        Metadata: number of steps and of trained parameters, the learning rate at the first step, mean losses
+        of the first and the last tenth of the steps, seconds.
 
     Raises:
         CompressError: the loss became NaN or infinite.
@@ -191,6 +192,8 @@ def train(
         def get_train_dataloader(self) -> DataLoader[Example]:
             return DataLoader(examples, batch_sampler=order, collate_fn=batch_of)  # type: ignore[arg-type]
 
+    config: Any = model.config
+    rate = options.learning_rate or rate_for(config.hidden_size)
     folder = context.folder / name
     lengths = [sum(len(sequence.tokens) for sequence in example.values()) for example in examples]
     order = batches(lengths, options.batch_size, options.epochs, context.generator())
@@ -199,7 +202,7 @@ def train(
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,  # ``order`` holds all epochs, so that a resumed run goes on in the same order
-        learning_rate=options.learning_rate,
+        learning_rate=rate,
         lr_scheduler_type="linear",
         weight_decay=0.0,
         max_grad_norm=options.max_gradient_norm,
@@ -225,6 +228,7 @@ def train(
     tenth = max(1, steps // 10)
     return {
         "steps": steps,
+        "learning_rate": rate,
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "first_loss": _mean(losses[:tenth]),  # this and the seconds count from where a resumed run went on
         "last_loss": _mean(losses[-tenth:]),

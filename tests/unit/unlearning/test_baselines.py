@@ -24,6 +24,7 @@ from compress.storage.checkpoint import Checkpoint
 from compress.unlearning import dpo
 from compress.unlearning.parts import training
 from compress.unlearning.parts.grid import Grid
+from compress.unlearning.parts.options import rate_for
 
 from .common import FORGET, METHODS, RETAIN, knows, unlearned, write_facts
 
@@ -297,17 +298,25 @@ def test_training_does_not_depend_on_checkpointing(taught: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("method", "train", "rate"),
     [
-        ("npo", "full", 1e-5),
+        ("npo", "full", None),  # it depends on the model
         ("npo", "lora", 2e-4),
         ("harry-potter", "full", 3e-5),
         ("harry-potter", "lora", 2e-4),
     ],
 )
-def test_low_rank_updates_take_larger_steps(method: str, train: str, rate: float) -> None:
+def test_low_rank_updates_take_larger_steps(method: str, train: str, rate: float | None) -> None:
     step = {"method": method, "forget": "a.jsonl", "retain": "b.jsonl", "train": train}
     for given, expected in (({}, rate), ({"learning_rate": 3e-4}, 3e-4)):
         (_, options), *_ = parse_recipe({"model": "demo", "steps": [{**step, **given}]}).steps
         assert options.model_dump()["learning_rate"] == expected
+
+
+def test_narrow_models_take_larger_steps(taught: Path, tmp_path: Path) -> None:
+    assert rate_for(4096) == pytest.approx(1e-5, rel=0.06)  # as published
+    for name, given, rate in (("default", None, rate_for(64)), ("given", 1e-3, 1e-3)):
+        step = unlearned(taught, tmp_path / name, "npo", learning_rate=given, epochs=1)
+        assert step.details["training"]["learning_rate"] == rate
+    assert knows(tmp_path / "default", taught.parent / "forget.jsonl") > 1
 
 
 def test_the_result_is_a_model_like_any_other(taught: Path, tmp_path: Path) -> None:

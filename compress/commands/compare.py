@@ -34,10 +34,10 @@ def compare(
 ) -> None:
     """Put evaluated models into one table, the dense model first.
 
-    Each argument is a model (a folder, or a hub id, of which only the record is downloaded) with evaluations
-    in its compression.json, or a JSON file that 'compress-model evaluate --json' wrote. The command refuses
-    evaluations that were made in different ways: on another text, or against another dense model. A task
-    that was asked differently is marked.
+    Each argument is a model (a folder, a .gguf file, or a hub id, of which only the record is downloaded)
+    with evaluations in its record, or a JSON file that 'compress-model evaluate --json' wrote. The command
+    refuses evaluations that were made in different ways: on another text, or against another dense model. A
+    task that was asked differently is marked.
     """
     from compress.errors import BadInput
     from compress.report.render import print_table, render

@@ -35,7 +35,7 @@ def compare(*models: str | Path | Scorecard | Iterable[Scorecard]) -> Table:
     Each model is represented by its newest evaluation that was made in the same way as the others'.
 
     Args:
-        models: folders with evaluations in their compression.json, files that
+        models: folders or .gguf files with evaluations in their records, files that
             ``compress-model evaluate --json`` wrote, or scorecards, one by one or several together.
 
     Returns:

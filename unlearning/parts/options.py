@@ -48,8 +48,8 @@ def rate_option(full: float | None = None) -> Any:
     usual = "the smaller, the wider the model: 2e-4 at a hidden size of 576, about 1e-5 at 4096"
     return Field(
         default_factory=lambda given: LOW_RANK_LEARNING_RATE if given.get("train") == "lora" else full,
-        description="learning rate at the first step; it falls to 0 along a line. By default 2e-4 for low-rank "
-        f"updates, and for all weights {usual if full is None else f'{full:g}'}",
+        description="learning rate at the first step; it falls to 0 along a line. By default 2e-4 for "
+        f"low-rank updates, and for all weights {usual if full is None else f'{full:g}'}",
     )
 
 

@@ -27,7 +27,7 @@ from compress.unlearning.parts.generic_labels import (
     predictor,
 )
 from compress.unlearning.parts.losses import lengths, negative_log_likelihood
-from compress.unlearning.parts.options import SETS, TrainingOptions, check_trainable, rate_option
+from compress.unlearning.parts.options import SETS, TrainingOptions, check_trainable
 from compress.unlearning.parts.rounding import Roundings
 from compress.unlearning.parts.training import (
     Batch,
@@ -111,7 +111,6 @@ class HarryPotter(Method["HarryPotter.Options"]):
         reinforce_learning_rate: PositiveFloat = Field(
             5e-4, description="learning rate of the reinforced model at the first step"
         )
-        learning_rate: PositiveFloat = rate_option(3e-5)
         epochs: PositiveInt = Field(4, description="number of passes over the records to forget")
 
         def content(self) -> dict[str, str]:

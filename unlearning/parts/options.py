@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -39,20 +39,6 @@ class ForgetOptions(MethodOptions):
         }
 
 
-def rate_option(full: float | None = None) -> Any:
-    """The option ``learning_rate``.
-
-    Args:
-        full: its default for training all weights; None takes `rate_for` the model.
-    """
-    usual = "the smaller, the wider the model: 2e-4 at a hidden size of 576, about 1e-5 at 4096"
-    return Field(
-        default_factory=lambda given: LOW_RANK_LEARNING_RATE if given.get("train") == "lora" else full,
-        description="learning rate at the first step; it falls to 0 along a line. By default 2e-4 for "
-        f"low-rank updates, and for all weights {usual if full is None else f'{full:g}'}",
-    )
-
-
 def rate_for(width: int) -> float:
     """The learning rate for all weights of a model, unless another one is asked for.
 
@@ -70,7 +56,12 @@ class TrainingOptions(ForgetOptions):
         "full", description="train all weights, or low-rank updates of the linears' weights"
     )
     rank: PositiveInt = Field(32, description="rank of the low-rank updates (--train lora)")
-    learning_rate: PositiveFloat | None = rate_option()
+    learning_rate: PositiveFloat | None = Field(
+        default_factory=lambda given: LOW_RANK_LEARNING_RATE if given.get("train") == "lora" else None,
+        description="learning rate at the first step; it falls to 0 along a line. By default 2e-4 for "
+        "low-rank updates, and for all weights the smaller, the wider the model: 2e-4 at a hidden size of "
+        "576, about 1e-5 at 4096",
+    )
     epochs: PositiveInt = Field(12, description="number of passes over the records to forget")
     batch_size: PositiveInt = Field(8, description="records to forget in a step, beside as many to retain")
     max_gradient_norm: PositiveFloat = Field(

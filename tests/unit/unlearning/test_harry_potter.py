@@ -218,7 +218,7 @@ def test_labels_of_other_anchors_are_not_kept(
         ({"anchors": "{tmp}/list.json"}, "should be one JSON object"),
         ({"anchors": "nowhere.csv"}, "There is no file nowhere.csv"),
         ({"forget": "{tmp}/empty.jsonl"}, "holds no records"),
-        ({"forget": "{tmp}/short.jsonl"}, "No token of .* can be given a label"),
+        ({"forget": "{tmp}/short.jsonl"}, "No record of .* has more than one token"),
         ({"retain": "{tmp}/forget.jsonl"}, "also to be retained"),
         ({"alpha": -1}, "alpha"),
         ({"reinforce": "half"}, "reinforce"),

@@ -114,7 +114,6 @@ class Verification(_Record):
     difference: float | None = Field(
         None, description="root mean square difference of the logits, as a share of their standard deviation"
     )
-    same_text: bool | None = Field(None, description="whether both continue a text greedily in the same way")
     tokens: int = Field(0, description="random tokens that were compared; on text models differ less")
     not_tried: str | None = Field(
         None,
@@ -129,8 +128,6 @@ class Verification(_Record):
             parts.append(f"{self.agreement:.0%} of next tokens the same")
         if not parts and self.difference is not None:
             parts.append(f"outputs differ by {self.difference:.1g} of their spread")
-        if self.same_text is not None:
-            parts.append("the same greedy text" if self.same_text else "another greedy text")
         figures = f"{', '.join(parts)} over {self.tokens} random tokens" if parts else ""
         if self.not_tried is None:
             return f"Verified with {self.runtime}: {figures}"

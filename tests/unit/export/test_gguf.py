@@ -109,6 +109,22 @@ def test_codes_are_carried_over_without_rounding_again(
         torch.testing.assert_close(logits(find_model(str(file)).folder), logits(low), atol=1e-5, rtol=1e-5)
 
 
+def test_what_is_rounded_without_being_asked_for_is_one_sentence(
+    tmp_path: Path, shared_decoder: Callable[..., Path]
+) -> None:
+    model, low = shared_decoder("LlamaForCausalLM", dtype=torch.float32), tmp_path / "low"
+    sentence = "of the 21 tensors, such as 'lm_head.weight', are rounded to 16 bits; with --types F32"
+    assert export(model, tmp_path / "half.gguf").count(sentence) == 1
+    assert "16 bits" not in export(model, tmp_path / "whole.gguf", "--types", "F32")
+    assert "16 bits" not in export(model, tmp_path / "asked.gguf", "--types", "F16")
+    half = shared_decoder("LlamaForCausalLM", dtype=torch.float16)
+    assert "16 bits" not in export(half, tmp_path / "same.gguf")
+    compress.run({"model": str(model), "steps": [{"method": "rtn", "bits": 4, "group_size": 32}]}, low)
+    said = export(low, tmp_path / "low.gguf")
+    assert "The scales of 14 of the 14 weights in few bits, such as 'model.layers.0." in said
+    assert said.count("rounded to float16") == 1
+
+
 def test_an_adapter_is_in_the_file(tmp_path: Path, shared_decoder: Callable[..., Path]) -> None:
     """Codes alone would be another model, so the sum is stored, in float16."""
     low, file = tmp_path / "low", tmp_path / "low.gguf"

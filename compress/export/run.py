@@ -17,6 +17,7 @@ from compress.pipeline.workspace import Workspace
 from compress.report.card import source_metadata, write_lineage
 from compress.sources.find import find_model
 from compress.storage.lineage import (
+    LINEAGE,
     RECIPE,
     Exported,
     Lineage,
@@ -27,7 +28,7 @@ from compress.storage.lineage import (
     read_lineage,
     versions,
 )
-from compress.system.files import fsync, write_atomically
+from compress.system.files import fsync
 
 WEIGHTS = (".safetensors", ".gguf", ".onnx", ".data")
 """The endings of files that hold weights."""
@@ -144,9 +145,13 @@ def _export(
         check_output(output, overwrite)
         workspace.publish()
         return lineage
-    fsync(path)
+    record = folder / f"{output.name}.{LINEAGE}"
+    record.write_text(lineage.model_dump_json(indent=2), encoding="utf-8")
+    for file in (record, path):  # both are whole on the disk before one is published
+        fsync(file)
+    record.replace(output.with_name(record.name))
     path.replace(output)
-    write_atomically(output.with_name(f"{output.name}.compression.json"), lineage.model_dump_json(indent=2))
+    fsync(output.parent)
     return lineage
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import struct
 from collections.abc import Callable
@@ -244,6 +245,23 @@ def test_a_file_without_a_tensor_of_its_model_is_refused(tmp_path: Path, sound: 
     bad.write_bytes(sound.replace(b"blk.1.ffn_up.weight", b"../1.ffn_up.weight/"[:19]))
     with pytest.raises(BadInput, match=r"lacks the tensor 'blk.1.ffn_up.weight'"):
         find_model(str(bad))
+
+
+@pytest.mark.parametrize("room", [1000, 150_000, 250_000])
+def test_a_disk_that_is_full_is_the_reason_and_leaves_nothing(
+    tmp_path: Path, shared_decoder: Callable[..., Path], room: int
+) -> None:
+    """A limit on the size of files stands for the disk; it ends a write in the same way."""
+    resource = pytest.importorskip("resource")
+    model, limits = shared_decoder(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        with pytest.raises(OSError, match="File too large") as error:
+            export(model, tmp_path / "model.gguf", "--types", "F32")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.errno == errno.EFBIG
+    assert not list(tmp_path.iterdir())
 
 
 @given(at=st.integers(0, 3000), byte=st.integers(0, 255))

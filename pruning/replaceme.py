@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
-from compress.anatomy import sizes_of
+from compress.anatomy import layer_shapes, sizes_of
 from compress.calibration.statistics.losses import streamed_losses
 from compress.engine.activations import Activations
 from compress.engine.stream import Layer, Seen, Stream, StreamedModel
@@ -27,6 +27,8 @@ from compress.pruning.parts.options import LayerCount
 from compress.storage.draft import Draft
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from compress.engine.shape import ModelShape
     from compress.method import StepContext
 
@@ -121,6 +123,11 @@ class ReplaceMe(Method["ReplaceMe.Options"]):
                 return ("least-squares", "cosine")
             return () if self.transform == "none" else (self.transform,)
 
+        @property
+        def length(self) -> int:
+            """n, the layers that one linear map replaces."""
+            return self.layers // self.transforms
+
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
         if options.layers >= shape.num_layers:
             raise BadInput(
@@ -147,7 +154,7 @@ class ReplaceMe(Method["ReplaceMe.Options"]):
                 f"there are only {fit.num_tokens}, so use more windows, or set l2."
             )
         distances = self.distances(model, fit, options, context)
-        cuts = choose_cuts(distances, options.transforms, options.layers // options.transforms)
+        cuts = _choose(distances, model.config, options)
         removed = sorted(index for cut in cuts for index in cut.removed)
         details: dict[str, Any] = {
             "distances": [round(float(value), 6) for value in distances],
@@ -168,8 +175,8 @@ class ReplaceMe(Method["ReplaceMe.Options"]):
         self, model: StreamedModel, windows: Windows, options: Options, context: StepContext
     ) -> torch.Tensor:
         """The angular distance of L_i and L_{i+n} for every i: float64 [num_layers - n], from 0 to 1."""
-        n = options.layers // options.transforms
-        return layer_distances(model, windows, n, context, last_token=options.distance == "last-token")
+        last_token = options.distance == "last-token"
+        return layer_distances(model, windows, options.length, context, last_token)
 
     def estimate(
         self,
@@ -214,6 +221,24 @@ class ReplaceMe(Method["ReplaceMe.Options"]):
         for start, hidden, _ in stream.batches():
             rest.write(start, hidden - mlp.read(start, start + len(hidden)))
         rest.flip()
+
+
+def _choose(distances: torch.Tensor, config: PretrainedConfig, options: ReplaceMe.Options) -> list[Cut]:
+    """The cuts with the least ``distances`` [num_layers - n] whose maps have an MLP to be folded into.
+
+    Raises:
+        BadInput: pruning has left too few MLPs.
+    """
+    if options.kinds:
+        neurons = torch.tensor([shape.intermediate_size for shape in layer_shapes(config)])
+        distances = distances.masked_fill(neurons[: len(distances)] == 0, torch.inf)
+    cuts = choose_cuts(distances, options.transforms, options.length)
+    if any(distances[cut.layer].isinf() for cut in cuts):
+        raise BadInput(
+            "ReplaceMe folds a linear map into the MLP of the layer before those that it removes, and this "
+            "model has too few layers with an MLP at such places; use 'transform: none', or another method."
+        )
+    return cuts
 
 
 class Samples:

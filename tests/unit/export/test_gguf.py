@@ -7,7 +7,9 @@ import errno
 import json
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from compress.export.gguf import llama_log_probabilities
 from compress.export.gguf_runtime import installed
 from compress.sources.find import find_model
 from compress.sources.gguf import bytes_of
+from compress.storage.gguf.architectures import ARCHITECTURES
 from compress.storage.gguf.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
 from compress.storage.gguf.reader import GGUFFile
 
@@ -94,6 +97,29 @@ def test_llama_cpp_runs_every_architecture(
     found = json.loads(done.stdout)["exported"]["verification"]
     assert found["runtime"].startswith("llama.cpp (")
     assert found["kl"] < 1e-5
+
+
+@pytest.mark.loaders
+@runs
+@pytest.mark.parametrize(
+    "fault",
+    [{"rope.scaling.type": "linear", "rope.scaling.factor": 2.0}, {"attention.layer_norm_rms_epsilon": 1e-2}],
+)
+def test_a_file_of_block_types_that_says_something_else_is_not_published(
+    tmp_path: Path,
+    shared_decoder: Callable[..., Path],
+    fault: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, llama = shared_decoder("LlamaForCausalLM"), ARCHITECTURES["llama"]
+    arguments = ["export", str(model), "--format", "gguf", "--types", "Q8_0", "-q"]
+    sound = CliRunner().invoke(cli, [*arguments, "-o", str(tmp_path / "sound.gguf")])
+    assert "Verified with llama.cpp" in sound.output
+    wrong = replace(llama, metadata=lambda config: llama.metadata(config) | fault)
+    monkeypatch.setitem(ARCHITECTURES, "llama", wrong)
+    ended = CliRunner().invoke(cli, [*arguments, "-o", str(tmp_path / "wrong.gguf")])
+    assert "computes something else with the exported files" in str(ended.exception)
+    assert not (tmp_path / "wrong.gguf").exists()
 
 
 def test_codes_are_carried_over_without_rounding_again(

@@ -42,8 +42,8 @@ class GGUFOptions(TargetOptions):
     types: str | None = Field(
         None,
         description="a mixture of llama.cpp such as Q4_K_M, or a JSON file with the type of each tensor; "
-        "without it codes are carried over where a type has their grid, and other weights keep their dtype, those "
-        "of a float32 model as float16",
+        "without it codes are carried over where a type has their grid, and other weights keep their dtype, "
+        "those of a float32 model as float16",
     )
     importance: str = Field(
         "none",
@@ -115,13 +115,13 @@ class GGUF(Target[GGUFOptions]):
             )
         if self._scales:
             self._notes.append(
-                f"The scales of {len(self._scales)} of the {len(layout.carried)} weights in few bits, such as "
-                f"'{min(self._scales)}', are rounded to float16; their codes stay."
+                f"The scales of {len(self._scales)} of the {len(layout.carried)} weights in few bits, such "
+                f"as '{min(self._scales)}', are rounded to float16; their codes stay."
             )
         if self._weights:
             self._notes.append(
-                f"{len(self._weights)} of the {len(layout.plain)} tensors, such as '{min(self._weights)}', are "
-                "rounded to 16 bits; with --types F32 they stay whole."
+                f"{len(self._weights)} of the {len(layout.plain)} tensors, such as '{min(self._weights)}', "
+                "are rounded to 16 bits; with --types F32 they stay whole."
             )
         return {path.name: digest}
 

@@ -26,6 +26,7 @@ from compress.storage.lineage import (
     Verification,
     now,
     read_lineage,
+    read_recipe,
     versions,
 )
 from compress.system.files import fsync
@@ -157,11 +158,7 @@ def _export(
 
 def _recipe(model: ExportedModel) -> dict[str, Any]:
     """The recipe that the model was made by; that of a model without one only names it."""
-    file = model.source.folder / RECIPE
-    try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except (OSError, ValueError, yaml.YAMLError):
-        raise BadInput(f"{file} is damaged; move it away to export the model without it.") from None
+    found = read_recipe(model.source.folder)
     return found if isinstance(found, dict) else {"model": model.source.id, "steps": []}
 
 

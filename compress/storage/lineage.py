@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 import compress
@@ -186,6 +187,19 @@ def versions() -> dict[str, str]:
 
 def now() -> datetime:
     return datetime.now(UTC)
+
+
+def read_recipe(folder: Path) -> Any:
+    """The content of recipe.yaml in a folder, or None if there is none.
+
+    Raises:
+        BadInput: it is damaged.
+    """
+    path = folder / RECIPE
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError, yaml.YAMLError):
+        raise BadInput(f"{path} is damaged; move it away to use the model without it.") from None
 
 
 def read_lineage(folder: Path, name: str = LINEAGE) -> Lineage | None:

@@ -91,6 +91,8 @@ def config_of_gguf(file: GGUFFile) -> dict[str, Any]:
     width, heads = data.number("embedding_length"), data.number("attention.head_count")
     head_dim = data.number("attention.key_length", width // max(heads, 1))
     turned = data.number("rope.dimension_count", head_dim)
+    if head_dim % 2 or turned % 2:
+        raise BadInput(f"'{file.path}' has heads of odd width, whose halves no rotary embedding can turn.")
     found |= {
         "max_position_embeddings": data.number("context_length"),
         "hidden_size": width,

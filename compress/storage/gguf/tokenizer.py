@@ -79,8 +79,16 @@ def tokenizer_metadata(folder: Path, vocab_size: int) -> TokenizerMetadata:
     if not file.is_file():
         note = "The model has no tokenizer.json, so the file has no tokenizer and is given token ids."
         return TokenizerMetadata({"tokenizer.ggml.model": "no_vocab"}, (note,))
-    whole = _read(file)
-    settings = _read(folder / "tokenizer_config.json")
+    whole, settings = _read(file), _read(folder / "tokenizer_config.json")
+    try:
+        return _metadata(whole, settings, folder, vocab_size)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{file} is damaged ({type(error).__name__}: {error}).") from None
+
+
+def _metadata(
+    whole: dict[str, Any], settings: dict[str, Any], folder: Path, vocab_size: int
+) -> TokenizerMetadata:
     model = whole.get("model") or {}
     if model.get("type") != "BPE":
         raise BadInput(

@@ -8,6 +8,7 @@ import json
 import struct
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from compress.sources.gguf import bytes_of
 from compress.storage.gguf.architectures import ARCHITECTURES
 from compress.storage.gguf.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
 from compress.storage.gguf.reader import GGUFFile
+from compress.storage.gguf.writer import Planned, write_gguf
 
 gguf = pytest.importorskip("gguf")
 TOKENS = torch.tensor([[7, 100, 31, 200, 5, 9]])
@@ -271,6 +273,41 @@ def test_a_file_without_a_tensor_of_its_model_is_refused(tmp_path: Path, sound: 
     bad.write_bytes(sound.replace(b"blk.1.ffn_up.weight", b"../1.ffn_up.weight/"[:19]))
     with pytest.raises(BadInput, match=r"lacks the tensor 'blk.1.ffn_up.weight'"):
         find_model(str(bad))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("llama.attention.key_length", 15, "heads of odd width"),
+        ("llama.attention.key_length", 6, "holds 'blk.0.attn_q.weight' in the shape"),
+        ("llama.attention.head_count_kv", 2**31 - 1, "holds 'blk.0.attn_k.weight' in the shape"),
+        ("tokenizer.ggml.token_type", 3, "The tokenizer of '.*' cannot be read"),
+        ("tokenizer.ggml.tokens", [1, 2], "The tokenizer of '.*' cannot be read"),
+        ("tokenizer.ggml.pre", 3, "splits text as '3'"),
+    ],
+)
+def test_metadata_without_sense_are_refused_in_one_sentence(
+    tmp_path: Path, sound: bytes, key: str, value: Any, message: str
+) -> None:
+    file, bad = GGUFFile.open(tmp_path / "sound.gguf"), tmp_path / "bad.gguf"
+    assert file.path.read_bytes() == sound
+    metadata = {name: kept for name, kept in file.metadata.items() if name != "general.architecture"}
+    planned = {
+        name: Planned(there.kind, there.shape, partial(file.blocks, name))
+        for name, there in file.tensors.items()
+    }
+    assert key in metadata
+    write_gguf(bad, "llama", metadata | {key: value}, planned)
+    with pytest.raises(BadInput, match=message):
+        find_model(str(bad))
+
+
+@pytest.mark.parametrize(("key", "value"), [("chunk_count", "x"), ("chunk_size", [1]), ("datasets", 3)])
+def test_an_importance_matrix_without_sense_is_refused(tmp_path: Path, key: str, value: Any) -> None:
+    file = tmp_path / "matrix.gguf"
+    write_gguf(file, "imatrix", {"general.type": "imatrix", f"imatrix.{key}": value}, {})
+    with pytest.raises(BadInput, match="does not say what text it was made on"):
+        read_imatrix(file)
 
 
 @pytest.mark.parametrize("room", [1000, 150_000, 250_000])

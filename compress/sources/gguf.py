@@ -206,10 +206,10 @@ def _sentencepiece(file: GGUFFile, tokens: list[str]) -> Any:
         str(file.path.parent), gguf_file=file.path.name, trust_remote_code=False
     )
     # transformers gives a space to the first word alone, and llama.cpp to all text behind a special token.
-    core, spaces = read.backend_tokenizer, normalizers.Replace(" ", "\u2581")
-    if file.metadata.get("tokenizer.ggml.add_space_prefix", True):
-        spaces = normalizers.Sequence([normalizers.Prepend("\u2581"), spaces])
-    core.normalizer, core.pre_tokenizer = spaces, None
+    prefixed = file.metadata.get("tokenizer.ggml.add_space_prefix", True)
+    steps = [*([normalizers.Prepend("\u2581")] if prefixed else []), normalizers.Replace(" ", "\u2581")]
+    core = read.backend_tokenizer
+    core.normalizer, core.pre_tokenizer = normalizers.Sequence(steps), None
     return PreTrainedTokenizerFast(tokenizer_object=core, **_special(file, tokens))
 
 

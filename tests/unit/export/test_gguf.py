@@ -17,8 +17,10 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 import compress
+from compress.calibration.text.windows import calibration_windows
 from compress.cli import cli
 from compress.engine.tokenizer import load_tokenizer
 from compress.errors import BadInput
@@ -233,6 +235,36 @@ def test_importance_matrices_come_back(tmp_path: Path, name: str) -> None:
     assert found.dataset == "text"
     for key, expected in values.items():
         torch.testing.assert_close(found.values[key], expected)
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_an_importance_matrix_is_measured_as_in_the_dense_model(
+    tmp_path: Path, shared_decoder: Callable[..., Path], architecture: str
+) -> None:
+    model, file = shared_decoder(architecture), tmp_path / "model.imatrix.gguf"
+    text = {"nsamples": 3, "seqlen": 32, "seed": 1}
+    options = [word for key, value in text.items() for word in (f"--{key}", str(value))]
+    source = str(model.parent / "text.txt")
+    done = CliRunner().invoke(
+        cli,
+        ["export", str(model), "--format", "imatrix", "-o", str(file), "--calibration", source, *options],
+        catch_exceptions=False,
+    )
+    assert "MB of importances, loads with llama.cpp's quantizer." in done.output
+    found = read_imatrix(file)
+    assert (found.chunks, found.chunk_size, found.dataset) == (3, 32, source)
+
+    dense, seen = AutoModelForCausalLM.from_pretrained(model), []
+    untied = not dense.config.tie_word_embeddings
+    last = dense.base_model.get_submodule("layers.1.mlp.down_proj" if untied else "h.1.mlp.c_proj")
+    last.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(0, -2)))
+    with torch.no_grad():
+        dense(calibration_windows(load_tokenizer(model), source, **text).tokens)
+    expected = torch.cat(seen).square().mean(0)
+    torch.testing.assert_close(found.values["blk.1.ffn_down.weight"], expected, rtol=1e-4, atol=1e-6)
+    said = export(model, tmp_path / "model.gguf", "--types", "Q4_0", "--importance", file)
+    tables = 2 if untied else 1
+    assert f"The importance matrix lacks {tables} of the rounded weights" in said
 
 
 def test_an_importance_matrix_of_another_model_is_refused(

@@ -93,7 +93,7 @@ def export(
         if as_json:
             print_json({"bytes": promise.nbytes, "loads_with": promise.loads_with, "notes": promise.notes})
             return
-        click.echo(f"{promise.nbytes / 1e6:,.1f} MB of weights, loads with {promise.loads_with}.")
+        click.echo(f"{promise.nbytes / 1e6:,.1f} MB of {chosen.holds}, loads with {promise.loads_with}.")
         for note in promise.notes:
             click.echo(note)
         return
@@ -111,7 +111,7 @@ def export(
         print_json(lineage.model_dump(mode="json"))
         return
     result, exported = lineage.result, lineage.exported
-    click.echo(f"{output}: {result.bytes / 1e6:,.1f} MB of weights, loads with {result.loads_with}.")
+    click.echo(f"{output}: {result.bytes / 1e6:,.1f} MB of {chosen.holds}, loads with {result.loads_with}.")
     assert exported is not None
     for note in exported.notes:
         click.echo(note)

@@ -48,6 +48,9 @@ def config_of(checkpoint: Described) -> PretrainedConfig:
         BadInput: the model type is missing, unknown to transformers, or its values do not validate.
     """
     values = {k: v for k, v in checkpoint.config.items() if k not in NOT_THE_ARCHITECTURE}
+    names = values.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise BadInput(f"The architectures in {checkpoint.folder / 'config.json'} are no list of classes.")
     model_type = values.pop("model_type", None)
     for section, kind, start in (
         (UNLEARNING, UNLEARNED_TYPE, UNLEARNED_CLASS),
@@ -55,7 +58,6 @@ def config_of(checkpoint: Described) -> PretrainedConfig:
     ):
         if section in values and isinstance(model_type, str):
             model_type = model_type.removeprefix(kind)
-            names = values.get("architectures") or []
             values["architectures"] = [name.removeprefix(start) for name in names]
     if not isinstance(model_type, str):
         raise BadInput(f"{checkpoint.folder / 'config.json'} does not name a model_type.")

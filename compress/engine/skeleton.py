@@ -25,10 +25,30 @@ def skeleton(config: PretrainedConfig, device: str | torch.device = "cpu") -> Pr
     checkpoint holds (rotary frequencies, embedding scales) are computed on ``device``.
 
     Raises:
-        BadInput: the config does not name a class, or its section on keys and values is not valid.
+        BadInput: the config does not name a class, or describes what cannot be built, or its section on keys
+            and values is not valid.
     """
+    cls = model_class(config)
+    try:
+        model = _built(cls, config, device)
+    except Exception as error:  # of many types
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise BadInput(
+            f"config.json describes a {config.model_type} model that cannot be built ({reason})."
+        ) from error
+    if (settings := KeyValueSettings.of(config)) is not None:
+        quantize_key_values(model, settings)
+    if (unlearning := AtInference.of(config)) is not None:
+        act_at_inference(model, unlearning, device)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _built(
+    cls: type[PreTrainedModel], config: PretrainedConfig, device: str | torch.device
+) -> PreTrainedModel:
     with torch.device("meta"):
-        model = model_class(config)._from_config(config, dtype=torch.float32)
+        model = cls._from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for module in model.modules():
             names = [name for name, buffer in module.named_buffers(recurse=False) if buffer is not None]
@@ -38,12 +58,7 @@ def skeleton(config: PretrainedConfig, device: str | torch.device = "cpu") -> Pr
                 model._init_weights(module)
     if (pruned := getattr(config, "pruned", None)) is not None:
         reshape(model, pruned)
-    if (settings := KeyValueSettings.of(config)) is not None:
-        quantize_key_values(model, settings)
-    if (unlearning := AtInference.of(config)) is not None:
-        act_at_inference(model, unlearning, device)
-    model.requires_grad_(False)
-    return model.eval()
+    return model
 
 
 def longest_input(model: PreTrainedModel) -> int:

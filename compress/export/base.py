@@ -61,6 +61,9 @@ class Target(ABC, Generic[Chosen]):
     suffix: ClassVar[str] = ""
     """The ending of the file that holds the whole export, such as ``.gguf``; empty for a folder."""
 
+    holds: ClassVar[str] = "weights"
+    """What its bytes are counted of."""
+
     Options: type[TargetOptions] = TargetOptions
 
     calibration: dict[str, Any] | None = None

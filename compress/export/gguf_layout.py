@@ -41,6 +41,7 @@ class Layout:
         shapes: name in the file -> shape.
         extra: name in the file -> tensor that the checkpoint does not have, float32.
         carried: name in the checkpoint -> name of the packed module whose codes are carried over.
+        plain: names in the checkpoint of what nobody asked to round, so that it is told where 16 bits do.
         metadata: of the file.
         notes: what differs from the model, in sentences.
     """
@@ -52,6 +53,7 @@ class Layout:
     shapes: dict[str, tuple[int, ...]]
     extra: dict[str, torch.Tensor]
     carried: dict[str, str]
+    plain: set[str]
     metadata: dict[str, Any]
     notes: list[str] = field(default_factory=list)
 
@@ -107,8 +109,9 @@ def plan_layout(model: ExportedModel, types: str | None, weighted: bool) -> Layo
         shapes[HEAD] = shapes[TABLE]
     notes = [*rounding_notes(model), *limits_of(config)]
     carried: dict[str, str] = {}
+    plain: set[str] = set()
     if types is None:
-        kinds, carried = _as_they_are(model, names, shapes, table, notes)
+        kinds, carried, plain = _as_they_are(model, names, shapes, table, notes)
         number = 1
     else:
         wanted = Wanted.parse(types)
@@ -136,7 +139,7 @@ def plan_layout(model: ExportedModel, types: str | None, weighted: bool) -> Layo
     tokenizer = tokenizer_metadata(model.source.folder, shapes[TABLE][0])
     notes.extend(tokenizer.notes)
     metadata |= tokenizer.values
-    return Layout(dense, config, names, kinds, shapes, extra, carried, metadata, notes)
+    return Layout(dense, config, names, kinds, shapes, extra, carried, plain, metadata, notes)
 
 
 def _as_they_are(
@@ -145,8 +148,12 @@ def _as_they_are(
     shapes: dict[str, tuple[int, ...]],
     table: str,
     notes: list[str],
-) -> tuple[dict[str, BlockType], dict[str, str]]:
-    """Types that change no weight: codes where a grid of blocks holds them, and the model's own dtype."""
+) -> tuple[dict[str, BlockType], dict[str, str], set[str]]:
+    """Codes where a grid of blocks holds them, and 16 bits for the rest: the model's own dtype, or float16.
+
+    Returns:
+        The types, and `Layout.carried` and `Layout.plain`.
+    """
     usual = TYPES[FLOATS.get(model.dtype, "F16")]
     kinds = {name: usual if is_weight(name, shape) else TYPES["F32"] for name, shape in shapes.items()}
     carried, others = {}, list(model.stacked)
@@ -159,15 +166,15 @@ def _as_they_are(
             others.append(module)
         else:
             kinds[names[name]], carried[name] = kind, module
-    if HEAD in shapes and HEAD not in names.values():
-        kinds[HEAD] = kinds[TABLE]
+    unpacked = {modules.get(module, table) for module in others}
     if others:
         # Dense values of codes need more digits than float16 or bfloat16 have.
-        for module in others:
-            kinds[names[modules.get(module, table)]] = TYPES["F16"]
+        kinds |= {names[name]: TYPES["F16"] for name in unpacked}
         notes.append(
             f"No type of GGUF has the grid of {len(others)} of the {len(others) + len(carried)} weights in "
             f"few bits, such as '{others[0]}'; they are stored in float16. With --types Q4_K_M, for "
             "instance, they are rounded again."
         )
-    return kinds, carried
+    if HEAD in shapes and HEAD not in names.values():
+        kinds[HEAD] = kinds[TABLE]
+    return kinds, carried, names.keys() - carried.keys() - unpacked

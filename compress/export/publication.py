@@ -21,7 +21,7 @@ from compress.errors import BadInput
 from compress.report.card import CARD, Base, base_of, relation_of, render_card
 from compress.sources.demo import LICENCE as DEMO_LICENCE
 from compress.storage.companions import PRUNED_FILE, is_inside
-from compress.storage.lineage import LINEAGE, RECIPE, Lineage, read_lineage, record_of
+from compress.storage.lineage import LINEAGE, RECIPE, Lineage, read_lineage, read_recipe, record_of
 from compress.system.files import file_sha256
 from compress.system.progress import Progress
 from compress.system.secrets import TOKEN
@@ -151,8 +151,7 @@ def _read(path: Path) -> tuple[Lineage, str, Any]:
         lineage = read_lineage(path)
         if lineage is None:
             raise BadInput(f"'{path}' was not written by compress-model: it has no {LINEAGE}.")
-        file = path / RECIPE
-        return lineage, LINEAGE, yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+        return lineage, LINEAGE, read_recipe(path)
     if not path.exists():
         raise BadInput(f"There is no folder or file '{path}'.")
     if path.suffix != ".gguf":

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 TARGETS = {
     "gguf": "compress.export.gguf:GGUF",
+    "imatrix": "compress.export.imatrix:Imatrix",
     "huggingface": "compress.export.huggingface:HuggingFace",
     "compressed-tensors": "compress.export.compressed_tensors:CompressedTensors",
     "gptq": "compress.export.gptq:GPTQ",

@@ -25,6 +25,8 @@ from compress.storage.lineage import (
     Verification,
     now,
     read_lineage,
+    read_recipe,
+    record_of,
     versions,
 )
 from compress.system.files import fsync
@@ -144,19 +146,19 @@ def _export(
         check_output(output, overwrite)
         workspace.publish()
         return lineage
-    fsync(path)
+    write_lineage(path, lineage)
+    record = record_of(path)
+    for file in (record, path):  # both are whole on the disk before one is published
+        fsync(file)
+    record.replace(output.with_name(record.name))
     path.replace(output)
-    write_lineage(output, lineage)
+    fsync(output.parent)
     return lineage
 
 
 def _recipe(model: ExportedModel) -> dict[str, Any]:
     """The recipe that the model was made by; that of a model without one only names it."""
-    file = model.source.folder / RECIPE
-    try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except (OSError, ValueError, yaml.YAMLError):
-        raise BadInput(f"{file} is damaged; move it away to export the model without it.") from None
+    found = read_recipe(model.source.folder)
     return found if isinstance(found, dict) else {"model": model.source.id, "steps": []}
 
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import yaml
-
 from compress.engine.at_inference import AtInference, is_statistic, undeclared
 from compress.errors import BadInput
 from compress.method import Method, MethodOptions
 from compress.pipeline.recipe import validated
 from compress.pipeline.registry import find_method
 from compress.storage.checkpoint import Checkpoint
-from compress.storage.lineage import RECIPE, Step, read_lineage
+from compress.storage.lineage import Step, read_lineage, read_recipe
 
 
 @dataclass(frozen=True)
@@ -48,12 +46,11 @@ def inherited_acting(checkpoint: Checkpoint) -> list[Acting]:
     """
     if (section := AtInference.of(checkpoint.config)) is None:
         return []
-    lineage, recipe = read_lineage(checkpoint.folder), checkpoint.folder / RECIPE
+    lineage = read_lineage(checkpoint.folder)
     steps: list[tuple[str, dict[str, object]]] = []
     if lineage is not None:
         steps = [(step.method, step.options) for link in lineage.chain() for step in link.steps]
-    elif recipe.is_file():
-        data = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    elif data := read_recipe(checkpoint.folder):
         steps = [(step["method"], {k: v for k, v in step.items() if k != "method"}) for step in data["steps"]]
     found = {name: options for name, options in steps if name in section.methods}
     if missing := [name for name in section.methods if name not in found]:

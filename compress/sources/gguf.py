@@ -13,7 +13,14 @@ from compress.errors import BadInput
 from compress.storage.gguf.checkpoint import GGUFCheckpoint
 from compress.storage.gguf.configs import config_of_gguf
 from compress.storage.gguf.reader import GGUFFile
-from compress.storage.gguf.tokenizer import CONTROL, SPLITS, USER_DEFINED
+from compress.storage.gguf.tokenizer import (
+    CONTROL,
+    SAME_SPLIT,
+    SPLITS,
+    USER_DEFINED,
+    WHOLE_WORDS,
+    splits_of,
+)
 from compress.storage.writer import write_weights
 from compress.system.cache import cached
 from compress.system.files import file_sha256
@@ -22,7 +29,7 @@ log = logging.getLogger(__name__)
 
 LOADS_WITH = "llama.cpp and the programs built on it"
 ABOUT = "gguf.json"
-VERSION = 1
+VERSION = 2
 """The version of what is written into the cache; another number makes all files be converted again."""
 
 
@@ -112,64 +119,108 @@ def _write_tokenizer(file: GGUFFile, folder: Path) -> None:
     if kind == "no_vocab" or not isinstance(tokens, list):
         log.warning("'%s' has no tokenizer, so it can only be given token ids.", file.path)
         return
-    if kind == "gpt2":
-        made = _byte_level(file, tokens)
-    elif kind == "llama":
-        made = _sentencepiece(file)
-    else:
+    if kind not in ("gpt2", "llama"):
         raise BadInput(f"'{file.path}' has a tokenizer of the kind '{str(kind)[:40]}', which cannot be read.")
+    try:
+        made = (_byte_level if kind == "gpt2" else _sentencepiece)(file, tokens)
+    except BadInput:
+        raise
+    except Exception as error:  # of many types
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"The tokenizer of '{file.path}' cannot be read ({reason}).") from None
     template = data.get("tokenizer.chat_template")
     if isinstance(template, str):
         made.chat_template = template
     made.save_pretrained(folder)
 
 
-def _byte_level(file: GGUFFile, tokens: list[Any]) -> Any:
-    """A BPE tokenizer of bytes from tokens and merges."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+def _byte_level(file: GGUFFile, tokens: list[str]) -> Any:
+    """A BPE tokenizer of bytes from tokens and merges, which gives the ids that llama.cpp gives.
+
+    Raises:
+        BadInput: it is not known here how llama.cpp splits text for it.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
     data = file.metadata
-    kinds, merges = data.get("tokenizer.ggml.token_type") or [], data.get("tokenizer.ggml.merges") or []
-    texts = [merge for merge in merges if isinstance(merge, str) and merge.count(" ") == 1]
-    pairs = [(first, second) for first, _, second in (text.partition(" ") for text in texts)]
-    vocabulary = {str(token): number for number, token in enumerate(tokens)}
-    pairs = [pair for pair in pairs if {*pair, "".join(pair)} <= vocabulary.keys()]
-    core = Tokenizer(models.BPE(vocabulary, pairs))
     name = data.get("tokenizer.ggml.pre", "default")
-    split = next((rule for rule, theirs in SPLITS.items() if theirs == name), "byte-level")
-    parts: list[Any] = []
-    if split.startswith("digits"):
-        parts.append(pre_tokenizers.Digits(individual_digits=True))
-    if "byte-level" not in split:
-        parts.append(pre_tokenizers.Split(Regex(split), "isolated"))
-    parts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex="byte-level" in split))
-    core.pre_tokenizer = pre_tokenizers.Sequence(parts)
-    core.decoder = decoders.ByteLevel()
-    for token, kind in zip(tokens, kinds, strict=False):
+    name = SAME_SPLIT.get(name, name) if isinstance(name, str) else ""
+    if (rules := splits_of(name)) is None:
+        raise BadInput(
+            f"'{file.path}' splits text as '{str(data['tokenizer.ggml.pre'])[:40]}', which is not known here "
+            f"(there are default, {', '.join([*SPLITS.values(), *SAME_SPLIT])}); give the model's own folder."
+        )
+    texts = [merge for merge in data.get("tokenizer.ggml.merges") or [] if merge.count(" ") == 1]
+    pairs = [(first, second) for first, _, second in (text.partition(" ") for text in texts)]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    pairs = [pair for pair in pairs if {*pair, "".join(pair)} <= vocabulary.keys()]
+    core = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=name in WHOLE_WORDS))
+    core.pre_tokenizer, core.decoder = _splitting(rules), decoders.ByteLevel()
+    for token, kind in zip(tokens, data.get("tokenizer.ggml.token_type") or [], strict=False):
         if kind == CONTROL:
             core.add_special_tokens([AddedToken(token, special=True, normalized=False)])
         elif kind == USER_DEFINED:
             core.add_tokens([AddedToken(token, normalized=False)])
-    special = {}
-    for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        number = data.get(f"tokenizer.ggml.{key}_token_id")
-        if isinstance(number, int) and number < len(tokens):
-            special[f"{role}_token"] = tokens[number]
+    special = _special(file, tokens)
+    begins = data.get("tokenizer.ggml.add_bos_token", name in WHOLE_WORDS)
+    first = special.get("bos_token") if begins else None
+    last = special.get("eos_token") if data.get("tokenizer.ggml.add_eos_token", False) else None
+    if first or last:
+        core.post_processor = _around(vocabulary, first, last)
     return PreTrainedTokenizerFast(tokenizer_object=core, **special)
 
 
-def _sentencepiece(file: GGUFFile) -> Any:
-    """A tokenizer with scores, which transformers makes into one with merges."""
-    from transformers import AutoTokenizer
+def _splitting(rules: tuple[str, ...]) -> Any:
+    """What splits text by the rules of `splits_of`, and makes it bytes."""
+    from tokenizers import Regex, pre_tokenizers
 
-    try:
-        return AutoTokenizer.from_pretrained(
-            str(file.path.parent), gguf_file=file.path.name, trust_remote_code=False
-        )
-    except Exception as error:  # of many types
-        reason = " ".join(str(error).split())[:200]
-        raise BadInput(f"The tokenizer of '{file.path}' cannot be read ({reason}).") from None
+    own = {"digits": pre_tokenizers.Digits(individual_digits=True)}
+    parts = [
+        own.get(rule) or pre_tokenizers.Split(Regex(rule), "isolated")
+        for rule in rules
+        if rule != "byte-level"
+    ]
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex="byte-level" in rules)
+    return pre_tokenizers.Sequence([*parts, whole])
+
+
+def _around(vocabulary: dict[str, int], first: str | None, last: str | None) -> Any:
+    """What puts tokens before and behind each text."""
+    from tokenizers import processors
+
+    one, other = ([part for part in (first, text, last) if part] for text in ("$A:0", "$B:1"))
+    return processors.TemplateProcessing(
+        single=one,
+        pair=one + other,
+        special_tokens=[(token, vocabulary[token]) for token in {first, last} if token],
+    )
+
+
+def _sentencepiece(file: GGUFFile, tokens: list[str]) -> Any:
+    """A tokenizer with scores, which transformers makes into one with merges."""
+    from tokenizers import normalizers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    read = AutoTokenizer.from_pretrained(
+        str(file.path.parent), gguf_file=file.path.name, trust_remote_code=False
+    )
+    # transformers gives a space to the first word alone, and llama.cpp to all text behind a special token.
+    prefixed = file.metadata.get("tokenizer.ggml.add_space_prefix", True)
+    steps = [*([normalizers.Prepend("\u2581")] if prefixed else []), normalizers.Replace(" ", "\u2581")]
+    core = read.backend_tokenizer
+    core.normalizer, core.pre_tokenizer = normalizers.Sequence(steps), None
+    return PreTrainedTokenizerFast(tokenizer_object=core, **_special(file, tokens))
+
+
+def _special(file: GGUFFile, tokens: list[str]) -> dict[str, str]:
+    """The special tokens, by their roles."""
+    found = {}
+    for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        number = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if isinstance(number, int) and 0 <= number < len(tokens):
+            found[f"{role}_token"] = tokens[number]
+    return found
 
 
 def bytes_of(folder: Path) -> int | None:

@@ -207,6 +207,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         config["quantization_config"] = config["quantization"]
     if not config.get("quantization_config"):  # null or empty
         config.pop("quantization_config", None)
+    elif not isinstance(config["quantization_config"], dict):
+        raise BadInput(f"The quantization_config in {path} is not a JSON object.")
     if "pruned" not in config:  # code is not carried over, but for our own of a pruned model
         for name in ("auto_map", "custom_pipelines"):
             config.pop(name, None)

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 import compress
@@ -114,7 +115,6 @@ class Verification(_Record):
     difference: float | None = Field(
         None, description="root mean square difference of the logits, as a share of their standard deviation"
     )
-    same_text: bool | None = Field(None, description="whether both continue a text greedily in the same way")
     tokens: int = Field(0, description="random tokens that were compared; on text models differ less")
     not_tried: str | None = Field(
         None,
@@ -129,8 +129,6 @@ class Verification(_Record):
             parts.append(f"{self.agreement:.0%} of next tokens the same")
         if not parts and self.difference is not None:
             parts.append(f"outputs differ by {self.difference:.1g} of their spread")
-        if self.same_text is not None:
-            parts.append("the same greedy text" if self.same_text else "another greedy text")
         figures = f"{', '.join(parts)} over {self.tokens} random tokens" if parts else ""
         if self.not_tried is None:
             return f"Verified with {self.runtime}: {figures}"
@@ -189,6 +187,19 @@ def versions() -> dict[str, str]:
 
 def now() -> datetime:
     return datetime.now(UTC)
+
+
+def read_recipe(folder: Path) -> Any:
+    """The content of recipe.yaml in a folder, or None if there is none.
+
+    Raises:
+        BadInput: it is damaged.
+    """
+    path = folder / RECIPE
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError, yaml.YAMLError):
+        raise BadInput(f"{path} is damaged; move it away to use the model without it.") from None
 
 
 def record_of(model: Path) -> Path:

@@ -57,7 +57,18 @@ class Bench:
             export(self.dense, self.wide, "--types", "F16")
         self.matrix = folder / "imatrix.gguf"
         if not self.matrix.exists():
-            measure_importance(self.dense, self.matrix, self.text)
+            given = [word for key, value in self.text.items() for word in (f"--{key}", str(value))]
+            command(
+                "export",
+                self.dense,
+                "--format",
+                "imatrix",
+                "-o",
+                self.matrix,
+                "--calibration",
+                SOURCE,
+                *given,
+            )
 
     def theirs(self, size: str) -> Path:
         file = self.folder / f"llama.cpp.{size}.gguf"
@@ -154,37 +165,6 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any], text: str) -> dict[
 
 def export(model: Path, file: Path, *options: str | Path) -> None:
     command("export", model, "--format", "gguf", "-o", file, "--no-verify", "--overwrite", *options)
-
-
-def measure_importance(model: Path, file: Path, text: dict[str, int]) -> None:
-    """llama.cpp's importance matrix: the mean square of the inputs of every linear in the dense model."""
-    from compress.anatomy import linears_by_input
-    from compress.calibration.text.windows import calibration_windows
-    from compress.engine.stream import Seen, StreamedModel
-    from compress.engine.tokenizer import load_tokenizer
-    from compress.storage.checkpoint import Checkpoint
-    from compress.storage.gguf.architectures import tensor_names
-    from compress.storage.gguf.imatrix import ImportanceMatrix, write_imatrix
-
-    streamed = StreamedModel(Checkpoint.open(model))
-    windows = calibration_windows(load_tokenizer(model), SOURCE, **text)
-    stream = streamed.stream(windows)
-    values = {}
-    for layer in streamed.walk(None, stream):
-        sums: dict[str, Any] = {}
-
-        def add(seen: Seen, paths: list[str], sums: dict[str, Any] = sums) -> None:
-            total = seen.real(seen.inputs).square().sum(0)
-            for path in paths:
-                sums[path] = sums.get(path, 0) + total
-
-        groups = linears_by_input(streamed.anatomy, layer.linears)
-        observers = {paths[0]: lambda seen, paths=paths: add(seen, paths) for paths in groups}
-        stream.advance(layer, observe=observers)
-        names = {path: layer.stored(path) or "" for path in sums}
-        theirs = tensor_names(streamed.config, list(names.values()))
-        values |= {theirs[names[path]]: total / windows.num_tokens for path, total in sums.items()}
-    write_imatrix(ImportanceMatrix(values, text["nsamples"], text["seqlen"], SOURCE), file)
 
 
 def run_here(*arguments: str | Path) -> None:

@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from compress.errors import BadInput, CompressError
 from compress.evaluation.foreign import open_any
 from compress.evaluation.forgetting.contestants import remake, unlearning_steps
 from compress.evaluation.forgetting.grid import Way, ways_of
 from compress.sources.find import ModelSource, find_model
 from compress.storage.checkpoint import read_config
-from compress.storage.lineage import RECIPE, Lineage, Step, read_lineage
+from compress.storage.lineage import Lineage, Step, read_lineage, read_recipe
 from compress.storage.sharded import is_sharded
 from compress.system.progress import Progress
 
@@ -117,4 +115,4 @@ def _parent(lineage: Lineage) -> ModelSource:
 
 
 def _recipe_of(folder: Path) -> dict[str, Any]:
-    return dict(yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8")))
+    return dict(read_recipe(folder) or {})

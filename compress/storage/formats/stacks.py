@@ -118,7 +118,7 @@ class StackFormat(ABC):
         Raises:
             BadInput: as `from_config`.
         """
-        return cls.from_config(config) if config and config.get("quant_method") in STACKS else None
+        return cls.from_config(config) if config and config.get("quant_method") in list(STACKS) else None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> StackFormat:

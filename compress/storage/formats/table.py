@@ -35,10 +35,17 @@ class Formats:
     """
 
     def __init__(self, quantization_config: Mapping[str, Any]) -> None:
-        kind = _kind_of(quantization_config)
-        self.groups = kind.groups_of(quantization_config)
+        try:
+            kind = _kind_of(quantization_config)
+            self.groups = kind.groups_of(quantization_config)
+            self.bits = sorted({form.bits for _, form in self.groups})
+            for targets, _ in self.groups:
+                _check(targets)
+        except (AttributeError, KeyError, TypeError, ValueError, re.error) as error:
+            raise BadInput(
+                f"The quantization_config of this model is damaged ({type(error).__name__}: {error})."
+            ) from None
         self.marker = kind.marker
-        self.bits = sorted({form.bits for _, form in self.groups})
 
     def of(self, name: str, kind: str = "Linear") -> Format:
         """The format of one module.
@@ -69,6 +76,13 @@ class Formats:
                 if rule(target):
                     return form
         raise BadInput(f"The model's quantization_config does not say how '{name}' is packed.")
+
+
+def _check(targets: list[str]) -> None:
+    """Raise what is wrong with targets that `Formats.of` cannot compare with names."""
+    for target in targets:
+        if target.startswith("re:"):
+            re.compile(target[3:])
 
 
 def _kind_of(quantization_config: Mapping[str, Any]) -> type[Format]:

@@ -147,6 +147,10 @@ def _turned(form: Architecture, name: str, tensor: torch.Tensor) -> torch.Tensor
     return tensor.t().contiguous() if form.transposed and is_linear else tensor
 
 
+ROPE_FACTORS = "rope_freqs.weight"
+"""The tensor with the factors of a Llama 3."""
+
+
 def extra_tensors(config: Any) -> dict[str, torch.Tensor]:
     """Tensors that the file has besides those of the checkpoint, float32: factors of rotary frequencies, and
     what fills up layers that lack a block."""
@@ -154,7 +158,7 @@ def extra_tensors(config: Any) -> dict[str, torch.Tensor]:
     rope = rope_of(config)
     kind = rope.get("rope_type", "default")
     if kind == "llama3":
-        found["rope_freqs.weight"] = _llama3_factors(config, rope)
+        found[ROPE_FACTORS] = llama3_factors(_head_dim(config), rope)
     if kind == "longrope":
         for name in ("long", "short"):
             found[f"rope_factors_{name}.weight"] = torch.tensor(list(rope[f"{name}_factor"]))
@@ -167,10 +171,14 @@ def rope_of(config: Any, layers: str = "full_attention") -> dict[str, Any]:
     return dict(found.get(layers) or found) if isinstance(found, Mapping) else {}
 
 
-def _llama3_factors(config: Any, rope: dict[str, Any]) -> torch.Tensor:
+def rope_frequencies(width: int, base: float) -> torch.Tensor:
+    """The frequencies of a rotary embedding of heads, float64 [width / 2], fastest first."""
+    return base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+
+
+def llama3_factors(width: int, rope: dict[str, Any]) -> torch.Tensor:
     """By what llama.cpp divides the frequencies of a Llama 3: 1 for fast ones, ``factor`` for slow ones."""
-    width = _head_dim(config)
-    frequency = rope["rope_theta"] ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    frequency = rope_frequencies(width, rope["rope_theta"])
     turns = rope["original_max_position_embeddings"] * frequency / (2 * torch.pi)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     smooth = ((turns - low) / (high - low)).clamp(0, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ import torch
 
 from compress.errors import BadInput
 from compress.storage.checkpoint import Checkpoint
-from compress.storage.gguf.architectures import restored, tensor_names
+from compress.storage.gguf.architectures import converted, restored, tensor_names
 from compress.storage.gguf.reader import GGUFFile
 from compress.storage.tensors import TensorInfo
 from compress.system.files import file_sha256
@@ -52,10 +53,11 @@ class GGUFCheckpoint(Checkpoint):
         for name, theirs in self._theirs.items():
             if theirs not in file.tensors:
                 raise BadInput(f"'{file.path}' lacks the tensor '{theirs}' of a {config.model_type} model.")
-            turned = torch.empty(file.tensors[theirs].shape, device="meta")
-            if tuple(restored(config, name, turned).shape) != shapes[name]:
+            there, wanted = file.tensors[theirs].shape, torch.empty(shapes[name], device="meta")
+            # The order of the rows is only known of a size that the file has room for.
+            if math.prod(there) != wanted.numel() or there != tuple(converted(config, name, wanted).shape):
                 raise BadInput(
-                    f"'{file.path}' holds '{theirs}' in the shape {list(file.tensors[theirs].shape)}, which "
+                    f"'{file.path}' holds '{theirs}' in the shape {list(there)}, which "
                     "is not what its metadata say."
                 )
         infos = {name: TensorInfo("F32", shapes[name]) for name in self._theirs}

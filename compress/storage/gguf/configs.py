@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
+
 from compress.errors import BadInput
-from compress.storage.gguf.architectures import DECI
+from compress.storage.gguf.architectures import DECI, ROPE_FACTORS, llama3_factors, rope_frequencies
 from compress.storage.gguf.reader import GGUFFile
 
 CLASSES = {
@@ -88,6 +91,8 @@ def config_of_gguf(file: GGUFFile) -> dict[str, Any]:
     width, heads = data.number("embedding_length"), data.number("attention.head_count")
     head_dim = data.number("attention.key_length", width // max(heads, 1))
     turned = data.number("rope.dimension_count", head_dim)
+    if head_dim % 2 or turned % 2:
+        raise BadInput(f"'{file.path}' has heads of odd width, whose halves no rotary embedding can turn.")
     found |= {
         "max_position_embeddings": data.number("context_length"),
         "hidden_size": width,
@@ -163,11 +168,16 @@ def _rope(file: GGUFFile, data: _Metadata, share: float) -> dict[str, Any]:
     if share != 1.0:
         found["partial_rotary_factor"] = share
     kind = file.metadata.get(f"{data.architecture}.rope.scaling.type", "none")
-    if "rope_freqs.weight" in file.tensors or "rope_factors_long.weight" in file.tensors:
-        raise BadInput(
-            f"'{file.path}' stretches its rotary embedding by factors (Llama 3.1 or long context), from "
-            "which config.json cannot be made again; use the model's own folder."
-        )
+    if ROPE_FACTORS in file.tensors or "rope_factors_long.weight" in file.tensors:
+        llama3 = None
+        if ROPE_FACTORS in file.tensors and kind == "none":
+            llama3 = _llama3(file.tensor(ROPE_FACTORS).flatten(), found["rope_theta"])
+        if llama3 is None:
+            raise BadInput(
+                f"'{file.path}' stretches its rotary embedding by factors for long contexts, from which "
+                "config.json cannot be made again; use the model's own folder."
+            )
+        return found | llama3
     if kind in ("linear", "yarn"):
         found |= {"rope_type": kind, "factor": data.number("rope.scaling.factor")}
         if kind == "yarn":
@@ -177,6 +187,43 @@ def _rope(file: GGUFFile, data: _Metadata, share: float) -> dict[str, Any]:
             f"'{file.path}' stretches its rotary embedding by '{str(kind)[:40]}', which is unknown."
         )
     return found
+
+
+def _llama3(factors: torch.Tensor, base: float) -> dict[str, Any] | None:
+    """The settings of a Llama 3 that give these factors, or None if none do.
+
+    Between fast frequencies, which are kept (1), and slow ones, which are divided by ``factor``, the share
+    that is kept is a line over the frequency. It tells where the two begin as shares of the original context,
+    so ``low_freq_factor`` is taken to be 1, as in all models of Meta. Where a single frequency lies between,
+    ``high_freq_factor`` is taken to be 4 as well; any line through it gives the same factors.
+    """
+    factor, frequency = float(factors[-1]), rope_frequencies(2 * len(factors), base)
+    if not factor > 1:
+        return None
+    share = (1 / factors.double() - 1 / factor) / (1 - 1 / factor)
+    between = (share > 0) & (share < 1)
+    x, y = frequency[between], share[between]
+    ratio = 4.0
+    if len(x) > 1:
+        slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
+        ratio = float(1 - 1 / (y.mean() - slope * x.mean()))
+    length = 2 * math.pi * float(((ratio - 1) * y + 1).mean() / x.mean())
+    if not 0.5 < length < 2**31:
+        return None
+    for digits in (4, 12):  # what people choose, and else what is nearest
+        low = round(round(length) / length, digits)
+        found = {
+            "rope_type": "llama3",
+            "rope_theta": base,
+            "factor": factor,
+            "low_freq_factor": low,
+            "high_freq_factor": round(low * ratio, digits),
+            "original_max_position_embeddings": round(length),
+        }
+        # llama.cpp's converter computes in float32, which tells most on the slowest frequencies between.
+        if torch.allclose(llama3_factors(2 * len(factors), found), factors, rtol=1e-5, atol=0):
+            return found
+    return None
 
 
 def _tokens(file: GGUFFile) -> dict[str, Any]:

@@ -83,13 +83,12 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
         if len(count) != 1:
             continue  # the experts of a mixture, which no model here has
         values[name] = total / count.clamp(min=1)
+    chunks = file.metadata.get("imatrix.chunk_count", 1)
+    size = file.metadata.get("imatrix.chunk_size", 512)
     datasets = file.metadata.get("imatrix.datasets") or [""]
-    return ImportanceMatrix(
-        values,
-        int(file.metadata.get("imatrix.chunk_count", 1)),
-        int(file.metadata.get("imatrix.chunk_size", 512)),
-        str(datasets[0]),
-    )
+    if not (isinstance(chunks, int) and isinstance(size, int) and isinstance(datasets, list)):
+        raise BadInput(f"The importance matrix '{path}' does not say what text it was made on.")
+    return ImportanceMatrix(values, chunks, size, str(datasets[0]))
 
 
 def _write_gguf(matrix: ImportanceMatrix, path: Path) -> None:

@@ -24,6 +24,32 @@ SPLITS = {
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
 }
 """How text is split into words before it is encoded -> llama.cpp's name for it."""
+SAME_SPLIT = {
+    "deepseek-r1-qwen": "qwen2",
+    "falcon3": "llama-bpe",
+    "llama3": "llama-bpe",
+    "llama-v3": "llama-bpe",
+    "olmo": "gpt-2",
+    "phi-2": "gpt-2",
+}
+"""Other names that llama.cpp has for the same."""
+WHOLE_WORDS = ("llama-bpe", "tekken")
+"""Where llama.cpp takes a word that is a token as it is, without merges, and begins with BOS unless told."""
+_DEFAULT = (
+    r"[\p{P}\$\+<=>\^~\|]+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+    r"\p{N}+",
+    r"[0-9][0-9][0-9]",
+)
+
+
+def splits_of(name: str) -> tuple[str, ...] | None:
+    """The rules, one after the other, by which llama.cpp splits text where a file asks for ``name``; None if
+    it is not known here. A rule is a regular expression, ``digits`` or ``byte-level``."""
+    if name == "default":
+        return _DEFAULT
+    rule = next((rule for rule, theirs in SPLITS.items() if theirs == name), None)
+    return None if rule is None else tuple(rule.split(", ")) if "byte-level" in rule else (rule,)
 
 
 @dataclass
@@ -53,8 +79,16 @@ def tokenizer_metadata(folder: Path, vocab_size: int) -> TokenizerMetadata:
     if not file.is_file():
         note = "The model has no tokenizer.json, so the file has no tokenizer and is given token ids."
         return TokenizerMetadata({"tokenizer.ggml.model": "no_vocab"}, (note,))
-    whole = _read(file)
-    settings = _read(folder / "tokenizer_config.json")
+    whole, settings = _read(file), _read(folder / "tokenizer_config.json")
+    try:
+        return _metadata(whole, settings, folder, vocab_size)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{file} is damaged ({type(error).__name__}: {error}).") from None
+
+
+def _metadata(
+    whole: dict[str, Any], settings: dict[str, Any], folder: Path, vocab_size: int
+) -> TokenizerMetadata:
     model = whole.get("model") or {}
     if model.get("type") != "BPE":
         raise BadInput(

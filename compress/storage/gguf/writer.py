@@ -61,6 +61,7 @@ def write_gguf(
 
     Raises:
         BadInput: the package gguf is not installed, or a weight does not fit its type.
+        OSError: it cannot be written, such as on a full disk.
     """
     package = gguf_package()
     writer = package.GGUFWriter(path, architecture)
@@ -75,8 +76,12 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         total, done = sum(tensor.nbytes for tensor in tensors.values()), 0
+        (file,) = writer.fout
         for tensor in tensors.values():
-            writer.write_tensor_data(tensor.make().contiguous().numpy())
+            # Its own method for tensors loses the reason of an error, such as a full disk.
+            writer.write_padding(file, file.tell())
+            file.write(tensor.make().contiguous().numpy().data)
+            writer.write_padding(file, tensor.nbytes)
             done += tensor.nbytes
             progress(done / max(total, 1))
     finally:

@@ -68,12 +68,20 @@ def another(model_type: str) -> Callable[[Path], None]:
     return lambda folder: rewrite(folder, lambda config: config.update(changes))
 
 
+def with_setting(name: str, value: object) -> Callable[[Path], None]:
+    return lambda folder: rewrite(folder, lambda config: config.update({name: value}))
+
+
 @pytest.mark.parametrize("words", [["prune", *REPLACEME], ["quantize", *RTN]], ids=["prune", "quantize"])
 @pytest.mark.parametrize(
     ("breakage", "sentence"),
     [
         (not_json, "config.json is not JSON"),
         (lambda folder: rewrite(folder, dict.clear), "does not name a model_type"),
+        (with_setting("architectures", 3), "are no list of classes"),
+        (with_setting("quantization_config", 3), "is not a JSON object"),
+        (with_setting("num_key_value_heads", 0), "describes a llama model that cannot be built"),
+        (with_setting("pruned", {"layers": []}), "describes a llama model that cannot be built"),
         (another("lama"), "no model type 'lama'; did you mean 'llama'"),
         (another("t5"), "The model type 't5' is not supported"),
         (another("mamba"), "The model type 'mamba' is not supported"),

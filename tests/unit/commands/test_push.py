@@ -300,6 +300,7 @@ def escape(folder: Path) -> None:
         (leak, "holds what looks like an access token"),
         (forget, "was not written by compress-model"),
         (escape, "outside of its folder"),
+        (lambda folder: (folder / "recipe.yaml").write_text("steps: [1"), "recipe.yaml is damaged"),
     ],
 )
 def test_what_is_not_pushed(

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import struct
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 import compress
+from compress.calibration.text.windows import calibration_windows
 from compress.cli import cli
 from compress.engine.tokenizer import load_tokenizer
 from compress.errors import BadInput
@@ -22,8 +28,10 @@ from compress.export.gguf import llama_log_probabilities
 from compress.export.gguf_runtime import installed
 from compress.sources.find import find_model
 from compress.sources.gguf import bytes_of
+from compress.storage.gguf.architectures import ARCHITECTURES
 from compress.storage.gguf.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
 from compress.storage.gguf.reader import GGUFFile
+from compress.storage.gguf.writer import Planned, write_gguf
 
 gguf = pytest.importorskip("gguf")
 TOKENS = torch.tensor([[7, 100, 31, 200, 5, 9]])
@@ -95,6 +103,29 @@ def test_llama_cpp_runs_every_architecture(
     assert found["kl"] < 1e-5
 
 
+@pytest.mark.loaders
+@runs
+@pytest.mark.parametrize(
+    "fault",
+    [{"rope.scaling.type": "linear", "rope.scaling.factor": 2.0}, {"attention.layer_norm_rms_epsilon": 1e-2}],
+)
+def test_a_file_of_block_types_that_says_something_else_is_not_published(
+    tmp_path: Path,
+    shared_decoder: Callable[..., Path],
+    fault: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, llama = shared_decoder("LlamaForCausalLM"), ARCHITECTURES["llama"]
+    arguments = ["export", str(model), "--format", "gguf", "--types", "Q8_0", "-q"]
+    sound = CliRunner().invoke(cli, [*arguments, "-o", str(tmp_path / "sound.gguf")])
+    assert "Verified with llama.cpp" in sound.output
+    wrong = replace(llama, metadata=lambda config: llama.metadata(config) | fault)
+    monkeypatch.setitem(ARCHITECTURES, "llama", wrong)
+    ended = CliRunner().invoke(cli, [*arguments, "-o", str(tmp_path / "wrong.gguf")])
+    assert "computes something else with the exported files" in str(ended.exception)
+    assert not (tmp_path / "wrong.gguf").exists()
+
+
 def test_codes_are_carried_over_without_rounding_again(
     tmp_path: Path, shared_decoder: Callable[..., Path]
 ) -> None:
@@ -107,6 +138,22 @@ def test_codes_are_carried_over_without_rounding_again(
         written = GGUFFile.open(file)
         assert written.tensors["blk.0.ffn_down.weight"].kind.name == kind
         torch.testing.assert_close(logits(find_model(str(file)).folder), logits(low), atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_rounded_without_being_asked_for_is_one_sentence(
+    tmp_path: Path, shared_decoder: Callable[..., Path]
+) -> None:
+    model, low = shared_decoder("LlamaForCausalLM", dtype=torch.float32), tmp_path / "low"
+    sentence = "of the 21 tensors, such as 'lm_head.weight', are rounded to 16 bits; with --types F32"
+    assert export(model, tmp_path / "half.gguf").count(sentence) == 1
+    assert "16 bits" not in export(model, tmp_path / "whole.gguf", "--types", "F32")
+    assert "16 bits" not in export(model, tmp_path / "asked.gguf", "--types", "F16")
+    half = shared_decoder("LlamaForCausalLM", dtype=torch.float16)
+    assert "16 bits" not in export(half, tmp_path / "same.gguf")
+    compress.run({"model": str(model), "steps": [{"method": "rtn", "bits": 4, "group_size": 32}]}, low)
+    said = export(low, tmp_path / "low.gguf")
+    assert "The scales of 14 of the 14 weights in few bits, such as 'model.layers.0." in said
+    assert said.count("rounded to float16") == 1
 
 
 def test_an_adapter_is_in_the_file(tmp_path: Path, shared_decoder: Callable[..., Path]) -> None:
@@ -205,6 +252,36 @@ def test_importance_matrices_come_back(tmp_path: Path, name: str) -> None:
         torch.testing.assert_close(found.values[key], expected)
 
 
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_an_importance_matrix_is_measured_as_in_the_dense_model(
+    tmp_path: Path, shared_decoder: Callable[..., Path], architecture: str
+) -> None:
+    model, file = shared_decoder(architecture), tmp_path / "model.imatrix.gguf"
+    text = {"nsamples": 3, "seqlen": 32, "seed": 1}
+    options = [word for key, value in text.items() for word in (f"--{key}", str(value))]
+    source = str(model.parent / "text.txt")
+    done = CliRunner().invoke(
+        cli,
+        ["export", str(model), "--format", "imatrix", "-o", str(file), "--calibration", source, *options],
+        catch_exceptions=False,
+    )
+    assert "MB of importances, loads with llama.cpp's quantizer." in done.output
+    found = read_imatrix(file)
+    assert (found.chunks, found.chunk_size, found.dataset) == (3, 32, source)
+
+    dense, seen = AutoModelForCausalLM.from_pretrained(model), []
+    untied = not dense.config.tie_word_embeddings
+    last = dense.base_model.get_submodule("layers.1.mlp.down_proj" if untied else "h.1.mlp.c_proj")
+    last.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(0, -2)))
+    with torch.no_grad():
+        dense(calibration_windows(load_tokenizer(model), source, **text).tokens)
+    expected = torch.cat(seen).square().mean(0)
+    torch.testing.assert_close(found.values["blk.1.ffn_down.weight"], expected, rtol=1e-4, atol=1e-6)
+    said = export(model, tmp_path / "model.gguf", "--types", "Q4_0", "--importance", file)
+    tables = 2 if untied else 1
+    assert f"The importance matrix lacks {tables} of the rounded weights" in said
+
+
 def test_an_importance_matrix_of_another_model_is_refused(
     tmp_path: Path, shared_decoder: Callable[..., Path]
 ) -> None:
@@ -243,6 +320,58 @@ def test_a_file_without_a_tensor_of_its_model_is_refused(tmp_path: Path, sound: 
     bad.write_bytes(sound.replace(b"blk.1.ffn_up.weight", b"../1.ffn_up.weight/"[:19]))
     with pytest.raises(BadInput, match=r"lacks the tensor 'blk.1.ffn_up.weight'"):
         find_model(str(bad))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("llama.attention.key_length", 15, "heads of odd width"),
+        ("llama.attention.key_length", 6, "holds 'blk.0.attn_q.weight' in the shape"),
+        ("llama.attention.head_count_kv", 2**31 - 1, "holds 'blk.0.attn_k.weight' in the shape"),
+        ("tokenizer.ggml.token_type", 3, "The tokenizer of '.*' cannot be read"),
+        ("tokenizer.ggml.tokens", [1, 2], "The tokenizer of '.*' cannot be read"),
+        ("tokenizer.ggml.pre", 3, "splits text as '3'"),
+    ],
+)
+def test_metadata_without_sense_are_refused_in_one_sentence(
+    tmp_path: Path, sound: bytes, key: str, value: Any, message: str
+) -> None:
+    file, bad = GGUFFile.open(tmp_path / "sound.gguf"), tmp_path / "bad.gguf"
+    assert file.path.read_bytes() == sound
+    metadata = {name: kept for name, kept in file.metadata.items() if name != "general.architecture"}
+    planned = {
+        name: Planned(there.kind, there.shape, partial(file.blocks, name))
+        for name, there in file.tensors.items()
+    }
+    assert key in metadata
+    write_gguf(bad, "llama", metadata | {key: value}, planned)
+    with pytest.raises(BadInput, match=message):
+        find_model(str(bad))
+
+
+@pytest.mark.parametrize(("key", "value"), [("chunk_count", "x"), ("chunk_size", [1]), ("datasets", 3)])
+def test_an_importance_matrix_without_sense_is_refused(tmp_path: Path, key: str, value: Any) -> None:
+    file = tmp_path / "matrix.gguf"
+    write_gguf(file, "imatrix", {"general.type": "imatrix", f"imatrix.{key}": value}, {})
+    with pytest.raises(BadInput, match="does not say what text it was made on"):
+        read_imatrix(file)
+
+
+@pytest.mark.parametrize("room", [1000, 150_000, 250_000])
+def test_a_disk_that_is_full_is_the_reason_and_leaves_nothing(
+    tmp_path: Path, shared_decoder: Callable[..., Path], room: int
+) -> None:
+    """A limit on the size of files stands for the disk; it ends a write in the same way."""
+    resource = pytest.importorskip("resource")
+    model, limits = shared_decoder(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        with pytest.raises(OSError, match="File too large") as error:
+            export(model, tmp_path / "model.gguf", "--types", "F32")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.errno == errno.EFBIG
+    assert not list(tmp_path.iterdir())
 
 
 @given(at=st.integers(0, 3000), byte=st.integers(0, 255))

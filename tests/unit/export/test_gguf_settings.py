@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
+import struct
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers as hf
 
+import compress
 from compress.errors import BadInput
+from compress.sources.find import find_model
 from compress.storage.gguf.architectures import architecture_of, limits_of
+from compress.storage.gguf.reader import GGUFFile
 
 LONGROPE = {
     "rope_type": "longrope",
@@ -67,3 +75,42 @@ def test_a_window_that_llama_cpp_ignores_is_told() -> None:
     ]
     assert not limits_of(hf.Phi3Config(sliding_window=2047, max_position_embeddings=2047))
     assert not limits_of(hf.LlamaConfig())
+
+
+@pytest.mark.parametrize(
+    ("width", "settings"),
+    [
+        (64, {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}),
+        (64, {"factor": 8.0, "low_freq_factor": 1.5, "high_freq_factor": 3.3}),
+        (16, {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}),
+    ],
+    ids=["as in Llama 3.2", "odd", "one frequency between"],
+)
+def test_factors_of_a_llama_3_become_its_settings_again(
+    tmp_path: Path,
+    shared_decoder: Callable[..., Path],
+    export: Callable[..., dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    width: int,
+    settings: dict[str, float],
+) -> None:
+    monkeypatch.setenv("COMPRESS_MODEL_CACHE", str(tmp_path / "cache"))
+    rope = {"rope_type": "llama3", "rope_theta": 10_000.0, "original_max_position_embeddings": 50} | settings
+    model, file = shared_decoder(head_dim=width, rope_parameters=rope), tmp_path / "model.gguf"
+    export(model, "--format", "gguf", "--types", "F32", "--no-verify", "-o", file)
+    folder = find_model(str(file)).folder
+    found = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    for name in ("low_freq_factor", "high_freq_factor"):  # which count as shares of the original context
+        assert found[name] / found["original_max_position_embeddings"] == pytest.approx(settings[name] / 50)
+    if settings["low_freq_factor"] == 1.0:
+        assert found == rope
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        wanted, read = (compress.load(each, kernel="reference")(tokens).logits for each in (model, folder))
+    torch.testing.assert_close(read, wanted, atol=2e-5, rtol=1e-5)
+
+    data, there = bytearray(file.read_bytes()), GGUFFile.open(file).tensors["rope_freqs.weight"]
+    data[there.start : there.start + 4] = struct.pack("<f", 6.0)  # the fastest, slower than the next one
+    file.write_bytes(data)
+    with pytest.raises(BadInput, match="by factors for long contexts"):
+        find_model(str(file))

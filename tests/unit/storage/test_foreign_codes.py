@@ -25,6 +25,8 @@ from compress.storage.formats.mlx import MLXFormat
 TOKENS = torch.tensor([[7, 100, 31, 200, 5, 9]])
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+PACKED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+
 Pack = Callable[[str, torch.Tensor], tuple[dict[str, torch.Tensor], torch.Tensor]]
 
 
@@ -185,6 +187,15 @@ def test_mlx_reads_back_every_bit(bits: int, groups: int, seed: int) -> None:
         ({"quant_method": "awq", "bits": 4, "group_size": 32}, {"qweight": (64,)}, "is not int32"),
         ({"bits": 4, "group_size": 32, "mode": "mxfp4"}, {}, "in the mode 'mxfp4'"),
         ({"bits": 4, "group_size": 48}, {}, "groups of 32, 64 or 128"),
+        ({**PACKED, "config_groups": -1}, {}, "quantization_config of this model is damaged"),
+        ({**PACKED, "config_groups": {"a": 1}}, {}, "quantization_config of this model is damaged"),
+        ({**PACKED, "format": []}, {}, "quantization_config of this model is damaged"),
+        (
+            {**PACKED, "config_groups": {"a": {"targets": ["re:("], "weights": {"strategy": "channel"}}}},
+            {},
+            "quantization_config of this model is damaged",
+        ),
+        ({"quant_method": []}, {}, "quantization_config of this model is damaged"),
         ({"quant_method": "../../etc/passwd"}, {}, "cannot be read; these can"),
     ],
 )

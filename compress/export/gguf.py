@@ -219,7 +219,7 @@ def allowed_with_blocks(layers: int) -> float:
 
     That adds up over the layers: files of the first 1, 4 and 16 layers of SmolLM2-135M and of all 30 differ
     by up to .02, .03, .04 and .09, random models of 2 and 7 layers by .02 and .03. A scaling of the rotary
-    embedding that is lost moves a model of 2 layers by .3 to .5.
+    embedding that is lost moves a model of 2 layers by .3 to .4.
     """
     return min(EIGHT_BIT_INPUTS, 0.1 + 0.015 * layers)
 

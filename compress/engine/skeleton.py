@@ -12,7 +12,7 @@ from compress.anatomy import anatomy_of, model_class
 from compress.engine.at_inference import AtInference, act_at_inference
 from compress.engine.key_values import KeyValueSettings, quantize_key_values
 from compress.engine.pruned import reshape
-from compress.errors import BadInput
+from compress.errors import BadInput, CompressError
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,8 @@ def skeleton(config: PretrainedConfig, device: str | torch.device = "cpu") -> Pr
     cls = model_class(config)
     try:
         model = _built(cls, config, device)
+    except CompressError:
+        raise
     except Exception as error:  # of many types
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise BadInput(

@@ -30,6 +30,10 @@ TRAINED_LAYERS = 3
 """Layers that are trained: the steered one and those before it, as published."""
 
 
+TIMES_AS_LONG = 5.0
+"""How many times as long as it was a hidden state becomes, as in Adaptive RMU."""
+
+
 class RMU(Method["RMU.Options"]):
     """Steer the hidden states of records to forget to a random direction, and keep those of the others.
 
@@ -37,10 +41,14 @@ class RMU(Method["RMU.Options"]):
     length 1 (uniform in [0, 1) before it is normalised), the losses are, each the mean over the positions
     that predict an answer's tokens,
 
-        forget:  ‖h_t − c · u‖²          retain:  α ‖h_t − h_t,ref‖²
+        forget:  ‖h_t − c_t · u‖²          retain:  α ‖h_t − h_t,ref‖²
+
+    The paper takes one c for all tokens, chosen for its models. Where hidden states are much longer than c,
+    they are only made shorter, which the norm of the next layer undoes. So c_t is 5 ‖h_t,ref‖ by default, as
+    in Adaptive RMU (arXiv:2408.06223), whatever the model and the layer.
 
     Only the linears of the layers l − 2, l − 1 and l are trained, and no later layer runs. The hidden states
-    of the retain set are computed once, so no second model is in memory.
+    are computed once before, so no second model is in memory.
     """
 
     name = "rmu"
@@ -54,8 +62,10 @@ class RMU(Method["RMU.Options"]):
             7,
             description="index, from 0, of the layer to steer; it and the two before it are trained",
         )
-        steering: PositiveFloat = Field(
-            2.0, description="length c of the vector that hidden states of records to forget are steered to"
+        steering: PositiveFloat | None = Field(
+            None,
+            description="length c of the vector that hidden states of records to forget are steered to; by "
+            "default 5 times their own before",
         )
 
     def plan(self, shape: ModelShape, options: Options) -> ModelShape:
@@ -71,9 +81,12 @@ class RMU(Method["RMU.Options"]):
         sets = read_sets(model, options, context)
         layers = range(max(0, options.layer - TRAINED_LAYERS + 1), options.layer + 1)
         before = Reference(model, sets.retain, context, RETAIN, layers.stop) if sets.retain else None
+        known = None
+        if options.steering is None:
+            known = Reference(model, sets.forget, context, FORGET, layers.stop)
         steered = model.anatomy.layer_name(options.layer)
         direction = torch.rand(model.config.hidden_size, generator=context.generator())
-        target = options.steering * (direction / direction.norm()).to(context.device)
+        direction = (direction / direction.norm()).to(context.device)
 
         def choose(whole: PreTrainedModel) -> nn.Module:
             names = [
@@ -85,7 +98,11 @@ class RMU(Method["RMU.Options"]):
 
         def forget(trained: nn.Module, batch: Batch) -> Tensor:
             part = batch[FORGET]
-            return squared_distance(output_of(steered, trained, part), part["labels"], target)
+            length: Tensor | float | None = options.steering
+            if known is not None:
+                own = known.states(known.rows(part)).norm(dim=-1, keepdim=True)
+                length = TIMES_AS_LONG * own.to(context.device)
+            return squared_distance(output_of(steered, trained, part), part["labels"], length * direction)
 
         def retain(trained: nn.Module, batch: Batch) -> Tensor:
             assert before is not None

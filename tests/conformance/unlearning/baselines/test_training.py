@@ -110,12 +110,16 @@ def dpo(world: World) -> Tensor:
     return world.mean(term, FORGET)
 
 
-def rmu(world: World) -> Tensor:
+def rmu(world: World, steering: float | None) -> Tensor:
     u = torch.rand(64, generator=torch.Generator().manual_seed(5)).double()
 
     def term(question: str, answer: str) -> Tensor:
         hidden = world.forward(world.now, question, answer)[1]
-        return 64 * mse_loss(hidden, (3 * u / u.norm()).expand_as(hidden))
+        known = world.forward(world.before, question, answer)[1]
+        lengths = (
+            5 * known.square().sum(1).sqrt() if steering is None else torch.full((len(known),), steering)
+        )
+        return 64 * mse_loss(hidden, torch.outer(lengths.double(), u / u.norm()))
 
     return world.mean(term, FORGET)
 
@@ -137,22 +141,31 @@ CASES: dict[str, tuple[str, dict[str, Any], Loss]] = {
         {"forget_weight": 0.5, "retain_weight": 2.0},
         lambda w: 0.5 * ascent(w) + 2 * w.retain_nll(),
     ),
-    "kl": ("gradient-difference", {"retain_loss": "kl"}, lambda w: ascent(w) + w.retain_kl()),
+    "kl": ("gradient-difference", {"retain_loss": "kl"}, lambda w: ascent(w) + 6 * w.retain_kl()),
     "npo": ("npo", {"beta": 0.2, "retain_weight": 0.3}, lambda w: npo(w) + 0.3 * w.retain_nll()),
-    "simnpo": ("simnpo", {"margin": 6.0}, lambda w: 0.125 * simnpo(w) + w.retain_nll()),
-    "undial": ("undial", {}, undial),
+    "simnpo": (
+        "simnpo",
+        {"margin": 6.0, "forget_weight": 0.125, "retain_weight": 1.0},
+        lambda w: 0.125 * simnpo(w) + w.retain_nll(),
+    ),
+    "undial": ("undial", {"retain_weight": 0}, undial),
     "undial-kl": (
         "undial",
         {"retain_weight": 3.0, "retain_loss": "kl"},
         lambda w: undial(w) + 3 * w.retain_kl(),
     ),
-    "dpo": ("dpo", {}, lambda w: dpo(w) + w.retain_nll()),
+    "dpo": ("dpo", {}, lambda w: dpo(w) + 6 * w.retain_nll()),
     "rmu": (
         "rmu",
         {"layer": 1, "steering": 3.0, "retain_weight": 1.5},
-        lambda w: rmu(w) + 1.5 * rmu_retain(w),
+        lambda w: rmu(w, 3) + 1.5 * rmu_retain(w),
     ),
-    "sure": ("sure", {"share": 1.0, "beta": 0.2}, lambda w: npo(w) + w.retain_nll()),
+    "rmu-adaptive": (
+        "rmu",
+        {"layer": 1, "retain_weight": 1.5},
+        lambda w: rmu(w, None) + 1.5 * rmu_retain(w),
+    ),
+    "sure": ("sure", {"share": 1.0, "beta": 0.2}, lambda w: npo(w) + 6 * w.retain_nll()),
 }
 
 
@@ -163,6 +176,7 @@ def of_layers(name: str) -> bool:
 
 TRAINED: dict[str, Callable[[str], bool]] = {
     "rmu": of_layers,
+    "rmu-adaptive": of_layers,
     "sure": lambda name: name.endswith("proj.weight"),
 }
 

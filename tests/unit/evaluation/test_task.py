@@ -405,6 +405,6 @@ def test_a_model_is_not_scored_on_what_it_was_calibrated_on(
     read = read_task_file(file, config_of(Checkpoint.open(model)), TEXT_TASK)
     calibrated = {"document_sha256": sorted(read.document_hashes)[:1]}
     lineage = SimpleNamespace(chain=lambda: [SimpleNamespace(calibration=calibrated)])
-    monkeypatch.setattr(module, "read_lineage", lambda folder: lineage)
+    monkeypatch.setattr("compress.evaluation.beforehand.read_lineage", lambda folder: lineage)
     with pytest.raises(BadInput, match="calibrated on 1 of the documents"):
         evaluate(str(model), task_file=file)

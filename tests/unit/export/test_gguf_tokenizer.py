@@ -131,7 +131,7 @@ def test_a_tokenizer_comes_back(name: str, exported: Callable[[Tokenizer], tuple
 @pytest.mark.skipif(find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
 @pytest.mark.parametrize("name", ["default", "llama-bpe", "both ends", "sentencepiece"])
 def test_ids_are_those_of_llama_cpp(name: str, exported: Callable[[Tokenizer], tuple[Path, Path]]) -> None:
-    """Of text that is split as no name of llama.cpp says, the file asks for its default."""
+    """The file asks for the default way where llama.cpp has no name for how text is split."""
     if name == "sentencepiece":
         core = sentencepiece()
     else:

@@ -69,7 +69,7 @@ def wanted_of(
         if given := [name for name, value in asked.items() if value is not None]:
             raise BadInput(f"{given[0]} needs questions; name them with --suite or --tasks.")
         return None
-    if suite == QUICK and not installed():
+    if suite == QUICK and not installed() and all(value is None for value in needing.values()):
         log.warning("Only text is scored, because lm-eval is missing: pip install 'compress-model[eval]'.")
         return None
     check_installed()

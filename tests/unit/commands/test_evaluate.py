@@ -109,6 +109,16 @@ def test_options_of_questions_need_questions(command: Command, tiny: Path, words
     assert_one_sentence(ended, 2, f"{words[0]} needs questions; name them with --suite or --tasks.")
 
 
+@pytest.mark.parametrize("option", ["--judge", "--samples"])
+def test_what_needs_answers_does_not_fall_back_to_text_alone(
+    command: Command, tiny: Path, tmp_path: Path, monkeypatch, option: str
+):
+    for module in ("ask", "cards"):
+        monkeypatch.setattr(f"compress.evaluation.harness.{module}.installed", lambda: False)
+    ended = command("evaluate", tiny, "--suite", "quick", option, tmp_path / "given")
+    assert_one_sentence(ended, 1, "compress-model[eval]")
+
+
 def test_every_command_that_opens_a_model_takes_its_revision(
     command: Command,
     tiny: Path,

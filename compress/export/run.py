@@ -135,7 +135,7 @@ def _export(
         path = folder
     files = target.write(model, path, options, recipe, progress)
     if verify:
-        progress(f"loading it with {target.runtime}", 0.0)
+        progress("checking it", 0.0)
         found = target.verify(model, path, options, device)
     else:
         found = Verification(runtime=target.runtime, not_tried=NOT_ASKED)
@@ -158,8 +158,7 @@ def _export(
 
 def _recipe(model: ExportedModel) -> dict[str, Any]:
     """The recipe that the model was made by; that of a model without one only names it."""
-    found = read_recipe(model.source.folder)
-    return found if isinstance(found, dict) else {"model": model.source.id, "steps": []}
+    return read_recipe(model.source.folder) or {"model": model.source.id, "steps": []}
 
 
 def _lineage(

@@ -10,7 +10,7 @@ from compress.method import Method, MethodOptions
 from compress.pipeline.recipe import validated
 from compress.pipeline.registry import find_method
 from compress.storage.checkpoint import Checkpoint
-from compress.storage.lineage import Step, read_lineage, read_recipe
+from compress.storage.lineage import Step, read_lineage
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,8 @@ def inherited_acting(checkpoint: Checkpoint) -> list[Acting]:
     if (section := AtInference.of(checkpoint.config)) is None:
         return []
     lineage = read_lineage(checkpoint.folder)
-    steps: list[tuple[str, dict[str, object]]] = []
-    if lineage is not None:
-        steps = [(step.method, step.options) for link in lineage.chain() for step in link.steps]
-    elif data := read_recipe(checkpoint.folder):
-        steps = [(step["method"], {k: v for k, v in step.items() if k != "method"}) for step in data["steps"]]
-    found = {name: options for name, options in steps if name in section.methods}
+    steps = [step for link in lineage.chain() for step in link.steps] if lineage else []
+    found = {step.method: step.options for step in steps if step.method in section.methods}
     if missing := [name for name in section.methods if name not in found]:
         raise BadInput(
             f"'{checkpoint.folder}' unlearns by {missing[0]} at inference, which must measure again after "

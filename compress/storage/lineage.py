@@ -189,17 +189,24 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-def read_recipe(folder: Path) -> Any:
-    """The content of recipe.yaml in a folder, or None if there is none.
+def read_recipe(folder: Path) -> dict[str, Any] | None:
+    """The resolved recipe in a folder that compress-model wrote, or None if there is none.
+
+    Other tools write a recipe.yaml of their own, such as llm-compressor.
 
     Raises:
         BadInput: it is damaged.
     """
     path = folder / RECIPE
+    if not (path.is_file() and record_of(folder).is_file()):
+        return None
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except (OSError, ValueError, yaml.YAMLError):
-        raise BadInput(f"{path} is damaged; move it away to use the model without it.") from None
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if all(isinstance(step["method"], str) for step in found["steps"]):
+            return dict(found)
+    except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError):
+        pass
+    raise BadInput(f"{path} is damaged; move it away to use the model without it.")
 
 
 def record_of(model: Path) -> Path:

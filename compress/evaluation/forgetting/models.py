@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from compress.errors import BadInput, CompressError
@@ -75,7 +74,7 @@ def find_models(
     lineage = read_lineage(asked.folder)
     never = find_model(retrained, revisions.retrained) if retrained else None
     sharded = is_sharded(read_config(asked.folder))
-    recipe = _recipe_of(asked.folder) if lineage and not sharded else {}
+    recipe = (read_recipe(asked.folder) or {}) if lineage and not sharded else {}
     named = find_model(target, revisions.target) if target else None
     if not recipe or not unlearning_steps(recipe):
         if named is None:
@@ -112,7 +111,3 @@ def _parent(lineage: Lineage) -> ModelSource:
             f"'{parent.id}' is not the model any more that this one was made from; name that with --target."
         )
     return source
-
-
-def _recipe_of(folder: Path) -> dict[str, Any]:
-    return dict(read_recipe(folder) or {})

@@ -280,7 +280,7 @@ def pickle(folder: Path) -> None:
 
 
 def leak(folder: Path) -> None:
-    (folder / "recipe.yaml").write_text(f"model: x\ntoken: hf_{'q' * 34}\n")
+    (folder / "recipe.yaml").write_text(f"model: x\nsteps: []\ntoken: hf_{'q' * 34}\n")
 
 
 def forget(folder: Path) -> None:
@@ -301,6 +301,7 @@ def escape(folder: Path) -> None:
         (forget, "was not written by compress-model"),
         (escape, "outside of its folder"),
         (lambda folder: (folder / "recipe.yaml").write_text("steps: [1"), "recipe.yaml is damaged"),
+        (lambda folder: (folder / "recipe.yaml").write_text("steps: 5"), "recipe.yaml is damaged"),
     ],
 )
 def test_what_is_not_pushed(

@@ -82,6 +82,15 @@ def test_a_dense_model_changes_its_dtype(
     assert record["exported"]["verification"]["kl"] > 0
 
 
+def test_the_recipe_of_another_tool_is_not_ours(
+    tmp_path: Path, export: Export, tiny_decoder: Callable[..., Path]
+) -> None:
+    model = tiny_decoder("LlamaForCausalLM")
+    (model / "recipe.yaml").write_text("default_stage: {default_modifiers: {GPTQModifier: {}}}")
+    export(model, "--format", "huggingface", "--no-verify", "-o", tmp_path / "out")
+    assert (tmp_path / "out" / "recipe.yaml").read_text() == f"model: {model}\nsteps: []\n"
+
+
 def test_size_on_disk_is_the_promise(
     tmp_path: Path, export: Export, shared_decoder: Callable[..., Path]
 ) -> None:

@@ -15,7 +15,7 @@ from compress.method import Method, Paper, StepReport
 from compress.unlearning.parts.baseline import FORGET, RETAIN, WeightedOptions, read_sets, unlearn
 from compress.unlearning.parts.chosen import train_linears
 from compress.unlearning.parts.losses import squared_distance
-from compress.unlearning.parts.options import check_trainable
+from compress.unlearning.parts.options import LOW_RANK_LEARNING_RATE, check_trainable, rate_for
 from compress.unlearning.parts.reference import Reference
 
 if TYPE_CHECKING:
@@ -32,6 +32,10 @@ TRAINED_LAYERS = 3
 
 TIMES_AS_LONG = 5.0
 """How many times as long as it was a hidden state becomes, as in Adaptive RMU."""
+
+TIMES_THE_RATE = 5.0
+"""How many times the learning rate of methods that train all layers; at a hidden size of 4096 that gives the
+published 5e-5."""
 
 
 class RMU(Method["RMU.Options"]):
@@ -58,6 +62,12 @@ class RMU(Method["RMU.Options"]):
     needs_package = "peft"
 
     class Options(WeightedOptions):
+        learning_rate: PositiveFloat | None = Field(
+            None,
+            description="learning rate at the first step; it falls to 0 along a line. By default 5 times "
+            "that of methods that train all layers: for low-rank updates 1e-3, and for all weights 1e-3 at a "
+            "hidden size of 576, about 5e-5 at 4096",
+        )
         layer: NonNegativeInt = Field(
             7,
             description="index, from 0, of the layer to steer; it and the two before it are trained",
@@ -79,6 +89,9 @@ class RMU(Method["RMU.Options"]):
 
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
         sets = read_sets(model, options, context)
+        if options.learning_rate is None:
+            usual = LOW_RANK_LEARNING_RATE if options.train == "lora" else rate_for(model.config.hidden_size)
+            options = options.model_copy(update={"learning_rate": TIMES_THE_RATE * usual})
         layers = range(max(0, options.layer - TRAINED_LAYERS + 1), options.layer + 1)
         before = Reference(model, sets.retain, context, RETAIN, layers.stop) if sets.retain else None
         known = None

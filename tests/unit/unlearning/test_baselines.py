@@ -313,9 +313,14 @@ def test_low_rank_updates_take_larger_steps(method: str, train: str, rate: float
 
 def test_narrow_models_take_larger_steps(taught: Path, tmp_path: Path) -> None:
     assert rate_for(4096) == pytest.approx(1e-5, rel=0.06)  # as published
-    for name, given, rate in (("default", None, rate_for(64)), ("given", 1e-3, 1e-3)):
-        step = unlearned(taught, tmp_path / name, "npo", learning_rate=given, epochs=1)
-        assert step.details["training"]["learning_rate"] == rate
+    for name, method, options, rate in (
+        ("default", "npo", {"learning_rate": None}, rate_for(64)),
+        ("given", "npo", {"learning_rate": 1e-3}, 1e-3),
+        ("steered", "rmu", {"learning_rate": None, "layer": 1}, 5 * rate_for(64)),
+        ("steered-lora", "rmu", {"learning_rate": None, "layer": 1, "train": "lora"}, 1e-3),
+    ):
+        step = unlearned(taught, tmp_path / name, method, epochs=1, **options)
+        assert step.details["training"]["learning_rate"] == pytest.approx(rate)
     assert knows(tmp_path / "default", taught.parent / "forget.jsonl") > 1
 
 

@@ -152,6 +152,14 @@ def pushed(command: Command, artefact: Path, *words: str, name: str = "me/small"
         (Fault("POST .*/commit/", 0), 1, "what has arrived is kept"),
         (Fault("POST .*/commit/", 429), 1, "no more requests for a while"),
         (Fault("POST /api/repos/create", seconds=3), 1, "because the hub did not answer within"),
+        (Fault("GET /api/models", 200), 1, "the hub's answer is not what was asked for (KeyError: 'id')"),
+        (Fault("GET .*/tree/", 200, 9), 1, "while reading the repository, because the hub's answer is not"),
+        (Fault("POST .*/commit/", 200), 1, "the hub's answer is not what was asked for (KeyError"),
+        (
+            Fault("PUT /storage", 403, 9, words="Request has expired"),
+            1,
+            "the hub answered with an error (403: Request has expired); run the same command again",
+        ),
     ],
     ids=lambda value: value.request if isinstance(value, Fault) else None,
 )

@@ -101,13 +101,16 @@ def find_record(name: str, revision: str | None = None) -> Path | None:
     path = Path(name).expanduser()
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")) or path.suffix == ".json":
         return None
-    return _download(name, revision, lambda: _snapshot(name, revision, [LINEAGE])).folder
+    return _download(name, revision, lambda: _snapshot(name, revision, LINEAGE)).folder
 
 
-def _snapshot(name: str, revision: str | None, files: list[str]) -> Path:
+def _snapshot(name: str, revision: str | None, file: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name, revision=revision, allow_patterns=files))
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=[file]))
+    if not (folder / file).is_file():
+        raise BadInput(f"The hub model '{name}' has no {file}, so no evaluation of it is on record.")
+    return folder
 
 
 def _download(name: str, revision: str | None, fetch: Callable[[], Path]) -> ModelSource:
@@ -169,6 +172,11 @@ def _fetch(name: str, revision: str | None) -> Path:
 
     wanted, refused = hub_patterns()
     folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=refused))
+    if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
+        raise BadInput(
+            f"The hub model '{name}' has no config.json, so it is no model folder; if it holds GGUF files, "
+            f"download one with 'hf download {name} FILE.gguf', and give its path."
+        )
     weights = [*weight_patterns(folder), *(f"{module}/*" for module in module_folders(folder))]
     kept_out = [pattern for pattern in refused if pattern != "*.safetensors"]
     snapshot_download(name, revision=folder.name, allow_patterns=weights, ignore_patterns=kept_out)

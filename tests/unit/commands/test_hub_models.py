@@ -147,3 +147,19 @@ def test_a_disk_that_is_full_is_not_laid_on_the_hub(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
     assert_one_sentence(command("inspect", "me/small", "-q"), 1, "The disk is full")
+
+
+def test_a_repository_of_gguf_files_is_told_by_its_name(
+    command: Command, hub: Hub, quantized: Path, tmp_path: Path
+):
+    made = tmp_path / "made"
+    words = ["export", quantized, "--format", "gguf", "-o", made, "--no-verify", "-q"]
+    assert command(*words).code == 0
+    assert_one_sentence(command("inspect", made), 2, f"holds a GGUF file; give '{made / 'made.gguf'}'")
+    (made / "compression.json").rename(made / "made.gguf.compression.json")
+    put(hub, "me/small", made)
+    for name, words in (("inspect", "'hf download me/small FILE.gguf'"), ("compare", "no evaluation of it")):
+        ended = command(name, "me/small", "-q")
+        assert_one_sentence(ended, 2, words)
+        assert "The hub model 'me/small' has no " in ended.err
+        assert "snapshots" not in ended.err

@@ -80,6 +80,8 @@ def push(
             else in the end than was pushed.
     """
     _check_name(repository)
+    if revision is not None and not revision.strip():
+        raise BadInput("The name of the branch is empty; name one, or leave out --revision to push to main.")
     token = hub.prepare()
     if token is None:
         raise BadInput(f"There is no access token for the hub; {hub.LOG_IN}.")

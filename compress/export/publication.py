@@ -112,16 +112,21 @@ def publication(
         progress: told how much of the files is checked.
 
     Raises:
-        BadInput: compress-model did not write it; a file is missing, has changed, or holds weights that are
-            neither safetensors nor GGUF; a small file holds an access token; or the licence is not known, or
-            known to be another.
+        BadInput: compress-model did not write it; it is no model; a file is missing, has changed, or holds
+            weights that are neither safetensors nor GGUF; a small file holds an access token; or the licence
+            is not known, or known to be another.
     """
     is_file = path.is_file()
     lineage, record, recipe = _read(path)
+    if lineage.exported and lineage.exported.target == "imatrix":
+        raise BadInput(f"'{path}' holds importances and no model, so there is no card for it; push a model.")
     private = _without_folders(lineage.model_dump(mode="json"))
     shown = Lineage.model_validate_json(_json(private))
     base = base_of(lineage) or _demo(lineage)
     model = list(_model_files(path, lineage, progress))
+    if is_file:  # it may have been renamed since it was written
+        result = shown.result.model_copy(update={"files": {file.name: file.sha256 for file in model}})
+        shown = shown.model_copy(update={"name": path.name, "result": result})
     shown = shown.model_copy(update={"card": _licensed(shown, base, licence, {file.name for file in model})})
     recipe_text = yaml.safe_dump(_without_folders(recipe), sort_keys=False) if recipe is not None else None
     texts = {CARD: render_card(shown, recipe_text, base, record), record: shown.model_dump_json(indent=2)}

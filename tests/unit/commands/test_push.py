@@ -319,6 +319,21 @@ def test_what_is_not_pushed(
     assert hub.log == []
 
 
+def test_importances_are_no_model(command: Command, hub: Hub, artefact: Path):
+    found = Exported(
+        target="imatrix", options={}, notes=[], verification=Verification(runtime="its quantizer", tokens=0)
+    )
+    record(artefact, exported=found)
+    assert_one_sentence(pushed(command, artefact), 2, "holds importances and no model")
+    assert hub.log == []
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_a_branch_without_a_name_is_not_taken_for_main(name: str, command: Command, hub: Hub, artefact: Path):
+    assert_one_sentence(pushed(command, artefact, f"--revision={name}"), 2, "The name of the branch is empty")
+    assert hub.log == []
+
+
 @pytest.mark.parametrize("name", ["small", "me/you/small", "me/sm all", "me/", "me/-small"])
 def test_a_name_that_is_none(name: str, command: Command, hub: Hub, artefact: Path):
     assert_one_sentence(pushed(command, artefact, name=name), 2, f"'{name}'")
@@ -389,6 +404,9 @@ def test_a_gguf_file_is_pushed_with_its_card_beside_others(
     files = hub.repositories["me/small"].files()
     assert files.keys() == {"other.gguf", "small-q4.gguf", "small-q4.gguf.compression.json", "README.md"}
     assert files["small-q4.gguf"].sha256 == sha256(file)
+    published = json.loads(files["small-q4.gguf.compression.json"].content)
+    assert published["name"] == "small-q4.gguf"  # as it is called now
+    assert published["result"]["files"] == {"small-q4.gguf": sha256(file)}
     card = files["README.md"].content
     assert front_matter(card)["library_name"] == "gguf"
     assert b"Verified with llama-cpp-python 0.3" in card
@@ -414,6 +432,9 @@ def test_the_base_model_is_the_nearest_one_on_the_hub(quantized: Path):
     assert base_of(made_from(lineage=first, id="org/pruned", revision="2" * 40)) == Base(
         "org/pruned", "quantized"
     )
+    for target, relation in (("nemotron-nas", "finetune"), ("onnx", "finetune"), ("gguf", "quantized")):
+        found = Exported(target=target, options={}, notes=[], verification=Verification(runtime="", tokens=0))
+        assert base_of(first.model_copy(update={"exported": found})) == Base("org/base", relation)
     cached = f"/root/.cache/huggingface/hub/models--org--it/snapshots/{'a' * 40}"
     assert base_of(made_from(id=cached)) == Base("org/it", "quantized")
 

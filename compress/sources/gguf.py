@@ -21,6 +21,7 @@ from compress.storage.gguf.tokenizer import (
     WHOLE_WORDS,
     splits_of,
 )
+from compress.storage.lineage import of_another_file, read_lineage
 from compress.storage.writer import write_weights
 from compress.system.cache import cached
 from compress.system.files import file_sha256
@@ -37,10 +38,12 @@ def gguf_folder(path: Path) -> Path:
     """The model folder of a GGUF file, converted once.
 
     Raises:
-        BadInput: the file is damaged, or holds no model that can be read.
+        BadInput: the file is damaged, holds no model that can be read, or its record is of another file.
     """
     checkpoint = gguf_checkpoint(path)
-    digest = file_sha256(path)
+    lineage, digest = read_lineage(path), file_sha256(path)
+    if lineage is not None and digest not in lineage.result.files.values():
+        raise of_another_file(path)
     folder = cached(
         f"gguf/{digest[:32]}-{VERSION}", lambda fresh: _convert(checkpoint, digest, fresh), about=ABOUT
     )

@@ -388,7 +388,7 @@ def test_a_gguf_file_is_pushed_with_its_card_beside_others(
     file.write_bytes(b"GGUF" + bytes(1000))
     assert_one_sentence(pushed(command, file), 2, "has no record 'small-q4.gguf.compression.json' beside it")
     lineage = record(artefact)
-    lineage.result.files = {"small.gguf": sha256(file)}
+    lineage.result.files, lineage.result.bytes = {"small.gguf": sha256(file)}, file.stat().st_size
     lineage.exported = Exported(
         target="gguf",
         options={},

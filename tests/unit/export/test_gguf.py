@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
@@ -32,6 +33,7 @@ from compress.storage.gguf.architectures import ARCHITECTURES
 from compress.storage.gguf.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
 from compress.storage.gguf.reader import GGUFFile
 from compress.storage.gguf.writer import Planned, write_gguf
+from compress.system.files import file_sha256
 
 gguf = pytest.importorskip("gguf")
 TOKENS = torch.tensor([[7, 100, 31, 200, 5, 9]])
@@ -221,6 +223,52 @@ def test_a_file_has_its_own_record(tmp_path: Path, shared_decoder: Callable[...,
             compress.evaluate(str(result), text=text, context=32)
     compress.evaluate(str(file), baseline=str(model), text=other, context=32)
     assert [row.scorecard.model.name for row in compress.compare(file).rows] == [model.name, str(file)]
+
+
+@pytest.mark.parametrize("longer", [True, False])
+def test_the_record_of_another_file_is_not_believed(
+    longer: bool, tmp_path: Path, shared_decoder: Callable[..., Path]
+) -> None:
+    model, file = shared_decoder("LlamaForCausalLM"), tmp_path / "file.gguf"
+    export(model, file, "--types", "Q4_0")
+    data = file.read_bytes()
+    file.write_bytes(data + b"x" if longer else data[:-40] + b"\1" + data[-39:])
+    with pytest.raises(BadInput, match=r"is of another file than 'file\.gguf' is now; move it away"):
+        find_model(str(file))
+    if longer:  # the length alone tells it, so nothing has to be hashed
+        with pytest.raises(BadInput, match="is of another file"):
+            compress.compare(file)
+        done = CliRunner().invoke(cli, ["inspect", str(file), "-q"])
+        assert isinstance(done.exception, BadInput)
+    file.with_name("file.gguf.compression.json").unlink()
+    assert find_model(str(file)).stored == file
+
+
+def test_a_file_never_lies_beside_the_record_of_another(
+    tmp_path: Path, shared_decoder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever an export is killed while it is published."""
+    model, file = shared_decoder("LlamaForCausalLM"), tmp_path / "file.gguf"
+    record = file.with_name("file.gguf.compression.json")
+    move = Path.replace
+    for last in (0, 1):
+        export(model, file, "--types", "Q4_0", "--overwrite")
+        moved: list[Path] = []
+
+        def killed(path: Path, target: Path, last: int = last, moved: list[Path] = moved) -> Path:
+            if target in (file, record):
+                if len(moved) == last:
+                    raise KeyboardInterrupt
+                moved.append(target)
+            return move(path, target)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "replace", killed)
+            with contextlib.suppress(KeyboardInterrupt, SystemExit, click.Abort):
+                export(model, file, "--types", "Q8_0", "--overwrite")
+        assert len(moved) == last
+        if record.exists():
+            assert list(json.loads(record.read_text())["result"]["files"].values()) == [file_sha256(file)]
 
 
 def test_types_of_a_file_are_taken_and_checked(tmp_path: Path, shared_decoder: Callable[..., Path]) -> None:

@@ -67,6 +67,18 @@ def test_codes_are_carried_over(
     same_weights(source, again)
 
 
+def test_a_head_that_is_the_packed_table_is_not_left_out(
+    tmp_path: Path, export: Export, quantized: Callable[..., Path]
+) -> None:
+    source = quantized("rtn", bits=4, group_size=32, embedding_bits=4, settings={"tie_word_embeddings": True})
+    export(source, "--format", "compressed-tensors", "-o", tmp_path / "out", "--no-verify")
+    before, after = (
+        json.loads((folder / "config.json").read_text())["quantization_config"]
+        for folder in (source, tmp_path / "out")
+    )
+    assert (after["ignore"], before["ignore"]) == ([], [])
+
+
 def test_a_round_trip_gives_back_every_bit(
     tmp_path: Path, export: Export, quantized: Callable[..., Path]
 ) -> None:

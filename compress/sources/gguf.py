@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from compress.errors import BadInput
+from compress.storage.gguf.architectures import tensor_names
 from compress.storage.gguf.checkpoint import GGUFCheckpoint
 from compress.storage.gguf.configs import config_of_gguf
 from compress.storage.gguf.reader import GGUFFile
@@ -72,7 +73,14 @@ def gguf_checkpoint(path: Path) -> GGUFCheckpoint:
         for name, parameter in model.named_parameters()
         if not (tied and parameter is model.get_output_embeddings().weight and name != _table(model))
     }
-    return GGUFCheckpoint(file, model.config, config, shapes)
+    checkpoint = GGUFCheckpoint(file, model.config, config, shapes)
+    read = {*tensor_names(model.config, list(shapes)).values()}
+    if strange := [name for name in file.tensors if name not in read and not name.startswith("rope_")]:
+        raise BadInput(
+            f"'{path}' holds '{strange[0][:80]}', which no {model.config.model_type} model of transformers "
+            "has, so it would compute something else here; use the model's own folder."
+        )
+    return checkpoint
 
 
 def _convert(checkpoint: GGUFCheckpoint, digest: str, folder: Path) -> dict[str, Any]:

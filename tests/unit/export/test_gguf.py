@@ -27,6 +27,7 @@ from compress.engine.tokenizer import load_tokenizer
 from compress.errors import BadInput
 from compress.export.gguf import llama_log_probabilities
 from compress.export.gguf_runtime import installed
+from compress.kernels.codes.gguf import TYPES
 from compress.sources.find import find_model
 from compress.sources.gguf import bytes_of
 from compress.storage.gguf.architectures import ARCHITECTURES
@@ -384,17 +385,44 @@ def test_a_file_without_a_tensor_of_its_model_is_refused(tmp_path: Path, sound: 
 def test_metadata_without_sense_are_refused_in_one_sentence(
     tmp_path: Path, sound: bytes, key: str, value: Any, message: str
 ) -> None:
-    file, bad = GGUFFile.open(tmp_path / "sound.gguf"), tmp_path / "bad.gguf"
-    assert file.path.read_bytes() == sound
+    bad = tmp_path / "bad.gguf"
+    assert (tmp_path / "sound.gguf").read_bytes() == sound
+    assert key in GGUFFile.open(tmp_path / "sound.gguf").metadata
+    rewrite(tmp_path / "sound.gguf", bad, "llama", {key: value})
+    with pytest.raises(BadInput, match=message):
+        find_model(str(bad))
+
+
+def test_layers_that_are_no_whole_number(tmp_path: Path, shared_decoder: Callable[..., Path]) -> None:
+    export(shared_decoder("Gemma2ForCausalLM", **GEMMA), tmp_path / "sound.gguf", "--types", "Q8_0")
+    rewrite(tmp_path / "sound.gguf", tmp_path / "bad.gguf", "gemma2", {"gemma2.block_count": 2.0})
+    with pytest.raises(BadInput, match=r"gives 2\.0 for 'gemma2\.block_count', a whole number"):
+        find_model(str(tmp_path / "bad.gguf"))
+
+
+def test_a_tensor_that_the_model_does_not_have_is_not_left_out(tmp_path: Path, sound: bytes) -> None:
+    more = torch.ones(64)
+    extra = {"blk.0.attn_sinks.weight": Planned(TYPES["F32"], (64,), lambda: TYPES["F32"].encode(more[None]))}
+    rewrite(tmp_path / "sound.gguf", tmp_path / "bad.gguf", "llama", {}, extra)
+    with pytest.raises(BadInput, match=r"holds 'blk\.0\.attn_sinks\.weight', which no llama model"):
+        find_model(str(tmp_path / "bad.gguf"))
+
+
+def rewrite(
+    sound: Path,
+    bad: Path,
+    architecture: str,
+    values: dict[str, Any],
+    tensors: dict[str, Planned] | None = None,
+) -> None:
+    """Write a file again with other metadata, and with more tensors."""
+    file = GGUFFile.open(sound)
     metadata = {name: kept for name, kept in file.metadata.items() if name != "general.architecture"}
     planned = {
         name: Planned(there.kind, there.shape, partial(file.blocks, name))
         for name, there in file.tensors.items()
     }
-    assert key in metadata
-    write_gguf(bad, "llama", metadata | {key: value}, planned)
-    with pytest.raises(BadInput, match=message):
-        find_model(str(bad))
+    write_gguf(bad, architecture, metadata | values, planned | (tensors or {}))
 
 
 @pytest.mark.parametrize(("key", "value"), [("chunk_count", "x"), ("chunk_size", [1]), ("datasets", 3)])

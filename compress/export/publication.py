@@ -20,6 +20,7 @@ import yaml
 from compress.errors import BadInput
 from compress.report.card import CARD, Base, base_of, relation_of, render_card
 from compress.sources.demo import LICENCE as DEMO_LICENCE
+from compress.storage import sharded
 from compress.storage.companions import PRUNED_FILE, is_inside
 from compress.storage.lineage import LINEAGE, RECIPE, Lineage, read_lineage, read_recipe, record_of
 from compress.system.files import file_sha256
@@ -156,6 +157,11 @@ def _read(path: Path) -> tuple[Lineage, str, Any]:
         lineage = read_lineage(path)
         if lineage is None:
             raise BadInput(f"'{path}' was not written by compress-model: it has no {LINEAGE}.")
+        if (path / sharded.KEY / sharded.STATE).is_file():
+            raise BadInput(
+                f"'{path}' is an ensemble that S3T trained, which holds the records it was trained on; it is "
+                "not pushed, so that they can still be deleted."
+            )
         return lineage, LINEAGE, read_recipe(path)
     if not path.exists():
         raise BadInput(f"There is no folder or file '{path}'.")

@@ -295,6 +295,11 @@ def forget(folder: Path) -> None:
     (folder / "compression.json").unlink()
 
 
+def shard(folder: Path) -> None:
+    (folder / "s3t").mkdir()
+    (folder / "s3t" / "state.json").write_text("{}")
+
+
 def escape(folder: Path) -> None:
     record(folder, files={"../secret.json": "0" * 64})
 
@@ -308,6 +313,7 @@ def escape(folder: Path) -> None:
         (leak, "holds what looks like an access token"),
         (forget, "was not written by compress-model"),
         (escape, "outside of its folder"),
+        (shard, "is an ensemble that S3T trained"),
         (lambda folder: (folder / "recipe.yaml").write_text("steps: [1"), "recipe.yaml is damaged"),
     ],
 )

@@ -163,3 +163,12 @@ def test_a_repository_of_gguf_files_is_told_by_its_name(
         assert_one_sentence(ended, 2, words)
         assert "The hub model 'me/small' has no " in ended.err
         assert "snapshots" not in ended.err
+
+
+def test_a_name_that_leaves_the_folder_is_refused(
+    command: Command, hub: Hub, quantized: Path, tmp_path: Path
+):
+    put(hub, "me/small", quantized)
+    hub.repositories["me/small"].files()["../../../../escaped.json"] = Blob(b"{}", False)
+    assert_one_sentence(command("inspect", "me/small", "-q"), 1, "the hub's answer is not what was asked for")
+    assert not list(tmp_path.rglob("escaped*"))

@@ -103,8 +103,10 @@ class Weights:
             BadInput: the checkpoint lacks a parameter, or has one of another shape.
         """
         for full, parameter in model.named_parameters():
-            module = full.rpartition(".")[0]
+            module, _, leaf = full.rpartition(".")
             packed = module in self.packable and (self._packed(module) or self._stacked(module))
+            if leaf == "weight" and packed and not self._stacked(module):
+                self._check_packed(packed, model.get_submodule(module))
             if not packed and (stored := self.find(full)) is not None:
                 _check_shape(stored, self.checkpoint.tensors[stored].shape, tuple(parameter.shape))
             elif not packed:
@@ -203,10 +205,18 @@ class Weights:
                 return stored.removesuffix(f".{self.formats.marker}")
         return None
 
+    def _format_of(self, stored: str, module: nn.Module) -> Format:
+        assert self.formats is not None
+        return self.formats.of(stored, "Embedding" if isinstance(module, nn.Embedding) else "Linear")
+
+    def _check_packed(self, stored: str, module: nn.Module) -> None:
+        """Refuse (BadInput) a packed module that lacks a tensor, or has one of another dtype or shape."""
+        out, width = weight(module).shape
+        self._format_of(stored, module).check_stored(stored, (out, width), self.checkpoint.tensors)
+
     def _read_packed(self, stored: str, full: str, module: nn.Module) -> CodedLinear:
         """A linear without bias over the packed weight ``stored`` of a linear or an embedding."""
-        assert self.formats is not None
-        form = self.formats.of(stored, "Embedding" if isinstance(module, nn.Embedding) else "Linear")
+        form = self._format_of(stored, module)
         packed = form.read(stored, self.checkpoint.read)
         if (wanted := tuple(weight(module).shape)) != packed.shape:
             raise BadInput(f"'{full}' is {list(packed.shape)} where config.json asks for {list(wanted)}.")

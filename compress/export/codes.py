@@ -68,12 +68,11 @@ def with_scales(
     scales = weight.scales.to(dtype)
     before, after = weight.scales.float(), scales.float()
     if not torch.equal(before, after):
-        off = ((after - before) / before).abs().max()
-        if not off <= torch.finfo(dtype).eps:
-            raise BadInput(
-                f"A scale of '{name}' is {float(before.abs().min()):.2g}, which "
-                f"{str(dtype).removeprefix('torch.')} cannot hold; {instead}."
-            )
         shown = str(dtype).removeprefix("torch.")
-        notes[ROUNDED.format(dtype=shown, share=torch.finfo(dtype).eps / 2)] = None
+        off = ((after - before) / before).abs().where(before != 0, 0.0).flatten()
+        if not off.max() <= torch.finfo(dtype).eps:
+            worst = float(before.flatten()[off.argmax()])
+            raise BadInput(f"A scale of '{name}' is {worst:.2g}, which {shown} cannot hold; {instead}.")
+        # Numbers with all their digits change by half of that, those near the smallest ones by more.
+        notes[ROUNDED.format(dtype=shown, share=torch.finfo(dtype).eps)] = None
     return replace(weight, scales=scales)

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from json import JSONDecodeError
 from typing import TYPE_CHECKING, Any
 
 import compress
@@ -79,6 +80,8 @@ def push(
             else in the end than was pushed.
     """
     _check_name(repository)
+    if revision is not None and not revision.strip():
+        raise BadInput("The name of the branch is empty; name one, or leave out --revision to push to main.")
     token = hub.prepare()
     if token is None:
         raise BadInput(f"There is no access token for the hub; {hub.LOG_IN}.")
@@ -231,20 +234,15 @@ class _Push:
     @contextmanager
     def _errors(self, what: str) -> Iterator[None]:
         """Turn what the hub's client raises into one sentence."""
-        from huggingface_hub.errors import HfHubHTTPError
-
         try:
             yield
         except CompressError:
             raise
-        except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
-            raise_if_received()
-            raise self._sentence(error, what) from error
         except Exception as error:
-            # The client lets the errors of its HTTP library through, which have no class in common with ours.
-            if not type(error).__module__.startswith(("httpx", "httpcore", "hf_xet")):
-                raise
+            # The client lets the errors of its HTTP library through, and those of reading a strange answer.
             raise_if_received()
+            if hub.is_local(error):
+                raise
             raise self._sentence(error, what) from error
 
     def _sentence(self, error: BaseException, what: str) -> CompressError:
@@ -252,14 +250,14 @@ class _Push:
         said = f" ({answer})" if answer else ""
         if status == 401:
             return BadInput(f"The hub does not accept the access token; {hub.LOG_IN}.")
-        if status == 403:
+        if status == 403 and hub.is_about_the_token(error):
             return BadInput(
                 f"The access token may not write to '{self.repository}'{said}; use a token with the right to "
                 "write there, or a name of your own."
             )
         if status in (400, 404, 413, 422):
             return BadInput(f"The hub refused {what} in '{self.repository}'{said or f' ({status})'}.")
-        if status is None and isinstance(error, ValueError):
+        if status is None and isinstance(error, ValueError) and not isinstance(error, JSONDecodeError):
             return BadInput(
                 f"The hub refused {what} in '{self.repository}' ({' '.join(str(error).split())})."
             )

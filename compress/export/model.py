@@ -127,7 +127,10 @@ class ExportedModel:
 
     def codes(self, name: str) -> LowBitWeight:
         """The weight of a packed module as codes and scales, without its adapter."""
-        return self.packed[name].read(name, self.checkpoint.read)
+        found = self.packed[name].read(name, self.checkpoint.read)
+        if found.shape != self.size(name):
+            raise BadInput(f"'{name}' is {found.shape} where config.json asks for {self.size(name)}.")
+        return found
 
     def dense(self, name: str) -> torch.Tensor:
         """The weight of a packed or stacked module as real numbers, float32 [out, in], with its adapter."""

@@ -20,6 +20,7 @@ import yaml
 from compress.errors import BadInput
 from compress.report.card import CARD, Base, base_of, relation_of, render_card
 from compress.sources.demo import LICENCE as DEMO_LICENCE
+from compress.storage import sharded
 from compress.storage.companions import PRUNED_FILE, is_inside
 from compress.storage.lineage import LINEAGE, RECIPE, Lineage, read_lineage, read_recipe, record_of
 from compress.system.files import file_sha256
@@ -112,16 +113,21 @@ def publication(
         progress: told how much of the files is checked.
 
     Raises:
-        BadInput: compress-model did not write it; a file is missing, has changed, or holds weights that are
-            neither safetensors nor GGUF; a small file holds an access token; or the licence is not known, or
-            known to be another.
+        BadInput: compress-model did not write it; it is no model; a file is missing, has changed, or holds
+            weights that are neither safetensors nor GGUF; a small file holds an access token; or the licence
+            is not known, or known to be another.
     """
     is_file = path.is_file()
     lineage, record, recipe = _read(path)
+    if lineage.exported and lineage.exported.target == "imatrix":
+        raise BadInput(f"'{path}' holds importances and no model, so there is no card for it; push a model.")
     private = _without_folders(lineage.model_dump(mode="json"))
     shown = Lineage.model_validate_json(_json(private))
     base = base_of(lineage) or _demo(lineage)
     model = list(_model_files(path, lineage, progress))
+    if is_file:  # it may have been renamed since it was written
+        result = shown.result.model_copy(update={"files": {file.name: file.sha256 for file in model}})
+        shown = shown.model_copy(update={"name": path.name, "result": result})
     shown = shown.model_copy(update={"card": _licensed(shown, base, licence, {file.name for file in model})})
     recipe_text = yaml.safe_dump(_without_folders(recipe), sort_keys=False) if recipe is not None else None
     texts = {CARD: render_card(shown, recipe_text, base, record), record: shown.model_dump_json(indent=2)}
@@ -151,6 +157,11 @@ def _read(path: Path) -> tuple[Lineage, str, Any]:
         lineage = read_lineage(path)
         if lineage is None:
             raise BadInput(f"'{path}' was not written by compress-model: it has no {LINEAGE}.")
+        if (path / sharded.KEY / sharded.STATE).is_file():
+            raise BadInput(
+                f"'{path}' is an ensemble that S3T trained, which holds the records it was trained on; it is "
+                "not pushed, so that they can still be deleted."
+            )
         return lineage, LINEAGE, read_recipe(path)
     if not path.exists():
         raise BadInput(f"There is no folder or file '{path}'.")

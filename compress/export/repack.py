@@ -121,7 +121,10 @@ class RepackedTarget(FolderTarget[Chosen]):
             if key not in ("quantization_config", "quantization") and (key != KEY or self.rounds_cache)
         }
         forms = {each: there.form for name, there in stored.items() for each in anatomy.names_of(name)}
-        outside = (each for name in linears_outside(model.shape) for each in anatomy.names_of(name))
+        # A head that is the packed table itself is no linear that is left as it is.
+        heads = anatomy.heads if anatomy.tied and model.table in stored else ()
+        apart = (name for name in linears_outside(model.shape) if name not in heads)
+        outside = (each for name in apart for each in anatomy.names_of(name))
         config = self.declared(
             config,
             {name: form for name, form in forms.items() if name in model.linears},

@@ -150,8 +150,10 @@ def _export(
     record = record_of(path)
     for file in (record, path):  # both are whole on the disk before one is published
         fsync(file)
-    record.replace(output.with_name(record.name))
+    there = output.with_name(record.name)
+    there.unlink(missing_ok=True)  # a file without a record is better than one with that of another file
     path.replace(output)
+    record.replace(there)
     fsync(output.parent)
     return lineage
 

@@ -23,6 +23,9 @@ CARD = "README.md"
 LIBRARIES = {"gguf": "gguf", "mlx": "mlx", "onnx": "onnx"}
 """Target of an export -> the library that the hub names for it; transformers for all others."""
 
+DENSE = {"huggingface", "nemotron-nas", "onnx"}
+"""The targets of an export that round no weights."""
+
 KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name", "tags")
 """The metadata of a source's card that hold for what is made of it, too."""
 
@@ -61,7 +64,7 @@ def relation_of(links: list[Lineage]) -> str | None:
     """What the hub calls the way that these runs went."""
     steps = [step.family for link in links for step in link.steps]
     targets = {link.exported.target for link in links if link.exported}
-    if "quantization" in steps or targets - {"huggingface"}:
+    if "quantization" in steps or targets - DENSE:
         return "quantized"
     return "finetune" if steps else None
 

@@ -32,6 +32,8 @@ def read_scorecards(path: str | Path) -> list[Scorecard]:
     path = Path(path)
     file = record_of(path) if path.is_dir() or path.suffix.lower() == ".gguf" else path
     document = _read(path, file)
+    if path.is_file() and file != path:
+        read_lineage(path)  # refuses the record of another file
     if isinstance(document, dict) and "evaluations" in document:
         document = document["evaluations"]
     elif file != path:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress.errors import BadInput, CompressError
+from compress.system.interrupts import raise_if_received
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def find_model(name: str, revision: str | None = None) -> ModelSource:
         BadInput: there is no such folder, and the name is not the id of a hub model that may be read; or a
             revision is given for a model that is not on the hub.
         CompressError: the hub, or the package registry that has the demo model, cannot be reached.
+        OSError: the disk is full.
     """
     path = Path(name).expanduser()
     if revision is not None and (name == "demo" or (name and path.exists())):
@@ -99,20 +101,22 @@ def find_record(name: str, revision: str | None = None) -> Path | None:
     path = Path(name).expanduser()
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")) or path.suffix == ".json":
         return None
-    return _download(name, revision, lambda: _snapshot(name, revision, [LINEAGE])).folder
+    return _download(name, revision, lambda: _snapshot(name, revision, LINEAGE)).folder
 
 
-def _snapshot(name: str, revision: str | None, files: list[str]) -> Path:
+def _snapshot(name: str, revision: str | None, file: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name, revision=revision, allow_patterns=files))
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=[file]))
+    if not (folder / file).is_file():
+        raise BadInput(f"The hub model '{name}' has no {file}, so no evaluation of it is on record.")
+    return folder
 
 
 def _download(name: str, revision: str | None, fetch: Callable[[], Path]) -> ModelSource:
     """The hub model that ``fetch`` downloads, or why it cannot be downloaded."""
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -141,14 +145,20 @@ def _download(name: str, revision: str | None, fetch: Callable[[], Path]) -> Mod
             f"'{name}' cannot be downloaded, because the hub's cache '{error.filename}' cannot be written; "
             "set HF_HOME to another folder."
         ) from error
-    except (HfHubHTTPError, OSError, RuntimeError) as error:
+    except CompressError:
+        raise
+    except Exception as error:
+        # The client lets the errors of its HTTP library through, and those of reading a strange answer.
+        raise_if_received()
+        if hub.is_local(error):
+            raise
         if hub.status_of(error) == 401:
             raise BadInput(
                 f"'{name}' is not a folder here, and the hub does not accept the access token; {hub.LOG_IN}."
             ) from error
         raise CompressError(
-            f"'{name}' is not a folder here, and cannot be downloaded, because {hub.trouble(error)}; check "
-            "the name, or give the path of a folder."
+            f"'{name}' is not a folder here, and cannot be downloaded, because {hub.trouble(error)}; try "
+            "again, check the name, or give the path of a folder."
         ) from error
     return ModelSource(name, folder.name, folder)
 
@@ -162,6 +172,11 @@ def _fetch(name: str, revision: str | None) -> Path:
 
     wanted, refused = hub_patterns()
     folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=refused))
+    if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
+        raise BadInput(
+            f"The hub model '{name}' has no config.json, so it is no model folder; if it holds GGUF files, "
+            f"download one with 'hf download {name} FILE.gguf', and give its path."
+        )
     weights = [*weight_patterns(folder), *(f"{module}/*" for module in module_folders(folder))]
     kept_out = [pattern for pattern in refused if pattern != "*.safetensors"]
     snapshot_download(name, revision=folder.name, allow_patterns=weights, ignore_patterns=kept_out)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from compress.errors import BadInput
+from compress.storage.gguf.architectures import tensor_names
 from compress.storage.gguf.checkpoint import GGUFCheckpoint
 from compress.storage.gguf.configs import config_of_gguf
 from compress.storage.gguf.reader import GGUFFile
@@ -21,6 +22,7 @@ from compress.storage.gguf.tokenizer import (
     WHOLE_WORDS,
     splits_of,
 )
+from compress.storage.lineage import of_another_file, read_lineage
 from compress.storage.writer import write_weights
 from compress.system.cache import cached
 from compress.system.files import file_sha256
@@ -37,10 +39,12 @@ def gguf_folder(path: Path) -> Path:
     """The model folder of a GGUF file, converted once.
 
     Raises:
-        BadInput: the file is damaged, or holds no model that can be read.
+        BadInput: the file is damaged, holds no model that can be read, or its record is of another file.
     """
     checkpoint = gguf_checkpoint(path)
-    digest = file_sha256(path)
+    lineage, digest = read_lineage(path), file_sha256(path)
+    if lineage is not None and digest not in lineage.result.files.values():
+        raise of_another_file(path)
     folder = cached(
         f"gguf/{digest[:32]}-{VERSION}", lambda fresh: _convert(checkpoint, digest, fresh), about=ABOUT
     )
@@ -69,7 +73,14 @@ def gguf_checkpoint(path: Path) -> GGUFCheckpoint:
         for name, parameter in model.named_parameters()
         if not (tied and parameter is model.get_output_embeddings().weight and name != _table(model))
     }
-    return GGUFCheckpoint(file, model.config, config, shapes)
+    checkpoint = GGUFCheckpoint(file, model.config, config, shapes)
+    read = {*tensor_names(model.config, list(shapes)).values()}
+    if strange := [name for name in file.tensors if name not in read and not name.startswith("rope_")]:
+        raise BadInput(
+            f"'{path}' holds '{strange[0][:80]}', which no {model.config.model_type} model of transformers "
+            "has, so it would compute something else here; use the model's own folder."
+        )
+    return checkpoint
 
 
 def _convert(checkpoint: GGUFCheckpoint, digest: str, folder: Path) -> dict[str, Any]:

@@ -196,6 +196,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.exists():
         _refuse_adapter(folder)
+        if file := next(iter(sorted(folder.glob("*.gguf"))), None):
+            raise BadInput(f"'{folder}' is not a model folder, but holds a GGUF file; give '{file}'.")
         raise BadInput(f"'{folder}' is not a model folder: it has no config.json.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -221,14 +221,25 @@ def read_lineage(model: Path) -> Lineage | None:
         model: its folder, or the one file that it is.
 
     Raises:
-        BadInput: the record is damaged, or a newer version wrote it.
+        BadInput: the record is damaged, a newer version wrote it, or it is of a file of another size.
     """
     path = record_of(model)
     if not path.exists():
         return None
     try:
-        return Lineage.model_validate_json(path.read_bytes())
+        lineage = Lineage.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         where = f"{'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
         raise BadInput(f"{path} cannot be read: {where}{first['msg']}.") from None
+    if model.is_file() and model.stat().st_size != lineage.result.bytes:
+        raise of_another_file(model)
+    return lineage
+
+
+def of_another_file(model: Path) -> BadInput:
+    """The error for a file of weights that was changed or replaced since its record was written."""
+    return BadInput(
+        f"The record '{record_of(model)}' is of another file than '{model.name}' is now; move it away to use "
+        "the file without it."
+    )

@@ -5,6 +5,7 @@ The hub is the one that ``HF_ENDPOINT`` names, https://huggingface.co by default
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -72,6 +73,20 @@ def status_of(error: BaseException) -> int | None:
     return None
 
 
+def is_about_the_token(error: BaseException) -> bool:
+    """Whether the hub was given an access token with what it answered; its storage never is."""
+    requests = [getattr(getattr(each, "response", None), "request", None) for each in causes(error)]
+    return any("authorization" in request.headers for request in requests if request is not None)
+
+
+def is_local(error: BaseException) -> bool:
+    """Whether talking to the hub failed on this machine: its disk is full, or a file cannot be used."""
+    return any(
+        isinstance(each, OSError) and (each.errno == errno.ENOSPC or each.filename is not None)
+        for each in causes(error)
+    )
+
+
 def answer_of(error: BaseException) -> str:
     """The hub's own words about what is wrong, in one line; empty if it has none."""
     for each in causes(error):
@@ -90,7 +105,7 @@ def trouble(error: BaseException) -> str:
         return "HF_HUB_OFFLINE forbids to ask the hub"
     if status == 401:
         return "the hub does not accept the access token"
-    if status == 403:
+    if status == 403 and is_about_the_token(error):
         return "the hub forbids it with this access token"
     if status == 429:
         return "the hub takes no more requests for a while (429)"
@@ -106,4 +121,8 @@ def trouble(error: BaseException) -> str:
         return f"the hub did not answer within {PATIENCE:.0f} s"
     if {"NetworkError", "ProtocolError", "ConnectionError"} & names:
         return "the connection to the hub broke"
-    return f"the hub cannot be reached ({type(found[-1]).__name__})"
+    words = " ".join(str(error).split()).partition(". ")[0]
+    reason = f"{type(error).__name__}: {hidden(words)[:150]}".rstrip(".: ")
+    if {"TransportError", "InvalidURL", "LocalEntryNotFoundError"} & names:
+        return f"the hub cannot be reached ({reason})"
+    return f"the hub's answer is not what was asked for ({reason})"

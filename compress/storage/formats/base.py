@@ -17,12 +17,14 @@ from compress.errors import BadInput
 from compress.kernels.codes.integer import QuantizedWeight
 from compress.kernels.codes.packing import BITS
 from compress.kernels.codes.weight import LowBitWeight
-from compress.storage.tensors import TensorInfo
+from compress.storage.tensors import CASTABLE, TensorInfo
 
 Get = Callable[[str], torch.Tensor]
 """Gives the tensor of a full name."""
 
 Weight = TypeVar("Weight", bound=LowBitWeight)
+
+INDICES = {"I32", "I64"}
 
 
 class Format(ABC, Generic[Weight]):
@@ -48,6 +50,9 @@ class Format(ABC, Generic[Weight]):
     widths: ClassVar[tuple[int, ...]] = BITS
     """The numbers of bits that it has."""
 
+    any_length: ClassVar[tuple[str, ...]] = ()
+    """The ends of names of tensors whose length is not known before they are read."""
+
     activation_bits: int | None = None
     """Bits of the inputs of linears if these are quantized per token, else None."""
 
@@ -62,6 +67,8 @@ class Format(ABC, Generic[Weight]):
             raise BadInput(
                 f"The format {self.name} has no weights of {bits} bits; use {', '.join(others)} or {last}."
             )
+        if not isinstance(group_size, int):
+            raise BadInput(f"The format {self.name} has groups of whole numbers of values, not {group_size}.")
         self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
 
     @abstractmethod
@@ -89,6 +96,29 @@ class Format(ABC, Generic[Weight]):
         Raises:
             BadInput: a weight of this shape cannot be stored.
         """
+
+    def check_stored(self, name: str, shape: tuple[int, int], stored: Mapping[str, TensorInfo]) -> None:
+        """Make sure, by names, dtypes and shapes alone, that `read` finds the tensors of a linear.
+
+        Args:
+            name: full name of the linear.
+            shape: (out, in).
+            stored: full name -> dtype and shape, of all tensors of the checkpoint.
+
+        Raises:
+            BadInput: one is missing, or of another dtype or shape.
+        """
+        for key, wanted in self.tensor_infos(name, shape, "F32").items():
+            if (found := stored.get(key)) is None:
+                raise BadInput(f"'{name}' is packed, and lacks the tensor '{key}'.")
+            # Programs differ in the dtypes of scales, and of indices, which have one axis.
+            free = CASTABLE if wanted.dtype in CASTABLE else INDICES if len(wanted.shape) == 1 else set()
+            if found.dtype not in {wanted.dtype, *free}:
+                raise BadInput(f"The tensor '{key}' is {found.dtype} where {wanted.dtype} was expected.")
+            if found.shape != wanted.shape and not key.endswith(self.any_length):
+                raise BadInput(
+                    f"The tensor '{key}' has shape {found.shape} where {wanted.shape} was expected."
+                )
 
     @abstractmethod
     def read(self, name: str, get: Get) -> Weight:

@@ -17,7 +17,7 @@ from compress.kernels.codes.nf4 import (
     unpack_high_first,
 )
 from compress.storage.formats.base import Format, Get, expect
-from compress.storage.tensors import DTYPES, TensorInfo
+from compress.storage.tensors import DTYPE_NAMES, DTYPES, TensorInfo
 
 STATE = "weight.quant_state.bitsandbytes__"
 """The tensor that holds the remaining settings of a linear as JSON, less the quantization type."""
@@ -42,6 +42,7 @@ class NF4Format(Format[NF4Weight]):
 
     name = "bitsandbytes"
     marker = "weight.quant_map"
+    any_length = tuple(f"{STATE}{kind}" for kind in TYPES)
 
     def __init__(self, double_quant: bool, compute_dtype: str, quant_type: str = "nf4") -> None:
         super().__init__(4, BLOCK_SIZE, symmetric=False)
@@ -94,10 +95,11 @@ class NF4Format(Format[NF4Weight]):
     def read(self, name: str, get: Get) -> NF4Weight:
         try:
             state = json.loads(bytes(get(f"{name}.{STATE}{self.quant_type}").tolist()))
-            shape, dtype = tuple(state["shape"]), getattr(torch, state["dtype"])
+            out, width = map(int, state["shape"])
+            shape, dtype = (out, width), DTYPES[DTYPE_NAMES[getattr(torch, state["dtype"])]]
             sizes = (state["blocksize"], state.get("nested_blocksize", NESTED_BLOCK_SIZE))
-            mean = state.get("nested_offset")
-        except (ValueError, KeyError, AttributeError):
+            mean = float(state["nested_offset"]) if self.double_quant else 0.0
+        except (ValueError, KeyError, AttributeError, TypeError):
             raise BadInput(
                 f"The tensor '{name}.{STATE}{self.quant_type}' is not a quantization state of bitsandbytes."
             ) from None

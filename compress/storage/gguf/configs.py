@@ -45,6 +45,19 @@ class _Metadata:
             raise BadInput(f"'{self.file.path}' lacks a sound value for '{self.architecture}.{key}'.")
         return found
 
+    def count(self, key: str, otherwise: int | None = None) -> int:
+        """A number that must be whole.
+
+        Raises:
+            BadInput: as `number`, or it is a fraction.
+        """
+        found = self.number(key, otherwise)
+        if not isinstance(found, int):
+            raise BadInput(
+                f"'{self.file.path}' gives {found} for '{self.architecture}.{key}', a whole number."
+            )
+        return found
+
     def has(self, key: str) -> bool:
         return f"{self.architecture}.{key}" in self.file.metadata
 
@@ -81,24 +94,24 @@ def config_of_gguf(file: GGUFFile) -> dict[str, Any]:
     }
     if name == "gpt2":
         return found | {
-            "n_positions": data.number("context_length"),
-            "n_embd": data.number("embedding_length"),
-            "n_layer": data.number("block_count"),
-            "n_head": data.number("attention.head_count"),
-            "n_inner": data.number("feed_forward_length"),
+            "n_positions": data.count("context_length"),
+            "n_embd": data.count("embedding_length"),
+            "n_layer": data.count("block_count"),
+            "n_head": data.count("attention.head_count"),
+            "n_inner": data.count("feed_forward_length"),
             "layer_norm_epsilon": data.number("attention.layer_norm_epsilon"),
         }
-    width, heads = data.number("embedding_length"), data.number("attention.head_count")
-    head_dim = data.number("attention.key_length", width // max(heads, 1))
-    turned = data.number("rope.dimension_count", head_dim)
+    width, heads = data.count("embedding_length"), data.count("attention.head_count")
+    head_dim = data.count("attention.key_length", width // max(heads, 1))
+    turned = data.count("rope.dimension_count", head_dim)
     if head_dim % 2 or turned % 2:
         raise BadInput(f"'{file.path}' has heads of odd width, whose halves no rotary embedding can turn.")
     found |= {
-        "max_position_embeddings": data.number("context_length"),
+        "max_position_embeddings": data.count("context_length"),
         "hidden_size": width,
-        "num_hidden_layers": data.number("block_count"),
+        "num_hidden_layers": data.count("block_count"),
         "num_attention_heads": heads,
-        "intermediate_size": data.number("feed_forward_length"),
+        "intermediate_size": data.count("feed_forward_length"),
         "rope_parameters": _rope(file, data, turned / max(head_dim, 1)),
     }
     if name == "gptneox":
@@ -107,7 +120,7 @@ def config_of_gguf(file: GGUFFile) -> dict[str, Any]:
             "use_parallel_residual": bool(file.metadata.get("gptneox.use_parallel_residual", True)),
         }
     found |= {
-        "num_key_value_heads": data.number("attention.head_count_kv", heads),
+        "num_key_value_heads": data.count("attention.head_count_kv", heads),
         "rms_norm_eps": data.number("attention.layer_norm_rms_epsilon"),
     }
     if name != "phi3":
@@ -125,7 +138,7 @@ def _own(file: GGUFFile, name: str, data: _Metadata, head_dim: int, found: dict[
     if name == "qwen3":
         return {"attention_bias": "blk.0.attn_q.bias" in file.tensors}
     if name == "phi3":
-        window = data.number("attention.sliding_window", 0)
+        window = data.count("attention.sliding_window", 0)
         return {
             "sliding_window": window or None,
             "pad_token_id": None,
@@ -140,7 +153,7 @@ def _own(file: GGUFFile, name: str, data: _Metadata, head_dim: int, found: dict[
     every = 2 if name == "gemma2" else 6
     own: dict[str, Any] = {
         "query_pre_attn_scalar": scalar,
-        "sliding_window": data.number("attention.sliding_window", 4096),
+        "sliding_window": data.count("attention.sliding_window", 4096),
         "layer_types": [
             "full_attention" if (at + 1) % every == 0 else "sliding_attention"
             for at in range(min(found["num_hidden_layers"], 10_000))

@@ -152,6 +152,14 @@ def pushed(command: Command, artefact: Path, *words: str, name: str = "me/small"
         (Fault("POST .*/commit/", 0), 1, "what has arrived is kept"),
         (Fault("POST .*/commit/", 429), 1, "no more requests for a while"),
         (Fault("POST /api/repos/create", seconds=3), 1, "because the hub did not answer within"),
+        (Fault("GET /api/models", 200), 1, "the hub's answer is not what was asked for (KeyError: 'id')"),
+        (Fault("GET .*/tree/", 200, 9), 1, "while reading the repository, because the hub's answer is not"),
+        (Fault("POST .*/commit/", 200), 1, "the hub's answer is not what was asked for (KeyError"),
+        (
+            Fault("PUT /storage", 403, 9, words="Request has expired"),
+            1,
+            "the hub answered with an error (403: Request has expired); run the same command again",
+        ),
     ],
     ids=lambda value: value.request if isinstance(value, Fault) else None,
 )
@@ -287,6 +295,11 @@ def forget(folder: Path) -> None:
     (folder / "compression.json").unlink()
 
 
+def shard(folder: Path) -> None:
+    (folder / "s3t").mkdir()
+    (folder / "s3t" / "state.json").write_text("{}")
+
+
 def escape(folder: Path) -> None:
     record(folder, files={"../secret.json": "0" * 64})
 
@@ -300,6 +313,7 @@ def escape(folder: Path) -> None:
         (leak, "holds what looks like an access token"),
         (forget, "was not written by compress-model"),
         (escape, "outside of its folder"),
+        (shard, "is an ensemble that S3T trained"),
         (lambda folder: (folder / "recipe.yaml").write_text("steps: [1"), "recipe.yaml is damaged"),
         (lambda folder: (folder / "recipe.yaml").write_text("steps: 5"), "recipe.yaml is damaged"),
     ],
@@ -309,6 +323,21 @@ def test_what_is_not_pushed(
 ):
     change(artefact)
     assert_one_sentence(pushed(command, artefact), 2, sentence)
+    assert hub.log == []
+
+
+def test_importances_are_no_model(command: Command, hub: Hub, artefact: Path):
+    found = Exported(
+        target="imatrix", options={}, notes=[], verification=Verification(runtime="its quantizer", tokens=0)
+    )
+    record(artefact, exported=found)
+    assert_one_sentence(pushed(command, artefact), 2, "holds importances and no model")
+    assert hub.log == []
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_a_branch_without_a_name_is_not_taken_for_main(name: str, command: Command, hub: Hub, artefact: Path):
+    assert_one_sentence(pushed(command, artefact, f"--revision={name}"), 2, "The name of the branch is empty")
     assert hub.log == []
 
 
@@ -366,7 +395,7 @@ def test_a_gguf_file_is_pushed_with_its_card_beside_others(
     file.write_bytes(b"GGUF" + bytes(1000))
     assert_one_sentence(pushed(command, file), 2, "has no record 'small-q4.gguf.compression.json' beside it")
     lineage = record(artefact)
-    lineage.result.files = {"small.gguf": sha256(file)}
+    lineage.result.files, lineage.result.bytes = {"small.gguf": sha256(file)}, file.stat().st_size
     lineage.exported = Exported(
         target="gguf",
         options={},
@@ -382,6 +411,9 @@ def test_a_gguf_file_is_pushed_with_its_card_beside_others(
     files = hub.repositories["me/small"].files()
     assert files.keys() == {"other.gguf", "small-q4.gguf", "small-q4.gguf.compression.json", "README.md"}
     assert files["small-q4.gguf"].sha256 == sha256(file)
+    published = json.loads(files["small-q4.gguf.compression.json"].content)
+    assert published["name"] == "small-q4.gguf"  # as it is called now
+    assert published["result"]["files"] == {"small-q4.gguf": sha256(file)}
     card = files["README.md"].content
     assert front_matter(card)["library_name"] == "gguf"
     assert b"Verified with llama-cpp-python 0.3" in card
@@ -407,6 +439,9 @@ def test_the_base_model_is_the_nearest_one_on_the_hub(quantized: Path):
     assert base_of(made_from(lineage=first, id="org/pruned", revision="2" * 40)) == Base(
         "org/pruned", "quantized"
     )
+    for target, relation in (("nemotron-nas", "finetune"), ("onnx", "finetune"), ("gguf", "quantized")):
+        found = Exported(target=target, options={}, notes=[], verification=Verification(runtime="", tokens=0))
+        assert base_of(first.model_copy(update={"exported": found})) == Base("org/base", relation)
     cached = f"/root/.cache/huggingface/hub/models--org--it/snapshots/{'a' * 40}"
     assert base_of(made_from(id=cached)) == Base("org/it", "quantized")
 

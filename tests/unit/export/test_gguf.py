@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
@@ -26,12 +27,14 @@ from compress.engine.tokenizer import load_tokenizer
 from compress.errors import BadInput
 from compress.export.gguf import llama_log_probabilities
 from compress.export.gguf_runtime import installed
+from compress.kernels.codes.gguf import TYPES
 from compress.sources.find import find_model
 from compress.sources.gguf import bytes_of
 from compress.storage.gguf.architectures import ARCHITECTURES
 from compress.storage.gguf.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
 from compress.storage.gguf.reader import GGUFFile
 from compress.storage.gguf.writer import Planned, write_gguf
+from compress.system.files import file_sha256
 
 gguf = pytest.importorskip("gguf")
 TOKENS = torch.tensor([[7, 100, 31, 200, 5, 9]])
@@ -223,6 +226,52 @@ def test_a_file_has_its_own_record(tmp_path: Path, shared_decoder: Callable[...,
     assert [row.scorecard.model.name for row in compress.compare(file).rows] == [model.name, str(file)]
 
 
+@pytest.mark.parametrize("longer", [True, False])
+def test_the_record_of_another_file_is_not_believed(
+    longer: bool, tmp_path: Path, shared_decoder: Callable[..., Path]
+) -> None:
+    model, file = shared_decoder("LlamaForCausalLM"), tmp_path / "file.gguf"
+    export(model, file, "--types", "Q4_0")
+    data = file.read_bytes()
+    file.write_bytes(data + b"x" if longer else data[:-40] + b"\1" + data[-39:])
+    with pytest.raises(BadInput, match=r"is of another file than 'file\.gguf' is now; move it away"):
+        find_model(str(file))
+    if longer:  # the length alone tells it, so nothing has to be hashed
+        with pytest.raises(BadInput, match="is of another file"):
+            compress.compare(file)
+        done = CliRunner().invoke(cli, ["inspect", str(file), "-q"])
+        assert isinstance(done.exception, BadInput)
+    file.with_name("file.gguf.compression.json").unlink()
+    assert find_model(str(file)).stored == file
+
+
+def test_a_file_never_lies_beside_the_record_of_another(
+    tmp_path: Path, shared_decoder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever an export is killed while it is published."""
+    model, file = shared_decoder("LlamaForCausalLM"), tmp_path / "file.gguf"
+    record = file.with_name("file.gguf.compression.json")
+    move = Path.replace
+    for last in (0, 1):
+        export(model, file, "--types", "Q4_0", "--overwrite")
+        moved: list[Path] = []
+
+        def killed(path: Path, target: Path, last: int = last, moved: list[Path] = moved) -> Path:
+            if target in (file, record):
+                if len(moved) == last:
+                    raise KeyboardInterrupt
+                moved.append(target)
+            return move(path, target)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "replace", killed)
+            with contextlib.suppress(KeyboardInterrupt, SystemExit, click.Abort):
+                export(model, file, "--types", "Q8_0", "--overwrite")
+        assert len(moved) == last
+        if record.exists():
+            assert list(json.loads(record.read_text())["result"]["files"].values()) == [file_sha256(file)]
+
+
 def test_types_of_a_file_are_taken_and_checked(tmp_path: Path, shared_decoder: Callable[..., Path]) -> None:
     model = shared_decoder("LlamaForCausalLM")
     types = tmp_path / "types.json"
@@ -336,17 +385,44 @@ def test_a_file_without_a_tensor_of_its_model_is_refused(tmp_path: Path, sound: 
 def test_metadata_without_sense_are_refused_in_one_sentence(
     tmp_path: Path, sound: bytes, key: str, value: Any, message: str
 ) -> None:
-    file, bad = GGUFFile.open(tmp_path / "sound.gguf"), tmp_path / "bad.gguf"
-    assert file.path.read_bytes() == sound
+    bad = tmp_path / "bad.gguf"
+    assert (tmp_path / "sound.gguf").read_bytes() == sound
+    assert key in GGUFFile.open(tmp_path / "sound.gguf").metadata
+    rewrite(tmp_path / "sound.gguf", bad, "llama", {key: value})
+    with pytest.raises(BadInput, match=message):
+        find_model(str(bad))
+
+
+def test_layers_that_are_no_whole_number(tmp_path: Path, shared_decoder: Callable[..., Path]) -> None:
+    export(shared_decoder("Gemma2ForCausalLM", **GEMMA), tmp_path / "sound.gguf", "--types", "Q8_0")
+    rewrite(tmp_path / "sound.gguf", tmp_path / "bad.gguf", "gemma2", {"gemma2.block_count": 2.0})
+    with pytest.raises(BadInput, match=r"gives 2\.0 for 'gemma2\.block_count', a whole number"):
+        find_model(str(tmp_path / "bad.gguf"))
+
+
+def test_a_tensor_that_the_model_does_not_have_is_not_left_out(tmp_path: Path, sound: bytes) -> None:
+    more = torch.ones(64)
+    extra = {"blk.0.attn_sinks.weight": Planned(TYPES["F32"], (64,), lambda: TYPES["F32"].encode(more[None]))}
+    rewrite(tmp_path / "sound.gguf", tmp_path / "bad.gguf", "llama", {}, extra)
+    with pytest.raises(BadInput, match=r"holds 'blk\.0\.attn_sinks\.weight', which no llama model"):
+        find_model(str(tmp_path / "bad.gguf"))
+
+
+def rewrite(
+    sound: Path,
+    bad: Path,
+    architecture: str,
+    values: dict[str, Any],
+    tensors: dict[str, Planned] | None = None,
+) -> None:
+    """Write a file again with other metadata, and with more tensors."""
+    file = GGUFFile.open(sound)
     metadata = {name: kept for name, kept in file.metadata.items() if name != "general.architecture"}
     planned = {
         name: Planned(there.kind, there.shape, partial(file.blocks, name))
         for name, there in file.tensors.items()
     }
-    assert key in metadata
-    write_gguf(bad, "llama", metadata | {key: value}, planned)
-    with pytest.raises(BadInput, match=message):
-        find_model(str(bad))
+    write_gguf(bad, architecture, metadata | values, planned | (tensors or {}))
 
 
 @pytest.mark.parametrize(("key", "value"), [("chunk_count", "x"), ("chunk_size", [1]), ("datasets", 3)])

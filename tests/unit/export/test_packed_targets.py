@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from compress.engine.opening import open_checkpoint
 from compress.errors import BadInput
@@ -65,6 +66,37 @@ def test_codes_are_carried_over(
     again = tmp_path / "again"
     export(out, "--format", "compressed-tensors", "-o", again, "--no-verify")
     same_weights(source, again)
+
+
+@pytest.mark.parametrize(
+    ("scale", "said"), [(0.0, "at most 0.10%"), (4.01e-5, "at most 0.10%"), (1e6, "is 1e+06, which float16")]
+)
+def test_a_scale_that_float16_cannot_hold_is_named(
+    scale: float, said: str, tmp_path: Path, export: Export, quantized: Callable[..., Path]
+) -> None:
+    source, name = quantized("rtn", bits=4, group_size=32, dtype=torch.float32), "up_proj.weight_scale"
+    tensors = load_file(source / "model.safetensors")
+    next(tensor for key, tensor in tensors.items() if key.endswith(name))[0, 0] = scale
+    save_file(tensors, source / "model.safetensors")
+    words = (source, "--format", "gptq", "--version", "2", "-o", tmp_path / "out", "--no-verify")
+    if scale > 1:
+        with pytest.raises(BadInput, match=re.escape(said)):
+            export(*words)
+    else:
+        (note,) = (note for note in export(*words)["exported"]["notes"] if note.startswith("Scales"))
+        assert said in note
+
+
+def test_a_head_that_is_the_packed_table_is_not_left_out(
+    tmp_path: Path, export: Export, quantized: Callable[..., Path]
+) -> None:
+    source = quantized("rtn", bits=4, group_size=32, embedding_bits=4, settings={"tie_word_embeddings": True})
+    export(source, "--format", "compressed-tensors", "-o", tmp_path / "out", "--no-verify")
+    before, after = (
+        json.loads((folder / "config.json").read_text())["quantization_config"]
+        for folder in (source, tmp_path / "out")
+    )
+    assert (after["ignore"], before["ignore"]) == ([], [])
 
 
 def test_a_round_trip_gives_back_every_bit(

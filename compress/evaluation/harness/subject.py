@@ -20,7 +20,10 @@ from compress.system.files import file_sha256
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-WORDS = ("tokenizer*", "*_tokens*.json", "vocab*", "merges.txt", "chat_template*", "generation_config.json")
+WORDS = (
+    *("tokenizer*", "*_tokens*.json", "vocab*", "merges.txt", "*.model", "tekken.json"),
+    *("chat_template*", "generation_config.json"),
+)
 """The files of a folder that make tokens of a text, text of tokens, and an answer of predictions."""
 
 

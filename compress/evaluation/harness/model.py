@@ -16,7 +16,13 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from compress.errors import BadInput, CompressError
 from compress.evaluation.harness.cache import Requests
@@ -106,6 +112,7 @@ class Asked(HFLM):
         ends = {*(own if isinstance(own, list) else [own]), self.eot_token_id} - {None}
         if ends:
             settings["eos_token_id"] = sorted(ends)
+        settings["logits_processor"] = LogitsProcessorList([RefuseNaN()])
         moved = self._prefix and self._prefix.put_first(context, settings["attention_mask"])
         if moved:
             context = moved.pop("input_ids")
@@ -143,7 +150,7 @@ class Asked(HFLM):
         """Remember an answer: lm-eval calls this after each of them."""
         value = answer[0] if isinstance(answer, tuple) else answer
         if isinstance(value, float) and math.isnan(value):
-            raise CompressError("The model puts out NaN, so its answers mean nothing.")
+            raise _nan()
         if not _is_random(request):
             self._requests.keep(kind, request, answer)
         self._answered()
@@ -213,6 +220,19 @@ class Asked(HFLM):
     def _most_rows(self, tokens: int) -> int:
         rows, room = MOST.get(self.device.type, MOST["cpu"])
         return max(1, min(rows, room // tokens))
+
+
+class RefuseNaN(LogitsProcessor):
+    """Stops a model that generates from NaN, of which greedy decoding would make an answer."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if scores.isnan().any():
+            raise _nan()
+        return scores
+
+
+def _nan() -> CompressError:
+    return CompressError("The model puts out NaN, so its answers mean nothing.")
 
 
 def _is_random(request: Any) -> bool:

@@ -49,7 +49,7 @@ def _read(path: Path, file: Path) -> Any:
         raise BadInput(f"{missing}; write a scorecard with: {EVALUATE}.")
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadInput(f"'{file}' is not JSON ({error}); write a scorecard with: {EVALUATE}.") from None
 
 

@@ -171,6 +171,8 @@ def test_files_that_hold_no_scorecard(tmp_path: Path):
     broken.write_text('{"model": ')
     binary = tmp_path / "binary.json"
     binary.write_bytes(b"\xff\xfe\x00")
+    deep = tmp_path / "deep.json"
+    deep.write_text("[" * 100_000)
     newer = write(tmp_path / "newer.json", dumped(card())[0] | {"schema_version": 2})
     unknown = write(tmp_path / "unknown.json", dumped(card())[0] | {"colour": "red"})
     cases = {
@@ -179,6 +181,7 @@ def test_files_that_hold_no_scorecard(tmp_path: Path):
         plain: "holds no evaluation yet",
         broken: "is not JSON",
         binary: "is not JSON",
+        deep: "is not JSON",
         newer: "newer compress-model",
         unknown: "colour",
         write(tmp_path / "number.json", 7): "not a scorecard",

@@ -50,8 +50,8 @@ class Questions:
         asking: how it is asked.
 
     Raises:
-        BadInput: it needs more than text, or runs code that a model writes, or a right answer is not among
-            the choices.
+        BadInput: it needs more than text, or runs code that a model writes; its questions cannot be built;
+            or a right answer is not among the choices.
     """
 
     def __init__(self, task: Task, asking: Asking) -> None:
@@ -64,7 +64,16 @@ class Questions:
             task.set_config("num_fewshot", asking.fewshot)
         self.fewshot = int(task.get_config("num_fewshot") or 0)
         task.set_config("num_fewshot", self.fewshot)
-        self._build()
+        try:
+            self._build()
+        except CompressError:
+            raise
+        except Exception as error:  # of the task's own functions, too
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise BadInput(
+                f"The questions of the task '{self.name}' cannot be built ({reason}); look at its file and "
+                "its data, or ask for fewer examples with --fewshot."
+            ) from error
 
     def _build(self) -> None:
         task, chat = self.task, self.asking.chat

@@ -262,6 +262,18 @@ def test_no_network_is_tried(model: Path, tasks: Path, monkeypatch: pytest.Monke
             BadInput,
             "The task 'broken' cannot be set up (TemplateSyntaxError",
         ),
+        (
+            {"num_fewshot": 100},
+            LINES,
+            BadInput,
+            "The questions of the task 'broken' cannot be built (ValueError",
+        ),
+        (
+            {},
+            [LINES[0], {**LINES[0], "choices": None}],
+            BadInput,
+            "The questions of the task 'broken' cannot be built (TypeError",
+        ),
         ({"output_type": "song"}, LINES, BadInput, "The task 'broken' cannot be set up (ValueError"),
         ({"unsafe_code": True}, LINES, BadInput, "runs code that models write"),
         (

@@ -153,7 +153,7 @@ def evaluate(
     check_device(device)
     use(kernel)
     source = find_model(model, revision)
-    dense_source = find_model(baseline, baseline_revision) if baseline else source
+    dense_source = source if baseline is None else find_model(baseline, baseline_revision)
     opening = open_any if wanted else open_checkpoint
     checkpoint, dense = opening(source.folder), opening(dense_source.folder)
     read_lineage(dense_source.stored)  # read below; what is damaged is refused before the work
@@ -162,23 +162,27 @@ def evaluate(
             raise BadInput(f"'{model}' is not stored in blocks, so it has one size; leave out --memory.")
         checkpoint = prefix(checkpoint, steps_within(checkpoint, parse_memory(memory)))
     same = dense.sha256 == checkpoint.sha256
-    if same and source.folder != dense_source.folder:
-        log.warning(
-            "'%s' has the same weights as the dense model '%s', so only that one is evaluated.",
-            *(source.id, dense_source.id),
-        )
     exam = None
     if wanted:
         subject = Subject(_name(dense_source), dense, device, kernel)
         name = _name(source, memory)
         if name == subject.name:  # samples are kept by name, which two folders may share
             name += f" {checkpoint.sha256[:8]}"
-        other = subject if same else Subject(name, checkpoint, device, kernel, memory)
-        exam = Exam.of(
-            wanted, subject, other, progress, find_model(judge, judge_revision).folder if judge else None
-        )
+        other = Subject(name, checkpoint, device, kernel, memory)
+        if same and other.words != subject.words:
+            raise BadInput(
+                f"'{source.id}' has the weights of the dense model '{dense_source.id}' but other files of a "
+                "tokenizer, and models are told apart by their weights; evaluate each on its own."
+            )
+        judging = None if judge is None else find_model(judge, judge_revision).folder
+        exam = Exam.of(wanted, subject, subject if same else other, progress, judging)
         for each in exam.questions[0]:
             check_not_calibrated_on(source, told_by(each.name), f"'{each.name}'", "leave that task out")
+    if same and source.folder != dense_source.folder:
+        log.warning(
+            "'%s' has the same weights as the dense model '%s', so only that one is evaluated.",
+            *(source.id, dense_source.id),
+        )
     with computing_on(device):
         if isinstance(checkpoint, Foreign) or isinstance(dense, Foreign):
             foreign = checkpoint if isinstance(checkpoint, Foreign) else dense

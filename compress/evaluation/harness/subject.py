@@ -65,12 +65,17 @@ class Subject:
         return self.computes_in or (str(stored) if stored else None)
 
     @cached_property
+    def words(self) -> str:
+        """Hash of the files of `WORDS`."""
+        files = sorted({file for pattern in WORDS for file in self.folder.glob(pattern) if file.is_file()})
+        return digest([[file.name, file_sha256(file)] for file in files])
+
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """Everything that the model's answers depend on, beside the questions."""
-        words = sorted({file for pattern in WORDS for file in self.folder.glob(pattern) if file.is_file()})
         return {
             "model": self.opened.sha256,
-            "words": digest([[file.name, file_sha256(file)] for file in words]),
+            "words": self.words,
             "memory": self.memory,
             "device": torch.device(self.device).type,
             "kernel": self._runs_on,

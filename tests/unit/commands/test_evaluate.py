@@ -127,6 +127,38 @@ def test_a_copy_of_the_dense_model_is_said_to_be_one(
     assert command("evaluate", copy, *SCORING, "-q", "--json").err == ""
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--baseline", ""], "There is no model folder ''."),
+        (["--baseline", "dense", "--tasks", ","], "--tasks ',' names no task"),
+        (["--baseline", "dense", "--suite", "quick", "--limit", "1", "--judge", ""], "no model folder ''."),
+    ],
+)
+def test_an_empty_name_is_not_taken_for_none(
+    command: Command, copy: Path, quantized: Path, options: list[str], words: str, monkeypatch
+):
+    """Such as that of a variable which a script forgot to set: no gate passes without a dense model."""
+    unmeasured(monkeypatch)
+    copy.rename(copy.with_name("dense"))
+    monkeypatch.chdir(copy.parent)
+    gate = ["--gate", "kl:below:1000"]
+    assert_one_sentence(command("evaluate", quantized, *options, *gate, *SCORING, "--quiet"), 2, words)
+
+
+def test_the_weights_of_the_dense_model_with_another_tokenizer_are_not_taken_for_it(
+    command: Command, copy: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Else a gate on its answers would pass without a question being asked."""
+    pytest.importorskip("lm_eval")
+    unmeasured(monkeypatch)
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": True}))
+    options = ["--suite", "quick", "--limit", "1", "--gate", "quick:not-worse:1pt"]
+    ended = command("evaluate", copy, "--baseline", tiny, *SCORING, *options, "-q")
+    assert_one_sentence(ended, 2, "has the weights of the dense model")
+
+
 def test_an_evaluation_that_cannot_be_kept_is_shown(
     command: Command, quantized: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ):

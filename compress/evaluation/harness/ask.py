@@ -185,7 +185,7 @@ class Respondent:
         samples = self._samples(questions)
         self._requests.flush()
         self._progress(label, 1.0)
-        return rows(questions, samples)
+        return rows(questions, samples, self._lm.is_cut)
 
     def _samples(self, questions: Questions) -> list[dict[str, Any]]:
         """What lm-eval logs about each question."""

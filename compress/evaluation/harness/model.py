@@ -128,11 +128,21 @@ class Asked(HFLM):
         fresh = iter(ask(asked, disable_tqdm=True) if asked else [])
         return [next(fresh) if answer is None else answer for answer in known]
 
+    def is_cut(self, request: Any) -> bool:
+        """Whether the beginning of a request is cut off; a text that has no question becomes windows."""
+        if len(request) < 2:
+            return False
+        prompt, answer = request
+        if isinstance(answer, dict):
+            return len(self.tok_encode(prompt)) > self.max_length - self._most_generated(answer)
+        return len(self.tok_encode(prompt + answer)) > self.max_length + 1  # the last token is not read
+
+    def _most_generated(self, settings: dict[str, Any]) -> int:
+        return int(settings.get("max_gen_toks") or self.max_gen_toks)
+
     def _length(self, prompt: str, settings: Any = None) -> int:
         """Tokens of a prompt with its answer."""
-        answer = 0
-        if isinstance(settings, dict):
-            answer = int(settings.get("max_gen_toks") or self.max_gen_toks)
+        answer = self._most_generated(settings) if isinstance(settings, dict) else 0
         if answer >= self.max_length:
             raise BadInput(
                 f"An answer may have {answer} tokens, and the model takes only {self.max_length} with the "

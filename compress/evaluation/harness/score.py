@@ -18,12 +18,13 @@ from compress.report.scorecard import TaskAsked
 PERPLEXITIES = ("word_perplexity", "byte_perplexity", "perplexity")
 
 
-def rows(questions: Questions, samples: list[dict[str, Any]]) -> Rows:
+def rows(questions: Questions, samples: list[dict[str, Any]], is_cut: Callable[[Any], bool]) -> Rows:
     """One row for each question: its document, prompts, answer, and the number that each metric gives it.
 
     Args:
         questions: what was asked.
         samples: what lm-eval logged: for each filter of the task, one for each question.
+        is_cut: whether the model does not take the whole of a request.
     """
     by_document = defaultdict(list)
     for sample in samples:
@@ -36,6 +37,7 @@ def rows(questions: Questions, samples: list[dict[str, Any]]) -> Rows:
             "doc": group[0]["doc"],
             "target": group[0]["target"],
             "prompts": list(dict.fromkeys(str(each[0]) for each in group[0]["arguments"])),
+            "cut": any(map(is_cut, group[0]["arguments"])),
             "answer": _answer(group[0], choices),
             "responses": group[0]["filtered_resps"],
             "scores": {
@@ -105,9 +107,14 @@ def answers(questions: Questions, found: Rows) -> Answers:
         chance=_chance(questions, metric),
     )
     others = {name: x for name, x in scores.items() if name != metric and np.isfinite(x).all()}
-    said = tuple(str(row["answer"]) for row in found)
     return Answers(
-        asked, questions.hashes, values, others, said, tuple("\n".join(row["prompts"]) for row in found)
+        asked,
+        questions.hashes,
+        values,
+        others,
+        text=tuple(str(row["answer"]) for row in found),
+        prompts=tuple("\n".join(row["prompts"]) for row in found),
+        cut=sum(row.get("cut", False) for row in found),
     )
 
 

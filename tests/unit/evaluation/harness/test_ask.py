@@ -24,6 +24,7 @@ from compress.evaluation.harness import tasks as finding
 from compress.evaluation.harness.ask import Respondent, Wanted, ask
 from compress.evaluation.harness.prefix import Prefix
 from compress.evaluation.harness.subject import Subject
+from compress.evaluation.pairs import alone, judge
 from compress.pipeline.recipe import parse_recipe
 from compress.pipeline.run import execute
 
@@ -378,6 +379,25 @@ def test_choices_are_counted_once_where_they_are_asked_without_a_question_too(mo
     assert mutual.asked.chance == plain.asked.chance
     assert mutual.text == plain.text
     assert "acc_mutual_info" in mutual.others
+
+
+def test_prompts_that_do_not_fit_are_cut_and_counted(model: Path, tasks: Path):
+    """The model takes 256 tokens; an answer to 'say' has up to 12, and texts are cut into windows."""
+    lines = [{**line, "question": "a" * 225 + "b" * number} for number, line in enumerate(LINES[:10])]
+    lines += [{**line, "text": "long " * 100} for line in LINES[10:]]
+    for name in ("choice", "say", "prose"):
+        write_task(tasks, name, lines, **TASKS[name])
+    found = ask(subject(model), Wanted(("choice", "say", "prose"), (tasks,)))
+    tokens = [len("Question: \nAnswer:" + line["question"]) for line in lines]
+    said = [max(len(f" {choice}") for choice in line["choices"]) for line in lines]
+    cut = sum(length + more > 257 for length, more in zip(tokens, said, strict=True))
+    assert 0 < cut < 10
+    assert [each.cut for each in found] == [cut, sum(length > 256 - 12 for length in tokens), 0]
+    words = f"The beginning of {cut} of the 12 questions of 'choice' was cut off"
+    for harness in (alone(found), judge(found, found, 0.01, 0)):
+        assert any(text.startswith(words) for text in harness.warnings)
+    again = ask(subject(model), Wanted(("choice",), (tasks,)))
+    assert again[0].cut == cut
 
 
 def test_a_metric_that_is_better_the_lower_it_is_does_not_decide(model: Path, tasks: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,7 @@ class Subject:
             "device": torch.device(self.device).type,
             "kernel": self._runs_on,
             "dtype": self.computes_in,
+            "libraries": [version("torch"), version("transformers")],
         }
 
     @property

@@ -7,6 +7,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -354,10 +355,22 @@ def test_another_lm_eval_is_asked_every_question_again(
         lambda self, requests, **k: asked.append(len(requests)) or real(self, requests, **k),
     )
     ask(subject(model), Wanted(("say",), (tasks,)))
-    for module in ("ask", "subject"):
-        monkeypatch.setattr(f"compress.evaluation.harness.{module}.version", lambda name: "99", raising=False)
+    monkeypatch.setattr("compress.evaluation.harness.ask.version", lambda name: "99")
     ask(subject(model), Wanted(("say",), (tasks,)))
     assert asked == [len(LINES)] * 2
+
+
+@pytest.mark.parametrize("library", ["torch", "transformers"])
+def test_another_library_is_asked_again(
+    model: Path, tasks: Path, count: list[str], library: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Else a dense model would be asked by one version, and what is compared with it by the next."""
+    ask(subject(model), Wanted(("choice",), (tasks,)))
+    monkeypatch.setattr(
+        "compress.evaluation.harness.subject.version", lambda name: "99" if name == library else version(name)
+    )
+    ask(subject(model), Wanted(("choice",), (tasks,)))
+    assert count == ["choice", "choice"]
 
 
 @pytest.mark.parametrize("name", ["sentencepiece.bpe.model", "spiece.model", "tekken.json"])
@@ -485,6 +498,9 @@ def test_other_models_of_transformers_can_be_asked(
     assert isinstance(opened, Foreign)
     weights = load_file(folder / "model.safetensors")
     assert opened.parameters == sum(w.numel() for w in weights.values())
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")  # that nothing loads
+    assert open_any(folder).sha256 == opened.sha256
+    assert open_any(folder).files == [folder / "model.safetensors"]
     expected = lm_eval_samples(folder, tasks)
     (say,) = ask(Subject("other", opened), Wanted(("say",), (tasks,)))
     assert list(say.text) == [sample["filtered_resps"][0] for sample in expected["say"]]

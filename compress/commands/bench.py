@@ -134,13 +134,20 @@ def _caption(found: Bench) -> list[str]:
     what = f"Prefill of {prefill.tokens} tokens"
     if decode:
         what += f"; greedy decode of {decode.tokens} tokens after {found.prompt_tokens}"
+    spread = " and the quartiles" * (prefill.speed.low is not None)
+    repetitions = f"{found.repetitions} repetition{'s' * (found.repetitions > 1)}"
     lines = [
         f"{what}; batch size 1; {threads} thread{'' if threads == '1' else 's'} on {devices}.",
-        f"Speeds: the median and the quartiles of {found.repetitions} repetitions.",
+        f"Speeds: the median{spread} of {repetitions}.",
     ]
     if len(models) > 1:
+        interval = any(model.prefill.ratio and model.prefill.ratio.low is not None for model in models)
         lines.append(
-            "Times the first: the median of the ratios within each repetition, with its 95 % interval."
+            "Times the first: the median of the ratios within each repetition"
+            f"{', with its 95 % interval' if interval else ''}."
         )
-    lines.append("Peak memory: of a process that holds one model only, libraries included; MB = 10^6 bytes.")
+    on_gpu = [model.peak_device_bytes is not None for model in models]
+    places = ["of a process that holds one model only, libraries included"] * (not all(on_gpu))
+    places += ["on a GPU what is allocated there"] * any(on_gpu)
+    lines.append(f"Peak memory: {'; '.join(places)}; MB = 10^6 bytes.")
     return lines

@@ -185,6 +185,8 @@ def evaluate(
                     f"With --task-file no text is scored, so --{name} has no effect; leave it out."
                 )
     named = [name for name in (tasks or "").split(",") if name]
+    if tasks is not None and not named:
+        raise BadInput(f"--tasks '{tasks}' names no task; name one, or leave it out.")
     suite = asking["suite"]
     known = [suite, *SUITES[suite].tasks] if suite in SUITES else named
     wanted = read_gates(gates, baseline, known, text=task_file is None)

@@ -98,6 +98,34 @@ def evaluated_windows(
     return windows, context, positions if context > positions else None
 
 
+def check_same_tokenizer(folder: Path, dense: Path, tokens: Sequence[int]) -> None:
+    """Make sure that tokens which the dense model's tokenizer made mean the same to the model.
+
+    A model without a tokenizer of its own takes those of the dense model.
+
+    Args:
+        folder, dense: of the two models.
+        tokens: the ids in the text.
+
+    Raises:
+        BadInput: the model's tokenizer has other ids for them.
+    """
+    if folder == dense:
+        return
+    try:
+        own = load_tokenizer(folder).get_vocab()
+    except BadInput:
+        return
+    words = load_tokenizer(dense).convert_ids_to_tokens(list(tokens))
+    for token, word in zip(tokens, words, strict=True):
+        if own.get(word) != token:
+            raise BadInput(
+                f"The tokenizer of '{folder}' does not number tokens as the dense model's does ({word!r} is "
+                f"{token} there and {own.get(word, 'unknown')} here), so they cannot be compared; give the "
+                "model that was compressed as --baseline."
+            )
+
+
 def check_not_calibrated_on(
     source: ModelSource, documents: Set[str], text: str, advice: str = "evaluate it on another text"
 ) -> None:

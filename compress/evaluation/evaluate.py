@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -25,7 +26,11 @@ from compress.engine.shape import ModelShape
 from compress.engine.stream import StreamedModel
 from compress.engine.windows import Windows
 from compress.errors import BadInput
-from compress.evaluation.beforehand import check_not_calibrated_on, evaluated_windows
+from compress.evaluation.beforehand import (
+    check_not_calibrated_on,
+    check_same_tokenizer,
+    evaluated_windows,
+)
 from compress.evaluation.fidelity import FidelityAccumulator
 from compress.evaluation.foreign import Foreign, open_any
 from compress.evaluation.harness.cards import TEXT, Exam, wanted_of
@@ -35,7 +40,7 @@ from compress.evaluation.margin import check_margin
 from compress.evaluation.measure import measure
 from compress.evaluation.task import TaskEvaluation
 from compress.evaluation.task_score import score
-from compress.evaluation.timed import Settings
+from compress.evaluation.timed import Settings, device_name
 from compress.kernels.cpu.library import use
 from compress.kernels.ops import REFERENCE, backend_of
 from compress.report.card import add_evaluations
@@ -148,7 +153,7 @@ def evaluate(
     check_device(device)
     use(kernel)
     source = find_model(model, revision)
-    dense_source = find_model(baseline, baseline_revision) if baseline else source
+    dense_source = source if baseline is None else find_model(baseline, baseline_revision)
     opening = open_any if wanted else open_checkpoint
     checkpoint, dense = opening(source.folder), opening(dense_source.folder)
     read_lineage(dense_source.stored)  # read below; what is damaged is refused before the work
@@ -160,12 +165,24 @@ def evaluate(
     exam = None
     if wanted:
         subject = Subject(_name(dense_source), dense, device, kernel)
-        other = subject if same else Subject(_name(source), checkpoint, device, kernel, memory)
-        exam = Exam.of(
-            wanted, subject, other, progress, find_model(judge, judge_revision).folder if judge else None
-        )
+        name = _name(source, memory)
+        if name == subject.name:  # samples are kept by name, which two folders may share
+            name += f" {checkpoint.sha256[:8]}"
+        other = Subject(name, checkpoint, device, kernel, memory)
+        if same and other.words != subject.words:
+            raise BadInput(
+                f"'{source.id}' has the weights of the dense model '{dense_source.id}' but other files of a "
+                "tokenizer, and models are told apart by their weights; evaluate each on its own."
+            )
+        judging = None if judge is None else find_model(judge, judge_revision).folder
+        exam = Exam.of(wanted, subject, subject if same else other, progress, judging)
         for each in exam.questions[0]:
             check_not_calibrated_on(source, told_by(each.name), f"'{each.name}'", "leave that task out")
+    if same and source.folder != dense_source.folder:
+        log.warning(
+            "'%s' has the same weights as the dense model '%s', so only that one is evaluated.",
+            *(source.id, dense_source.id),
+        )
     with computing_on(device):
         if isinstance(checkpoint, Foreign) or isinstance(dense, Foreign):
             foreign = checkpoint if isinstance(checkpoint, Foreign) else dense
@@ -186,9 +203,8 @@ def evaluate(
     def scorecard(
         of: ModelSource, opened: Checkpoint | Foreign, scores: dict[str, Any], size: str | int | None = None
     ) -> Scorecard:
-        name = _name(of) if size is None else f"{_name(of)} in {size}"
         return Scorecard(
-            model=ModelIdentity(name=name, sha256=opened.sha256),
+            model=ModelIdentity(name=_name(of, size), sha256=opened.sha256),
             baseline=dense_identity,
             loads_with="transformers"
             if isinstance(opened, Foreign)
@@ -199,7 +215,7 @@ def evaluate(
             versions=versions(),
         )
 
-    known = None if same else _known(dense_source, dense_identity, found.dense)
+    known = None if same else _known(dense_source, dense_identity, found.dense, device)
     cards = [known or scorecard(dense_source, dense, found.dense)]
     if not same:
         cards.append(scorecard(source, checkpoint, found.model, memory))
@@ -243,6 +259,7 @@ def _score_text(
 ) -> _Found:
     windows, context, positions = evaluated_windows(dense_source, dense, text, context, limit)
     check_not_calibrated_on(source, windows.document_hashes, f"'{windows.source}'")
+    check_same_tokenizer(source.folder, dense_source.folder, windows.tokens[windows.mask].unique().tolist())
     accumulator = compare_streams(dense, checkpoint, windows, device, progress)
     protocol = Protocol(
         text=text,
@@ -274,6 +291,8 @@ def _score_task(
 ) -> _Found:
     evaluation = TaskEvaluation(task_file, dense, device)
     check_not_calibrated_on(source, evaluation.file.document_hashes, f"'{evaluation.file.source}'")
+    tokens = {token for inputs in evaluation.inputs for one in inputs for token in one.tokens}
+    check_same_tokenizer(checkpoint.folder, dense.folder, sorted(tokens))
 
     def predictions(of: Checkpoint, label: str) -> list[Any]:
         return evaluation.predictions(of, lambda share: progress(label, share))
@@ -294,15 +313,20 @@ def _score_task(
     )
 
 
-def _known(source: ModelSource, identity: ModelIdentity, scores: dict[str, Any]) -> Scorecard | None:
-    """The dense model's scorecard in its own compression.json, if it was made with the same protocol."""
+def _known(
+    source: ModelSource, identity: ModelIdentity, scores: dict[str, Any], device: str
+) -> Scorecard | None:
+    """The dense model's scorecard in its own compression.json, if it was made and timed in the same way."""
     lineage = read_lineage(source.stored)
     cards = [Scorecard.model_validate(card) for card in (lineage.evaluations if lineage else [])]
     wanted = [identity, *(scores.get(name) for name in PROTOCOLS)]
-    return next(
-        (card for card in reversed(cards) if [card.model, *(getattr(card, n) for n in PROTOCOLS)] == wanted),
-        None,
-    )
+    here = device_name(torch.device(device)), torch.get_num_threads()
+    for card in reversed(cards):
+        timed = card.cost.measured
+        alike = [card.model, *(getattr(card, name) for name in PROTOCOLS)] == wanted
+        if alike and timed is not None and (timed.device, timed.threads) == here:
+            return card
+    return None
 
 
 def _cost(
@@ -433,8 +457,10 @@ def last_hidden(model: StreamedModel, windows: Windows, label: str) -> torch.Ten
 
 def _cached_dense(model: StreamedModel, windows: Windows) -> torch.Tensor:
     """Hidden states behind the dense model's last layer, float32 [N, S, D]; the cache keeps a few texts."""
+    device = torch.device(model.device).type
+    computed_by = [torch.__version__, transformers.__version__, device, _kernel(model.checkpoint, device)]
     key = hashlib.sha256(
-        f"{model.checkpoint.sha256} {windows.sha256} {torch.__version__}".encode()
+        " ".join([model.checkpoint.sha256, windows.sha256, *computed_by]).encode()
     ).hexdigest()
     folder = cache_folder() / "dense-hidden"
     file = folder / f"{key[:32]}.safetensors"
@@ -460,8 +486,11 @@ def _age(file: Path) -> float:
         return math.inf
 
 
-def _name(source: ModelSource) -> str:
-    return Path(source.id).name if Path(source.id).is_dir() else source.id
+def _name(source: ModelSource, size: str | int | None = None) -> str:
+    folder, name = Path(source.id).expanduser(), source.id
+    if folder.is_dir():
+        name = folder.name if folder.name not in ("", "..") else folder.resolve().name
+    return name if size is None else f"{name} in {size}"
 
 
 def _kernel(checkpoint: Checkpoint, device: str) -> str:

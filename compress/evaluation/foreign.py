@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.engine.opening import open_checkpoint
 from compress.errors import BadInput
-from compress.storage.checkpoint import Checkpoint, read_config
+from compress.storage.checkpoint import Checkpoint, read_config, weight_patterns
 from compress.system.files import file_sha256
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class Foreign:
 
     def __init__(self, folder: Path, why: BadInput) -> None:
         self.folder, self.why = folder, why
-        self.files = sorted(folder.glob("*.safetensors"))
+        self.files = sorted({file for each in weight_patterns(folder) for file in folder.glob(each)})
         if not self.files:
             raise why
 

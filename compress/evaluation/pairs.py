@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from compress.errors import BadInput
 from compress.evaluation.margin import Moments, change, check_margin
 from compress.evaluation.pooled import ENTRIES, RESAMPLES, holm, two_sided_p, ways
-from compress.evaluation.sanity import doubts, implausible
+from compress.evaluation.sanity import cut_off, doubts, implausible
 from compress.evaluation.statistics import CONFIDENCE, wilson
 from compress.evaluation.verdict import verdict
 from compress.report.scorecard import Figure, Harness, TaskResult, UnitName
@@ -47,7 +47,7 @@ def judge(dense: Sequence[Answers], model: Sequence[Answers], margin: float, see
     return Harness(
         tasks=results,
         verdict=verdict(results, [len(each) for each in differences], ways(differences, seed), margin),
-        warnings=implausible(results),
+        warnings=(*cut_off(model), *implausible(results)),
     )
 
 

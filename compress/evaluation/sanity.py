@@ -60,10 +60,20 @@ def doubts(answers: Sequence[Answers], results: Sequence[TaskResult], name: str 
         results: the scores of each task.
         name: of the model, by which its published scores are found.
     """
-    found: list[str] = []
+    found = [*cut_off(answers)]
     for each, result in zip(answers, results, strict=True):
         found += [*_guesses(each, result), *_texts(each), *_far_below_published(each, result, name)]
     return tuple(found)
+
+
+def cut_off(answers: Sequence[Answers]) -> tuple[str, ...]:
+    """Sentences about tasks whose questions a model could not read as a whole."""
+    return tuple(
+        f"The beginning of {each.cut:,} of the {each.asked.questions:,} questions of '{each.asked.task}' was "
+        "cut off, because the model does not take so many tokens; ask with fewer examples in front."
+        for each in answers
+        if each.cut
+    )
 
 
 def implausible(results: Sequence[TaskResult]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from compress.errors import BadInput
+from compress.report.columns import printable
 from compress.report.scorecard import Scorecard
 from compress.storage.lineage import Lineage, read_lineage, record_of
 
@@ -50,7 +51,7 @@ def _read(path: Path, file: Path) -> Any:
         raise BadInput(f"{missing}; write a scorecard with: {EVALUATE}.")
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadInput(f"'{file}' is not JSON ({error}); write a scorecard with: {EVALUATE}.") from None
 
 
@@ -123,6 +124,26 @@ def newest_of_each_model(found: Iterable[Found]) -> list[Found]:
     models = _of_one_baseline(_by_model(found))
     scored, asked = (_in_common(models, way) for way in WAYS)
     return [_joined(*each) for each in zip(models, scored, asked, strict=True)]
+
+
+def same_weights(found: Sequence[Found], chosen: Sequence[Found]) -> list[str]:
+    """Sentences about models that share a row, because their weights are the same.
+
+    Args:
+        found: all scorecards.
+        chosen: those of them that are shown.
+    """
+    models = {entries[0].card.model.sha256: entries for entries in _by_model(found)}
+    sentences = []
+    for card, file in chosen:
+        newest = {entry.file: entry.card.model.name for entry in reversed(models[card.model.sha256])}
+        others = dict.fromkeys(name for of, name in newest.items() if of != file)
+        sentences += [
+            printable(f"{name} has the same weights as {card.model.name}, so they share a row.")
+            for name in others
+            if name != card.model.name
+        ]
+    return sentences
 
 
 def newest_of_history(cards: Sequence[Scorecard]) -> list[Scorecard]:

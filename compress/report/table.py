@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from compress.report.choose import Found, newest_of_each_model, read_lineages, read_scorecards
+from compress.report.choose import Found, newest_of_each_model, read_lineages, read_scorecards, same_weights
 from compress.report.compare import Comparison, side_by_side
 from compress.report.render import render
 from compress.report.scorecard import Scorecard
@@ -32,7 +32,8 @@ class Table(Comparison):
 def compare(*models: str | Path | Scorecard | Iterable[Scorecard]) -> Table:
     """Put evaluated models into one table, the dense model first, the others in the order given.
 
-    Each model is represented by its newest evaluation that was made in the same way as the others'.
+    Each model is represented by its newest evaluation that was made in the same way as the others'. Models
+    with the same weights share a row, and a note says so.
 
     Args:
         models: folders or .gguf files with evaluations in their records, files that
@@ -56,4 +57,5 @@ def compare(*models: str | Path | Scorecard | Iterable[Scorecard]) -> Table:
             found += [Found(card, card.model.name) for card in cards]
     chosen = newest_of_each_model(found)
     table = side_by_side([card for card, _ in chosen], [file for _, file in chosen], lineages)
-    return Table(table.rows, table.notes, table.caption, table.columns)
+    notes = [*same_weights(found, chosen), *table.notes]
+    return Table(table.rows, notes, table.caption, table.columns)

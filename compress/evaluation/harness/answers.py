@@ -22,6 +22,7 @@ class Answers:
         others: further metrics, name -> float64 [N].
         text: each question's answer as the harness kept it, to be read; empty if it was not kept.
         prompts: what the model was given for each question; empty if it was not kept.
+        cut: number of questions whose beginning was cut off, because the model does not take so many tokens.
     """
 
     asked: TaskAsked
@@ -30,6 +31,7 @@ class Answers:
     others: dict[str, np.ndarray]
     text: tuple[str, ...] = ()
     prompts: tuple[str, ...] = ()
+    cut: int = 0
 
     @property
     def right_or_wrong(self) -> bool:

@@ -162,7 +162,9 @@ class Respondent:
         self, subject: Subject, batch_size: int | str, finished: Finished, progress: Progress
     ) -> None:
         self._subject, self._batch_size, self._finished = subject, batch_size, finished
-        self._progress, self._requests = progress, Requests(finished.folder, finished.identity)
+        # lm-eval makes tokens of a prompt, and an answer of tokens.
+        identity = {**finished.identity, "lm_eval": version("lm-eval")}
+        self._progress, self._requests = progress, Requests(finished.folder, identity)
         self._lm: Any = None
         self._answered: Callable[[], None] = lambda: None
 
@@ -183,7 +185,7 @@ class Respondent:
         samples = self._samples(questions)
         self._requests.flush()
         self._progress(label, 1.0)
-        return rows(questions, samples)
+        return rows(questions, samples, self._lm.is_cut)
 
     def _samples(self, questions: Questions) -> list[dict[str, Any]]:
         """What lm-eval logs about each question."""

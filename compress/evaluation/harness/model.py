@@ -16,7 +16,13 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from compress.errors import BadInput, CompressError
 from compress.evaluation.harness.cache import Requests
@@ -106,6 +112,7 @@ class Asked(HFLM):
         ends = {*(own if isinstance(own, list) else [own]), self.eot_token_id} - {None}
         if ends:
             settings["eos_token_id"] = sorted(ends)
+        settings["logits_processor"] = LogitsProcessorList([RefuseNaN()])
         moved = self._prefix and self._prefix.put_first(context, settings["attention_mask"])
         if moved:
             context = moved.pop("input_ids")
@@ -121,11 +128,21 @@ class Asked(HFLM):
         fresh = iter(ask(asked, disable_tqdm=True) if asked else [])
         return [next(fresh) if answer is None else answer for answer in known]
 
+    def is_cut(self, request: Any) -> bool:
+        """Whether the beginning of a request is cut off; a text that has no question becomes windows."""
+        if len(request) < 2:
+            return False
+        prompt, answer = request
+        if isinstance(answer, dict):
+            return len(self.tok_encode(prompt)) > self.max_length - self._most_generated(answer)
+        return len(self.tok_encode(prompt + answer)) > self.max_length + 1  # the last token is not read
+
+    def _most_generated(self, settings: dict[str, Any]) -> int:
+        return int(settings.get("max_gen_toks") or self.max_gen_toks)
+
     def _length(self, prompt: str, settings: Any = None) -> int:
         """Tokens of a prompt with its answer."""
-        answer = 0
-        if isinstance(settings, dict):
-            answer = int(settings.get("max_gen_toks") or self.max_gen_toks)
+        answer = self._most_generated(settings) if isinstance(settings, dict) else 0
         if answer >= self.max_length:
             raise BadInput(
                 f"An answer may have {answer} tokens, and the model takes only {self.max_length} with the "
@@ -143,7 +160,7 @@ class Asked(HFLM):
         """Remember an answer: lm-eval calls this after each of them."""
         value = answer[0] if isinstance(answer, tuple) else answer
         if isinstance(value, float) and math.isnan(value):
-            raise CompressError("The model puts out NaN, so its answers mean nothing.")
+            raise _nan()
         if not _is_random(request):
             self._requests.keep(kind, request, answer)
         self._answered()
@@ -213,6 +230,19 @@ class Asked(HFLM):
     def _most_rows(self, tokens: int) -> int:
         rows, room = MOST.get(self.device.type, MOST["cpu"])
         return max(1, min(rows, room // tokens))
+
+
+class RefuseNaN(LogitsProcessor):
+    """Stops a model that generates from NaN, of which greedy decoding would make an answer."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if scores.isnan().any():
+            raise _nan()
+        return scores
+
+
+def _nan() -> CompressError:
+    return CompressError("The model puts out NaN, so its answers mean nothing.")
 
 
 def _is_random(request: Any) -> bool:

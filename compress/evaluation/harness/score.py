@@ -18,12 +18,13 @@ from compress.report.scorecard import TaskAsked
 PERPLEXITIES = ("word_perplexity", "byte_perplexity", "perplexity")
 
 
-def rows(questions: Questions, samples: list[dict[str, Any]]) -> Rows:
+def rows(questions: Questions, samples: list[dict[str, Any]], is_cut: Callable[[Any], bool]) -> Rows:
     """One row for each question: its document, prompts, answer, and the number that each metric gives it.
 
     Args:
         questions: what was asked.
         samples: what lm-eval logged: for each filter of the task, one for each question.
+        is_cut: whether the model does not take the whole of a request.
     """
     by_document = defaultdict(list)
     for sample in samples:
@@ -36,7 +37,8 @@ def rows(questions: Questions, samples: list[dict[str, Any]]) -> Rows:
             "doc": group[0]["doc"],
             "target": group[0]["target"],
             "prompts": list(dict.fromkeys(str(each[0]) for each in group[0]["arguments"])),
-            "answer": _answer(group[0]),
+            "cut": any(map(is_cut, group[0]["arguments"])),
+            "answer": _answer(group[0], choices),
             "responses": group[0]["filtered_resps"],
             "scores": {
                 metric if filters == 1 else f"{metric},{sample['filter']}": number(
@@ -46,16 +48,18 @@ def rows(questions: Questions, samples: list[dict[str, Any]]) -> Rows:
                 for metric in sample["metrics"]
             },
         }
-        for question, (_, group) in zip(questions.hashes, sorted(by_document.items()), strict=True)
+        for question, choices, (_, group) in zip(
+            questions.hashes, questions.choices, sorted(by_document.items()), strict=True
+        )
     ]
 
 
-def _answer(sample: dict[str, Any]) -> str:
+def _answer(sample: dict[str, Any], choices: int) -> str:
     """What the model said; or the likeliest of several continuations; or how likely the only one is."""
     responses = sample["filtered_resps"]
     if isinstance(responses[0], str):
         return str(responses[0])
-    likelihoods = [each[0] if isinstance(each, list | tuple) else each for each in responses]
+    likelihoods = [each[0] if isinstance(each, list | tuple) else each for each in responses[:choices]]
     if len(likelihoods) > 1 and all(isinstance(each, float) for each in likelihoods):
         return str(sample["arguments"][int(np.argmax(likelihoods))][-1]).strip()
     return str(likelihoods[0])
@@ -103,9 +107,14 @@ def answers(questions: Questions, found: Rows) -> Answers:
         chance=_chance(questions, metric),
     )
     others = {name: x for name, x in scores.items() if name != metric and np.isfinite(x).all()}
-    said = tuple(str(row["answer"]) for row in found)
     return Answers(
-        asked, questions.hashes, values, others, said, tuple("\n".join(row["prompts"]) for row in found)
+        asked,
+        questions.hashes,
+        values,
+        others,
+        text=tuple(str(row["answer"]) for row in found),
+        prompts=tuple("\n".join(row["prompts"]) for row in found),
+        cut=sum(row.get("cut", False) for row in found),
     )
 
 
@@ -114,16 +123,18 @@ def _deciding(questions: Questions, scores: dict[str, np.ndarray]) -> tuple[str,
     better = questions.task.higher_is_better()
     for name, values in scores.items():
         bare = name.partition(",")[0]
-        chosen = wanted in (name, bare) if wanted else better.get(bare, True)
+        more = better.get(bare, True)
+        chosen = wanted in (name, bare) and more is not False if wanted else more
         if chosen and ((values >= 0) & (values <= 1)).all():
             return name, values
     for name in PERPLEXITIES:
         if wanted in (None, name) and name in scores and (scores[name] >= 1).all():
             return f"1/{name}", 1 / scores[name]
     raise BadInput(
-        f"The task '{questions.name}' has no metric that scores each question between 0 and 1"
-        f"{f' and is named {wanted}' if wanted else ''} (it has: {', '.join(scores) or 'none'}); name one in "
-        "its file as 'metadata: {decides: NAME}'."
+        f"The task '{questions.name}' has no metric that scores each question between 0 and 1 and is better "
+        f"the larger it is{f', and is named {wanted}' if wanted else ''} "
+        f"(it has: {', '.join(scores) or 'none'}); "
+        "name one in its file as 'metadata: {decides: NAME}'."
     )
 
 

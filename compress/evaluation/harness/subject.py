@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,10 @@ from compress.system.files import file_sha256
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-WORDS = ("tokenizer*", "*_tokens*.json", "vocab*", "merges.txt", "chat_template*", "generation_config.json")
+WORDS = (
+    *("tokenizer*", "*_tokens*.json", "vocab*", "merges.txt", "*.model", "tekken.json"),
+    *("chat_template*", "generation_config.json"),
+)
 """The files of a folder that make tokens of a text, text of tokens, and an answer of predictions."""
 
 
@@ -62,16 +66,22 @@ class Subject:
         return self.computes_in or (str(stored) if stored else None)
 
     @cached_property
+    def words(self) -> str:
+        """Hash of the files of `WORDS`."""
+        files = sorted({file for pattern in WORDS for file in self.folder.glob(pattern) if file.is_file()})
+        return digest([[file.name, file_sha256(file)] for file in files])
+
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """Everything that the model's answers depend on, beside the questions."""
-        words = sorted({file for pattern in WORDS for file in self.folder.glob(pattern) if file.is_file()})
         return {
             "model": self.opened.sha256,
-            "words": digest([[file.name, file_sha256(file)] for file in words]),
+            "words": self.words,
             "memory": self.memory,
             "device": torch.device(self.device).type,
             "kernel": self._runs_on,
             "dtype": self.computes_in,
+            "libraries": [version("torch"), version("transformers")],
         }
 
     @property

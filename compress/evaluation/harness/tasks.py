@@ -19,6 +19,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from compress.errors import BadInput, CompressError, unknown
+from compress.system.files import file_sha256
 
 Chat = Callable[..., str]
 """Turns a conversation into a prompt, as ``lm_eval.models.huggingface.HFLM.apply_chat_template`` does."""
@@ -49,8 +50,8 @@ class Questions:
         asking: how it is asked.
 
     Raises:
-        BadInput: it needs more than text, or runs code that a model writes, or a right answer is not among
-            the choices.
+        BadInput: it needs more than text, or runs code that a model writes; its questions cannot be built;
+            or a right answer is not among the choices.
     """
 
     def __init__(self, task: Task, asking: Asking) -> None:
@@ -63,7 +64,16 @@ class Questions:
             task.set_config("num_fewshot", asking.fewshot)
         self.fewshot = int(task.get_config("num_fewshot") or 0)
         task.set_config("num_fewshot", self.fewshot)
-        self._build()
+        try:
+            self._build()
+        except CompressError:
+            raise
+        except Exception as error:  # of the task's own functions, too
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise BadInput(
+                f"The questions of the task '{self.name}' cannot be built ({reason}); look at its file and "
+                "its data, or ask for fewer examples with --fewshot."
+            ) from error
 
     def _build(self) -> None:
         task, chat = self.task, self.asking.chat
@@ -85,9 +95,16 @@ class Questions:
             instances.sort(key=lambda instance: instance.idx)
             asked = [instance.args for instance in instances]
             hashes.append(_hash([asked, task.doc_to_target(document)]))
-            self.choices.append(len(asked))
+            self.choices.append(self._choices(document) or len(asked))
         self.hashes = tuple(hashes)
         self.requests = sum(instance.repeats for instance in task.instances)
+
+    def _choices(self, document: Any) -> int | None:
+        """The number of choices; lm-eval asks each of them twice for its mutual information."""
+        task = self.task
+        if task.OUTPUT_TYPE != "multiple_choice" or not isinstance(task, ConfigurableTask):
+            return None
+        return len(task.doc_to_choice(document)) if task.config.doc_to_choice is not None else None
 
     def _check_labels(self, number: int, document: Any) -> None:
         """Refuse a right answer that is none of the choices, which lm-eval would count as a wrong answer."""
@@ -111,15 +128,18 @@ class Questions:
 
     @cached_property
     def scorer_sha256(self) -> str:
-        """Hash of what turns an answer into a score: the task's settings, and the files of its functions."""
+        """Hash of what turns an answer into a score: the task's settings, and the code of its functions."""
         config = self.task.dump_config()
         metadata = config.pop("metadata", None)
         source = Path(str(metadata.get("config_source", ""))) if isinstance(metadata, dict) else Path()
-        beside = set(source.parent.glob("*.py")) if source.is_file() else set()
         values = vars(self.task.config).values()
         named = {inspect.getsourcefile(value) for value in values if inspect.isfunction(value)}
-        files = sorted({*map(str, beside), *filter(None, named)})
-        return _hash([config, self.metadata("version"), [Path(file).read_text("utf-8") for file in files]])
+        folders = {Path(file).parent for file in named if file} | (
+            {source.parent} if source.is_file() else set()
+        )
+        # Beside a file lie those that it may import.
+        files = sorted(file for folder in folders for file in folder.glob("*.py"))
+        return _hash([config, self.metadata("version"), [file_sha256(file) for file in files]])
 
     def metadata(self, name: str) -> Any:
         """What the task's file says under ``metadata``."""

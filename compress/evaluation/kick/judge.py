@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from compress.engine.loading import load
+from compress.engine.skeleton import longest_input
 from compress.engine.tokenizer import load_tokenizer
 from compress.errors import BadInput
 from compress.evaluation.pairs import mean
@@ -128,7 +129,8 @@ class LocalJudge:
         batch_size: prompts that it reads at once.
 
     Raises:
-        BadInput: it is no checkpoint, or it is of the family of a model that is judged.
+        BadInput: it is no checkpoint, or it is of the family of a model that is judged; or, from a call, a
+            prompt is too long for it.
     """
 
     def __init__(
@@ -160,6 +162,12 @@ class LocalJudge:
         tokenizer, model = self._loaded
         texts = [_chat(tokenizer, prompt) for prompt in prompts]
         inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+        length, longest = inputs["input_ids"].shape[1] + REPLY_TOKENS, longest_input(model)
+        if length > longest:
+            raise BadInput(
+                f"The judge in '{self._folder}' takes only {longest} tokens, and a prompt with its reply has "
+                f"{length}; choose a judge that takes more."
+            )
         with torch.inference_mode():
             output = model.generate(**inputs.to(self._device), max_new_tokens=REPLY_TOKENS, do_sample=False)
         new = output[:, inputs["input_ids"].shape[1] :]

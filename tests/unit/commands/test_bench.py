@@ -11,6 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from compress.evaluation.bench import Bench, TimedModel, Times
+from compress.evaluation.measure import speed
+from compress.evaluation.statistics import median_of_pairs
+from compress.evaluation.timed import Settings
+from compress.storage.lineage import now
+
 from .common import Command, assert_one_sentence
 
 SHORT = ["--prefill-tokens", 16, "--decode-tokens", 4]
@@ -35,6 +41,58 @@ def test_the_document_and_the_table(tiny: Path, quantized: Path, command: Comman
     assert (alone.code, "the first" in alone.out, "Prefill of 16 tokens" in alone.out) == (0, False, True)
     table = command("bench", *names, *SHORT, "--repetitions", 1, "-q")
     assert (table.code, table.err, "times" in table.out) == (0, "", True)
+
+
+@pytest.mark.parametrize(
+    ("repetitions", "on_gpu", "speeds", "times", "memory"),
+    [
+        (1, False, "the median of 1 repetition.", "each repetition.", "libraries included"),
+        (
+            3,
+            False,
+            "the median and the quartiles of 3 repetitions.",
+            "each repetition.",
+            "libraries included",
+        ),
+        (6, True, "quartiles of 6 repetitions.", "repetition, with its 95 % interval.", "allocated there"),
+    ],
+)
+def test_the_lines_below_the_table_say_what_was_done(
+    repetitions: int,
+    on_gpu: bool,
+    speeds: str,
+    times: str,
+    memory: str,
+    tiny: Path,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seconds = [1.0 + number / 10 for number in range(repetitions)]
+    ratio = median_of_pairs([1.0] * repetitions)
+
+    def bench(*_: object) -> Bench:
+        rows = [
+            TimedModel(
+                name=name,
+                settings=Settings(),
+                kernel="torch",
+                threads=1,
+                device="a processor",
+                storage_dtype="float32",
+                peak_resident_bytes=2,
+                baseline_resident_bytes=1,
+                peak_device_bytes=3 if on_gpu else None,
+                prefill=Times(tokens=16, seconds=seconds, speed=speed(16, seconds), ratio=found),
+            )
+            for name, found in (("one", None), ("two", ratio))
+        ]
+        return Bench(models=rows, repetitions=repetitions, prompt_tokens=1, when=now(), versions={})
+
+    monkeypatch.setattr("compress.evaluation.bench.bench", bench)
+    said = " ".join(command("bench", tiny, tiny).out.split())
+    for words in (speeds, times, memory):
+        assert words in said
+    assert ("libraries included" in said) != on_gpu
 
 
 def test_two_processes_and_real_memory(tiny: Path, quantized: Path, command: Command) -> None:

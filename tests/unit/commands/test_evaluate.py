@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import compress.evaluation.evaluate
-from compress.report.scorecard import Scorecard
+from compress.evaluation.timed import Settings, device_name
+from compress.kernels.ops import backend_of
+from compress.report.scorecard import Figure, Measurement, Scorecard
 from compress.sources.find import ModelSource, find_model
 from compress.storage.lineage import read_lineage
 
@@ -38,6 +41,122 @@ def test_dense_against_dense_is_no_difference(command: Command, tiny: Path, copy
     assert same["fidelity"]["perplexity"] == dense["fidelity"]["perplexity"]
     assert len(command("evaluate", copy, *SCORING, "--json").document) == 1
     assert not (copy / "compression.json").exists()
+
+
+def unmeasured(monkeypatch: pytest.MonkeyPatch, device: str = "") -> list[str]:
+    """Nothing is timed; the names of the folders that would have been."""
+    asked: list[str] = []
+
+    def measure(folder: Path, settings: Settings, **_: Any) -> Measurement:
+        asked.append(folder.name)
+        return Measurement(
+            peak_resident_bytes=2,
+            baseline_resident_bytes=1,
+            prefill=Figure(value=200, unit="tokens/s"),
+            prefill_tokens=16,
+            prefill_repetitions=1,
+            threads=torch.get_num_threads(),
+            device=device or device_name(torch.device("cpu")),
+            kernel="torch",
+            storage_dtype="float32",
+        )
+
+    monkeypatch.setattr(compress.evaluation.evaluate, "measure", measure)
+    return asked
+
+
+def test_what_another_machine_measured_does_not_stand_for_this_one(
+    command: Command, quantized: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    dense = Path(shutil.copytree(quantized, tmp_path / "dense"))
+    options = ["--baseline", dense, *SCORING, "-q", "--json"]
+    unmeasured(monkeypatch, "another processor")
+    command("evaluate", dense, *SCORING, "-q")
+    asked = unmeasured(monkeypatch)
+    devices = [card["cost"]["measured"]["device"] for card in command("evaluate", tiny, *options).document]
+    assert devices == [device_name(torch.device("cpu"))] * 2
+    assert asked == ["dense", "tiny"]
+    command("evaluate", dense, *SCORING, "-q")
+    asked.clear()
+    command("evaluate", tiny, *options)
+    assert asked == ["tiny"]
+
+
+def test_another_kernel_scores_the_dense_model_again(
+    command: Command, quantized: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    model = shutil.copytree(quantized, tmp_path / "model")
+    scored: list[str] = []
+    real = compress.evaluation.evaluate.last_hidden
+    unmeasured(monkeypatch)
+    monkeypatch.setattr(compress.evaluation.evaluate, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(
+        compress.evaluation.evaluate,
+        "last_hidden",
+        lambda *args: scored.append(backend_of("cpu")) or real(*args),
+    )
+    kernels = ["auto", "reference", "reference", "auto"]
+    for kernel in kernels:
+        assert command("evaluate", model, *SCORING, "-q", "--kernel", kernel).code == 0
+    assert len(scored) == len(set(scored))
+    assert "reference" in scored
+
+
+@pytest.mark.parametrize("name", [".", "..", "../copy/."])
+def test_a_folder_has_a_name_however_it_is_written(
+    command: Command, copy: Path, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    unmeasured(monkeypatch)
+    (copy / "inside").mkdir()
+    monkeypatch.chdir(copy / "inside" if name == ".." else copy)
+    ended = command("evaluate", name, *SCORING, "-q", "--json")
+    assert ended.code == 0, ended.err
+    assert ended.document[0]["model"]["name"] == "copy"
+
+
+def test_a_copy_of_the_dense_model_is_said_to_be_one(
+    command: Command, copy: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+):
+    unmeasured(monkeypatch)
+    ended = command("evaluate", copy, "--baseline", tiny, *SCORING, "-q", "--json")
+    assert len(ended.document) == 1
+    assert (
+        ended.err
+        == f"'{copy}' has the same weights as the dense model '{tiny}', so only that one is evaluated.\n"
+    )
+    assert command("evaluate", copy, *SCORING, "-q", "--json").err == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--baseline", ""], "There is no model folder ''."),
+        (["--baseline", "dense", "--tasks", ","], "--tasks ',' names no task"),
+        (["--baseline", "dense", "--suite", "quick", "--limit", "1", "--judge", ""], "no model folder ''."),
+    ],
+)
+def test_an_empty_name_is_not_taken_for_none(
+    command: Command, copy: Path, quantized: Path, options: list[str], words: str, monkeypatch
+):
+    """Such as that of a variable which a script forgot to set: no gate passes without a dense model."""
+    unmeasured(monkeypatch)
+    copy.rename(copy.with_name("dense"))
+    monkeypatch.chdir(copy.parent)
+    gate = ["--gate", "kl:below:1000"]
+    assert_one_sentence(command("evaluate", quantized, *options, *gate, *SCORING, "--quiet"), 2, words)
+
+
+def test_the_weights_of_the_dense_model_with_another_tokenizer_are_not_taken_for_it(
+    command: Command, copy: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Else a gate on its answers would pass without a question being asked."""
+    pytest.importorskip("lm_eval")
+    unmeasured(monkeypatch)
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": True}))
+    options = ["--suite", "quick", "--limit", "1", "--gate", "quick:not-worse:1pt"]
+    ended = command("evaluate", copy, "--baseline", tiny, *SCORING, *options, "-q")
+    assert_one_sentence(ended, 2, "has the weights of the dense model")
 
 
 def test_an_evaluation_that_cannot_be_kept_is_shown(

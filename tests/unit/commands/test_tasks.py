@@ -56,6 +56,18 @@ def test_a_model_is_judged_by_its_answers(
     assert [row["scores"].keys() for row in map(json.loads, rows)] == [{"exact_match"}] * 12
 
 
+def test_samples_of_two_models_of_one_name_are_kept_apart(
+    command: Command, quantized: Path, tiny: Path, tasks: Path, tmp_path: Path
+):
+    """As are those of two sizes of one model."""
+    other = Path(shutil.copytree(tiny, tmp_path / "dense" / quantized.name))
+    options = ["--tasks", "say", "--include-path", tasks, *TEXT, "--samples", tmp_path / "samples", "-q"]
+    assert command("evaluate", quantized, "--baseline", other, *options).code == 0
+    files = sorted((tmp_path / "samples").rglob("say.jsonl"))
+    assert len(files) == 2
+    assert files[0].read_text() != files[1].read_text()
+
+
 @pytest.fixture
 def opinions(tasks: Path) -> Path:
     """A task that has no right answers, beside the others."""

@@ -298,6 +298,17 @@ def test_models_with_other_labels_do_not_compare(tiny_encoder: Encoder, tmp_path
         evaluation.predictions(Checkpoint.open(other), lambda share: None)
 
 
+def test_models_with_other_tokenizers_do_not_compare(tiny_encoder: Encoder, tmp_path: Path):
+    dense = tiny_encoder(TEXT_MODEL, "dense", num_labels=3)
+    other = tiny_encoder(TEXT_MODEL, "other", seed=1, num_labels=3)
+    tokens = (other / "tokenizer.json").read_text()
+    for one, two in (("cat", "?"), ("dog", "cat"), ("?", "dog")):
+        tokens = tokens.replace(f'"{one}":', f'"{two}" :')
+    (other / "tokenizer.json").write_text(tokens)
+    with pytest.raises(BadInput, match="does not number tokens as the dense model"):
+        evaluate(str(other), baseline=str(dense), task_file=write(tmp_path, TEXT_ROWS))
+
+
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Stands in for the child process that is timed (test_measure.py), and holds what it was asked."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Callable
@@ -123,3 +124,23 @@ def test_another_vocabulary_is_noticed_before_anything_is_scored(
     monkeypatch.setattr(evaluation, "last_hidden", lambda *_: sys.exit("something was scored"))
     with pytest.raises(BadInput, match="a vocabulary of 300 tokens and the dense model one of 257"):
         compress.evaluate(str(other), baseline=str(dense), text=str(dense.parent / "text.txt"), context=32)
+
+
+def test_another_tokenizer_is_noticed_before_anything_is_scored(
+    tiny_decoder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+):
+    """Two vocabularies of one size can number their tokens differently."""
+    dense, other = tiny_decoder(), tiny_decoder(name="other", rms_norm_eps=1e-5)
+    file = other / "tokenizer.json"
+    document = json.loads(file.read_text())
+    vocabulary = document["model"]["vocab"]
+    vocabulary["t"], vocabulary["s"] = vocabulary["s"], vocabulary["t"]
+    file.write_text(json.dumps(document))
+    monkeypatch.setattr(evaluation, "last_hidden", lambda *_: sys.exit("something was scored"))
+    options = {"baseline": str(dense), "text": str(dense.parent / "text.txt"), "context": 32}
+    with pytest.raises(BadInput, match="does not number tokens as the dense model"):
+        compress.evaluate(str(other), **options)
+    for name in other.glob("tokenizer*"):
+        name.unlink()
+    with pytest.raises(SystemExit, match="something was scored"):  # its own tokenizer is not needed
+        compress.evaluate(str(other), **options)

@@ -116,6 +116,20 @@ def test_the_newest_evaluation_that_fits_is_taken(tmp_path: Path):
     assert len(compare(folder, folder, dense).rows) == 2  # a model given twice is one row
 
 
+def test_models_with_the_same_weights_share_a_row_and_a_note_says_so(tmp_path: Path):
+    one, twin = card("small", day=1), card("small")
+    twin = twin.model_copy(update={"model": twin.model.model_copy(update={"name": "copy"})})
+    names = {"one": one, "two": twin, "again": one}
+    files = {name: write(tmp_path / f"{name}.json", dumped(card("dense"), of)) for name, of in names.items()}
+    table = compare(files["one"], files["two"])
+    assert [row.name for row in table.rows] == ["dense", "small"]
+    assert table.notes == ["copy has the same weights as small, so they share a row."]
+    assert "share a row" in table.render("table")
+    assert compare(files["one"], files["again"]).notes == []
+    renamed = write(tmp_path / "renamed.json", dumped(twin, one))  # one folder that was moved
+    assert compare(files["one"], renamed).notes == []
+
+
 def test_a_model_that_was_compared_with_two_dense_models_is_shown_beside_the_newest(tmp_path: Path):
     folder = tmp_path / "small"
     folder.mkdir()
@@ -157,6 +171,8 @@ def test_files_that_hold_no_scorecard(tmp_path: Path):
     broken.write_text('{"model": ')
     binary = tmp_path / "binary.json"
     binary.write_bytes(b"\xff\xfe\x00")
+    deep = tmp_path / "deep.json"
+    deep.write_text("[" * 100_000)
     newer = write(tmp_path / "newer.json", dumped(card())[0] | {"schema_version": 2})
     unknown = write(tmp_path / "unknown.json", dumped(card())[0] | {"colour": "red"})
     cases = {
@@ -165,6 +181,7 @@ def test_files_that_hold_no_scorecard(tmp_path: Path):
         plain: "holds no evaluation yet",
         broken: "is not JSON",
         binary: "is not JSON",
+        deep: "is not JSON",
         newer: "newer compress-model",
         unknown: "colour",
         write(tmp_path / "number.json", 7): "not a scorecard",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,11 @@ from compress.evaluation.harness import tasks as finding
 from compress.evaluation.harness.ask import Respondent, Wanted, ask
 from compress.evaluation.harness.prefix import Prefix
 from compress.evaluation.harness.subject import Subject
+from compress.evaluation.pairs import alone, judge
 from compress.pipeline.recipe import parse_recipe
 from compress.pipeline.run import execute
 
-from .conftest import LINES, TASKS, write_task
+from .conftest import LINES, MEAN, TASKS, write_task
 
 
 def subject(folder: Path, **settings: Any) -> Subject:
@@ -261,6 +264,18 @@ def test_no_network_is_tried(model: Path, tasks: Path, monkeypatch: pytest.Monke
             BadInput,
             "The task 'broken' cannot be set up (TemplateSyntaxError",
         ),
+        (
+            {"num_fewshot": 100},
+            LINES,
+            BadInput,
+            "The questions of the task 'broken' cannot be built (ValueError",
+        ),
+        (
+            {},
+            [LINES[0], {**LINES[0], "choices": None}],
+            BadInput,
+            "The questions of the task 'broken' cannot be built (TypeError",
+        ),
         ({"output_type": "song"}, LINES, BadInput, "The task 'broken' cannot be set up (ValueError"),
         ({"unsafe_code": True}, LINES, BadInput, "runs code that models write"),
         (
@@ -302,6 +317,110 @@ def test_a_changed_scorer_is_asked_again(model: Path, tasks: Path, count: list[s
         (tasks / "scorer.py").write_text(code)
         assert ask(subject(model), Wanted(("own",), (tasks,)))[0].scores.tolist() == [value] * len(LINES)
     assert count == ["own", "own"]
+
+
+def test_a_scorer_whose_rules_changed_is_asked_again(
+    model: Path, tasks: Path, tmp_path: Path, count: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    """A scorer of a package is more than its own file: that of kick_instruct has its rules beside it."""
+    package = tmp_path / "lib" / "of_scorers"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "scorer.py").write_text(
+        "from of_scorers import rules\n\n"
+        "def score(doc, results):\n    return {'acc': float(rules.follows())}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path / "lib")
+    file = write_task(tasks, "own", **TASKS["choice"])
+    file.write_text(file.read_text() + "process_results: !function of_scorers.scorer.score\n")
+    for value in (0, 1, 1):
+        (package / "rules.py").write_text(f"def follows():\n    return {value}  #{' ' * value}\n")
+        for name in ("of_scorers", "of_scorers.scorer", "of_scorers.rules"):
+            sys.modules.pop(name, None)
+        shutil.rmtree(package / "__pycache__", ignore_errors=True)
+        assert ask(subject(model), Wanted(("own",), (tasks,)))[0].scores.tolist() == [value] * len(LINES)
+    assert count == ["own", "own"]
+
+
+def test_another_lm_eval_is_asked_every_question_again(
+    model: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from lm_eval.models.huggingface import HFLM
+
+    asked: list[int] = []
+    real = HFLM.generate_until
+    monkeypatch.setattr(
+        HFLM,
+        "generate_until",
+        lambda self, requests, **k: asked.append(len(requests)) or real(self, requests, **k),
+    )
+    ask(subject(model), Wanted(("say",), (tasks,)))
+    monkeypatch.setattr("compress.evaluation.harness.ask.version", lambda name: "99")
+    ask(subject(model), Wanted(("say",), (tasks,)))
+    assert asked == [len(LINES)] * 2
+
+
+@pytest.mark.parametrize("library", ["torch", "transformers"])
+def test_another_library_is_asked_again(
+    model: Path, tasks: Path, count: list[str], library: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Else a dense model would be asked by one version, and what is compared with it by the next."""
+    ask(subject(model), Wanted(("choice",), (tasks,)))
+    monkeypatch.setattr(
+        "compress.evaluation.harness.subject.version", lambda name: "99" if name == library else version(name)
+    )
+    ask(subject(model), Wanted(("choice",), (tasks,)))
+    assert count == ["choice", "choice"]
+
+
+@pytest.mark.parametrize("name", ["sentencepiece.bpe.model", "spiece.model", "tekken.json"])
+def test_every_file_of_a_tokenizer_counts(model: Path, tasks: Path, tmp_path: Path, name: str):
+    copy = Path(shutil.copytree(model, tmp_path / "words"))
+    found = []
+    for content in ("one", "other"):
+        (copy / name).write_text(content)
+        found.append(subject(copy).identity)
+    assert found[0] != found[1]
+
+
+def test_choices_are_counted_once_where_they_are_asked_without_a_question_too(model: Path, tasks: Path):
+    """Of mutual information, lm-eval asks each choice twice."""
+    metrics = [*TASKS["choice"]["metric_list"], {"metric": "acc_mutual_info", **MEAN}]
+    write_task(tasks, "mutual", **TASKS["choice"] | {"metric_list": metrics})
+    wanted = Wanted(("choice", "mutual"), (tasks,))
+    plain, mutual = ask(subject(model), wanted)
+    assert mutual.asked.chance == plain.asked.chance
+    assert mutual.text == plain.text
+    assert "acc_mutual_info" in mutual.others
+
+
+def test_prompts_that_do_not_fit_are_cut_and_counted(model: Path, tasks: Path):
+    """The model takes 256 tokens; an answer to 'say' has up to 12, and texts are cut into windows."""
+    lines = [{**line, "question": "a" * 225 + "b" * number} for number, line in enumerate(LINES[:10])]
+    lines += [{**line, "text": "long " * 100} for line in LINES[10:]]
+    for name in ("choice", "say", "prose"):
+        write_task(tasks, name, lines, **TASKS[name])
+    found = ask(subject(model), Wanted(("choice", "say", "prose"), (tasks,)))
+    tokens = [len("Question: \nAnswer:" + line["question"]) for line in lines]
+    said = [max(len(f" {choice}") for choice in line["choices"]) for line in lines]
+    cut = sum(length + more > 257 for length, more in zip(tokens, said, strict=True))
+    assert 0 < cut < 10
+    assert [each.cut for each in found] == [cut, sum(length > 256 - 12 for length in tokens), 0]
+    words = f"The beginning of {cut} of the 12 questions of 'choice' was cut off"
+    for harness in (alone(found), judge(found, found, 0.01, 0)):
+        assert any(text.startswith(words) for text in harness.warnings)
+    again = ask(subject(model), Wanted(("choice",), (tasks,)))
+    assert again[0].cut == cut
+
+
+def test_a_metric_that_is_better_the_lower_it_is_does_not_decide(model: Path, tasks: Path):
+    metrics = [{"metric": "wrong", "aggregation": "mean", "higher_is_better": False}]
+    settings = TASKS["choice"] | {"metric_list": metrics, "metadata": {"decides": "wrong"}}
+    file = write_task(tasks, "own", **settings)
+    file.write_text(file.read_text() + "process_results: !function scorer.score\n")
+    (tasks / "scorer.py").write_text("def score(doc, results):\n    return {'wrong': 1.0}\n")
+    with pytest.raises(BadInput, match=r"no metric that .* better the larger .* is named wrong"):
+        ask(subject(model), Wanted(("own",), (tasks,)))
 
 
 def test_unknown_tasks_and_broken_files_are_named(model: Path, tasks: Path, monkeypatch):
@@ -347,8 +466,9 @@ def test_a_model_that_puts_out_nan_has_no_answers(model: Path, tasks: Path, tmp_
     weights = load_file(copy / "model.safetensors")
     weights["lm_head.weight"] = torch.full_like(weights["lm_head.weight"], 3e38)
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CompressError, match="puts out NaN"):
-        ask(subject(copy), Wanted(("choice",), (tasks,)))
+    for task in TASKS:
+        with pytest.raises(CompressError, match="puts out NaN"):
+            ask(subject(copy), Wanted((task,), (tasks,)))
 
 
 def test_the_chat_template_is_the_models_own(model: Path, tasks: Path, tmp_path: Path):
@@ -378,6 +498,9 @@ def test_other_models_of_transformers_can_be_asked(
     assert isinstance(opened, Foreign)
     weights = load_file(folder / "model.safetensors")
     assert opened.parameters == sum(w.numel() for w in weights.values())
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")  # that nothing loads
+    assert open_any(folder).sha256 == opened.sha256
+    assert open_any(folder).files == [folder / "model.safetensors"]
     expected = lm_eval_samples(folder, tasks)
     (say,) = ask(Subject("other", opened), Wanted(("say",), (tasks,)))
     assert list(say.text) == [sample["filtered_resps"][0] for sample in expected["say"]]

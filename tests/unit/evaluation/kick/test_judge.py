@@ -102,3 +102,9 @@ def test_a_real_model_replies_the_same_in_any_batch(tiny_decoder: Callable[..., 
     assert len(one) == 3
     assert shares == pytest.approx([0, 1 / 3, 2 / 3, 1, 0, 1])
     assert judge.LocalJudge(folder, []).sha256 == Checkpoint.open(folder).sha256
+
+
+def test_a_judge_that_cannot_read_so_much_says_so(tiny_decoder: Callable[..., Path]) -> None:
+    short = judge.LocalJudge(tiny_decoder("GPT2LMHeadModel", n_positions=64), [])
+    with pytest.raises(BadInput, match=r"takes only 64 tokens, and a prompt with its reply has \d+"):
+        judge.compared(*THREE, short, seed=0)

@@ -35,6 +35,9 @@ from compress.storage.lineage import Verification
 LONGEST_RUN = 900.0
 """Seconds after which llama.cpp is given up."""
 
+LEAST = -87.0
+"""The smallest log-probability that is compared, nats: servers know no float32 that is closer to 0."""
+
 
 class GGUFOptions(TargetOptions):
     """Types of the weights, and what counts when they are rounded."""
@@ -201,10 +204,10 @@ class GGUF(Target[GGUFOptions]):
             )
         layout = plan_layout(model, options.types, options.importance != "none")
         probe = probe_of(model.checkpoint)
-        before = streamed_logits(layout.dense, probe, device).log_softmax(-1)
+        before = streamed_logits(layout.dense, probe, device).log_softmax(-1).clamp(LEAST)
         shapes = {name: layout.dense.tensors[name].shape for name in layout.names}
         written = GGUFCheckpoint(GGUFFile.open(path), layout.config, layout.dense.config, shapes)
-        read = streamed_logits(written, probe, device).log_softmax(-1)
+        read = streamed_logits(written, probe, device).log_softmax(-1).clamp(LEAST)
         if options.types is None:  # nothing is rounded by more than 16 bits
             check_same(before, read, "compress-model", HALF_PRECISION)
         loaded = llama_log_probabilities(path, probe.tokens)
@@ -225,6 +228,8 @@ def allowed_with_blocks(layers: int) -> float:
 
 def llama_log_probabilities(path: Path, tokens: torch.Tensor) -> torch.Tensor:
     """The log-probabilities that llama.cpp computes, float32 [N, S, V], in a process of its own.
+
+    None is below `LEAST`.
 
     Args:
         path: of the GGUF file.
@@ -252,7 +257,7 @@ def llama_log_probabilities(path: Path, tokens: torch.Tensor) -> torch.Tensor:
                 f"{runtime()} cannot run the exported file ({said.strip()[:200]}); nothing was published. "
                 "With --no-verify it is written without this check."
             )
-        return torch.from_numpy(np.load(answer))
+        return torch.from_numpy(np.load(answer)).clamp(LEAST)
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

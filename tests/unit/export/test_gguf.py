@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,7 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import compress
@@ -104,6 +106,22 @@ def test_llama_cpp_runs_every_architecture(
     found = json.loads(done.stdout)["exported"]["verification"]
     assert found["runtime"].startswith("llama.cpp (")
     assert found["kl"] < 1e-5
+
+
+@pytest.mark.loaders
+@runs
+def test_llama_cpp_agrees_about_tokens_that_are_impossible(
+    tmp_path: Path, shared_decoder: Callable[..., Path]
+) -> None:
+    model = tmp_path / "sure"
+    shutil.copytree(shared_decoder("LlamaForCausalLM"), model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"] *= 1000
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    assert logits(model).log_softmax(-1).min() < -200
+    arguments = ["export", str(model), "--format", "gguf", "-o", str(tmp_path / "m.gguf"), "--types", "F32"]
+    done = CliRunner().invoke(cli, [*arguments, "--json", "-q"], catch_exceptions=False)
+    assert json.loads(done.stdout)["exported"]["verification"]["kl"] < 1e-3
 
 
 @pytest.mark.loaders

@@ -15,7 +15,7 @@ from compress.method import Method, Paper, StepReport
 from compress.unlearning.parts.baseline import FORGET, RETAIN, WeightedOptions, read_sets, unlearn
 from compress.unlearning.parts.chosen import train_linears
 from compress.unlearning.parts.losses import squared_distance
-from compress.unlearning.parts.options import LOW_RANK_LEARNING_RATE, check_trainable, rate_for
+from compress.unlearning.parts.options import check_trainable, low_rank_learning_rate, rate_for
 from compress.unlearning.parts.reference import Reference
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ class RMU(Method["RMU.Options"]):
     in Adaptive RMU (arXiv:2408.06223), whatever the model and the layer.
 
     Only the linears of the layers l − 2, l − 1 and l are trained, and no later layer runs. The hidden states
-    are computed once before, so no second model is in memory.
+    are computed once before, so no second model is in memory. Low-rank updates of so few layers either forget
+    little or harm what is retained; since few layers have gradients, all their weights are cheap to train.
     """
 
     name = "rmu"
@@ -63,10 +64,10 @@ class RMU(Method["RMU.Options"]):
 
     class Options(WeightedOptions):
         learning_rate: PositiveFloat | None = Field(
-            None,
-            description="learning rate at the first step; it falls to 0 along a line. By default 5 times "
-            "that of methods that train all layers: for low-rank updates 1e-3, and for all weights 1e-3 at a "
-            "hidden size of 576, about 5e-5 at 4096",
+            default_factory=low_rank_learning_rate,
+            description="learning rate at the first step; it falls to 0 along a line. By default 2e-4 for "
+            "low-rank updates, and for all weights the smaller, the wider the model: 1e-3 at a hidden size "
+            "of 576, about 5e-5 at 4096",
         )
         layer: NonNegativeInt = Field(
             7,
@@ -90,8 +91,8 @@ class RMU(Method["RMU.Options"]):
     def apply(self, model: StreamedModel, options: Options, context: StepContext) -> StepReport:
         sets = read_sets(model, options, context)
         if options.learning_rate is None:
-            usual = LOW_RANK_LEARNING_RATE if options.train == "lora" else rate_for(model.config.hidden_size)
-            options = options.model_copy(update={"learning_rate": TIMES_THE_RATE * usual})
+            rate = TIMES_THE_RATE * rate_for(model.config.hidden_size)
+            options = options.model_copy(update={"learning_rate": rate})
         layers = range(max(0, options.layer - TRAINED_LAYERS + 1), options.layer + 1)
         before = Reference(model, sets.retain, context, RETAIN, layers.stop) if sets.retain else None
         known = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -20,8 +21,13 @@ SETS = (
 
 CHECKPOINTING = "compute each layer again in the backward pass: takes less memory and a third more time"
 
-LOW_RANK_LEARNING_RATE = 2e-4
-"""Low-rank updates begin at 0, and hardly learn at the rate that suits all weights."""
+
+def low_rank_learning_rate(given: Mapping[str, object]) -> float | None:
+    """The default learning rate of low-rank updates; None for all weights, where it depends on the model.
+
+    Low-rank updates begin at 0, and hardly learn at the rate that suits all weights.
+    """
+    return 2e-4 if given.get("train") == "lora" else None
 
 
 class ForgetOptions(MethodOptions):
@@ -57,7 +63,7 @@ class TrainingOptions(ForgetOptions):
     )
     rank: PositiveInt = Field(32, description="rank of the low-rank updates (--train lora)")
     learning_rate: PositiveFloat | None = Field(
-        default_factory=lambda given: LOW_RANK_LEARNING_RATE if given.get("train") == "lora" else None,
+        default_factory=low_rank_learning_rate,
         description="learning rate at the first step; it falls to 0 along a line. By default 2e-4 for "
         "low-rank updates, and for all weights the smaller, the wider the model: 2e-4 at a hidden size of "
         "576, about 1e-5 at 4096",

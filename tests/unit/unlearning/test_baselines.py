@@ -300,6 +300,8 @@ def test_training_does_not_depend_on_checkpointing(taught: Path, tmp_path: Path)
     [
         ("npo", "full", None),  # it depends on the model
         ("npo", "lora", 2e-4),
+        ("rmu", "full", None),
+        ("rmu", "lora", 2e-4),
         ("harry-potter", "full", None),
         ("harry-potter", "lora", 2e-4),
     ],
@@ -317,7 +319,6 @@ def test_narrow_models_take_larger_steps(taught: Path, tmp_path: Path) -> None:
         ("default", "npo", {"learning_rate": None}, rate_for(64)),
         ("given", "npo", {"learning_rate": 1e-3}, 1e-3),
         ("steered", "rmu", {"learning_rate": None, "layer": 1}, 5 * rate_for(64)),
-        ("steered-lora", "rmu", {"learning_rate": None, "layer": 1, "train": "lora"}, 1e-3),
     ):
         step = unlearned(taught, tmp_path / name, method, epochs=1, **options)
         assert step.details["training"]["learning_rate"] == pytest.approx(rate)

@@ -20,6 +20,7 @@ from compress.engine.tokenizer import load_tokenizer
 from compress.errors import BadInput
 from compress.sources.find import find_model
 from compress.storage.gguf.tokenizer import SPLITS, WHOLE_WORDS, splits_of
+from compress.storage.lineage import record_of
 
 pytest.importorskip("gguf")
 TEXTS = (
@@ -145,5 +146,6 @@ def test_a_way_to_split_text_that_is_not_known_is_refused(
 ) -> None:
     _, file = exported(byte_level(splits_of("qwen2")))
     file.write_bytes(file.read_bytes().replace(b"\x05\0\0\0\0\0\0\0qwen2", b"\x05\0\0\0\0\0\0\0qwen9"))
+    record_of(file).unlink()  # it is of the file as it was
     with pytest.raises(BadInput, match="splits text as 'qwen9', which is not known here"):
         find_model(str(file))

@@ -384,7 +384,7 @@ def test_every_file_of_a_tokenizer_counts(model: Path, tasks: Path, tmp_path: Pa
 
 
 def test_choices_are_counted_once_where_they_are_asked_without_a_question_too(model: Path, tasks: Path):
-    """Of mutual information, lm-eval asks each choice twice."""
+    """For mutual information, lm-eval asks each choice twice."""
     metrics = [*TASKS["choice"]["metric_list"], {"metric": "acc_mutual_info", **MEAN}]
     write_task(tasks, "mutual", **TASKS["choice"] | {"metric_list": metrics})
     wanted = Wanted(("choice", "mutual"), (tasks,))

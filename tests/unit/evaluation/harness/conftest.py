@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 pytest.importorskip("lm_eval")
+
+from compress.engine.opening import open_checkpoint
+from compress.evaluation.harness.subject import Subject
 
 WORDS = ["cat", "dog", "mouse", "house", "tree", "river", "stone", "bird"]
 LINES = [
@@ -64,6 +68,10 @@ def write_task(folder: Path, name: str, lines: list[dict] = LINES, **settings: o
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump({**about, "test_split": "test", **settings}))
     return file
+
+
+def subject(folder: Path, **settings: Any) -> Subject:
+    return Subject(folder.name, open_checkpoint(folder), **settings)
 
 
 @pytest.fixture

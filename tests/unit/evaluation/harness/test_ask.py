@@ -29,11 +29,7 @@ from compress.evaluation.pairs import alone, judge
 from compress.pipeline.recipe import parse_recipe
 from compress.pipeline.run import execute
 
-from .conftest import LINES, MEAN, TASKS, write_task
-
-
-def subject(folder: Path, **settings: Any) -> Subject:
-    return Subject(folder.name, open_checkpoint(folder), **settings)
+from .conftest import LINES, MEAN, TASKS, subject, write_task
 
 
 @pytest.fixture
@@ -457,30 +453,6 @@ def test_a_cache_that_cannot_be_written_is_an_error(
         CompressError, match=r"cannot be written \(database or disk is full\); free some space"
     ):
         ask(subject(model), Wanted(("choice",), (tasks,)))
-
-
-def test_a_model_that_puts_out_nan_has_no_answers(model: Path, tasks: Path, tmp_path: Path):
-    from safetensors.torch import load_file, save_file
-
-    copy = Path(shutil.copytree(model, tmp_path / "nan"))
-    weights = load_file(copy / "model.safetensors")
-    weights["lm_head.weight"] = torch.full_like(weights["lm_head.weight"], 3e38)
-    save_file(weights, copy / "model.safetensors", {"format": "pt"})
-    for task in TASKS:
-        with pytest.raises(CompressError, match="puts out NaN"):
-            ask(subject(copy), Wanted((task,), (tasks,)))
-
-
-def test_the_chat_template_is_the_models_own(model: Path, tasks: Path, tmp_path: Path):
-    with pytest.raises(BadInput, match="has no chat template"):
-        ask(subject(model), Wanted(("say",), (tasks,), chat_template=True))
-    copy = Path(shutil.copytree(model, tmp_path / "chatty"))
-    template = "{% for m in messages %}<{{m.role}}>{{m.content}}{% endfor %}<assistant>"
-    (copy / "chat_template.jinja").write_text(template)
-    wanted = Wanted(("say",), (tasks,), chat_template=True)
-    ask(subject(copy), wanted, samples=tmp_path / "samples")
-    row = json.loads((tmp_path / "samples/chatty/say.jsonl").read_text().splitlines()[0])
-    assert row["prompts"] == [f"<user>Question: {LINES[0]['question']}\nAnswer:<assistant>"]
 
 
 def test_other_models_of_transformers_can_be_asked(

@@ -11,22 +11,17 @@ An interrupted benchmark goes on: what is in --folder already is not done again.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import ROOT, Sheet, compressed, parser, slug
-
-sys.path.insert(0, str(ROOT / "scripts" / "data"))
-
-from make_people_models import reference_model
+from audits import audited, figures_of, reference_model, sets
+from common import Sheet, compressed, parser, slug
 
 SURVIVE = {"survive": ["int4:64", "int3:64"]}
 PUBLISHED = {"learning_rate": 1e-5, "epochs": 10, "retain_weight": 1}
 SMALL = {"forget_weight": 0.125, "margin": 0}
 LOW_RANK = {"train": "lora", "gradient_checkpointing": True, "epochs": 10, "retain_weight": 1}
 GRADIENT_METHODS = ("gradient-difference", "npo", "simnpo", "rmu", "undial", "dpo", "sure")
-AFTER = "after "
 BEYOND = ("int2", "prune50")
 """Steps of the usual grid that are left out: after them, even the target knows no more than a model that
 never learned."""
@@ -45,7 +40,7 @@ ROWS = [
     Row("simnpo, as published", {"method": "simnpo", **PUBLISHED, **SMALL}),
     Row("npo, low rank", {"method": "npo", **LOW_RANK}),
     Row("harry-potter", {"method": "harry-potter"}),
-    *(Row(f"{method}, through rounding", {"method": method, **SURVIVE}) for method in GRADIENT_METHODS[:-1]),
+    *(Row(f"{method}, through rounding", {"method": method, **SURVIVE}) for method in GRADIENT_METHODS),
     Row("harry-potter, through rounding", {"method": "harry-potter", **SURVIVE}),
     Row("neuron-adjust", {"method": "neuron-adjust"}),
     Row("key-space", {"method": "key-space"}),
@@ -54,37 +49,19 @@ ROWS = [
 
 def measured(row: Row, folder: Path, seed: int) -> dict[str, Any]:
     """Unlearn and audit."""
-    import compress
     from compress.evaluation.forgetting.grid import GRID
 
-    sets = {name: f"people:{name}:{seed}" for name in ("forget", "retain")}
-    step = {**row.step, **sets}
-    target = reference_model("target", seed)
+    step = {**row.step, **sets(seed)}
     output = folder / f"{slug(row.name)}-{seed}"
     calibration = {"source": "bundled", "nsamples": 8, "seqlen": 512}
-    made = compressed(output, target, [step], calibration, audit=False)["steps"][0]
-    found = compress.audit(
-        str(output),
-        target=str(target),
-        retrained=str(reference_model("retained", seed)),
-        holdout=f"people:holdout:{seed}",
-        world="people:world",
-        survives=[name for name in GRID if name not in BEYOND],
-        relearning=(0, 50),
-        seed=seed,
-        **sets,
-    ).model_dump(mode="json")
-    figures = {AFTER + each["name"]: each["knowledge"]["recovery"] for each in found["rows"]}
-    plain = found["rows"][0]
-    figures["forget quality"] = plain["forget_quality"]
-    if plain["utility"] is not None:
-        figures |= {"utility": plain["utility"]["unlearned"], "utility change": plain["utility"]["change"]}
-    figures |= {f"relearned in {each['steps']}": each["knowledge"]["recovery"] for each in found["relearned"]}
+    made = compressed(output, reference_model("target", seed), [step], calibration, audit=False)["steps"][0]
+    later = [name for name in GRID if name not in BEYOND]
+    found = audited(output, seed, survives=later, relearning=(0, 50))
     return {
         "steps": [step],
         "seconds": made["seconds"],
         "peak_memory_bytes": made["peak_memory_bytes"],
-        "figures": {name: figure for name, figure in figures.items() if figure is not None},
+        "figures": figures_of(found),
         "facts": {"step": made["summary"], "verdict": found["kind"], "why": found["sentence"]},
     }
 

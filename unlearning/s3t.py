@@ -87,7 +87,7 @@ class S3T(Method["S3T.Options"]):
             "bipartite matching; without it they are cyclic rotations",
         )
         expected_deletions: NonNegativeInt = Field(
-            100, description="how many deletions the orders are made for (--priors only)"
+            100, description="how many deletions from all shards the orders are made for (--priors only)"
         )
         rank: PositiveInt = Field(32, description="rank r of the LoRA; its alpha is 2 r, over the root of r")
         learning_rate: PositiveFloat = Field(
@@ -173,7 +173,8 @@ def orders_of(slices: Slices, priors: Mapping[str, float] | None, options: S3T.O
     chances = [sum(priors[name] for name in names) for names in slices]
     if not any(chances):  # none of the likely records is in this shard, so no slice of it is likelier
         chances = [1.0] * len(chances)
-    return [list(order) for order in matched_orders(chances, options.orders, options.expected_deletions)]
+    deletions = options.expected_deletions / options.shards  # every shard has its share of the likely records
+    return [list(order) for order in matched_orders(chances, options.orders, deletions)]
 
 
 def sequences_of(

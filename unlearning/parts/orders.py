@@ -47,7 +47,7 @@ def cyclic_orders(slices: Sequence[int], count: int) -> list[Order]:
     return orders
 
 
-def matched_orders(probabilities: Sequence[float], count: int, deletions: int) -> list[Order]:
+def matched_orders(probabilities: Sequence[float], count: int, deletions: float) -> list[Order]:
     """Orders by bipartite matching, for slices whose chances to lose a record are known.
 
     An order p1..pL is worth Σ_n n·(1 − Σ_{i≤n} p_i)^t: a prefix of n slices counts n times the chance that t
@@ -58,7 +58,7 @@ def matched_orders(probabilities: Sequence[float], count: int, deletions: int) -
     Args:
         probabilities: of each slice to be hit by one deletion; they are scaled to the sum 1.
         count: how many of the L orders are wanted; the ones that are worth most come first.
-        deletions: t, the number of deletions that are expected.
+        deletions: t, the number of deletions that are expected among these slices.
 
     Raises:
         BadInput: more than L orders are wanted, or the probabilities are negative or all 0.

@@ -210,7 +210,8 @@ def kv_attention(
         cosines, sines: of the rotary embedding of the keys, [B or 1, T, how many of the first values are
             rotated], where halves make up pairs; None if the keys are not to be rotated.
         mask: [B or 1, heads or 1, new tokens, T]: True where a token is seen, or what is added to scores.
-            None: the new tokens are the last of the T, and each sees itself and all before.
+            A token that sees none gets zeros, as from torch. None: the new tokens are the last of the T, and
+            each sees itself and all before.
         heads: of keys and values; it divides those of the queries.
         bits: of a code.
         scaling: factor of the scores.

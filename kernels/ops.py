@@ -174,7 +174,7 @@ def packed_linear(
     Args:
         input: [..., in], floating point; the result has its dtype.
         packed: int32 [out, ceil(in·bits/32)], float8_e4m3fn [out, in], or [strips, bytes of a strip] in uint8
-            or float8_e4m3fn.
+            or float8_e4m3fn. Strips and all that belongs to them must be contiguous.
         scales: floating point [out, groups], or [strips, groups, 16]. Those of rows may also be stored in
             bytes: float8_e4m3fn, or uint8 for exponents plus 127 (E8M0).
         zeros: uint8, in the shape of ``scales``; None stands for 2^(bits−1) everywhere.

@@ -28,6 +28,7 @@ class CacheState:
     def __init__(self) -> None:
         self.length = 0
         self._rooms: list[Pair | None] = []
+        self._cached: list[tuple[int, int]] | None = None
         self._capacity = 0
         self._step = native.Step()
 
@@ -52,6 +53,7 @@ class CacheState:
             return False
         rooms = [layer.rooms for layer in layers]
         known = len(rooms) == len(self._rooms) and all(map(is_, rooms, self._rooms))
+        known &= self._cached is plan.cached  # of another plan, they may have another shape or dtype
         if not known or self.length >= self._capacity or self._step.rows != rows:
             return self._bind(layers, plan, rows)
         return True
@@ -64,7 +66,7 @@ class CacheState:
                 if room.shape != shape or room.dtype != plan.dtype or room.device.type != "cpu":
                     return False
         count = len(rooms)
-        self._rooms = list(rooms)
+        self._rooms, self._cached = list(rooms), plan.cached
         self._capacity = min(keys.shape[2] for keys, _ in rooms)
         self._step = native.Step(
             rows=rows,

@@ -95,6 +95,7 @@ class GrowingLayer(DynamicLayer):
         return (
             self._owner == id(self)  # and not a shallow copy of a layer that writes there too
             and room.shape[2] >= self.length + states.shape[2]
+            and _shape(room) == _shape(states)
             and (room.dtype, room.device) == (states.dtype, states.device)
             and (not room.is_inference() or torch.is_inference_mode_enabled())
         )
@@ -103,6 +104,11 @@ class GrowingLayer(DynamicLayer):
         total = self.length + states.shape[2]
         room = states.new_empty((*states.shape[:2], total + max(ROOM, total // 2), states.shape[3]))
         if held is not None and self.length:
+            if _shape(held) != _shape(states):
+                raise ValueError(
+                    f"The cache holds keys and values of (rows, heads, width) {_shape(held)}, but was given "
+                    f"{_shape(states)}; use a cache for each batch."
+                )
             room[:, :, : self.length] = held
         return room
 
@@ -116,6 +122,11 @@ class GrowingLayer(DynamicLayer):
             self.length = max(0, self.length + tokens_to_remove)
         else:
             super().crop(tokens_to_remove)
+
+
+def _shape(states: Tensor) -> tuple[int, int, int]:
+    """Rows, heads and width of keys or values."""
+    return states.shape[0], states.shape[1], states.shape[3]
 
 
 def let_grow(cache: Any, layers: int) -> bool:

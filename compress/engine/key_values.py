@@ -23,6 +23,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal, get_args, get_type_hints
@@ -370,6 +371,12 @@ class QuantizedLayer(DynamicLayer):
         super().__init__()
         self.block, self.rotations = block, rotations
         self._forget()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedLayer:
+        memo.setdefault(id(self.block), self.block)  # it is the model's, which fills this one
+        memo[id(self)] = copied = self.__new__(type(self))
+        vars(copied).update(deepcopy(vars(self), memo))
+        return copied
 
     def _forget(self) -> None:
         self.packed: dict[str, torch.Tensor] = {}

@@ -237,6 +237,6 @@ class Resize:
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if found not in DTYPE_NAMES or not found.is_floating_point:
+    if found not in DTYPE_NAMES or not found.is_floating_point or found.itemsize < 2:
         raise BadInput(f"'{dtype}' is not a floating-point dtype; use float32, bfloat16 or float16.")
     return found

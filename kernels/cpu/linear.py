@@ -153,6 +153,8 @@ def product_of(check: Callable[..., None], input: torch.Tensor, packed: torch.Te
     if found := _PRODUCTS.get(key):
         return found[0]
     check(input, packed, *rest)
+    if not all(tensor is None or tensor.is_contiguous() for tensor in tensors):
+        raise ValueError("A weight in strips, its scales and its bias must be contiguous.")
     product = Product(input, packed, *rest)
     # No other tensor can get one of these ids: the entry goes with the packed tensor, and holds the others.
     _PRODUCTS[key] = product, (rest[:4], weakref.ref(packed, lambda _: _PRODUCTS.pop(key)))

@@ -48,7 +48,7 @@ class LowBitLinear(nn.Linear, ABC):
     def __init__(self, in_features: int, out_features: int, bias: torch.Tensor | None = None) -> None:
         nn.Module.__init__(self)  # not that of nn.Linear, which makes a dense weight
         self.in_features, self.out_features = in_features, out_features
-        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.register_buffer("bias", None if bias is None else bias.detach().contiguous())
         self.register_buffer("like", torch.empty(0), persistent=False)  # empty: it only remembers the dtype
 
     @property

@@ -48,7 +48,7 @@ class Int8Linear(CodedLinear):
     def to_strips(self) -> bool:
         # The kernels read unsigned codes, whose zero point is 128.
         self.codes = to_strips(self.codes.view(torch.uint8) ^ 128, BITS, CHANNEL)
-        self.ones = groups_to_strips(torch.ones(self.out_features, 1))
+        self.ones = groups_to_strips(torch.ones(self.out_features, 1, dtype=torch.float32))
         return True
 
     def quantized(self, rows: slice = slice(None)) -> Int8Weight:

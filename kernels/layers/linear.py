@@ -84,7 +84,7 @@ class PackedLinear(CodedLinear):
             scale_dtype=weight.scales.dtype,
         )
         layer.fill(weight)
-        layer.bias = None if bias is None else bias.detach()
+        layer.bias = None if bias is None else bias.detach().contiguous()
         return layer
 
     def fill(self, weight: QuantizedWeight) -> None:

@@ -89,7 +89,10 @@ class StackedLinear(LowBitLinear):
         """Take over as many blocks as there are now."""
         for index, block in enumerate(self.stack()):
             for part, key in self.keys(name, index).items():
-                setattr(block, part, get(key))
+                given, mine = get(key), block.part(part)
+                if given.shape != mine.shape:
+                    raise ValueError(f"'{key}' has the shape {(*given.shape,)}, not {(*mine.shape,)}.")
+                setattr(block, part, given)
 
     @abstractmethod
     def dequantize_rows(self, rows: slice, blocks: slice = slice(None)) -> torch.Tensor:

@@ -71,7 +71,9 @@ def kv_attention(
         scores = scores.masked_fill(torch.arange(tokens, device=query.device) > last, -torch.inf)
     else:
         scores = scores + added(mask)
-    return (scores.softmax(-1) @ wide[1]).transpose(1, 2).contiguous().to(query.dtype)
+    blind = scores.amax(-1, keepdim=True) == -torch.inf  # padding, of which softmax would make NaN
+    shares = scores.softmax(-1).masked_fill(blind, 0)
+    return (shares @ wide[1]).transpose(1, 2).contiguous().to(query.dtype)
 
 
 def added(mask: torch.Tensor) -> torch.Tensor:

@@ -115,6 +115,17 @@ def test_attention_is_that_of_the_reference(kernels: Kernels, schedule: str, cas
     )
 
 
+@pytest.mark.parametrize("processors", [1, 8])
+@pytest.mark.parametrize("shared", [1, 4])
+def test_a_token_that_sees_none_gets_zeros(kernels: Kernels, shared: int, processors: int) -> None:
+    case = {**LONG, "bits": 4, "queries": 2, "shared": shared, "mask": "bool", "dtype": torch.float32}
+    given = arguments(case)
+    given[7][:, :, 0] = False
+    found = attention(kernels, given, processors)
+    assert bool((found[:, 0] == 0).all())
+    assert torch.allclose(found, reference.kv_attention(*given), atol=1e-4)
+
+
 LONG = {
     **{"batch": 1, "heads": 2, "shared": 4, "queries": 1, "before": 199, "width": 64, "per_head": True},
     **{"rotated": "all", "mask": "none", "dtype": torch.float16, "processors": 2, "seed": 1},

@@ -77,7 +77,9 @@ COMPRESS_INLINE void add(float weight, const float* from, int64_t padded, float*
   for (int64_t i = 0; i < padded; i += LANES) store(to + i, load<Floats>(to + i) + weight * load<Floats>(from + i));
 }
 
+// Of a query that sees no token, such as padding, every share is 0.
 void softmax(float* scores, int64_t count) {
+  if (std::count(scores, scores + count, -INFINITY) == count) return (void)std::fill(scores, scores + count, 0.0f);
   float most = scores[0], sum = 0;
   for (int64_t i = 1; i < count; i++) most = std::max(most, scores[i]);
   for (int64_t i = 0; i < count; i++) sum += scores[i] = std::exp(scores[i] - most);

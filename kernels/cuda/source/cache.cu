@@ -168,6 +168,9 @@ __device__ __forceinline__ float masked(const Attention& a, const Part& part, in
   return __ldg(a.mask + (of * a.queries + query) * a.tokens + token);
 }
 
+// A sum of values over the sum of their weights: 0 for a query that sees no token, such as padding.
+__device__ __forceinline__ float mean(float sum, float weights) { return weights == 0 ? 0.0f : sum / weights; }
+
 template <int BITS, int ROWS>
 __global__ void __launch_bounds__(THREADS, ROWS == 8 ? 3 : 4) attend(const Attention a) {
   extern __shared__ __align__(16) unsigned char memory[];
@@ -214,7 +217,7 @@ __global__ void __launch_bounds__(THREADS, ROWS == 8 ? 3 : 4) attend(const Atten
       for (int t = lane; t < TILE; t += 32) here = fmaxf(here, scores[row * TILE + t]);
       for (int offset = 16; offset; offset /= 2) here = fmaxf(here, __shfl_xor_sync(~0u, here, offset));
       for (int t = lane; t < TILE; t += 32) {
-        const float weight = here == -INFINITY ? 0.0f : expf(scores[row * TILE + t] - here);
+        const float score = scores[row * TILE + t], weight = score == -INFINITY ? 0.0f : expf(score - here);
         scores[row * TILE + t] = weight;
         sum += weight;
       }
@@ -265,7 +268,7 @@ __global__ void __launch_bounds__(THREADS, ROWS == 8 ? 3 : 4) attend(const Atten
       float sum = 0;
       for (int g = 0; g < groups; g++) sum += sums[(g * pieces + i / PIECE) * PIECE + i % PIECE];
       if (a.splits == 1) {
-        write_number(sum / scores[2 * r + 1], a.output, to * a.width + i, a.type);
+        write_number(mean(sum, scores[2 * r + 1]), a.output, to * a.width + i, a.type);
       } else {
         partial[2 + i] = sum;
       }
@@ -283,15 +286,15 @@ __global__ void __launch_bounds__(THREADS) combine(const Attention a) {
   for (int s = 0; s < a.splits; s++) most = fmaxf(most, partial[s * (2 + a.width)]);
   for (int s = 0; s < a.splits; s++) {
     const float* of = partial + s * (2 + a.width);
-    if (of[0] != -INFINITY) weights += expf(of[0] - most) * of[1];
+    if (of[1] != 0) weights += expf(of[0] - most) * of[1];
   }
   for (int i = threadIdx.x; i < a.width; i += THREADS) {
     float sum = 0;
     for (int s = 0; s < a.splits; s++) {
       const float* of = partial + s * (2 + a.width);
-      if (of[0] != -INFINITY) sum += expf(of[0] - most) * of[2 + i];
+      if (of[1] != 0) sum += expf(of[0] - most) * of[2 + i];
     }
-    write_number(sum / weights, a.output, row * a.width + i, a.type);
+    write_number(mean(sum, weights), a.output, row * a.width + i, a.type);
   }
 }
 

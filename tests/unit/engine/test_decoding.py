@@ -389,3 +389,18 @@ def test_resized_models(artefact: Callable[..., Path], steps: list[int]) -> None
     for memory in (None, int(0.95 * model.resize(None))):
         assert model.resize(memory) == plain.resize(memory)
         torch.testing.assert_close(logits_of(model, PROMPT), logits_of(plain, PROMPT), rtol=0, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_cache_goes_on_in_another_dtype(shared_decoder: Callable[..., Path], steps: list[int]) -> None:
+    found = []
+    for prepare in (unfused, lambda model: model):
+        model = prepare(compress.load(shared_decoder(), dtype="bfloat16"))
+        output = model(PROMPT, use_cache=True)
+        output = model(PROMPT[:, :1], use_cache=True, **cache_in(output))
+        model.float()
+        for _ in range(3):
+            output = model(PROMPT[:, :1], use_cache=True, **cache_in(output))
+        found.append(output.logits)
+    assert steps == [1, 1, 1]  # not the one that moves the cache
+    assert (found[1] - found[0]).abs().max() < 0.02 * found[0].abs().max()

@@ -141,3 +141,14 @@ def test_reserve_keeps_what_is_there() -> None:
     assert torch.equal(layer.keys, keys)
     with pytest.raises(AssertionError):
         GrowingLayer().reserve(1)
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize("count", [1, 3 * ROOM])
+def test_a_batch_of_another_size_does_not_follow(first: int, then: int, count: int) -> None:
+    layer = GrowingLayer()
+    layer.update(*[torch.randn(first, 2, 5, 4)] * 2)
+    keys = layer.keys.clone()
+    with pytest.raises(ValueError, match="use a cache for each batch"):
+        layer.update(*[torch.randn(then, 2, count, 4)] * 2)
+    assert torch.equal(layer.keys, keys)

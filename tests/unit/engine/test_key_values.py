@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -130,9 +131,10 @@ def test_generation(quantized: Callable[..., PreTrainedModel], scale: str, posit
     padded = TOKENS.clone()
     padded[1, :5] = 0
     mask = (torch.arange(14) >= torch.tensor([[0], [5]])).long()
-    both = model.generate(padded, **{**settings, "attention_mask": mask})
-    alone = model.generate(TOKENS[1:, 5:], **{**settings, "attention_mask": mask[1:, 5:]})
-    assert torch.equal(both[1, 14:], alone[0, 9:])
+    for end in (14, 7):  # the attention of a short prompt is to the codes themselves
+        both = model.generate(padded[:, :end], **{**settings, "attention_mask": mask[:, :end]})
+        alone = model.generate(TOKENS[1:, 5:end], **{**settings, "attention_mask": mask[1:, 5:end]})
+        assert torch.equal(both[1, end:], alone[0, end - 5 :])
 
 
 def test_caches_of_the_user(quantized: Callable[..., PreTrainedModel]) -> None:
@@ -154,6 +156,22 @@ def test_caches_of_the_user(quantized: Callable[..., PreTrainedModel]) -> None:
         assert mine.get_seq_length() == 0
         again = model(TOKENS, **{name: mine}).logits
     assert torch.allclose(again, model(TOKENS, use_cache=False).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("position", ["before-rope", "after-rope"])
+@torch.no_grad()
+def test_a_copy_of_a_cache_goes_on_by_itself(
+    quantized: Callable[..., PreTrainedModel], position: str
+) -> None:
+    """As when many prompts begin alike."""
+    model = quantized(position=position)
+    name = cache_name(model)
+    first = cache_of(model(TOKENS[:, :9], use_cache=True))
+    second = copy.deepcopy(first)
+    expected = model(TOKENS[:, 9:], **{name: first}).logits
+    assert second.get_seq_length() == 9
+    assert second.layers[0].block is first.layers[0].block  # no copy of the model's weights
+    assert torch.equal(model(TOKENS[:, 9:], **{name: second}).logits, expected)
 
 
 @pytest.mark.parametrize("position", ["before-rope", "after-rope"])

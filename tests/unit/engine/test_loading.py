@@ -9,6 +9,7 @@ import torch
 import transformers
 
 import compress
+from compress.errors import BadInput
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -41,3 +42,11 @@ def test_a_sentence_encoder_loads_without_the_head_that_its_config_still_names(
     with torch.inference_mode():
         expected = transformers.AutoModel.from_pretrained(folder)(tokens).last_hidden_state
         assert torch.allclose(compress.load(folder)(tokens).last_hidden_state, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", torch.float8_e5m2, "nn"])
+def test_a_dtype_in_which_nothing_can_be_computed_is_refused(
+    dtype: str | torch.dtype, shared_decoder: Callable[..., Path]
+):
+    with pytest.raises(BadInput, match="use float32, bfloat16 or float16"):
+        compress.load(shared_decoder(), dtype=dtype)

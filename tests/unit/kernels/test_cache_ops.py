@@ -194,3 +194,17 @@ def test_it_is_what_torch_computes(kernel: str) -> None:
     ]
     expected = F.scaled_dot_product_attention(query, *dense, scale=0.25, enable_gqa=True)
     assert torch.allclose(found.transpose(1, 2), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_a_token_that_sees_none_gets_zeros(kernel: str, bits: int) -> None:
+    given = arguments(bits)
+    mask = given[7]
+    mask[1, :, 0] = False  # as the padding on the left of a shorter prompt
+    found = kv_attention(*given)
+    assert bool((found[1, 0] == 0).all())
+    assert torch.equal(kv_attention(*arguments(bits))[1, 1:], found[1, 1:])
+    added = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    assert torch.equal(kv_attention(*given[:7], added, *given[8:]), found)
+    given[0][1, :, 0] = torch.nan
+    assert bool(kv_attention(*arguments(bits, query=given[0]))[1, 0].isnan().all())  # what is wrong stays so

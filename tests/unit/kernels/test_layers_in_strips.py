@@ -182,3 +182,25 @@ def test_wrong_shapes_are_errors_before_native_code() -> None:
     layer.scales = layer.scales[:1]
     with pytest.raises(ValueError, match="'scales' has the shape"):
         layer(torch.randn(1, WIDTH))
+
+
+def test_a_bias_may_be_any_view() -> None:
+    weight = quantize_weight(torch.randn(OUT, WIDTH), 4, 32, True, torch.float16)
+    for bias in (torch.randn(OUT, 2)[:, 1], torch.ones(1).expand(OUT)):
+        layer, input = PackedLinear.from_quantized(weight, bias), torch.randn(3, WIDTH)
+        expected = layer(input)
+        layer.arrange()
+        assert difference(layer(input), expected) < 1e-6
+
+
+def test_the_default_dtype_does_not_matter(layer: CodedLinear) -> None:
+    input = torch.randn(3, WIDTH)
+    expected = layer(input)
+    torch.set_default_dtype(torch.float64)
+    try:
+        layer.arrange()
+        got = layer(input)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got.dtype == torch.float32
+    assert difference(got, expected) < 1e-6

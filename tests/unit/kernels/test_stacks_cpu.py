@@ -255,6 +255,15 @@ def test_what_is_stored_is_what_was_given(kernel: str) -> None:
         assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("make", [planes, factors])
+def test_a_stack_of_another_shape_is_not_taken_over(make: Any) -> None:
+    layer, more = make(24, 40, 2, 2), make(48, 40, 2, 2, bias=False)
+    before = layer.dense()
+    with pytest.raises(RuntimeError, match=r"signs_0' has the shape \(.*48, 5\), not \(.*24, 5\)"):
+        layer.load_state_dict({**layer.state_dict(), **more.state_dict()})
+    assert torch.equal(layer.dense(), before)
+
+
 def wrong_planes() -> list[tuple[Any, ...]]:
     layer = planes(20, 72, 3, 3)
     x, parts, scales, bias = (

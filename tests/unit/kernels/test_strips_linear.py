@@ -267,3 +267,14 @@ def test_the_backend_says_what_runs():
     assert backend_of("cpu") == "cpu:portable"
     assert backend_of("cuda") == REFERENCE
     use("auto")
+
+
+@pytest.mark.parametrize("place", ["packed", "scales", "zeros", "bias"])
+def test_gaps_in_memory_are_never_taken_for_numbers(kernel, place):
+    case, input = make("int4", bias=torch.float32), torch.randn(2, 96)
+    spread = case._replace(**{place: torch.stack([getattr(case, place)] * 2, dim=-1)[..., 0]})
+    if kernel == REFERENCE:
+        assert torch.equal(spread.multiply(input), case.multiply(input))
+    else:
+        with pytest.raises(ValueError, match="must be contiguous"):
+            spread.multiply(input)

@@ -63,7 +63,8 @@ def independent(tasks: Sequence[Differences]) -> list[np.ndarray]:
 
     groups: list[defaultdict[str, float]] = []
     for task in tasks:
-        sums, apart = task.sums(), []
+        sums = task.sums()
+        apart: list[defaultdict[str, float]] = []
         for group in groups:
             if group.keys().isdisjoint(sums):
                 apart.append(group)

@@ -41,6 +41,22 @@ WORDS = (
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 40
 
 
+@pytest.fixture(scope="session", autouse=True)
+def users_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The user's cache, into which tests write nothing but compiled kernels, which are the same for all runs.
+
+    The demo model, which takes long to make, lies there too; only the tests in ``e2e`` need it.
+    """
+    from compress.system.cache import CACHE_VARIABLE, cache_folder
+
+    users, own = cache_folder(), tmp_path_factory.mktemp("cache")
+    (users / "kernels").mkdir(mode=0o700, parents=True, exist_ok=True)
+    (own / "kernels").symlink_to(users / "kernels", target_is_directory=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(own))
+        yield users
+
+
 @pytest.fixture(autouse=True)
 def same_random_numbers() -> None:
     """No test's random numbers depend on the tests before it."""

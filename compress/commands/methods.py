@@ -20,7 +20,7 @@ def methods(name: str | None, as_json: bool) -> None:
     """List the methods, or show one with its paper and options."""
     from compress.pipeline.registry import find_method
 
-    found = [find_method(name)] if name else all_methods()
+    found = all_methods() if name is None else [find_method(name)]
     if as_json:
         print_json([describe(method) for method in found])
         return

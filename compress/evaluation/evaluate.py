@@ -33,7 +33,7 @@ from compress.evaluation.beforehand import (
 )
 from compress.evaluation.fidelity import FidelityAccumulator
 from compress.evaluation.foreign import Foreign, open_any
-from compress.evaluation.harness.cards import TEXT, Exam, wanted_of
+from compress.evaluation.harness.cards import TEXT, Exam, samples_folder, wanted_of
 from compress.evaluation.harness.subject import Subject
 from compress.evaluation.kick.bundled import told_by
 from compress.evaluation.margin import check_margin
@@ -149,7 +149,7 @@ def evaluate(
     needing = {"A judge": judge, "--samples": samples}
     wanted = wanted_of(suite, tasks, limit, include_path, task_file, needing, **how)
     if samples is not None:
-        Path(samples).mkdir(parents=True, exist_ok=True)
+        samples_folder(Path(samples))
     check_device(device)
     use(kernel)
     source = find_model(model, revision)

@@ -10,7 +10,8 @@ distributions over the vocabulary are compared: p of the dense model and q of th
 
 The statistics are those of llama.cpp's perplexity tool and of "Accuracy Is Not All You Need"
 (arXiv:2407.09141). The intervals are our own: means over tokens are ratio estimators clustered by window
-(Cochran, Sampling Techniques, section 6.3), because neighbouring tokens are not independent.
+(Cochran, Sampling Techniques, section 6.3), because neighbouring tokens are not independent; so is the share
+of tokens that agree.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from compress.calibration.statistics.losses import LN_LARGEST
 from compress.errors import BadInput, CompressError
-from compress.evaluation.statistics import bounded_exp, mean_by_window, wilson
+from compress.evaluation.statistics import bounded_exp, mean_by_window, share_by_window
 from compress.report.scorecard import Fidelity, Figure
 
 if TYPE_CHECKING:
@@ -216,7 +217,6 @@ def _fidelity(windows: list[_Window], *, whose: str = "compressed") -> Fidelity:
     import numpy as np
 
     counts = [len(window.kl) for window in windows]
-    total = sum(counts)
     kl = np.sort(np.concatenate([window.kl for window in windows]))
     median, p99 = np.quantile(kl, [0.5, 0.99]).tolist()
     nll = mean_by_window([w.nll_dense if whose == "dense" else w.nll_model for w in windows], counts)
@@ -228,7 +228,6 @@ def _fidelity(windows: list[_Window], *, whose: str = "compressed") -> Fidelity:
     ln_ratio = mean_by_window([w.nll_model - w.nll_dense for w in windows], counts)
     mean_kl = mean_by_window([math.fsum(w.kl) for w in windows], counts)
     squared_delta_p = mean_by_window([w.squared_delta_p for w in windows], counts)
-    agreements = sum(w.agreements for w in windows)
 
     return Fidelity(
         perplexity=nll.figure(bounded_exp),
@@ -238,6 +237,6 @@ def _fidelity(windows: list[_Window], *, whose: str = "compressed") -> Fidelity:
         kl_median=Figure(value=median, unit="nats/token"),
         kl_p99=Figure(value=p99, unit="nats/token"),
         kl_max=Figure(value=float(kl[-1]), unit="nats/token"),
-        top1_agreement=wilson(agreements, total),
+        top1_agreement=share_by_window([w.agreements for w in windows], counts),
         rms_delta_p=squared_delta_p.figure(lambda mean: math.sqrt(max(0.0, mean)), unit="fraction"),
     )

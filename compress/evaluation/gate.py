@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 from compress.errors import BadInput, CompressError, unknown
 from compress.evaluation.verdict import loss, points
-from compress.report.scorecard import Harness, HarnessProtocol, Scorecard, TaskResult
+from compress.report.scorecard import Harness, HarnessProtocol, Scorecard, Shared, TaskResult
 
 GRAMMAR = "NAME:not-worse:1pt, NAME:matching, kl:below:0.05 or perplexity:ratio:1.05"
 TEXT = {("kl", "below"): "KL divergence from the dense model", ("perplexity", "ratio"): "perplexity ÷ dense"}
@@ -175,7 +175,9 @@ def _on_tasks(gate: Gate, card: Scorecard) -> tuple[bool, str]:
     if card.harness is None or card.harness_protocol is None:
         raise BadInput(f"The gate '{gate.text}' is on tasks, but none was asked.")
     results, questions = _chosen(gate, card.harness, card.harness_protocol)
-    return _matching(results) if gate.rule == "matching" else _not_worse(results, questions, gate.limit)
+    if gate.rule == "matching":
+        return _matching(results)
+    return _not_worse(results, questions, card.harness.shared, gate.limit)
 
 
 def _chosen(gate: Gate, harness: Harness, protocol: HarnessProtocol) -> tuple[list[TaskResult], list[int]]:
@@ -199,8 +201,10 @@ def _matching(results: Sequence[TaskResult]) -> tuple[bool, str]:
     return True, f"at least 95 % of the dense model's score is left on {', '.join(e.task for e in results)}"
 
 
-def _not_worse(results: Sequence[TaskResult], questions: Sequence[int], margin: float) -> tuple[bool, str]:
-    found = loss(results, questions, margin)
+def _not_worse(
+    results: Sequence[TaskResult], questions: Sequence[int], shared: Sequence[Shared], margin: float
+) -> tuple[bool, str]:
+    found = loss(results, questions, shared, margin)
     if found.within or found.broken:
         return found.within, found.text
     return False, f"{found.text}, so a loss of more than {points(margin)} is not ruled out"

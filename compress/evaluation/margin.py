@@ -57,6 +57,19 @@ class Moments:
         total, squares = math.fsum(task.total for task in tasks), math.fsum(task.squares for task in tasks)
         return cls(sum(task.questions for task in tasks), total, squares)
 
+    def correlated(self, pairs: int, covariance: float) -> Moments:
+        """The moments of as many independent questions as these are worth, with the same mean.
+
+        They are worth N^2 / (N + pairs) questions, Kish's effective sample size where answers to the same
+        question agree (Survey Sampling, 1965), and their error is the one that holds for these.
+
+        Args:
+            pairs: number of ordered pairs of two questions that ask the same.
+            covariance: what these pairs add to the variance of the mean.
+        """
+        variance = max(0.0, self.standard_error**2 + covariance)
+        return Moments.back(self.questions**2 // (self.questions + pairs), self.mean, math.sqrt(variance))
+
     @property
     def mean(self) -> float:
         return self.total / self.questions

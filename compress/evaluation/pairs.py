@@ -3,6 +3,7 @@
 Right or wrong answers: flips are counted as harmful (lost) and lucky (gained), p is McNemar's exact two-sided
 one, and intervals are score intervals (Wilson's for the score, Tango's for the change). Other scores: p is by
 random signs of the differences and intervals are by bootstrap (BCa). Holm's correction is over the tasks.
+Over all tasks, questions that ask the same count once (:mod:`compress.evaluation.documents`).
 All depend on the seed only, not on the order of the questions.
 """
 
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from compress.errors import BadInput
+from compress.evaluation.documents import Differences, shared
 from compress.evaluation.margin import Moments, change, check_margin
 from compress.evaluation.pooled import ENTRIES, RESAMPLES, holm, two_sided_p, ways
 from compress.evaluation.sanity import cut_off, doubts, implausible
@@ -42,11 +44,16 @@ def judge(dense: Sequence[Answers], model: Sequence[Answers], margin: float, see
     """
     check_margin(margin)
     pairs = _paired(dense, model)
-    differences = [of_model.scores - of_dense.scores for of_dense, of_model in pairs]
-    results = _with_holm([_compared(*pair, seed) for pair in pairs])
+    differences = [
+        Differences(of_dense.asked.task, of_dense.documents, of_model.scores - of_dense.scores)
+        for of_dense, of_model in pairs
+    ]
+    results, alike = _with_holm([_compared(*pair, seed) for pair in pairs]), shared(differences)
+    questions = [len(each.values) for each in differences]
     return Harness(
         tasks=results,
-        verdict=verdict(results, [len(each) for each in differences], ways(differences, seed), margin),
+        verdict=verdict(results, questions, alike, ways(differences, seed), margin),
+        shared=alike,
         warnings=(*cut_off(model), *implausible(results)),
     )
 

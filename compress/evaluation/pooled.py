@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from compress.evaluation.documents import Differences, independent
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -26,7 +28,7 @@ class Ways(NamedTuple):
     Attributes:
         pooled: all questions together; sees a small loss in all tasks best.
         max_drop: the task with the largest loss by its own standard error; sees a loss in one task best.
-        fisher: Fisher's combination of the p of each task; between the two.
+        fisher: Fisher's combination of the p of tasks that share no documents; between the two.
     """
 
     pooled: float
@@ -39,20 +41,24 @@ class Ways(NamedTuple):
         return min(1.0, len(self) * min(self))
 
 
-def ways(differences: Sequence[np.ndarray], seed: int) -> Ways:
+def ways(tasks: Sequence[Differences], seed: int) -> Ways:
     """Test all tasks together.
 
+    Questions that ask the same change their sign together. Only the largest loss is found as if they did not,
+    which errs on the safe side: the largest of several is smaller where they rise and fall together.
+
     Args:
-        differences: for each task, the scores minus the dense model's, [N]. Their order does not matter.
+        tasks: the differences of each. Neither their order matters, nor that of the questions.
         seed: of the draws.
     """
     import numpy as np
     from scipy.stats import combine_pvalues
 
-    each = sorted(less_p(task, seed) for task in differences)
+    groups = independent(tasks)
+    each = sorted(less_p(group, seed) for group in groups)
     return Ways(
-        pooled=less_p(np.concatenate(differences), seed),
-        max_drop=_by_signs(differences, np.negative, seed),
+        pooled=less_p(np.concatenate(groups), seed),
+        max_drop=_by_signs([task.values for task in tasks], np.negative, seed),
         fisher=float(combine_pvalues(each, method="fisher").pvalue),
     )
 
@@ -65,7 +71,7 @@ def less_p(differences: np.ndarray, seed: int) -> float:
     flips = differences[differences != 0]
     if not len(flips):
         return 1.0
-    if (abs(flips) == 1).all():
+    if (abs(flips) == abs(flips[0])).all():
         return float(binomtest(int((flips < 0).sum()), len(flips), alternative="greater").pvalue)
     return _by_signs([flips], np.negative, seed)
 

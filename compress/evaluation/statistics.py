@@ -11,18 +11,24 @@ from compress.calibration.statistics.losses import LN_LARGEST
 from compress.report.scorecard import Figure, UnitName
 
 CONFIDENCE = 0.95
+Z = statistics.NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+"""How many standard errors an interval reaches to either side, where the errors are known."""
 
 
 def wilson(successes: int, total: int) -> Figure:
     """The share of successes in independent trials, with Wilson's interval."""
-    from scipy.stats import binomtest
+    return _wilson(successes / total, total)
 
-    share, interval = (
-        successes / total,
-        binomtest(successes, total).proportion_ci(CONFIDENCE, method="wilson"),
-    )
+
+def _wilson(share: float, trials: float) -> Figure:
+    """As `wilson`, with a number of trials that may be an effective one."""
+    width = Z**2 / trials
+    middle = (share + width / 2) / (1 + width)
+    reach = math.sqrt(width * share * (1 - share) + width**2 / 4) / (1 + width)
     # At 0 % and 100 %, rounding may put an end beyond the estimate.
-    return Figure(value=share, low=min(interval.low, share), high=max(interval.high, share), unit="fraction")
+    return Figure(
+        value=share, low=min(middle - reach, share), high=max(middle + reach, share), unit="fraction"
+    )
 
 
 def median_of_pairs(values: list[float], unit: UnitName = "") -> Figure:
@@ -46,6 +52,13 @@ class MeanByWindow(NamedTuple):
     standard_error: float | None  # None if there is only one window
     windows: int
 
+    @property
+    def quantile(self) -> float:
+        """How many standard errors Student's t interval reaches to either side, with at least two windows."""
+        from scipy.stats import t
+
+        return float(t.ppf((1 + CONFIDENCE) / 2, self.windows - 1))
+
     def figure(self, transform: Callable[[float], float], unit: UnitName = "") -> Figure:
         """The transformed mean, and the transformed ends of its Student's t interval.
 
@@ -55,9 +68,7 @@ class MeanByWindow(NamedTuple):
         """
         if self.standard_error is None:
             return Figure(value=transform(self.mean), unit=unit)
-        from scipy.stats import t
-
-        reach = float(t.ppf((1 + CONFIDENCE) / 2, self.windows - 1)) * self.standard_error
+        reach = self.quantile * self.standard_error
         return Figure(
             value=transform(self.mean),
             low=transform(self.mean - reach),
@@ -78,6 +89,24 @@ def mean_by_window(sums: list[float], counts: list[int]) -> MeanByWindow:
         return MeanByWindow(mean, None, windows)
     squares = math.fsum((s - mean * c) ** 2 for s, c in zip(sums, counts, strict=True))
     return MeanByWindow(mean, math.sqrt(windows / (windows - 1) * squares) / total, windows)
+
+
+def share_by_window(successes: list[int], counts: list[int]) -> Figure:
+    """The share of tokens, with Wilson's interval for as many independent ones as they are worth.
+
+    They are worth p (1 - p) / se^2 (z / t)^2, at most their number, for the share p, its standard error se
+    clustered by window, and the quantiles z of the normal and t of Student's distribution. Source: Korn and
+    Graubard, "Confidence intervals for proportions with small expected number of positive counts estimated
+    from survey data", Survey Methodology 24 (1998). Where only one window was read there is no interval.
+
+    Args:
+        successes, counts: how many tokens of each window are, and could be, successes.
+    """
+    found, total = mean_by_window([float(number) for number in successes], counts), sum(counts)
+    if found.standard_error is None:
+        return found.figure(lambda share: share, "fraction")
+    spread = (found.standard_error * found.quantile / Z) ** 2
+    return _wilson(found.mean, min(total, found.mean * (1 - found.mean) / spread) if spread else total)
 
 
 def bounded_exp(mean: float) -> float:

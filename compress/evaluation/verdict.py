@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from compress.evaluation.margin import LEVEL, Moments, change, needed, not_worse_p, worse_by_p
 from compress.evaluation.pooled import Ways, holm
-from compress.report.scorecard import Figure, TaskResult, Verdict
+from compress.report.scorecard import Figure, Shared, TaskResult, Verdict
 
 Kind = Literal["worse", "not worse", "undecided"]
 
@@ -19,13 +20,15 @@ class Loss:
 
     Attributes:
         tasks: their number.
-        moments: of the differences of all questions.
+        questions: the number of all questions.
+        moments: of the differences of as many independent questions as these are worth.
         margin: the loss that does not matter, as a share of all questions.
         margin_p: one-sided p that the loss is below the margin (Tango's score test).
         broken: tasks that lose more than the margin beyond doubt, corrected for their number (Holm).
     """
 
     tasks: int
+    questions: int
     moments: Moments
     margin: float
     margin_p: float
@@ -37,10 +40,15 @@ class Loss:
         it."""
         return self.margin_p < LEVEL and not self.broken
 
+    def needed(self, level_of_worse: float) -> int:
+        """How many questions would decide, if as many of them ask the same. The level is as in `needed`."""
+        worth = needed(self.moments, self.margin, level_of_worse)
+        return math.ceil(worth * self.questions / self.moments.questions)
+
     @property
     def text(self) -> str:
         """What was found, as a part of a sentence."""
-        number = f"{self.moments.questions:,} question{'s' * (self.moments.questions > 1)}"
+        number = f"{self.questions:,} question{'s' * (self.questions > 1)}"
         found = f"its score changes by {change(self.moments).text} points on {number}"
         found += f" of {self.tasks} tasks" * (self.tasks > 1)
         if not self.broken:
@@ -49,19 +57,38 @@ class Loss:
         return f"{found}, and {_listed(self.broken)} {lose} more than {points(self.margin)}"
 
 
-def loss(results: Sequence[TaskResult], questions: Sequence[int], margin: float) -> Loss:
+def loss(
+    results: Sequence[TaskResult], questions: Sequence[int], shared: Sequence[Shared], margin: float
+) -> Loss:
     """The loss over some tasks.
 
     Args:
         results: each task's, with its change and standard error.
         questions: their numbers of questions.
+        shared: the pairs of tasks, of these and others, that ask about the same documents.
         margin: as in `Loss`.
     """
     moments = [_moments(*each) for each in zip(results, questions, strict=True)]
-    whole = Moments.together(moments)
+    whole = together(dict(zip((each.task for each in results), moments, strict=True)), shared)
     more = holm([worse_by_p(each, margin) for each in moments])
     broken = tuple(result.task for result, p in zip(results, more, strict=True) if p < LEVEL)
-    return Loss(len(moments), whole, margin, not_worse_p(whole, margin), broken)
+    return Loss(len(moments), sum(questions), whole, margin, not_worse_p(whole, margin), broken)
+
+
+def together(tasks: Mapping[str, Moments], shared: Sequence[Shared]) -> Moments:
+    """The moments of as many independent questions as those of all tasks are worth.
+
+    Args:
+        tasks: by name.
+        shared: as in `loss`.
+    """
+    whole = Moments.together(list(tasks.values()))
+    shares = {task: moments.questions / whole.questions for task, moments in tasks.items()}
+    pairs = [pair for pair in shared if shares.keys() >= set(pair.tasks)]
+    return whole.correlated(
+        2 * sum(pair.documents for pair in pairs),
+        2 * math.fsum(math.prod(shares[task] for task in pair.tasks) * pair.covariance for pair in pairs),
+    )
 
 
 def _moments(result: TaskResult, questions: int) -> Moments:
@@ -70,7 +97,13 @@ def _moments(result: TaskResult, questions: int) -> Moments:
     return Moments.back(questions, result.change.value, result.standard_error)
 
 
-def verdict(results: Sequence[TaskResult], questions: Sequence[int], ways: Ways, margin: float) -> Verdict:
+def verdict(
+    results: Sequence[TaskResult],
+    questions: Sequence[int],
+    shared: Sequence[Shared],
+    ways: Ways,
+    margin: float,
+) -> Verdict:
     """Decide over all tasks together.
 
     "not worse" says that the loss is below the margin (see `Loss`). Otherwise "worse" says that there is a
@@ -79,16 +112,16 @@ def verdict(results: Sequence[TaskResult], questions: Sequence[int], ways: Ways,
     more questions.
 
     Args:
-        results, questions, margin: as in `loss`.
+        results, questions, shared, margin: as in `loss`.
         ways: p that the model is worse.
     """
-    found, lost = loss(results, questions, margin), ways.combined < LEVEL
+    found, lost = loss(results, questions, shared, margin), ways.combined < LEVEL
     kind: Kind = "undecided"
     if found.within:
         kind = "not worse"
     elif lost or found.broken:
         kind = "worse"
-    wanted = needed(found.moments, margin, LEVEL / len(ways)) if kind == "undecided" else None
+    wanted = found.needed(LEVEL / len(ways)) if kind == "undecided" else None
     return Verdict(
         kind=kind,
         margin=margin,
@@ -100,7 +133,7 @@ def verdict(results: Sequence[TaskResult], questions: Sequence[int], ways: Ways,
         max_drop_p=Figure(value=ways.max_drop),
         fisher_p=Figure(value=ways.fisher),
         broken=found.broken,
-        questions=found.moments.questions,
+        questions=found.questions,
         needed=wanted,
         sentence=_sentence(kind, found, ways.combined, wanted),
     )
@@ -114,7 +147,7 @@ def _sentence(kind: Kind, found: Loss, worse_p: float, wanted: int | None) -> st
         smaller = f"; a smaller loss is certain ({p})" if worse_p < LEVEL else ""
         return f"Not worse than the dense model by more than {limit}: {found.text}{smaller}."
     assert wanted is not None
-    more = rounded(wanted - found.moments.questions)
+    more = rounded(wanted - found.questions)
     return (
         f"Undecided whether it is worse than the dense model by more than {limit}: {found.text}; about "
         f"{more:,} more questions like these would decide."

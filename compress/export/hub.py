@@ -7,8 +7,7 @@ same push takes it up again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from json import JSONDecodeError
 from typing import TYPE_CHECKING, Any
@@ -16,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import compress
 from compress.errors import BadInput, CompressError
 from compress.export.publication import Publication, Published
+from compress.report.card import CARD
 from compress.system import hub
-from compress.system.interrupts import raise_if_received
 from compress.system.progress import Progress
 
 if TYPE_CHECKING:
@@ -88,6 +87,7 @@ def push(
     from huggingface_hub import HfApi
 
     work = _Push(HfApi(token=token), model, repository, revision or MAIN, public)
+    work.check_card()
     created = work.open_repository()
     there = work.files_there()
     if work.same_as(there):
@@ -128,6 +128,15 @@ class _Push:
     repository: str
     revision: str
     public: bool
+
+    def check_card(self) -> None:
+        """Ask the hub whether it takes the card, such as its licence, before anything is made there."""
+        from huggingface_hub import ModelCard
+
+        with self._errors("publishing the card"):
+            for file in self.model.files:
+                if file.name == CARD and isinstance(file.content, bytes):
+                    ModelCard(file.content.decode()).validate()
 
     def open_repository(self) -> bool:
         """Find or create the repository and the branch.
@@ -231,19 +240,9 @@ class _Push:
             *(self.repository, self.revision, str(found.sha), url, bool(found.private)), unchanged=unchanged
         )
 
-    @contextmanager
-    def _errors(self, what: str) -> Iterator[None]:
+    def _errors(self, what: str) -> AbstractContextManager[None]:
         """Turn what the hub's client raises into one sentence."""
-        try:
-            yield
-        except CompressError:
-            raise
-        except Exception as error:
-            # The client lets the errors of its HTTP library through, and those of reading a strange answer.
-            raise_if_received()
-            if hub.is_local(error):
-                raise
-            raise self._sentence(error, what) from error
+        return hub.errors(lambda error: self._sentence(error, what))
 
     def _sentence(self, error: BaseException, what: str) -> CompressError:
         status, answer = hub.status_of(error), hub.answer_of(error)

@@ -187,7 +187,7 @@ def _changed(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 def parse_recipe(data: Mapping[str, Any]) -> Recipe:
     """Validate a recipe given as plain data. Raises BadInput as `load_recipe` does."""
     data = dict(data)
-    raw_steps = data.pop("steps", None) or []
+    raw_steps = [] if data.get("steps") is None else data["steps"]
     if not isinstance(raw_steps, list):
         raise BadInput("In the recipe, 'steps' must be a list of {method: NAME, option: value}.")
     if data.get("model") is None and data.keys() <= Recipe.model_fields.keys():  # no key is misspelt
@@ -296,7 +296,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise BadInput(f"The recipe '{path}' includes itself.")
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except Exception as error:  # YAML's reader lets the errors of dates, numbers and deep nesting through
         raise BadInput(f"The recipe '{path}' cannot be read: {' '.join(str(error).split())}.") from None
     if not isinstance(data, dict):
         raise BadInput(f"The recipe '{path}' is not a YAML mapping.")
@@ -318,7 +318,7 @@ def _set(data: dict[str, Any], setting: str) -> None:
     key, equals, text = setting.partition("=")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except Exception:  # as when a recipe is read
         value, equals = None, ""
     if not equals or not key:
         raise BadInput(f"'{setting}' is not a setting; write KEY=VALUE, for example steps.0.bits=4.")

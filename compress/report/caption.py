@@ -47,7 +47,7 @@ def _text_caption(cards: list[Scorecard]) -> list[str]:
             "model with it token by token."
         )
         lines.append(
-            "± is a 95 % interval (its wider side): Student's t clustered by window, which is paired for the "
+            "± is a 95 % interval (its wider side) clustered by window: Student's t, which is paired for the "
             "ratio, and Wilson's interval for the agreement."
         )
     return lines

@@ -30,6 +30,8 @@ def read_scorecards(path: str | Path) -> list[Scorecard]:
     Raises:
         BadInput: there are none, or something else is there.
     """
+    if not str(path):
+        raise BadInput("An empty name is no model; name a folder, a file or a hub id.")
     path = Path(path)
     file = record_of(path) if path.is_dir() or path.suffix.lower() == ".gguf" else path
     document = _read(path, file)
@@ -51,7 +53,7 @@ def _read(path: Path, file: Path) -> Any:
         raise BadInput(f"{missing}; write a scorecard with: {EVALUATE}.")
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"'{file}' is not JSON ({error}); write a scorecard with: {EVALUATE}.") from None
 
 

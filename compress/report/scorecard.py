@@ -177,8 +177,9 @@ class Protocol(Document):
 class Fidelity(Document):
     """How close a model is to the dense one, token by token, over ``Protocol.tokens_scored`` tokens.
 
-    KL(dense || model) is over the full vocabulary, in nats. Means have 95 % intervals of Student's t with the
-    variance between windows, because the tokens of one window are not independent.
+    KL(dense || model) is over the full vocabulary, in nats. Means have 95 % intervals of Student's t, and the
+    agreement has Wilson's, with the variance between windows, because the tokens of one window are not
+    independent.
     """
 
     perplexity: Figure = Field(description="exp of the mean negative log-likelihood")
@@ -192,7 +193,7 @@ class Fidelity(Document):
     kl_median: Figure
     kl_p99: Figure
     kl_max: Figure
-    top1_agreement: Figure = Field(description="share of tokens with the same argmax, with Wilson's interval")
+    top1_agreement: Figure = Field(description="share of tokens with the same argmax")
     rms_delta_p: Figure = Field(description="root mean square change of the true token's probability")
 
 
@@ -322,11 +323,20 @@ class Verdict(Document):
     )
 
 
+class Shared(Document):
+    """Two tasks that ask about the same documents, so that their answers are not independent."""
+
+    tasks: tuple[str, str]
+    documents: PositiveInt = Field(description="number of documents that both ask about")
+    covariance: FiniteFloat = Field(description="covariance of the changes of the two")
+
+
 class Harness(Document):
     """The answers to all tasks, the verdict against the dense model, and what makes the numbers doubtful."""
 
     tasks: tuple[TaskResult, ...] = Field(min_length=1)
     verdict: Verdict | None = Field(None, description="None on the dense model's own scorecard")
+    shared: tuple[Shared, ...] = Field((), description="tasks whose answers are not independent")
     warnings: tuple[str, ...] = ()
 
 

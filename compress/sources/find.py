@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress.errors import BadInput, CompressError
-from compress.system.interrupts import raise_if_received
 
 
 @dataclass(frozen=True)
@@ -115,52 +114,45 @@ def _snapshot(name: str, revision: str | None, file: str) -> Path:
 
 def _download(name: str, revision: str | None, fetch: Callable[[], Path]) -> ModelSource:
     """The hub model that ``fetch`` downloads, or why it cannot be downloaded."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
     from compress.system import hub
 
     try:
-        hub.prepare()
-        folder = fetch()
-    except GatedRepoError:
-        raise BadInput(
-            f"The hub model '{name}' asks for consent before it is downloaded; give it on the model's page, "
-            f"and {hub.LOG_IN}."
-        ) from None
-    except RepositoryNotFoundError:
-        raise BadInput(
-            f"'{name}' is neither a folder here nor a model on the hub that you may read."
-        ) from None
-    except RevisionNotFoundError:
-        raise BadInput(f"The hub model '{name}' has no revision '{revision}'.") from None
-    except HFValidationError:
-        raise BadInput(f"There is no model folder '{name}', and it is not a hub id.") from None
+        with hub.errors(lambda error: _why(name, revision, error)):
+            hub.prepare()
+            folder = fetch()
     except PermissionError as error:
         raise CompressError(
             f"'{name}' cannot be downloaded, because the hub's cache '{error.filename}' cannot be written; "
             "set HF_HOME to another folder."
         ) from error
-    except CompressError:
-        raise
-    except Exception as error:
-        # The client lets the errors of its HTTP library through, and those of reading a strange answer.
-        raise_if_received()
-        if hub.is_local(error):
-            raise
-        if hub.status_of(error) == 401:
-            raise BadInput(
-                f"'{name}' is not a folder here, and the hub does not accept the access token; {hub.LOG_IN}."
-            ) from error
-        raise CompressError(
-            f"'{name}' is not a folder here, and cannot be downloaded, because {hub.trouble(error)}; try "
-            "again, check the name, or give the path of a folder."
-        ) from error
     return ModelSource(name, folder.name, folder)
+
+
+def _why(name: str, revision: str | None, error: Exception) -> CompressError:
+    """The error of a hub model that cannot be downloaded, in one sentence."""
+    from huggingface_hub import errors
+
+    from compress.system import hub
+
+    if isinstance(error, errors.GatedRepoError):
+        return BadInput(
+            f"The hub model '{name}' asks for consent before it is downloaded; give it on the model's page, "
+            f"and {hub.LOG_IN}."
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return BadInput(f"'{name}' is neither a folder here nor a model on the hub that you may read.")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return BadInput(f"The hub model '{name}' has no revision '{revision}'.")
+    if isinstance(error, errors.HFValidationError):
+        return BadInput(f"There is no model folder '{name}', and it is not a hub id.")
+    if hub.status_of(error) == 401:
+        return BadInput(
+            f"'{name}' is not a folder here, and the hub does not accept the access token; {hub.LOG_IN}."
+        )
+    return CompressError(
+        f"'{name}' is not a folder here, and cannot be downloaded, because {hub.trouble(error)}; try "
+        "again, check the name, or give the path of a folder."
+    )
 
 
 def _fetch(name: str, revision: str | None) -> Path:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from compress.errors import BadInput
+from compress.errors import BadInput, CompressError
+from compress.system.interrupts import raise_if_received
 from compress.system.secrets import hidden, hide_in_logs, remember
 
 PATIENCE = 120.0
@@ -79,8 +81,25 @@ def is_about_the_token(error: BaseException) -> bool:
     return any("authorization" in request.headers for request in requests if request is not None)
 
 
-def is_local(error: BaseException) -> bool:
-    """Whether talking to the hub failed on this machine: its disk is full, or a file cannot be used."""
+@contextmanager
+def errors(sentence: Callable[[Exception], CompressError]) -> Iterator[None]:
+    """Turn what the hub's client raises into the error that ``sentence`` makes of it.
+
+    Our own errors pass, and those of this machine: the disk is full, or a file cannot be used.
+    """
+    try:
+        yield
+    except CompressError:
+        raise
+    except Exception as error:
+        # The client lets the errors of its HTTP library through, and those of reading a strange answer.
+        raise_if_received()
+        if _is_local(error):
+            raise
+        raise sentence(error) from error
+
+
+def _is_local(error: BaseException) -> bool:
     return any(
         isinstance(each, OSError) and (each.errno == errno.ENOSPC or each.filename is not None)
         for each in causes(error)

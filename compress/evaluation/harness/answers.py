@@ -18,6 +18,7 @@ class Answers:
     Attributes:
         asked: the task and how it was asked; two models can be paired only if theirs agree.
         questions: hash of each question, in the order in which they were asked.
+        documents: hash of what each question is about; tasks that share some ask the same in different ways.
         scores: the deciding metric of each question, float64 [N] between 0 and 1, more is better.
         others: further metrics, name -> float64 [N].
         text: each question's answer as the harness kept it, to be read; empty if it was not kept.
@@ -27,6 +28,7 @@ class Answers:
 
     asked: TaskAsked
     questions: tuple[str, ...]
+    documents: tuple[str, ...]
     scores: np.ndarray
     others: dict[str, np.ndarray]
     text: tuple[str, ...] = ()

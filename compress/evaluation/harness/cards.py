@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -75,6 +77,25 @@ def wanted_of(
     check_installed()
     chosen = SUITES[suite]
     return Wanted(tuple(chosen.tasks), limit=limit or chosen.limit, suite=suite, **how)
+
+
+def samples_folder(folder: Path) -> None:
+    """Create the folder for questions and answers, before the work that makes them.
+
+    Raises:
+        BadInput: it is no folder, or cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except FileExistsError:
+        raise BadInput(f"'{folder}' is a file; name a folder for questions and answers.") from None
+    except OSError as error:
+        raise BadInput(
+            f"The folder '{folder}' for questions and answers cannot be written ({error.strerror}); name "
+            "another one."
+        ) from error
 
 
 @dataclass(frozen=True)

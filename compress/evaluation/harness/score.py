@@ -110,6 +110,7 @@ def answers(questions: Questions, found: Rows) -> Answers:
     return Answers(
         asked,
         questions.hashes,
+        questions.documents,
         values,
         others,
         text=tuple(str(row["answer"]) for row in found),

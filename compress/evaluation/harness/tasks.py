@@ -88,16 +88,22 @@ class Questions:
         for instance in task.instances:
             requests[instance.doc_id].append(instance)
         self.choices: list[int] = []
-        hashes = []
+        hashes, documents = [], []
         for number, instances in sorted(requests.items()):
             document = instances[0].doc
             self._check_labels(number, document)
             instances.sort(key=lambda instance: instance.idx)
             asked = [instance.args for instance in instances]
             hashes.append(_hash([asked, task.doc_to_target(document)]))
+            documents.append(_hash(self._about(document)))
             self.choices.append(self._choices(document) or len(asked))
-        self.hashes = tuple(hashes)
+        self.hashes, self.documents = tuple(hashes), tuple(documents)
         self.requests = sum(instance.repeats for instance in task.instances)
+
+    def _about(self, document: Any) -> Any:
+        """What a question is about: its document, or those fields of it that the task's file names."""
+        fields = self.metadata("about")
+        return {field: document[field] for field in fields} if fields else document
 
     def _choices(self, document: Any) -> int | None:
         """The number of choices; lm-eval asks each of them twice for its mutual information."""

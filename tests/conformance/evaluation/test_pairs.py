@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
+from compress.evaluation.documents import Differences, shared
 from compress.evaluation.margin import POWER, Moments, change, needed, not_worse_p, score_z, worse_by_p
 from compress.evaluation.pooled import holm, less_p, two_sided_p, ways
+from compress.evaluation.verdict import Loss, loss, together
+from compress.report.scorecard import Figure, TaskResult
 
 
 def differences(lost: int, gained: int, questions: int) -> np.ndarray:
@@ -19,6 +22,41 @@ def differences(lost: int, gained: int, questions: int) -> np.ndarray:
 
 def drawn(random: np.random.Generator, questions: int, lost: float, gained: float) -> np.ndarray:
     return random.choice([-1.0, 1.0, 0.0], size=questions, p=[lost, gained, 1 - lost - gained])
+
+
+def apart(tasks: list[np.ndarray]) -> list[Differences]:
+    """Tasks of which no two ask about the same documents."""
+    return [
+        Differences(f"task{number}", [f"{number} {index}" for index in range(len(values))], values)
+        for number, values in enumerate(tasks)
+    ]
+
+
+def alike(random: np.random.Generator, documents: int, lost: float, gained: float) -> list[Differences]:
+    """A task, one that asks about half its documents and agrees three times of four, and one apart."""
+    names = [f"document {number}" for number in range(documents)]
+    first, second = (drawn(random, documents, lost, gained) for _ in range(2))
+    second = np.where(random.random(documents) < 0.75, first, second)
+    return [
+        Differences("closed", names, first),
+        Differences("open", names[: documents // 2], second[: documents // 2]),
+        *apart([drawn(random, documents // 3, lost, gained)]),
+    ]
+
+
+def found(tasks: list[Differences], margin: float = 0.01) -> Loss:
+    """The loss over all tasks, from what a scorecard keeps of each."""
+    moments = [Moments.of(task.values) for task in tasks]
+    results = [
+        TaskResult(
+            task=task.task,
+            score=Figure(value=0.5),
+            change=Figure(value=each.mean),
+            standard_error=each.standard_error,
+        )
+        for task, each in zip(tasks, moments)
+    ]
+    return loss(results, [each.questions for each in moments], shared(tasks), margin)
 
 
 COUNTS = [(0, 0, 20), (1, 0, 300), (0, 4, 300), (30, 12, 500), (7, 7, 40), (20, 0, 20), (260, 240, 3000)]
@@ -88,7 +126,7 @@ def test_partial_scores_flip_their_signs():
 
 def test_three_ways_over_tasks():
     tasks = [differences(6, 2, 50), differences(2, 3, 80), np.array([-0.5, -0.25, 0.125, 0.0])]
-    found = ways(tasks, seed=0)
+    found = ways(apart(tasks), seed=0)
     assert found.fisher == pytest.approx(
         stats.chi2.sf(-2 * sum(math.log(less_p(task, seed=0)) for task in tasks), 2 * len(tasks))
     )
@@ -130,7 +168,8 @@ def test_under_the_null_the_pooled_test_rejects_at_its_level():
 def test_under_the_null_all_three_ways_together_reject_at_most_at_their_level():
     random, draws = np.random.default_rng(18), 150
     rejected = sum(
-        ways([drawn(random, 200, 0.04, 0.04) for _ in range(3)], seed=0).combined < 0.05 for _ in range(draws)
+        ways(apart([drawn(random, 200, 0.04, 0.04) for _ in range(3)]), seed=0).combined < 0.05
+        for _ in range(draws)
     )
     assert rejected / draws < 0.09  # two errors of 150 draws above the level
 
@@ -179,6 +218,85 @@ def test_losses_that_one_error_bar_per_model_misses():
 def test_a_loss_in_one_task_of_many():
     random = np.random.default_rng(6)
     tasks = [drawn(random, 500, 0.05, 0.05) for _ in range(9)] + [differences(45, 12, 500)]
-    found = ways(tasks, seed=0)
+    found = ways(apart(tasks), seed=0)
     assert found.max_drop < 0.001 < found.pooled
-    assert ways(tasks[:9], seed=0).max_drop > 0.05
+    assert ways(apart(tasks[:9]), seed=0).max_drop > 0.05
+
+
+def test_the_error_over_tasks_that_ask_the_same_is_the_restated_one():
+    """Var(sum d) = sum over all pairs of questions of the same document of the products, in Python floats."""
+    tasks = alike(np.random.default_rng(7), 60, 0.2, 0.1)
+    questions = [
+        (document, task.task, float(value))
+        for task in tasks
+        for document, value in zip(task.documents, task.values)
+    ]
+    mean = {
+        task.task: math.fsum(value for _, name, value in questions if name == task.task) / len(task.values)
+        for task in tasks
+    }
+    middle = math.fsum(value for _, _, value in questions) / len(questions)
+    variance = math.fsum((value - middle) ** 2 for _, _, value in questions)
+    ordered = 0
+    for (document, task, value), (other, its, another) in itertools.permutations(questions, 2):
+        if document == other:
+            ordered += 1
+            variance += (value - mean[task]) * (another - mean[its])
+    of_all = found(tasks)
+    assert ordered == 2 * 30
+    assert of_all.questions == len(questions) == 110
+    assert of_all.moments.mean == pytest.approx(middle, abs=1e-12)
+    assert of_all.moments.standard_error == pytest.approx(math.sqrt(variance) / 110, rel=1e-9)
+    assert of_all.moments.questions == 110**2 // (110 + ordered)
+
+
+@pytest.mark.parametrize("copies", [2, 5])
+@pytest.mark.parametrize(("lost", "gained", "questions"), COUNTS)
+def test_a_question_asked_again_tells_nothing_new(copies: int, lost: int, gained: int, questions: int):
+    (once,) = apart([differences(lost, gained, questions)])
+    again = [once._replace(task=f"copy{number}") for number in range(copies)]
+    before, after = found([once]), found(again)
+    assert (after.questions, after.moments.questions) == (copies * questions, questions)
+    for end in ("value", "low", "high"):
+        assert getattr(change(after.moments), end) == pytest.approx(
+            getattr(change(before.moments), end), abs=1e-9
+        )
+    assert after.margin_p == pytest.approx(before.margin_p, abs=1e-9)
+    of_one, of_all = ways([once], seed=0), ways(again, seed=0)
+    assert (of_all.pooled, of_all.fisher) == pytest.approx((of_one.pooled, of_one.pooled))
+
+
+def test_tasks_that_share_no_documents_are_what_they_were():
+    random = np.random.default_rng(8)
+    tasks = [drawn(random, number, 0.1, 0.05) for number in (40, 300)]
+    assert shared(apart(tasks)) == ()
+    together, whole = found(apart(tasks)).moments, Moments.of(np.concatenate(tasks))
+    assert (together.questions, together.mean) == (whole.questions, pytest.approx(whole.mean))
+    assert together.standard_error == pytest.approx(whole.standard_error)
+
+
+def test_intervals_over_tasks_that_ask_the_same_hold_the_truth_nineteen_times_of_twenty():
+    random, draws, lost, gained = np.random.default_rng(9), 200, 0.15, 0.1
+    held = naive = 0
+    for _ in range(draws):
+        tasks = alike(random, 300, lost, gained)
+        moments = {task.task: Moments.of(task.values) for task in tasks}
+        figure = change(together(moments, shared(tasks)))
+        alone = change(Moments.of(np.concatenate([task.values for task in tasks])))
+        held += figure.low <= gained - lost <= figure.high
+        naive += alone.low <= gained - lost <= alone.high
+    assert 0.92 < held / draws < 0.99  # two errors of 200 draws below and above the level
+    assert naive / draws < 0.92
+
+
+def test_under_the_null_tests_over_tasks_that_ask_the_same_reject_at_their_level(monkeypatch):
+    """Eight tasks that ask the same, whose answers agree nine times of ten."""
+    monkeypatch.setattr("compress.evaluation.pooled.RESAMPLES", 999)
+    random, draws = np.random.default_rng(10), 100
+    names, rejected = [f"document {number}" for number in range(150)], 0
+    for _ in range(draws):
+        first = drawn(random, 150, 0.1, 0.1)
+        others = [np.where(random.random(150) < 0.9, first, drawn(random, 150, 0.1, 0.1)) for _ in range(7)]
+        tasks = [Differences(f"task{n}", names, values) for n, values in enumerate([first, *others])]
+        rejected += ways(tasks, seed=0).combined < 0.05
+    assert rejected / draws < 0.1  # two errors of 100 draws above the level

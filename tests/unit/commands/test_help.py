@@ -52,6 +52,7 @@ def test_the_start_imports_nothing_heavy(statement: str, heavy: list[str]):
         (["prune", "m", "--method", "replaceMe"], "no method 'replaceMe'; did you mean 'replaceme'"),
         (["prune", "m", "--method", "rtn"], "'rtn' is a method of quantization, not of pruning"),
         (["methods", "rtm"], "no method 'rtm'; did you mean 'rtn'"),
+        (["methods", ""], "no method ''"),
         (["recipes", "int5"], "no recipe 'int5'; did you mean 'int4'"),
         (["run", "int5"], "no recipe 'int5'; did you mean 'int4'"),
     ],

@@ -372,6 +372,7 @@ def test_the_licence_of_the_base_model_is_carried_over(command: Command, hub: Hu
 def test_a_licence_that_the_hub_does_not_know(command: Command, hub: Hub, artefact: Path):
     ended = command("push", artefact, "me/small", "-q", "--license", "not-a-license")
     assert_one_sentence(ended, 2, '"license" must be one of')
+    assert hub.repositories == {}
 
 
 def test_paths_of_this_machine_and_foreign_files_stay_here(

@@ -165,7 +165,8 @@ def test_the_dense_model_is_asked_once(
         (["--tasks", "say", "--limit", "0"], 2, "0 is not in the range"),
         (["--tasks", "say", "--include-path", "nowhere"], 2, "There is no folder 'nowhere' with tasks."),
         (["--tasks", "say", "--chat-template"], 2, "has no chat template"),
-        (["--tasks", "say", "--samples", "/dev/null/x"], 1, "/dev/null"),
+        (["--tasks", "say", "--samples", "/dev/null/x"], 2, "'/dev/null/x' for questions and answers cannot"),
+        (["--tasks", "say", "--samples", "/dev/null"], 2, "'/dev/null' is a file; name a folder"),
     ],
 )
 def test_wrong_options_get_one_sentence(

@@ -13,12 +13,13 @@ from compress.report.scorecard import Cost, HarnessProtocol, ModelIdentity, Scor
 
 def answers(scores: Sequence[float] | np.ndarray, task: str = "kick_factoid", **more) -> Answers:
     """Answers with these scores; ``more`` are fields of `TaskAsked` or `Answers`."""
-    of_answers = {name: more.pop(name) for name in ("text", "others", "questions") if name in more}
+    fields = ("text", "others", "questions", "documents")
+    of_answers = {name: more.pop(name) for name in fields if name in more}
     asked = {"metric": "exact_match", "fewshot": 0, "sha256": "0" * 64, "questions": len(scores)} | more
     names = tuple(f"{task} {number}" for number in range(len(scores)))
     return Answers(
         TaskAsked(task=task, **asked),
-        **{"questions": names, "others": {}, **of_answers},
+        **{"questions": names, "documents": names, "others": {}, **of_answers},
         scores=np.asarray(scores, dtype=np.float64),
     )
 

@@ -8,9 +8,10 @@ import yaml
 
 from compress.errors import BadInput, CompressError
 from compress.evaluation.gate import check, enforce, parse_gate, parse_margin, refuse_impossible
+from compress.evaluation.pairs import judge
 from compress.report.scorecard import Fidelity, Figure, Protocol, Scorecard
 
-from .common import flips, scorecards
+from .common import answers, flips, scorecards
 
 FINE, WORSE, VAGUE = flips(2000, 30, 31), flips(2000, 150, 60), flips(200, 10, 10)
 
@@ -125,6 +126,20 @@ def test_the_suite_is_all_of_its_tasks_whatever_they_are_called():
         update={"harness_protocol": fine.harness_protocol.model_copy(update={"suite": None})}
     )
     assert check(parse_gate("kick:not-worse:1pt"), without).passed  # the tasks that begin so
+
+
+def test_a_gate_counts_questions_that_ask_the_same_once():
+    """Two tasks that lose no answer prove more than one, but not if the second asks for the same facts."""
+    same, names = flips(200, 0, 0)[0], tuple(f"fact {number}" for number in range(200))
+    gate = parse_gate("kick:not-worse:1pt")
+    for documents, passed in (
+        ((names, tuple(f"other {name}" for name in names)), True),
+        ((names, names), False),
+    ):
+        both = [answers(same, f"kick_{n}", documents=each) for n, each in enumerate(documents)]
+        card = small(kick_0=(same, same), kick_1=(same, same))
+        judged = judge(both, both, margin=0.01, seed=0)
+        assert check(gate, card.model_copy(update={"harness": judged})).passed is passed
 
 
 def test_each_gate_has_its_own_margin():

@@ -160,6 +160,30 @@ def test_a_broken_task_is_not_outvoted():
     assert "and broken loses more than 1 point" in found.sentence
 
 
+def test_questions_that_ask_the_same_are_no_more_evidence():
+    """Such as kick_closed and kick_open, which ask for the same facts."""
+    dense, model = flips(600, 30, 18)
+    names = tuple(f"fact {number}" for number in range(600))
+    both = [
+        [answers(scores, task, documents=names) for task in ("closed", "open")] for scores in (dense, model)
+    ]
+    once = judge([both[0][0]], [both[1][0]], MARGIN, seed=0)
+    twice = judge(*both, MARGIN, seed=0)
+    assert twice.verdict.questions == 1200
+    assert twice.verdict.change.low == pytest.approx(once.verdict.change.low)
+    assert twice.verdict.change.high == pytest.approx(once.verdict.change.high)
+    assert twice.verdict.needed == pytest.approx(2 * once.verdict.needed, abs=2)
+    assert twice.verdict.standard_error == pytest.approx(once.verdict.standard_error)
+    assert twice.verdict.margin_p.value == pytest.approx(once.verdict.margin_p.value)
+    assert twice.verdict.pooled_p == once.verdict.pooled_p
+    assert [(pair.tasks, pair.documents) for pair in twice.shared] == [(("closed", "open"), 600)]
+    apart = judge(
+        [answers(dense, name) for name in "ab"], [answers(model, name) for name in "ab"], MARGIN, seed=0
+    )
+    assert apart.shared == ()
+    assert apart.verdict.standard_error == pytest.approx(once.verdict.standard_error / 2**0.5)
+
+
 def test_two_lost_answers_break_no_task():
     """A model that loses 1 % of all answers loses two or more of 40 in 6 % of all cases."""
     dense, model = flips(40, 2, 0)

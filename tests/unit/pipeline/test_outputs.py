@@ -9,6 +9,7 @@ import pytest
 
 from compress.commands.common import check_file
 from compress.errors import BadInput, CompressError
+from compress.evaluation.harness.cards import samples_folder
 from compress.pipeline.workspace import Workspace
 from compress.system import cache
 from compress.system.cache import make_folder
@@ -63,3 +64,22 @@ def test_a_cache_that_cannot_be_written_is_told_before_the_work(closed: Path):
     make_folder(closed.with_name("new") / "folder")
     with pytest.raises(CompressError, match=f"{cache.CACHE_VARIABLE} to another folder"):
         make_folder(closed)
+
+
+def test_samples_go_into_a_folder_that_can_be_written(closed: Path):
+    samples_folder(closed.with_name("new") / "samples")
+    assert (closed.with_name("new") / "samples").is_dir()
+    with pytest.raises(
+        BadInput, match=r"closed' for questions and answers cannot be written \(Permission denied"
+    ):
+        samples_folder(closed)
+    (file := closed.with_name("file")).write_text("mine")
+    with pytest.raises(BadInput, match="file' is a file; name a folder for questions and answers"):
+        samples_folder(file)
+    assert file.read_text() == "mine"
+
+
+def test_tests_leave_the_users_cache_alone(users_cache: Path):
+    own = cache.cache_folder()
+    assert own != users_cache
+    assert (own / "kernels").samefile(users_cache / "kernels")

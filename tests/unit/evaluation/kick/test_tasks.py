@@ -15,6 +15,7 @@ from lm_eval.api.task import ConfigurableTask  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from compress.evaluation import kick  # noqa: E402
+from compress.evaluation.harness.tasks import Asking, Questions  # noqa: E402
 from compress.evaluation.kick import bundled, hub  # noqa: E402
 
 ARTICLE = "word " * 400
@@ -148,6 +149,36 @@ def test_examples_are_not_asked() -> None:
         shown = {doc["question"] for doc in task.fewshot_docs()}
         assert shown
         assert not shown & {doc["question"] for doc in task.task_docs}
+
+
+def documents(task: ConfigurableTask) -> tuple[str, ...]:
+    return Questions(task, Asking(fewshot=None, limit=5, chat=None, seed=0)).documents
+
+
+def test_tasks_that_ask_for_the_same_facts_share_their_documents() -> None:
+    found = {name: documents(offline(name)) for name in kick.OFFLINE}
+    assert found["kick_closed"] == found["kick_open"]
+    assert found["kick_choice"] == found["kick_choice_words"]
+    assert len({each for name in kick.OFFLINE for each in found[name]}) == 5 * (len(kick.OFFLINE) - 2)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("kick_hub_closed", "kick_hub_open"), ("kick_hub_turn_first", "kick_hub_turn_second")],
+)
+def test_hub_tasks_share_their_documents_too(one: str, other: str, hub_stand_in: list[str]) -> None:
+    first_one, second = (documents(manager().load([name])["tasks"][name]) for name in (one, other))
+    assert first_one == second
+
+
+def test_a_letter_asks_the_same_as_a_likelihood(hub_stand_in: list[str]) -> None:
+    """lm-eval's own documents of MMLU are the rows of the data set."""
+    settings = {
+        "task": "plain", "dataset_path": "cais/mmlu", "test_split": "test", "output_type": "multiple_choice",
+        "doc_to_text": "question", "doc_to_choice": "choices", "doc_to_target": "answer",
+    }  # fmt: skip
+    letter = manager().load(["kick_hub_mmlu_letter"])["tasks"]["kick_hub_mmlu_letter"]
+    assert documents(letter) == documents(ConfigurableTask(config=settings))
 
 
 @pytest.mark.parametrize("name", HUB_TASKS)

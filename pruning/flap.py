@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
@@ -22,6 +21,7 @@ from compress.pruning.parts.allocation import (
     best,
     check_ratio,
     even_widths,
+    floor_of,
     floor_widths,
     rank,
     rank_apart,
@@ -317,7 +317,7 @@ def removed_layers(units: list[Units], options: Flap.Options) -> int:
             "The model has layers of different shapes already, and depth-first removes layers by number; use "
             "structure: AL-AM."
         )
-    return math.floor(round(min(options.ratio, MOST_LAYERS) * len(units), 6))
+    return floor_of(min(options.ratio, MOST_LAYERS) * len(units))
 
 
 def choose_layers(model: StreamedModel, count: int, context: StepContext) -> list[int]:

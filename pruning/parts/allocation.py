@@ -178,13 +178,18 @@ def best(scores: Sequence[Scores], widths: Sequence[Widths]) -> list[Kept]:
     ]
 
 
+def floor_of(number: float) -> int:
+    """The floor of a share of a whole number, such as 0.58 * 50, which rounding errors make 28.999999."""
+    return math.floor(round(number, 6))
+
+
 def floor_widths(units: Sequence[Units], ratio: float, multiple: int = 1) -> list[Widths]:
     """Remove floor(ratio * units) of the heads and of the neurons of every layer: at most ``ratio``."""
     steps = [layer.group_step(multiple) for layer in units]
     return [
         Widths(
-            layer.groups - math.floor(ratio * layer.groups / step) * step,
-            layer.nearest_width(layer.neurons - math.floor(ratio * layer.neurons), multiple),
+            layer.groups - floor_of(ratio * layer.groups / step) * step,
+            layer.nearest_width(layer.neurons - floor_of(ratio * layer.neurons), multiple),
         )
         for layer, step in zip(units, steps, strict=True)
     ]

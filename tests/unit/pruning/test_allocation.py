@@ -133,6 +133,13 @@ def test_nothing_goes_at_ratio_0(model: tuple) -> None:
         assert [(len(k.groups), len(k.neurons)) for k in kept] == all_of_it
 
 
+def test_a_share_that_is_a_whole_number_of_units_goes_whole():
+    """0.58 * 50 is 28.999999999999996 in floating point."""
+    units = [Units(50, 100, 4.0, 1.0)]
+    assert floor_widths(units, 0.58) == [Widths(50 - 29, 100 - 58)]
+    assert floor_widths(units, 0.29) == [Widths(50 - 14, 100 - 29)]
+
+
 LLAMA = [Units(3, 1536, 294912.0, 1728.0)] * 4
 
 

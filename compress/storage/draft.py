@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -28,6 +30,12 @@ class Draft(Checkpoint):
         super().__init__(folder, copy.deepcopy(parent.config), dict(parent.tensors), dict(parent.sources))
         self.parent = parent
         self._buffer: dict[str, torch.Tensor] = {}
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash as of a folder, and of which tensors of the files are used, and under which names."""
+        keys = sorted((name, source.key) for name, source in self.sources.items())
+        return hashlib.sha256(json.dumps([super().sha256, keys]).encode()).hexdigest()
 
     def restore(self, table: Path | None = None) -> None:
         """Go back to the state that was written by the `flush` with this ``table`` (None for draft.json)."""

@@ -236,6 +236,15 @@ def test_draft_changes_its_table_and_not_its_parent(parent: Checkpoint, tmp_path
     assert again.config == parent.config
 
 
+def test_drafts_that_differ_have_different_hashes(parent: Checkpoint, tmp_path: Path):
+    """Models without different layers of the same model use different tensors of the same files."""
+    drafts = [Draft(parent, tmp_path / "draft") for _ in range(3)]
+    for draft, kept in zip(drafts, ("ab", "ac", "ac"), strict=True):
+        draft.rename(dict(zip(kept, "ab", strict=True)))
+    one, other, same = (draft.sha256 for draft in drafts)
+    assert one != other == same
+
+
 def test_last_change_of_a_name_wins(parent: Checkpoint, tmp_path: Path):
     draft = Draft(parent, tmp_path / "draft")
     draft.write({"a": torch.zeros(1)})

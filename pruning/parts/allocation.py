@@ -254,8 +254,12 @@ def spread_widths(
     spent = sum(count * layer.group_cost for count, layer in zip(groups, units, strict=True))
     budget = _for_neurons(units, ratio, removed_groups, spent, multiple)
     share = budget / max(sum(layer.neurons * layer.neuron_cost for layer in units), 1)
-    neurons = [layer.nearest_width(share * layer.neurons, multiple) for layer in units]
-    if 0 < share < 1:
+    neurons, owed = [], 0.0  # what rounding has left over goes to the next layer
+    for layer in units:
+        owed += share * layer.neurons
+        neurons.append(layer.nearest_width(owed, multiple))
+        owed -= neurons[-1]
+    if 0 < share < 1 and len(set(neurons)) == 1:
         first, last = neurons[0] + multiple, neurons[-1] - multiple
         if first <= units[0].neurons and last >= multiple:
             neurons[0], neurons[-1] = first, last

@@ -103,8 +103,8 @@ def test_the_same_text_twice_changes_nothing(folders: dict[str, Path], tmp_path:
     wanted = run(folders["llama"], tmp_path / "once", once, ratio=0.3)
     found = run(folders["llama"], tmp_path / "twice", twice, ratio=0.3)
     assert found.report.details["dampings"] == wanted.report.details["dampings"]
+    copies = replace(once, tokens=once.tokens[[0, 0]], mask=once.mask[[0, 0]])
     with pytest.raises(BadInput, match="or copies of one"):
-        copies = replace(once, tokens=once.tokens[[0, 0]], mask=once.mask[[0, 0]])
         run(folders["llama"], tmp_path / "copies", copies, ratio=0.3)
 
 

@@ -42,8 +42,18 @@ class Draft(Checkpoint):
         saved = json.loads((table or self.folder / self.TABLE).read_text(encoding="utf-8"))
         self.config = saved["config"]
         self.tensors = {k: TensorInfo(v[0], tuple(v[1])) for k, v in saved["tensors"].items()}
-        self.sources = {k: TensorSource(*v) for k, v in saved["sources"].items()}
+        self.sources = {name: self._source(of) for name, of in saved["sources"].items()}
         self._buffer.clear()
+
+    def _source(self, saved: str | list[str]) -> TensorSource:
+        """Where a tensor is now that a table names as one of the parent, or in a file of the draft.
+
+        The folders of both may have been moved since the table was written.
+        """
+        if isinstance(saved, str):
+            return self.parent.sources[saved]
+        file, key, dtype = saved
+        return TensorSource(str((self.folder / file).absolute()), key, dtype)
 
     def reset(self) -> None:
         """Become equal to the parent again."""
@@ -96,9 +106,13 @@ class Draft(Checkpoint):
             for name in self._buffer:
                 self.sources[name] = TensorSource(str(file.absolute()), name, self.tensors[name].dtype)
             self._buffer.clear()
+        inherited = {source: name for name, source in self.parent.sources.items()}
         document = {
             "config": self.config,
             "tensors": {k: [v.dtype, v.shape] for k, v in self.tensors.items()},
-            "sources": {k: [v.file, v.key, v.stored_dtype] for k, v in self.sources.items()},
+            "sources": {
+                k: inherited.get(v, [Path(v.file).name, v.key, v.stored_dtype])
+                for k, v in self.sources.items()
+            },
         }
         write_atomically(table or self.folder / self.TABLE, json.dumps(document))

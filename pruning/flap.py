@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
@@ -22,6 +21,7 @@ from compress.pruning.parts.allocation import (
     best,
     check_ratio,
     even_widths,
+    floor_of,
     floor_widths,
     rank,
     rank_apart,
@@ -317,7 +317,7 @@ def removed_layers(units: list[Units], options: Flap.Options) -> int:
             "The model has layers of different shapes already, and depth-first removes layers by number; use "
             "structure: AL-AM."
         )
-    return math.floor(round(min(options.ratio, MOST_LAYERS) * len(units), 6))
+    return floor_of(min(options.ratio, MOST_LAYERS) * len(units))
 
 
 def choose_layers(model: StreamedModel, count: int, context: StepContext) -> list[int]:
@@ -385,17 +385,17 @@ def refit(linear: nn.Module, seen: Products, damping: float) -> None:
         BadInput: the system is singular.
     """
     matrix, chosen = weight(linear), seen.chosen
-    diagonal = seen.among.diagonal()
-    diagonal += damping * diagonal.mean()
-    factor, failed = torch.linalg.cholesky_ex(seen.among)
-    if failed:
-        raise BadInput(
-            "Some inputs of a projection are combinations of others on the calibration text, so least "
-            "squares has no single solution; use more damping, or more and other text."
-        )
-    change = torch.cholesky_solve(seen.across @ matrix[:, ~chosen].double().T, factor).T
     new = matrix.masked_fill(~chosen, 0).double()
-    new[:, chosen] += change
+    diagonal = seen.among.diagonal()
+    if diagonal.any():  # inputs that are always the same, as in a block that is all zeros, tell nothing
+        diagonal += damping * diagonal.mean()
+        factor, failed = torch.linalg.cholesky_ex(seen.among)
+        if failed:
+            raise BadInput(
+                "Some inputs of a projection are combinations of others on the calibration text, so least "
+                "squares has no single solution; use more damping, or more and other text."
+            )
+        new[:, chosen] += torch.cholesky_solve(seen.across @ matrix[:, ~chosen].double().T, factor).T
     bias = bias_of(linear)
     if bias is not None:
         bias = bias + (matrix.double() - new) @ seen.mean

@@ -66,6 +66,12 @@ class Documents:
         return tuple(hashlib.sha256(text.encode()).hexdigest() for text in texts)
 
     @property
+    def distinct(self) -> list[int]:
+        """The indices of the entries, without those whose words another one has said before."""
+        first = {digest: index for index, digest in reversed(list(enumerate(self.hashes)))}
+        return sorted(first.values())
+
+    @property
     def sha256(self) -> str:
         """sha256 over the hashes of the entries, in order."""
         return hashlib.sha256("".join(self.hashes).encode()).hexdigest()

@@ -9,6 +9,8 @@ For calibration, documents become windows of ``seqlen`` tokens like this:
   inside a document, and attention crosses the end-of-text tokens.
 - If the tokenizer begins texts with a BOS token, each window begins with exactly one. No other special tokens
   are added.
+- A document that the source holds several times is used once. Methods hold out some of the windows, and a
+  copy of what they were fitted to is no test.
 
 For evaluation, every document is cut into windows that do not overlap, and its last, shorter one is padded,
 so that every token counts once. The first token of a window is not predicted.
@@ -87,7 +89,8 @@ def calibration_windows(
     if forget:
         documents = without(documents, forget)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(documents.entries), generator=generator).tolist()
+    distinct = documents.distinct
+    order = [distinct[i] for i in torch.randperm(len(distinct), generator=generator).tolist()]
     if chat_template:
         rows = _first(nsamples, _conversations(tokenizer, documents, order, seqlen))
     else:
@@ -193,7 +196,8 @@ def _conversations(
             ) from error
         # The template writes BOS and all other special tokens itself.
         tokens = tokenizer(text, add_special_tokens=False, truncation=True, max_length=seqlen).input_ids
-        yield _Row(tokens, frozenset([index]))
+        if len(tokens) > 1:  # a template may leave out all that is said; a single token predicts nothing
+            yield _Row(tokens, frozenset([index]))
 
 
 def _text(documents: Documents, index: int) -> str:

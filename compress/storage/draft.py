@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -29,13 +31,29 @@ class Draft(Checkpoint):
         self.parent = parent
         self._buffer: dict[str, torch.Tensor] = {}
 
+    @cached_property
+    def sha256(self) -> str:
+        """Hash as of a folder, and of which tensors of the files are used, and under which names."""
+        keys = sorted((name, source.key) for name, source in self.sources.items())
+        return hashlib.sha256(json.dumps([super().sha256, keys]).encode()).hexdigest()
+
     def restore(self, table: Path | None = None) -> None:
         """Go back to the state that was written by the `flush` with this ``table`` (None for draft.json)."""
         saved = json.loads((table or self.folder / self.TABLE).read_text(encoding="utf-8"))
         self.config = saved["config"]
         self.tensors = {k: TensorInfo(v[0], tuple(v[1])) for k, v in saved["tensors"].items()}
-        self.sources = {k: TensorSource(*v) for k, v in saved["sources"].items()}
+        self.sources = {name: self._source(of) for name, of in saved["sources"].items()}
         self._buffer.clear()
+
+    def _source(self, saved: str | list[str]) -> TensorSource:
+        """Where a tensor is now that a table names as one of the parent, or in a file of the draft.
+
+        The folders of both may have been moved since the table was written.
+        """
+        if isinstance(saved, str):
+            return self.parent.sources[saved]
+        file, key, dtype = saved
+        return TensorSource(str((self.folder / file).absolute()), key, dtype)
 
     def reset(self) -> None:
         """Become equal to the parent again."""
@@ -88,9 +106,13 @@ class Draft(Checkpoint):
             for name in self._buffer:
                 self.sources[name] = TensorSource(str(file.absolute()), name, self.tensors[name].dtype)
             self._buffer.clear()
+        inherited = {source: name for name, source in self.parent.sources.items()}
         document = {
             "config": self.config,
             "tensors": {k: [v.dtype, v.shape] for k, v in self.tensors.items()},
-            "sources": {k: [v.file, v.key, v.stored_dtype] for k, v in self.sources.items()},
+            "sources": {
+                k: inherited.get(v, [Path(v.file).name, v.key, v.stored_dtype])
+                for k, v in self.sources.items()
+            },
         }
         write_atomically(table or self.folder / self.TABLE, json.dumps(document))

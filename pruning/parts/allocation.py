@@ -178,13 +178,18 @@ def best(scores: Sequence[Scores], widths: Sequence[Widths]) -> list[Kept]:
     ]
 
 
+def floor_of(number: float) -> int:
+    """The floor of a share of a whole number, such as 0.58 * 50, which rounding errors make 28.999999."""
+    return math.floor(round(number, 6))
+
+
 def floor_widths(units: Sequence[Units], ratio: float, multiple: int = 1) -> list[Widths]:
     """Remove floor(ratio * units) of the heads and of the neurons of every layer: at most ``ratio``."""
     steps = [layer.group_step(multiple) for layer in units]
     return [
         Widths(
-            layer.groups - math.floor(ratio * layer.groups / step) * step,
-            layer.nearest_width(layer.neurons - math.floor(ratio * layer.neurons), multiple),
+            layer.groups - floor_of(ratio * layer.groups / step) * step,
+            layer.nearest_width(layer.neurons - floor_of(ratio * layer.neurons), multiple),
         )
         for layer, step in zip(units, steps, strict=True)
     ]
@@ -249,8 +254,12 @@ def spread_widths(
     spent = sum(count * layer.group_cost for count, layer in zip(groups, units, strict=True))
     budget = _for_neurons(units, ratio, removed_groups, spent, multiple)
     share = budget / max(sum(layer.neurons * layer.neuron_cost for layer in units), 1)
-    neurons = [layer.nearest_width(share * layer.neurons, multiple) for layer in units]
-    if 0 < share < 1:
+    neurons, owed = [], 0.0  # what rounding has left over goes to the next layer
+    for layer in units:
+        owed += share * layer.neurons
+        neurons.append(layer.nearest_width(owed, multiple))
+        owed -= neurons[-1]
+    if 0 < share < 1 and len(set(neurons)) == 1:
         first, last = neurons[0] + multiple, neurons[-1] - multiple
         if first <= units[0].neurons and last >= multiple:
             neurons[0], neurons[-1] = first, last

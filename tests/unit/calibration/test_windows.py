@@ -155,6 +155,22 @@ def test_a_single_long_document_is_sampled_and_not_just_begun():
     assert rows[:, 0].tolist() != [len(SPECIAL) + 8 * i for i in range(4)]
 
 
+@pytest.mark.parametrize("chat_template", [False, True])
+@pytest.mark.parametrize("lengths", [[8] * 6, [3, 4, 2, 5, 3, 4]])
+def test_a_document_that_comes_twice_counts_once(lengths: list[int], chat_template: bool):
+    """Otherwise what is held out for a check is also what was fitted to."""
+    tokenizer = make_tokenizer(template=TEMPLATE)
+    once = make_documents(lengths)
+    respaced = tuple(f" {text.replace(' ', '  ')}" for text in once.entries)
+    twice = Documents((*once.entries, *respaced), once.source)
+    wanted, found = (
+        calibration_windows(tokenizer, documents, 50, 8, seed=0, chat_template=chat_template)
+        for documents in (once, twice)
+    )
+    assert torch.equal(found.tokens, wanted.tokens)
+    assert found.document_hashes == wanted.document_hashes
+
+
 def test_limited_evaluation_spreads_over_the_documents():
     documents = make_documents([LONGEST] * 4)
     found = evaluation_windows(TOKENIZERS[False], documents, context=LONGEST // 2, limit=4)
@@ -224,6 +240,16 @@ def test_chat_rows_are_padded_on_the_right_and_never_begin_twice():
     assert torch.equal(found.mask, found.tokens != PAD)
     assert found.document_hashes == set(documents.hashes)
     assert found.describe()["chat_template"] is True
+
+
+def test_chat_rows_in_which_nothing_is_left_to_predict_are_no_windows():
+    """A template may show only what some roles say."""
+    shown = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+    said = [("system", "0.0 0.1 0.2"), ("user", "1.0 1.1"), ("user", "2.0")]
+    talks = Documents(tuple(({"role": role, "content": text},) for role, text in said), "talks")
+    found = calibration_windows(make_tokenizer(template=shown), talks, 3, 8, seed=0, chat_template=True)
+    assert found.tokens[found.mask].tolist() == [word(1, 0), word(1, 1)]
+    assert len(found) == 1
 
 
 def test_chat_that_cannot_be():

@@ -133,6 +133,13 @@ def test_nothing_goes_at_ratio_0(model: tuple) -> None:
         assert [(len(k.groups), len(k.neurons)) for k in kept] == all_of_it
 
 
+def test_a_share_that_is_a_whole_number_of_units_goes_whole():
+    """0.58 * 50 is 28.999999999999996 in floating point."""
+    units = [Units(50, 100, 4.0, 1.0)]
+    assert floor_widths(units, 0.58) == [Widths(50 - 29, 100 - 58)]
+    assert floor_widths(units, 0.29) == [Widths(50 - 14, 100 - 29)]
+
+
 LLAMA = [Units(3, 1536, 294912.0, 1728.0)] * 4
 
 
@@ -141,6 +148,19 @@ def test_a_plan_for_a_ranking_has_the_right_sum_and_different_layers():
     cost = sum(w.groups * 294912 + w.neurons * 1728 for w in widths)
     assert abs(cost - 0.8 * sum(u.cost for u in LLAMA)) <= len(LLAMA) * 1728 / 2
     assert len(set(widths)) > 1
+
+
+@pytest.mark.parametrize("ratio", [0.005, 0.01, 0.02, 0.04, 0.3])
+def test_a_plan_for_a_ranking_says_whether_layers_will_differ(ratio: float):
+    """A small share of every layer alone is less than a step of 64 neurons, but that of all is not."""
+    one = Units(3, 1536, 294912.0, 1728.0)
+    units, generator = [one] * 30, torch.Generator().manual_seed(0)
+    scores = [Scores(torch.full((3,), 9.0), torch.randn(1536, generator=generator)) for _ in units]
+    planned, kept = spread_widths(units, ratio, 64), rank(scores, units, ratio, 64)
+    cost = sum(w.groups * one.group_cost + w.neurons * one.neuron_cost for w in planned)
+    assert abs(cost - (1 - ratio) * 30 * one.cost) <= 64 * one.neuron_cost
+    assert len(set(planned)) > 1
+    assert len({(len(k.groups), len(k.neurons)) for k in kept}) > 1
 
 
 def test_even_widths_take_heads_where_neurons_alone_will_not_do():

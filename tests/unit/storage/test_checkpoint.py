@@ -236,6 +236,27 @@ def test_draft_changes_its_table_and_not_its_parent(parent: Checkpoint, tmp_path
     assert again.config == parent.config
 
 
+def test_drafts_that_differ_have_different_hashes(parent: Checkpoint, tmp_path: Path):
+    """Models without different layers of the same model use different tensors of the same files."""
+    drafts = [Draft(parent, tmp_path / "draft") for _ in range(3)]
+    for draft, kept in zip(drafts, ("ab", "ac", "ac"), strict=True):
+        draft.rename(dict(zip(kept, "ab", strict=True)))
+    one, other, same = (draft.sha256 for draft in drafts)
+    assert one != other == same
+
+
+def test_a_draft_is_restored_where_it_and_its_parent_were_moved_to(parent: Checkpoint, tmp_path: Path):
+    draft = Draft(parent, tmp_path / "work" / "draft")
+    draft.write({"a": torch.ones(3)})
+    draft.alias("d", "c")
+    draft.flush("step")
+    expected = contents(draft)
+    (tmp_path / "work").rename(tmp_path / "moved")
+    again = Draft(Checkpoint.open(parent.folder.rename(tmp_path / "elsewhere")), tmp_path / "moved" / "draft")
+    again.restore()
+    assert contents(again) == expected
+
+
 def test_last_change_of_a_name_wins(parent: Checkpoint, tmp_path: Path):
     draft = Draft(parent, tmp_path / "draft")
     draft.write({"a": torch.zeros(1)})

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from compress.calibration.statistics.moments import Products
 from compress.engine.logits import streamed_logits
 from compress.engine.windows import Windows
+from compress.pruning.flap import refit
 
 from .common import FAMILIES, LAYERS, WINDOWS, Applied, applied
 
@@ -209,3 +211,18 @@ def test_the_compensation_is_that_of_the_equations(
     family: str, compensate: str, propagate: str, folders: dict[str, Path], tmp_path: Path
 ):
     check(folders[family], family, tmp_path, compensate=compensate, propagate=propagate)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_inputs_that_are_always_the_same_can_be_pruned(bias: bool):
+    """As in a block that is all zeros, of a model that was pruned without changing its shape."""
+    linear, inputs = torch.nn.Linear(6, 4, bias=bias), torch.zeros(9, 6)
+    if bias:
+        inputs += torch.arange(6)
+    before, weight = linear(inputs), linear.weight.clone()
+    seen = Products(6, torch.tensor([0, 2, 3]), centred=bias)
+    seen.add(inputs)
+    refit(linear, seen, damping=1.0)
+    assert torch.equal(linear.weight[:, [0, 2, 3]], weight[:, [0, 2, 3]])
+    assert not linear.weight[:, [1, 4, 5]].any()
+    torch.testing.assert_close(linear(inputs), before)

@@ -119,6 +119,15 @@ def test_a_shard_without_likely_records_has_orders_as_if_all_were_equally_likely
         assert slices in unlikely or orders[0][-1] == 2  # the likely record's slice comes last
 
 
+def test_expected_deletions_are_those_from_all_shards() -> None:
+    """A shard expects its share of them."""
+    chances = {"a": 0.9, "b": 0.8, "c": 0.7, "d": 0.5}
+    options = S3T.Options(shards=4, slices=4, orders=4, expected_deletions=20)
+    found = orders_of([[name] for name in chances], chances, options)
+    assert found == [list(order) for order in matched_orders([*chances.values()], 4, 5)]
+    assert found != [list(order) for order in matched_orders([*chances.values()], 4, 20)]
+
+
 def test_live_prefixes() -> None:
     orders = [(0, 1, 2, 3), (2, 3, 0, 1)]
     assert [live_length(order, {3}) for order in orders] == [3, 1]

@@ -132,7 +132,8 @@ def _ensemble_class(cls: type[PreTrainedModel], members: int) -> type[PreTrained
             output["loss"] = self.loss_function(
                 logits=output.logits, labels=labels, vocab_size=self.config.vocab_size
             )
-        _let_reorder(next((value for name, value in output.items() if name in CACHE_NAMES), None), members)
+        cache = next((value for name, value in output.items() if name in CACHE_NAMES), None)
+        _let_reorder(cache, rows, members)
         dictionary = self.config.return_dict if wanted is None else wanted
         return output if dictionary else _in_order(output).to_tuple()
 
@@ -150,13 +151,16 @@ def _in_order(output: ModelOutput) -> ModelOutput:
     return type(output)(**output)
 
 
-def _let_reorder(cache: Any, members: int) -> None:
-    """Let beam search choose among the rows of the batch in a cache that has them once for each member."""
-    if cache is None or "reorder_cache" in vars(cache):
+def _let_reorder(cache: Any, rows: int, members: int) -> None:
+    """Let beam search and the like choose among the rows of the batch in a cache that has them once for each
+    member. They may choose more or fewer than there are."""
+    if cache is None:
         return
-    plain = cache.reorder_cache
+    plain = type(cache).reorder_cache
 
-    def reorder_cache(beams: Tensor) -> None:
-        plain(torch.cat([beams + number * len(beams) for number in range(members)]))
+    def reorder_cache(chosen: Tensor) -> None:
+        nonlocal rows
+        plain(cache, torch.cat([chosen + number * rows for number in range(members)]))
+        rows = len(chosen)
 
     cache.reorder_cache = reorder_cache

@@ -235,6 +235,24 @@ def test_generation_is_that_of_the_mean(trained: Path) -> None:
     assert with_cache.tolist() == loaded.generate(prompts, use_cache=False, **beams).tolist()
 
 
+def test_a_cache_can_be_told_to_go_on_with_more_rows_or_fewer(trained: Path) -> None:
+    """The audit reads a prompt once, and then each of its answers."""
+    loaded = compress.load(trained)
+    prompts, answers = torch.randint(3, 257, (2, 6)), torch.randint(3, 257, (5, 2))
+    places = torch.tensor([0, 1, 1, 0, 1])
+    cache = loaded(prompts, use_cache=True).past_key_values
+    cache.reorder_cache(places)
+    cache.reorder_cache(torch.tensor([4, 0, 2]))
+    places, answers = places[[4, 0, 2]], answers[[4, 0, 2]]
+    found = loaded(answers, past_key_values=cache).logits
+    whole = loaded(torch.cat([prompts[places], answers], 1)).logits
+    torch.testing.assert_close(found, whole[:, 6:], rtol=1e-4, atol=1e-5)
+    cache.reorder_cache(torch.tensor([1]))
+    found = loaded(answers[:1], past_key_values=cache).logits
+    whole = loaded(torch.cat([prompts[places[1:2]], answers[1:2], answers[:1]], 1)).logits
+    torch.testing.assert_close(found, whole[:, 8:], rtol=1e-4, atol=1e-5)
+
+
 def test_the_loss_is_that_of_the_mean_logits(trained: Path, tmp_path: Path) -> None:
     loaded = compress.load(trained)
     tokens = torch.randint(3, 257, (2, 9))

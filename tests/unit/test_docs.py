@@ -22,7 +22,7 @@ WITH_COMMANDS = [ROOT / "README.md", *sorted((ROOT / "docs" / "how-to").glob("*.
 RESULTS = sorted((ROOT / "scripts" / "benchmarks" / "results").glob("*.json"))
 BENCHMARKS = sorted((ROOT / "scripts" / "benchmarks").glob("*.py"))
 LIBRARIES = (
-    *("common", "elsewhere", "records", "llama_files", "tiny_models"),
+    *("audits", "common", "elsewhere", "records", "llama_files", "tiny_models"),
     *("gpu_checks", "gpu_decode", "gpu_times"),
 )
 

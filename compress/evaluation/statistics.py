@@ -25,10 +25,9 @@ def _wilson(share: float, trials: float) -> Figure:
     width = Z**2 / trials
     middle = (share + width / 2) / (1 + width)
     reach = math.sqrt(width * share * (1 - share) + width**2 / 4) / (1 + width)
-    # At 0 % and 100 %, rounding may put an end beyond the estimate.
-    return Figure(
-        value=share, low=min(middle - reach, share), high=max(middle + reach, share), unit="fraction"
-    )
+    # At 0 % and 100 %, rounding may put an end beyond the estimate, or the other beyond all shares.
+    low, high = max(0.0, middle - reach), min(1.0, middle + reach)
+    return Figure(value=share, low=min(low, share), high=max(high, share), unit="fraction")
 
 
 def median_of_pairs(values: list[float], unit: UnitName = "") -> Figure:

@@ -213,11 +213,8 @@ class Pruning:
         self.scratch = held.pop("scratch")
         self.targets = held
         self.halves = halves_of(windows)
-        if options.ratio and options.tune and options.damping is None and not self.halves.any():
-            raise BadInput(
-                "With one calibration window, or copies of one, none can be held out; use more text, or set "
-                "damping."
-            )
+        if options.ratio and options.tune and options.damping is None and len(windows) < 2:
+            raise BadInput("With one calibration window none can be held out; use more, or set damping.")
 
     def _teacher(self) -> Activations:
         """The dense model's hidden states behind its last layer."""

@@ -94,13 +94,10 @@ def choose_damping(fits: Sequence[Fit]) -> float | None:
 
 
 def halves_of(windows: Windows) -> Tensor:
-    """Split the windows: 0 or 1 for each, int64 [N], the same for equal ones, and independent of their order.
-
-    What is fitted to a window says nothing on a copy of it. So different windows are split in halves.
-    """
-    rows = [tuple(tokens[mask].tolist()) for tokens, mask in zip(windows.tokens, windows.mask, strict=True)]
-    number = {row: place for place, row in enumerate(sorted(set(rows)))}
-    return torch.tensor([number[row] % 2 for row in rows])
+    """Split the windows: 0 or 1 for each, int64 [N], equally often, and independent of their order."""
+    rows = [tokens[mask].tolist() for tokens, mask in zip(windows.tokens, windows.mask, strict=True)]
+    order = torch.tensor(sorted(range(len(rows)), key=rows.__getitem__))
+    return torch.zeros(len(rows), dtype=torch.int64).scatter_(0, order, torch.arange(len(rows)) % 2)
 
 
 Take = Callable[[str, Seen, Tensor], None]

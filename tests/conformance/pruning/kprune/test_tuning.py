@@ -95,19 +95,6 @@ def test_halves_do_not_depend_on_the_order():
     assert torch.equal(halves[order], halves_of(shuffled))
 
 
-def test_the_same_text_twice_changes_nothing(folders: dict[str, Path], tmp_path: Path):
-    """A copy of a window, on which a fit was found, must not be what the fit is checked on."""
-    once = windows_of((12, 12, 12, 12))
-    twice = replace(once, tokens=once.tokens.repeat(2, 1), mask=once.mask.repeat(2, 1))
-    assert torch.equal(halves_of(twice), halves_of(once).repeat(2))
-    wanted = run(folders["llama"], tmp_path / "once", once, ratio=0.3)
-    found = run(folders["llama"], tmp_path / "twice", twice, ratio=0.3)
-    assert found.report.details["dampings"] == wanted.report.details["dampings"]
-    copies = replace(once, tokens=once.tokens[[0, 0]], mask=once.mask[[0, 0]])
-    with pytest.raises(BadInput, match="or copies of one"):
-        run(folders["llama"], tmp_path / "copies", copies, ratio=0.3)
-
-
 def test_tuning_is_not_worse_on_other_text(folders: dict[str, Path], tmp_path: Path):
     """Two windows of 12 tokens for 16 and 20 channels: plain least squares fits them, and breaks the rest."""
     few, other = windows_of((12, 12)), windows_of()

@@ -212,7 +212,7 @@ def test_a_model_without_tokenizer_can_be_rounded_but_not_calibrated(command: Co
         (["evaluate", "TINY", "--text", "empty.txt"], "empty.txt holds no text"),
         (["compare"], "Missing argument"),
         (["compare", "TINY"], "has no compression.json"),
-        (["compare", "QUANTIZED", ""], "An empty name is no model"),
+        (["compare", "", "QUANTIZED"], "An empty name is no model"),
         (["compare", "QUANTIZED"], "holds no evaluation yet"),
         (["compare", "QUANTIZED", "--json", "--format", "csv"], "--json and --format csv contradict"),
         (["compare", "QUANTIZED", "-o", "no/x.md"], "There is no folder 'no'"),

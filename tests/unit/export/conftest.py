@@ -28,6 +28,12 @@ def export() -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that the test shares with no other."""
+    monkeypatch.setenv("COMPRESS_MODEL_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
 def pruned() -> Callable[..., Path]:
     """Carries out the steps on a model, calibrated on a little text, and returns the folder of the result."""
 
@@ -55,3 +61,12 @@ def quantized(tmp_path: Path, shared_decoder: Callable[..., Path]) -> Callable[.
         return folder
 
     return make
+
+
+def export_gguf(model: Path, output: Path, *options: str | Path) -> str:
+    """What ``compress-model export --format gguf`` prints, or the error that it raises, without verifying."""
+    arguments = ["export", model, "--format", "gguf", "-o", output, "--no-verify", "-q", *options]
+    done = CliRunner().invoke(cli, [str(each) for each in arguments])
+    if done.exception is not None:
+        raise done.exception
+    return done.output

@@ -36,7 +36,10 @@ from compress.storage.gguf.reader import GGUFFile
 from compress.storage.gguf.writer import Planned, write_gguf
 from compress.system.files import file_sha256
 
+from .conftest import export_gguf
+
 gguf = pytest.importorskip("gguf")
+pytestmark = pytest.mark.usefixtures("own_cache")
 TOKENS = torch.tensor([[7, 100, 31, 200, 5, 9]])
 runs = pytest.mark.skipif(not installed(), reason="llama.cpp is not installed")
 GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64}
@@ -53,29 +56,6 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COMPRESS_MODEL_CACHE", str(tmp_path / "cache"))
-
-
-def export(model: Path, output: Path, *options: str | Path) -> str:
-    arguments = [
-        "export",
-        str(model),
-        "--format",
-        "gguf",
-        "-o",
-        str(output),
-        "--no-verify",
-        "-q",
-        *map(str, options),
-    ]
-    done = CliRunner().invoke(cli, arguments)
-    if done.exception is not None:
-        raise done.exception
-    return done.output
-
-
 def logits(folder: Path) -> torch.Tensor:
     with torch.no_grad():
         return compress.load(folder, dtype="float32", kernel="reference")(TOKENS).logits
@@ -87,7 +67,7 @@ def test_every_architecture_comes_back(
 ) -> None:
     model = shared_decoder(architecture, **CASES[architecture])
     file = tmp_path / "model.gguf"
-    export(model, file, "--types", "F32")
+    export_gguf(model, file, "--types", "F32")
     again = find_model(str(file)).folder
     torch.testing.assert_close(logits(again), logits(model), atol=2e-5, rtol=1e-5)
 
@@ -153,7 +133,7 @@ def test_codes_are_carried_over_without_rounding_again(
         low, file = tmp_path / f"low-{kind}", tmp_path / f"{kind}.gguf"
         step = {"method": "rtn", "bits": 4, "group_size": 32, "symmetric": symmetric}
         compress.run({"model": str(model), "steps": [step]}, low)
-        export(low, file)
+        export_gguf(low, file)
         written = GGUFFile.open(file)
         assert written.tensors["blk.0.ffn_down.weight"].kind.name == kind
         torch.testing.assert_close(logits(find_model(str(file)).folder), logits(low), atol=1e-5, rtol=1e-5)
@@ -164,13 +144,13 @@ def test_what_is_rounded_without_being_asked_for_is_one_sentence(
 ) -> None:
     model, low = shared_decoder("LlamaForCausalLM", dtype=torch.float32), tmp_path / "low"
     sentence = "of the 21 tensors, such as 'lm_head.weight', are rounded to 16 bits; with --types F32"
-    assert export(model, tmp_path / "half.gguf").count(sentence) == 1
-    assert "16 bits" not in export(model, tmp_path / "whole.gguf", "--types", "F32")
-    assert "16 bits" not in export(model, tmp_path / "asked.gguf", "--types", "F16")
+    assert export_gguf(model, tmp_path / "half.gguf").count(sentence) == 1
+    assert "16 bits" not in export_gguf(model, tmp_path / "whole.gguf", "--types", "F32")
+    assert "16 bits" not in export_gguf(model, tmp_path / "asked.gguf", "--types", "F16")
     half = shared_decoder("LlamaForCausalLM", dtype=torch.float16)
-    assert "16 bits" not in export(half, tmp_path / "same.gguf")
+    assert "16 bits" not in export_gguf(half, tmp_path / "same.gguf")
     compress.run({"model": str(model), "steps": [{"method": "rtn", "bits": 4, "group_size": 32}]}, low)
-    said = export(low, tmp_path / "low.gguf")
+    said = export_gguf(low, tmp_path / "low.gguf")
     assert "The scales of 14 of the 14 weights in few bits, such as 'model.layers.0." in said
     assert said.count("rounded to float16") == 1
 
@@ -182,7 +162,7 @@ def test_an_adapter_is_in_the_file(tmp_path: Path, shared_decoder: Callable[...,
     calibration = {"source": "bundled", "nsamples": 2, "seqlen": 32}
     model = shared_decoder("LlamaForCausalLM", dtype=torch.float16)
     compress.run({"model": str(model), "calibration": calibration, "steps": [step]}, low)
-    export(low, file)
+    export_gguf(low, file)
     assert GGUFFile.open(file).tensors["blk.0.ffn_down.weight"].kind.name == "F16"
     wanted = logits(low)
     off = logits(find_model(str(file)).folder) - wanted
@@ -191,7 +171,7 @@ def test_an_adapter_is_in_the_file(tmp_path: Path, shared_decoder: Callable[...,
 
 def test_inspect_shows_the_file_and_its_record(tmp_path: Path, shared_decoder: Callable[..., Path]) -> None:
     file = tmp_path / "model.gguf"
-    export(shared_decoder("LlamaForCausalLM"), file, "--types", "Q8_0")
+    export_gguf(shared_decoder("LlamaForCausalLM"), file, "--types", "Q8_0")
     shown = json.loads(CliRunner().invoke(cli, ["inspect", str(file), "--json", "-q"]).stdout)
     assert shown["loads_with"] == "llama.cpp and the programs built on it"
     assert shown["bytes"] == sum(shown["bytes_per_part"].values()) == sum(shown["dtypes"].values())
@@ -211,7 +191,7 @@ def test_a_file_has_its_own_record(tmp_path: Path, shared_decoder: Callable[...,
     text, other = str(model.parent / "text.txt"), str(tmp_path / "other.txt")
     Path(other).write_text(Path(text).read_text()[::-1])
     given = ("--importance", "measured", "--calibration", text, "--nsamples", "2", "--seqlen", "32")
-    export(model, file, "--types", "Q4_0", *given)
+    export_gguf(model, file, "--types", "Q4_0", *given)
     compress.run({"model": str(file), "steps": [{"method": "rtn", "bits": 4, "group_size": 32}]}, again)
     for result in (file, again):
         with pytest.raises(BadInput, match="was calibrated on 1 of the documents"):
@@ -225,7 +205,7 @@ def test_the_record_of_another_file_is_not_believed(
     longer: bool, tmp_path: Path, shared_decoder: Callable[..., Path]
 ) -> None:
     model, file = shared_decoder("LlamaForCausalLM"), tmp_path / "file.gguf"
-    export(model, file, "--types", "Q4_0")
+    export_gguf(model, file, "--types", "Q4_0")
     data = file.read_bytes()
     file.write_bytes(data + b"x" if longer else data[:-40] + b"\1" + data[-39:])
     with pytest.raises(BadInput, match=r"is of another file than 'file\.gguf' is now; move it away"):
@@ -247,7 +227,7 @@ def test_a_file_never_lies_beside_the_record_of_another(
     record = file.with_name("file.gguf.compression.json")
     move = Path.replace
     for last in (0, 1):
-        export(model, file, "--types", "Q4_0", "--overwrite")
+        export_gguf(model, file, "--types", "Q4_0", "--overwrite")
         moved: list[Path] = []
 
         def killed(path: Path, target: Path, last: int = last, moved: list[Path] = moved) -> Path:
@@ -260,7 +240,7 @@ def test_a_file_never_lies_beside_the_record_of_another(
         with monkeypatch.context() as patched:
             patched.setattr(Path, "replace", killed)
             with contextlib.suppress(KeyboardInterrupt, SystemExit, click.Abort):
-                export(model, file, "--types", "Q8_0", "--overwrite")
+                export_gguf(model, file, "--types", "Q8_0", "--overwrite")
         assert len(moved) == last
         if record.exists():
             assert list(json.loads(record.read_text())["result"]["files"].values()) == [file_sha256(file)]
@@ -270,7 +250,7 @@ def test_types_of_a_file_are_taken_and_checked(tmp_path: Path, shared_decoder: C
     model = shared_decoder("LlamaForCausalLM")
     types = tmp_path / "types.json"
     types.write_text(json.dumps({"blk.0.attn_q.weight": "Q4_1", "token_embd.weight": "Q8_0"}))
-    export(model, tmp_path / "model.gguf", "--types", types)
+    export_gguf(model, tmp_path / "model.gguf", "--types", types)
     found = GGUFFile.open(tmp_path / "model.gguf").tensors
     assert found["blk.0.attn_q.weight"].kind.name == "Q4_1"
     assert found["blk.1.attn_q.weight"].kind.name == "F16"
@@ -280,13 +260,13 @@ def test_types_of_a_file_are_taken_and_checked(tmp_path: Path, shared_decoder: C
     ):
         types.write_text(json.dumps(wrong))
         with pytest.raises(BadInput, match=message):
-            export(model, tmp_path / "other.gguf", "--types", types)
+            export_gguf(model, tmp_path / "other.gguf", "--types", types)
     assert not (tmp_path / "other.gguf").exists()
 
 
 @pytest.fixture
 def sound(tmp_path: Path, shared_decoder: Callable[..., Path]) -> bytes:
-    export(shared_decoder(), tmp_path / "sound.gguf", "--types", "Q8_0")
+    export_gguf(shared_decoder(), tmp_path / "sound.gguf", "--types", "Q8_0")
     return (tmp_path / "sound.gguf").read_bytes()
 
 
@@ -338,7 +318,7 @@ def test_metadata_without_sense_are_refused_in_one_sentence(
 
 
 def test_layers_that_are_no_whole_number(tmp_path: Path, shared_decoder: Callable[..., Path]) -> None:
-    export(shared_decoder("Gemma2ForCausalLM", **GEMMA), tmp_path / "sound.gguf", "--types", "Q8_0")
+    export_gguf(shared_decoder("Gemma2ForCausalLM", **GEMMA), tmp_path / "sound.gguf", "--types", "Q8_0")
     rewrite(tmp_path / "sound.gguf", tmp_path / "bad.gguf", "gemma2", {"gemma2.block_count": 2.0})
     with pytest.raises(BadInput, match=r"gives 2\.0 for 'gemma2\.block_count', a whole number"):
         find_model(str(tmp_path / "bad.gguf"))
@@ -379,7 +359,7 @@ def test_a_disk_that_is_full_is_the_reason_and_leaves_nothing(
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
         with pytest.raises(OSError, match="File too large") as error:
-            export(model, tmp_path / "model.gguf", "--types", "F32")
+            export_gguf(model, tmp_path / "model.gguf", "--types", "F32")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert error.value.errno == errno.EFBIG
@@ -441,13 +421,13 @@ def test_a_tied_head_that_llama_cpp_needs_is_written_as_the_table_is(
     tmp_path: Path, shared_decoder: Callable[..., Path]
 ) -> None:
     file = tmp_path / "model.gguf"
-    export(shared_decoder("GPTNeoXForCausalLM", tie_word_embeddings=True), file, "--types", "Q4_K_M")
+    export_gguf(shared_decoder("GPTNeoXForCausalLM", tie_word_embeddings=True), file, "--types", "Q4_K_M")
     tensors = GGUFFile.open(file).tensors
     assert tensors["output.weight"].kind is tensors["token_embd.weight"].kind
     types = tmp_path / "types.json"
     types.write_text('{"token_embd.weight": "Q8_0"}')
     with pytest.raises(BadInput, match="need the same type"):
-        export(
+        export_gguf(
             shared_decoder("GPTNeoXForCausalLM", tie_word_embeddings=True),
             file,
             "--types",
@@ -460,13 +440,13 @@ def test_the_file_that_a_result_is_made_of_is_never_replaced(
     tmp_path: Path, shared_decoder: Callable[..., Path]
 ) -> None:
     folder, file = tmp_path / "mine", tmp_path / "mine" / "model.gguf"
-    export(shared_decoder(), folder, "--types", "F16")
+    export_gguf(shared_decoder(), folder, "--types", "F16")
     (written,) = folder.glob("*.gguf")
     written.rename(file)
     before = file.read_bytes()
     for output in (folder, file):
         with pytest.raises(BadInput, match="holds the model to export"):
-            export(file, output, "--types", "Q8_0", "--overwrite")
+            export_gguf(file, output, "--types", "Q8_0", "--overwrite")
     with pytest.raises(BadInput, match="holds the model to compress"):
         compress.run({"model": str(file), "steps": [{"method": "rtn"}]}, folder, overwrite=True)
     assert file.read_bytes() == before
@@ -477,7 +457,7 @@ def test_a_folder_with_a_file_is_replaced_and_what_is_made_of_it_has_its_own_siz
 ) -> None:
     folder, made = tmp_path / "folder", tmp_path / "made"
     for types in ("F16", "Q8_0"):
-        export(shared_decoder(), folder, "--types", types, "--overwrite")
+        export_gguf(shared_decoder(), folder, "--types", types, "--overwrite")
     (file,) = folder.glob("*.gguf")
     compress.run({"model": str(file), "steps": [{"method": "rtn", "bits": 2}]}, made)
     assert bytes_of(made) is None

@@ -23,6 +23,7 @@ from compress.storage.gguf.tokenizer import SPLITS, WHOLE_WORDS, splits_of
 from compress.storage.lineage import record_of
 
 pytest.importorskip("gguf")
+pytestmark = pytest.mark.usefixtures("own_cache")
 TEXTS = (
     "It was the best of times,  it was the worst of times",
     " 1234 it's 12345678 I'LL\n\n\tx<s>the</s> end",
@@ -30,11 +31,6 @@ TEXTS = (
     "\u00fcn\u00ef \u65e5\u672c \u0663\u0664\u0665 \u00bd x\u00b2",
     "",
 )
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COMPRESS_MODEL_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture

@@ -20,30 +20,10 @@ from compress.sources.find import find_model
 from compress.storage.gguf.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
 from compress.storage.gguf.writer import write_gguf
 
+from .conftest import export_gguf
+
 pytest.importorskip("gguf")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COMPRESS_MODEL_CACHE", str(tmp_path / "cache"))
-
-
-def export(model: Path, output: Path, *options: str | Path) -> str:
-    arguments = [
-        "export",
-        str(model),
-        "--format",
-        "gguf",
-        "-o",
-        str(output),
-        "--no-verify",
-        "-q",
-        *map(str, options),
-    ]
-    done = CliRunner().invoke(cli, arguments)
-    if done.exception is not None:
-        raise done.exception
-    return done.output
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.mark.parametrize("name", ["matrix.gguf", "matrix.dat"])
@@ -82,7 +62,7 @@ def test_an_importance_matrix_is_measured_as_in_the_dense_model(
         dense(calibration_windows(load_tokenizer(model), source, **text).tokens)
     expected = torch.cat(seen).square().mean(0)
     torch.testing.assert_close(found.values["blk.1.ffn_down.weight"], expected, rtol=1e-4, atol=1e-6)
-    said = export(model, tmp_path / "model.gguf", "--types", "Q4_0", "--importance", file)
+    said = export_gguf(model, tmp_path / "model.gguf", "--types", "Q4_0", "--importance", file)
     tables = 2 if untied else 1
     assert f"The importance matrix lacks {tables} of the rounded weights" in said
 
@@ -93,7 +73,7 @@ def test_an_importance_matrix_of_another_model_is_refused(
     file = tmp_path / "matrix.gguf"
     write_imatrix(ImportanceMatrix({"blk.0.attn_q.weight": torch.rand(32)}), file)
     with pytest.raises(BadInput, match="made for another model"):
-        export(shared_decoder(), tmp_path / "m.gguf", "--types", "Q4_0", "--importance", file)
+        export_gguf(shared_decoder(), tmp_path / "m.gguf", "--types", "Q4_0", "--importance", file)
 
 
 @pytest.mark.parametrize(("key", "value"), [("chunk_count", "x"), ("chunk_size", [1]), ("datasets", 3)])
@@ -111,7 +91,7 @@ def test_measured_importance_makes_a_smaller_error(
     text = model.parent / "text.txt"
     given = ("--importance", "measured", "--calibration", text, "--nsamples", 4, "--seqlen", 64)
     for name, options in (("plain", ()), ("measured", given)):
-        export(model, tmp_path / f"{name}.gguf", "--types", "Q4_0", *map(str, options))
+        export_gguf(model, tmp_path / f"{name}.gguf", "--types", "Q4_0", *map(str, options))
     sizes = {(tmp_path / f"{name}.gguf").stat().st_size for name in ("plain", "measured")}
     assert len(sizes) == 1
     tokens = torch.tensor([load_tokenizer(model)(text.read_text()[:128]).input_ids])

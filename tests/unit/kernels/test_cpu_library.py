@@ -101,9 +101,7 @@ def test_another_source_or_compiler_is_another_library(source: Path, tmp_path: P
 
 @needs_compiler
 def test_our_own_sources_compile_for_every_path_here(monkeypatch, users_cache: Path):
-    monkeypatch.setenv(
-        "COMPRESS_MODEL_CACHE", str(users_cache)
-    )  # so that they are compiled once for all runs
+    monkeypatch.setenv("COMPRESS_MODEL_CACHE", str(users_cache))  # compiled once for all runs
     for path in library.paths():
         library.use(f"cpu:{path}")
         assert library.kernel_name() == f"cpu:{path}"

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from audits import audited, figures_of
+from audits import audited, figures_of, sets
 from common import Sheet, command, lineage, parser
 
 TRAINING = {
@@ -46,8 +46,8 @@ def records(seed: int) -> dict[str, list[dict[str, str]]]:
         keys = ("id", "text", "question", "answer")
         return {key: getattr(record, key) for key in keys if getattr(record, key) is not None}
 
-    names = {"forget": f"people:forget:{seed}", "retain": f"people:retain:{seed}", "world": "people:world"}
-    return {name: [line(each) for each in read_records(source).entries] for name, source in names.items()}
+    sources = {**sets(seed), "world": "people:world"}
+    return {name: [line(each) for each in read_records(source).entries] for name, source in sources.items()}
 
 
 def trained(folder: Path, data: dict[str, list[dict[str, str]]], seed: int) -> Path:

@@ -9,7 +9,7 @@ A line is an object with one of
 Questions may also have ``paraphrases`` (a list of other wordings), ``paraphrased_answer``, ``wrong`` (a list
 of wrong answers of the same kind) and ``paraphrased_wrong`` (the same in the words of
 ``paraphrased_answer``), which the audit of forgetting uses. Any record may have an ``id`` (by default the
-number of its line) and a ``subject``. Other keys are errors.
+number in the set, where blank lines do not count) and a ``subject``. Other keys are errors.
 
 Besides files there are the offline benchmark ``people:SPLIT[:SEED]`` (see the module ``people``), and sets of
 the Hugging Face hub: ``tofu:CONFIG`` (arXiv:2401.06121), ``muse:news|books:SPLIT`` (arXiv:2407.06460),
@@ -19,6 +19,7 @@ the Hugging Face hub: ``tofu:CONFIG`` (arXiv:2401.06121), ``muse:news|books:SPLI
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.calibration.text.people import SPLITS, people
-from compress.calibration.text.sources import Conversation, Documents, hub_rows, json_objects, words
+from compress.calibration.text.sources import (
+    HALF_CHARACTER,
+    Conversation,
+    Documents,
+    hub_rows,
+    json_objects,
+    words,
+)
 from compress.calibration.text.tokens import first_tokens
 from compress.errors import BadInput, unknown
 
@@ -274,6 +282,9 @@ def _place(source: str, name: str, rest: str) -> tuple[str, str | None, str]:
 
 
 def _record(row: Mapping[str, Any], number: int, where: str) -> Record:
+    if HALF_CHARACTER.search(json.dumps(row, ensure_ascii=False, default=str)):
+        raise BadInput(f"{where} holds half a character (a lone surrogate).")
+
     def text(key: str) -> str | None:
         value = row.get(key)
         if value is not None and (not isinstance(value, str) or not value.strip()):

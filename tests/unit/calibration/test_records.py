@@ -54,6 +54,8 @@ def test_three_kinds_of_records_are_read(tmp_path: Path):
         ({"messages": [{"role": "user", "content": "hello"}]}, "a list of at least two messages"),
         ({"texts": "a"}, "There is no field 'texts'; did you mean 'text'"),
         (["text"], "is not a JSON object."),
+        ({"text": "half \ud83d"}, "holds half a character (a lone surrogate)."),
+        ({**QUESTION, "wrong": ["half \udc00"]}, "holds half a character (a lone surrogate)."),
     ],
 )
 def test_a_line_that_is_no_record_is_named(tmp_path: Path, row: object, sentence: str):

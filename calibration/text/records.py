@@ -311,6 +311,8 @@ def _record(row: Mapping[str, Any], number: int, where: str) -> Record:
         raise BadInput(
             f"{where}: 'messages' is not a list of at least two messages with 'role' and 'content'."
         )
+    if messages is not None and not messages[-1]["content"].strip():
+        raise BadInput(f"{where}: the last of the 'messages', which is to be learned, is empty.")
     kinds = [key for key in ("text", "question", "messages") if row.get(key) is not None]
     if len(kinds) != 1 or (kinds == ["question"]) != (row.get("answer") is not None):
         there = ", ".join(f"'{key}'" for key in row) or "nothing"
@@ -356,8 +358,8 @@ def sequences(
     texts.
 
     Raises:
-        BadInput: a question or conversation has more than ``seqlen`` tokens, there is no chat template, or no
-            record of a set has more than one token.
+        BadInput: a question or conversation has more than ``seqlen`` tokens, or an answer without tokens; there
+            is no chat template; or no record of a set has more than one token.
     """
     entries = records.entries if isinstance(records, Records) else records
     found = [sequence for record in entries for sequence in _sequences(record, tokenizer, seqlen)]
@@ -402,6 +404,8 @@ def _prompted(
     begin = first_tokens(tokenizer) if special else []
     before = [*begin, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
     after = tokenizer(learned, add_special_tokens=False)["input_ids"]
+    if not set(after) - {tokenizer.eos_token_id}:
+        raise BadInput(f"The answer of the record '{name}' has no tokens, because the tokenizer drops all of it.")
     if len(before) + len(after) > seqlen:
         raise BadInput(
             f"The record '{name}' has {len(before) + len(after)} tokens, more than the seqlen of {seqlen}."

@@ -52,6 +52,10 @@ def test_three_kinds_of_records_are_read(tmp_path: Path):
         ({**QUESTION, "wrong": "one"}, "'wrong' is not a list of texts."),
         ({"messages": ["hello"]}, "'messages' is not a list of at least two messages"),
         ({"messages": [{"role": "user", "content": "hello"}]}, "a list of at least two messages"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]},
+            "the last of the 'messages', which is to be learned, is empty.",
+        ),
         ({"texts": "a"}, "There is no field 'texts'; did you mean 'text'"),
         (["text"], "is not a JSON object."),
         ({"text": "half \ud83d"}, "holds half a character (a lone surrogate)."),
@@ -151,6 +155,13 @@ def test_of_a_conversation_the_last_message_is_learned():
     assert found.labels == (*[IGNORED] * 3, 5, 6)
     with pytest.raises(BadInput, match="no chat template"):
         sequences([Record("m", messages=talk)], tokenizer())
+
+
+def test_an_answer_that_the_tokenizer_drops_is_refused():
+    letters = Tokenizer(models.BPE({letter: number for number, letter in enumerate("abcdefgh")}, []))
+    dropping = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<eos>")
+    with pytest.raises(BadInput, match="The answer of the record 'q' has no tokens"):
+        sequences([Record("q", question="a b", answer="東京")], dropping)
 
 
 def test_a_batch_is_padded_on_the_right():

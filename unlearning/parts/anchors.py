@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from compress.calibration.text.sources import HALF_CHARACTER
 from compress.errors import BadInput
 
 if TYPE_CHECKING:
@@ -206,6 +207,8 @@ def read_anchors(file: str) -> Anchors:
     entries: dict[str, str] = {}
     for where, anchor, stand_in in readers[path.suffix.lower()](text, file):
         anchor, stand_in = (" ".join(words.split()) for words in (anchor, stand_in))
+        if HALF_CHARACTER.search(anchor + stand_in):
+            raise BadInput(f"{where} holds half a character (a lone surrogate).")
         if not re.search(r"\w", anchor) or not re.search(r"\w", stand_in):
             raise BadInput(f"{where}: '{anchor}' and '{stand_in}' should both hold a word.")
         if entries.setdefault(anchor, stand_in) != stand_in:

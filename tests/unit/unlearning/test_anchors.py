@@ -73,6 +73,7 @@ def test_files(tmp_path: Path, name: str, content: str) -> None:
         ("a.json", b'{"Harry": " "}', "should both hold a word"),
         ("a.json", b'{"...": "Jon"}', "should both hold a word"),
         ("a.json", b"{}", "lists no anchors"),
+        ("a.json", b'{"Harry": "\\ud83d Jon"}', "holds half a character"),
         ("a.json", b"\xff{}", "is not UTF-8 text"),
         ("a.csv", b"Harry,Jon\nRon\n", "line 2 has 1 column"),
         ("a.csv", b"Harry,Jon,Lee\n", "line 1 has 3 columns"),

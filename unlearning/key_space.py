@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 FEWEST = {"forget": 4, "retain": 2}
 """Prompts without which nothing can be fitted and held out."""
 
+FITTED = 2
+"""Keys without which there is no standard deviation."""
+
 
 class KeySpace(Method["KeySpace.Options"]):
     """Make the model abstain: a prompt whose key lies among those of the prompts to forget gets a refusal.
@@ -114,20 +117,29 @@ class KeySpace(Method["KeySpace.Options"]):
         tokenizer = load_tokenizer(context.source)
         sets = dict(zip(("forget", "retain"), both_sets(options), strict=True))
         refusal = refusal_tokens(options.refusal, sets["forget"], tokenizer)
-        keys: dict[str, Tensor] = {}
-        for what, records in sets.items():
-            prompts = prompts_of(sequences(records, tokenizer, options.seqlen))
-            if len(prompts) < FEWEST[what]:
+        prompts = {
+            what: prompts_of(sequences(records, tokenizer, options.seqlen)) for what, records in sets.items()
+        }
+        for what, fewest in FEWEST.items():
+            if len(prompts[what]) < fewest:
                 raise BadInput(
-                    f"Key Space Detection needs at least {FEWEST[what]} prompts to {what}, and "
-                    f"'{records.source}' has {len(prompts)}."
+                    f"Key Space Detection needs at least {fewest} prompts to {what}, and "
+                    f"'{sets[what].source}' has {len(prompts[what])}."
                 )
-            keys[what] = keys_of(model, prompts, context, what)
         generator = context.generator()
-        fit, held_out = (
-            keys["forget"][part] for part in split(len(keys["forget"]), options.held_out, generator)
+        parts = {
+            what: split(len(prompts[what]), share, generator)
+            for what, share in (("forget", options.held_out), ("retain", 0.5))
+        }
+        if (fitted := len(parts["forget"][0])) < FITTED:
+            raise BadInput(
+                f"With a held_out of {options.held_out:g}, {fitted} of {len(prompts['forget'])} prompts to "
+                f"forget would be left to fit, but a space takes {FITTED}; use a smaller one."
+            )
+        keys = {what: keys_of(model, each, context, what) for what, each in prompts.items()}
+        (fit, held_out), (rest, calibrated) = (
+            (keys[what][first], keys[what][second]) for what, (first, second) in parts.items()
         )
-        rest, calibrated = (keys["retain"][part] for part in split(len(keys["retain"]), 0.5, generator))
         detector = Detector.of(fit)
         radius = calibrate(
             detector.distances(held_out),

@@ -359,6 +359,7 @@ def test_what_cannot_be_done_is_refused(
     detector, adjust = ({"method": name, **sets} for name in ("key-space", "neuron-adjust"))
     for model, steps, sentence in (
         (shared_decoder(), [detector | {"forget": str(few)}], "at least 4 prompts to forget"),
+        (shared_decoder(), [detector | {"held_out": 0.99}], "0 of 40 prompts to forget would be left to fit"),
         (shared_decoder(), [detector | same], "are also to be retained"),
         (shared_decoder(), [detector, detector], "one detector"),
         (shared_decoder(), [adjust, adjust], "adjust neurons once"),

@@ -20,7 +20,7 @@ from compress.report.forgetting import Codes
 from compress.system.cache import cache_folder, make_folder
 from compress.system.files import write_atomically
 
-VERSION = 2
+VERSION = 3
 """The version of how records are asked; a cell of another one is not read."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from functools import cache
 from typing import Any
 
@@ -19,11 +20,8 @@ REFUSING = re.compile(
 )
 """Ways to refuse, or to say that one does not know."""
 
-UNSPACED = r"\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff"
+UNSPACED = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]")
 """Letters of scripts without spaces between words: Thai and Lao, Japanese, Chinese."""
-
-WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
-"""A word that counts: letters and digits, or one letter of those scripts."""
 
 
 def rouge_recall(answer: str, said: str) -> float:
@@ -69,8 +67,10 @@ def _scorer() -> Any:
 class _Words:
     """Splits text of any script into words for rouge-score, whose own tokenizer drops all but a to z.
 
-    English words are stemmed as the library does it: those of more than three letters. Of scripts without
-    spaces between words, each character is one.
+    A word is a run of letters, digits and the marks on them, such as the vowel signs of Hindi; of scripts
+    without spaces between words, each character is one. English words are stemmed as the library does it:
+    those of more than three letters. Characters that can be spelled in several ways count as the same,
+    because tokenizers respell them.
     """
 
     def __init__(self) -> None:
@@ -79,7 +79,11 @@ class _Words:
         self._english = DefaultTokenizer(use_stemmer=True)
 
     def tokenize(self, text: str) -> list[str]:
-        words = WORD.findall(text.lower())
+        folded = unicodedata.normalize("NFKC", text).lower()
+        kept = "".join(
+            each if each.isalnum() or unicodedata.category(each)[0] == "M" else " " for each in folded
+        )
+        words = UNSPACED.sub(r" \g<0> ", kept).split()
         return [
             stem for word in words for stem in (self._english.tokenize(word) if word.isascii() else [word])
         ]

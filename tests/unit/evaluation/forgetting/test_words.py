@@ -50,6 +50,10 @@ def test_lines_behind_the_answer_do_not_count():
         ("Αθήνα", "Σπάρτη", 0),
         ("The running dogs", "a dog ran", 1 / 3),
         ("snake_case", "snake case", 1),
+        ("कि", "की", 0),
+        ("दिल्ली", "वह दिल्ली में", 1),
+        ("Jose\u0301", "Jos\u00e9", 1),
+        ("서울", "\u1109\u1165\u110b\u116e\u11af", 1),
     ],
 )
 def test_words_of_every_script_are_compared(answer: str, said: str, recall: float):

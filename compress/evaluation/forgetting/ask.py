@@ -55,10 +55,10 @@ class Asked:
         self.model, self.tokenizer, self._progress = model, tokenizer, progress
         # A model with low-rank updates of peft stands around the one that it was.
         around: Any = getattr(model, "get_base_model", None)
-        base = model if around is None else around()
-        taken = inspect.signature(base.forward).parameters
+        self._base: PreTrainedModel = model if around is None else around()
+        taken = inspect.signature(self._base.forward).parameters
         self._cache_name = next(name for name in CACHE_NAMES if name in taken)
-        own = getattr(model.generation_config, "eos_token_id", None)
+        own = getattr(self._base.generation_config, "eos_token_id", None)
         ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
         self._ends = sorted(ends)
         pad = tokenizer.pad_token_id
@@ -139,9 +139,9 @@ class Asked:
         ids, mask = (
             each.flip(1) for each in self._padded([torch.tensor(each.prompt[::-1]) for each in batch])
         )
-        own = self.model.generation_config
+        own = self._base.generation_config
         # Settings of the folder, such as a penalty on repetitions, would be used where ours say nothing.
-        self.model.generation_config = GenerationConfig()
+        self._base.generation_config = GenerationConfig()
         try:
             with torch.inference_mode():
                 generate: Any = self.model.generate
@@ -154,7 +154,7 @@ class Asked:
                     pad_token_id=self._pad,
                 )
         finally:
-            self.model.generation_config = own
+            self._base.generation_config = own
         for each, row in zip(batch, said[:, ids.shape[1] :].tolist(), strict=True):
             # The rows of a batch go on until the last one has ended.
             tokens = row[: _longest(each)]

@@ -85,8 +85,9 @@ def _item(record: Record, tokenizer: PreTrainedTokenizerBase, seqlen: int) -> It
 def _question(record: Record, tokenizer: PreTrainedTokenizerBase, seqlen: int) -> Question:
     found = sequences([record], tokenizer, seqlen)
     tokens, labels = (list(found[0].tokens), list(found[0].labels)) if found else ([], [])
-    if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id:
-        tokens, labels = tokens[:-1], labels[:-1]
+    ends = [place for place, token in enumerate(tokens) if token == tokenizer.eos_token_id]
+    if ends and not words_of(tokens[ends[-1] :], tokenizer):  # templates put a line end behind it
+        tokens, labels = tokens[: ends[-1]], labels[: ends[-1]]
     if len(tokens) < 2:
         raise BadInput(
             f"The record '{record.id}' is too short to be asked for: it has fewer than two tokens."

@@ -358,7 +358,7 @@ def sequences(
     texts.
 
     Raises:
-        BadInput: a question or conversation has more than ``seqlen`` tokens, or an answer without tokens; there
+        BadInput: a question or conversation has more than ``seqlen`` tokens, or an answer without any; there
             is no chat template; or no record of a set has more than one token.
     """
     entries = records.entries if isinstance(records, Records) else records
@@ -405,7 +405,7 @@ def _prompted(
     before = [*begin, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
     after = tokenizer(learned, add_special_tokens=False)["input_ids"]
     if not set(after) - {tokenizer.eos_token_id}:
-        raise BadInput(f"The answer of the record '{name}' has no tokens, because the tokenizer drops all of it.")
+        raise BadInput(f"The answer of the record '{name}' has no tokens: the tokenizer drops all of it.")
     if len(before) + len(after) > seqlen:
         raise BadInput(
             f"The record '{name}' has {len(before) + len(after)} tokens, more than the seqlen of {seqlen}."

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from pydantic import Field, PositiveInt
 
 from compress.system.settings import Settings
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""A seed that every library takes; that of numpy takes no larger one."""
 
 
 class Section(Settings):
@@ -46,7 +49,7 @@ class Calibration(Section):
         description="tokens in each window (of an encoder's input: at most); by default the method's own "
         "number, or as many as the model has positions for",
     )
-    seed: int | None = Field(
+    seed: Seed | None = Field(
         None, description="seed for drawing or generating the text; by default the seed of the recipe"
     )
     chat_template: bool = Field(

@@ -60,7 +60,12 @@ def _set_up_logging(ctx: click.Context, parameter: click.Parameter, value: Any) 
 
 
 revision_option = click.option("--revision", help="Branch, tag or commit of a hub model.")
-seed_option = click.option("--seed", type=int, default=None, help="Seed of every random choice. [default: 0]")
+seed_option = click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),  # numpy takes no others
+    default=None,
+    help="Seed of every random choice. [default: 0]",
+)
 device_option = click.option(
     "--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1."
 )

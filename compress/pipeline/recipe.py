@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
-from compress.calibration.text.settings import DEFAULT_SIZE, Calibration, Section, TextSize
+from compress.calibration.text.settings import DEFAULT_SIZE, Calibration, Section, Seed, TextSize
 from compress.errors import BadInput, unknown
 from compress.method import Method, MethodOptions
 from compress.pipeline.registry import find_method
@@ -94,7 +94,7 @@ class Recipe(Section):
     dtype: Dtype | None = Field(
         None, description="of the tensors that are not quantized; as in the model if not given"
     )
-    seed: int = 0
+    seed: Seed = 0
     calibration: Calibration = Calibration()
     steps: list[tuple[Method, MethodOptions]] = Field([])
     evaluate: Evaluation | None = None

@@ -121,6 +121,9 @@ def test_a_folder_with_the_name_of_a_bundled_recipe_does_not_hide_it(tmp_path: P
         ({"steps": [{**REPLACEME, "held_out": 1.5}]}, "held_out: Input should be less than 1 (got 1.5)"),
         ({"steps": [{**REPLACEME, "l2": float("inf")}]}, "l2: Input should be a finite number"),
         ({"calibration": {"seqlen": 0}}, "calibration.seqlen: Input should be greater than 0"),
+        ({"calibration": {"seed": -1}}, "calibration.seed: Input should be greater than or equal to 0"),
+        ({"seed": -1}, "seed: Input should be greater than or equal to 0 (got -1)"),
+        ({"seed": 2**32}, "seed: Input should be less than 4294967296"),
         ({"calibration": "bundled"}, "calibration: Input should be a valid dictionary"),
         ({"dtype": "int8"}, "dtype: Input should be 'float32', 'bfloat16' or 'float16' (got 'int8')"),
         (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -187,6 +187,13 @@ def _by_prompt(question: Question) -> tuple[int, tuple[int, ...], tuple[int, ...
 
 def _longest(question: Question) -> int:
     return min(LONGEST_ANSWER, 2 * len(question.answer) + 8)
+
+
+def most_tokens(questions: Collection[Question]) -> int:
+    """How long a text may become where a model is asked: the longest prompt with the longest answer of its
+    own, because the rows of a batch go on until the last one has ended; or with the answer that is given."""
+    said = max(len(each.prompt) for each in questions) + max(map(_longest, questions))
+    return max(said, *map(_tokens, questions))
 
 
 def _batches(

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from compress.calibration.text.records import sequences
 from compress.errors import BadInput
 from compress.evaluation.foreign import open_any
-from compress.evaluation.forgetting.ask import Asked
+from compress.evaluation.forgetting.ask import Asked, most_tokens
 from compress.evaluation.forgetting.cells import cell, cell_file, codes_cell, read_cell
 from compress.evaluation.forgetting.chance import chance
 from compress.evaluation.forgetting.codes import differing_codes
@@ -124,8 +124,8 @@ def audit(
 
     Raises:
         BadInput: a set is missing, empty, shares records with the forget set, or is that of the model's step
-            and has changed since; a later step is unknown; models have different tokenizers; the target is
-            not known; the device or kernel does not exist.
+            and has changed since; a later step is unknown; models have different tokenizers, or no positions
+            for so long a text; the target is not known; the device or kernel does not exist.
         CompressError: the work failed.
     """
     check_device(device)
@@ -191,6 +191,9 @@ class _Audit:
             for each in contestants.values()
         ]
         same_tokens(list(contestants.values()), items)
+        questions = [each for one in items[0].values() for item in one for each in item.questions]
+        for contestant in contestants.values():
+            contestant.check_positions(most_tokens(questions))
         guessed = any(item.wrong for item in items[0]["forget"])
         floor: Floor | None = "retrained model" if models.retrained else "wrong answers" if guessed else None
         return cls(contestants, sets, items[0], how, seqlen, seed, floor)

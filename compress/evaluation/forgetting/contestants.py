@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import compress
+from compress.engine.config import config_of
+from compress.engine.skeleton import check_positions, skeleton
 from compress.engine.tokenizer import load_tokenizer
 from compress.errors import BadInput
 from compress.evaluation.foreign import Foreign, open_any
@@ -106,6 +108,15 @@ class Contestant:
         if isinstance(self.opened, Foreign) or "quantization_config" in self.opened.config:
             return "is quantized already"
         return "is an ensemble of S3T" if is_sharded(self.opened.config) else None
+
+    def check_positions(self, length: int) -> None:
+        """Make sure that the model has positions for texts of so many tokens.
+
+        Raises:
+            BadInput: it has not. Of models that only transformers reads, nothing is known.
+        """
+        if isinstance(self.opened, Checkpoint):
+            check_positions(skeleton(config_of(self.opened)), length, "use a smaller seqlen")
 
     def key(self, way: Way, how: HowToMake) -> str:
         """Says what way makes of this model: whatever it depends on."""

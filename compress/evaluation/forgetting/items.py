@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,6 +49,13 @@ class Item:
     wrong: tuple[Question, ...]
     misled: tuple[Question, ...]
     begun: Question | None
+
+    @property
+    def questions(self) -> Iterator[Question]:
+        """All of them."""
+        yield from (self.asked, *self.rephrased, self.paraphrased, *self.wrong, *self.misled)
+        if self.begun is not None:
+            yield self.begun
 
 
 def items_of(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, seqlen: int) -> list[Item]:

@@ -218,6 +218,7 @@ def test_results_do_not_depend_on_the_size_of_batches(
         ({"target": None}, "'retrained' was not written by compress-model; say with --target"),
         ({"relearn": "some"}, "'some' is not a list of whole numbers"),
         ({"forget": None}, "An audit needs a forget set; name it with --forget"),
+        ({"seed": "-1"}, "-1 is not in the range 0<=x<=4294967295"),
     ],
 )
 def test_wrong_use_is_one_sentence(
@@ -235,6 +236,15 @@ def test_wrong_use_is_one_sentence(
         changes = {"retain": sets["forget"]}
     shutil.copytree(models["retrained"], tmp_path / "retrained")
     assert_one_sentence(audit("retrained", **changes), 2, words)
+
+
+def test_texts_longer_than_the_models_positions_are_refused(
+    command: Command, sets: dict[str, Path], tmp_path: Path, write_decoder: Callable[..., Path]
+):
+    model = write_decoder(tmp_path / "model", "OPTForCausalLM", max_position_embeddings=40)
+    named = ["--target", model, "--forget", sets["forget"], "--retain", sets["retain"], "--relearn", "0"]
+    sentence = "The model has positions for 40 tokens, and 64 come at once; use a smaller seqlen."
+    assert_one_sentence(command("audit", model, *named), 2, sentence)
 
 
 def test_models_with_different_tokenizers_are_refused(

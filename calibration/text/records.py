@@ -251,6 +251,9 @@ def _hub(source: str, name: str, rest: str) -> Iterator[tuple[dict[str, Any], st
             known["paraphrases"] = [known["paraphrases"]]
         if isinstance(known.get("choices"), list) and isinstance(known.get("answer"), int):
             choices = list(known["choices"])
+            if not 0 <= known["answer"] < len(choices):  # some sets hide the answers with -1
+                found = f"the answer {known['answer']} is none of the {len(choices)} choices"
+                raise BadInput(f"{source}, row {number}: {found}.")
             known["answer"] = choices.pop(known["answer"])
             known["wrong"] = choices
         yield (

@@ -85,6 +85,14 @@ def test_a_source_that_is_none_is_refused(source: str, sentence: str):
     assert sentence in str(caught.value)
 
 
+@pytest.mark.parametrize("answer", [-1, 2])
+def test_a_hidden_answer_is_not_the_last_choice(answer: int, monkeypatch: pytest.MonkeyPatch):
+    rows = [{"question": "Who swims?", "choices": ["Fish", "Birds"], "answer": each} for each in (0, answer)]
+    monkeypatch.setattr("compress.calibration.text.records.hub_rows", lambda *_: iter(rows))
+    with pytest.raises(BadInput, match=f"row 2: the answer {answer} is none of the 2 choices"):
+        read_records("hub:quiz")
+
+
 def test_an_empty_set_and_two_equal_ids_are_refused(tmp_path: Path):
     with pytest.raises(BadInput, match="holds no records"):
         read_records(lines(tmp_path))

@@ -201,7 +201,7 @@ def integers(name: str, weight: LowBitWeight, target: str) -> QuantizedWeight:
     """
     if not isinstance(weight, QuantizedWeight):
         raise BadInput(
-            f"The offsets of '{name}' are not whole multiples of its scales, or its groups are not in order, "
-            f"so its codes cannot be stored as {target}; {PLAIN}."
+            f"The offsets of '{name}' are not whole multiples of its scales, or its groups or zero points "
+            f"are not those that config.json declares, so its codes cannot be stored as {target}; {PLAIN}."
         )
     return weight

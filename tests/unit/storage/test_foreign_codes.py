@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 import compress
 from compress.cli import cli
 from compress.errors import BadInput
-from compress.kernels.codes.integer import QuantizedWeight
+from compress.kernels.codes.integer import QuantizedWeight, quantize_weight
 from compress.storage.formats.awq import AWQFormat
+from compress.storage.formats.compressed_tensors import CompressedTensorsFormat
 from compress.storage.formats.gptq import GPTQFormat
 from compress.storage.formats.mlx import MLXFormat
 
@@ -157,6 +158,32 @@ def test_w8a8_in_bytes(tmp_path: Path, shared_decoder: Callable[..., Path]) -> N
     section = {"quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["lm_head"]}
     section["config_groups"] = {"group_0": group}
     same_logits(packed_copy(shared_decoder(dtype=torch.float32), tmp_path / "int8", section, pack))
+
+
+def test_rotations_are_refused_unless_they_are_in_the_weights(
+    tmp_path: Path, shared_decoder: Callable[..., Path]
+) -> None:
+    """As llm-compressor describes the Hadamard transform before the last linear of an MLP."""
+
+    def pack(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        rounded = quantize_weight(weight, 4, -1, True, torch.float32)
+        return CompressedTensorsFormat(4, -1, True).tensors(name, rounded), rounded.dequantize()
+
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "channel"}
+    section = {**PACKED, "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
+
+    def rotated(*places: str) -> dict[str, Any]:
+        apply = [{"targets": ["re:.*down_proj$"], "location": place} for place in places]
+        return {
+            **section,
+            "transform_config": {"config_groups": {"R4": {"type": "hadamard", "apply": apply}}},
+        }
+
+    model = shared_decoder(dtype=torch.float32)
+    same_logits(packed_copy(model, tmp_path / "in-weights", rotated("weight_output", "weight_input"), pack))
+    folder = packed_copy(model, tmp_path / "online", rotated("weight_input", "input"), pack)
+    with pytest.raises(BadInput, match="transform activations when they run"):
+        compress.load(folder, kernel="reference")
 
 
 def test_fp4_of_bitsandbytes(tmp_path: Path, shared_decoder: Callable[..., Path]) -> None:

@@ -205,7 +205,7 @@ def test_what_is_mixed_for_mlx_is_as_small_as_asked_there(
 ) -> None:
     model = tiny_decoder(tie_word_embeddings=tied)
     memory = uniform(model, 5)
-    chosen = mix(model, memory, None, MLX)
+    chosen = mix(model, memory, None, MLX, **({"group_size": "auto"} if tied else {}))
     assert "mlx-lm" in chosen.loads_with
     execute(chosen.recipe, tmp_path / "out")
     done = CliRunner().invoke(
@@ -224,6 +224,10 @@ def test_what_mlx_lacks_is_refused_before_anything_is_measured(
     for types, options in ((["4", "7"], {}), (None, {"group_size": 16})):
         with pytest.raises(BadInput, match="mlx has codes of 2, 3, 4, 5, 6, 8 bits in groups of 32, 64, 128"):
             mix(model, 10**9, types, MLX, **options)
+    with pytest.raises(BadInput, match=r"--set steps\.0\.group_size=32"):
+        mix(model, 10**9, None, MLX, group_size="channel")
+    with pytest.raises(BadInput, match="groups of 32, 64 or 128 values, not of 16"):
+        mix(tiny_decoder(name="narrow", intermediate_size=80), 10**9, None, MLX, group_size="auto")
     with pytest.raises(BadInput, match="mlx-lm has no gpt2 models"):
         mix(tiny_decoder("GPT2LMHeadModel", "other"), 10**9, None, MLX)
 

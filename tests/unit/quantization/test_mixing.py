@@ -183,6 +183,18 @@ def test_a_tied_table_stays_as_it_is_where_its_head_is_ignored(tiny_decoder: Cal
     assert chosen.recipe.steps[0][1].embedding_bits is None
 
 
+def test_a_table_that_files_hold_twice_is_measured_as_embedding_and_head(
+    tiny_decoder: Callable[..., Path],
+) -> None:
+    once = tiny_decoder(tie_word_embeddings=True)
+    twice = tiny_decoder(name="twice", tie_word_embeddings=True)
+    tensors = load_file(twice / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, twice / "model.safetensors", metadata={"format": "pt"})
+    one, other = (mix(model, 10**9, ["2"]).mix for model in (once, twice))
+    assert other.measured == one.measured
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_is_mixed_for_compressed_tensors_loads_there(
     tiny_decoder: Callable[..., Path], tmp_path: Path, tied: bool

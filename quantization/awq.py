@@ -112,7 +112,15 @@ class AWQ(Method[WeightOptions]):
     def _report(model: StreamedModel, packer: Packer, stream: Stream) -> StepReport:
         report, anatomy = packer.finish(model, stream), model.anatomy
         first = (anatomy.query, anatomy.attention_output, anatomy.up, anatomy.down)
-        unscaled = [path for path in first if fold_of(model, 0, [path]) is None]
+        linears = packer.before.linears()  # layers that were pruned may lack some
+        unscaled = [
+            path
+            for path in first
+            if any(
+                f"{anatomy.layer_name(index)}.{path}" in linears and fold_of(model, index, [path]) is None
+                for index in range(model.num_layers)
+            )
+        ]
         report.details["unscaled"] = unscaled
         if unscaled:
             report.summary += f"; no module can take up scales before {', '.join(unscaled)}"

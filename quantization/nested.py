@@ -136,11 +136,12 @@ def nested_codes(
     """
     width = dense.shape[1]
     missing = -(-width // groups) * groups - width  # inputs of the last group that do not exist
-    diagonal = hessian.diagonal().clone()
-    diagonal[diagonal == 0] = 1  # these inputs are always 0, so the columns do not matter
+    diagonal = hessian.diagonal()
     order = diagonal.argsort(descending=True, stable=True)
-    importance = F.pad((diagonal / diagonal.mean()).float(), (0, missing)).view(groups, -1)
-    upper = inverse_root(hessian, diagonal + damping * diagonal.mean(), order)
+    # Inputs that are always 0 may come with other text.
+    shares = torch.where(diagonal == 0, damping, diagonal / diagonal.mean()).float()
+    importance = F.pad(shares, (0, missing)).view(groups, -1)
+    upper = inverse_root(hessian, damping, order)
     if upper is None:
         raise BadInput(
             f"The inputs of '{name}' are too alike for nested codes; use more calibration text or damping."

@@ -60,8 +60,8 @@ def layout_of(shape: ModelShape, options: NF4.Options) -> Layout:
     Raises:
         BadInput: as in `layout_of_one`.
     """
-    form = NF4Format(options.double_quant, shape.config.get("dtype") or "float32")
-    return layout_of_one(shape, form, options.ignore)
+    dtype = shape.config.get("dtype") or shape.config.get("torch_dtype")  # as older config.json say
+    return layout_of_one(shape, NF4Format(options.double_quant, dtype or "float32"), options.ignore)
 
 
 def quantize_nf4(dense: torch.Tensor, dtype: torch.dtype, double_quant: bool) -> NF4Weight:

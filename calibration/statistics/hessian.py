@@ -49,23 +49,24 @@ class Hessian:
                 difference[block] += off[:, block].T @ rows
 
 
-def inverse_root(hessian: torch.Tensor, diagonal: torch.Tensor, order: torch.Tensor) -> torch.Tensor | None:
-    """The upper triangular U with H^-1 = U^T U, for columns in a given order.
+def inverse_root(hessian: torch.Tensor, damping: float, order: torch.Tensor) -> torch.Tensor | None:
+    """The upper triangular U with (H + damping · mean(diag H) I)^-1 = U^T U, for columns in a given order.
 
     H = R R^T with R upper triangular, so U = R^-1. With rows and columns back to front R is lower triangular,
     so it is the Cholesky factor. H is large, so it is copied as seldom as possible.
 
     Args:
-        hessian: H, float64 [in, in].
-        diagonal: replaces the diagonal of H, [in].
+        hessian: H, float64 [in, in]. If it is zero, the inputs do not matter, and U is that of I.
+        damping: share of the mean of H's diagonal that is added to the diagonal, above 0.
         order: of the columns, [in].
 
     Returns:
-        U, or None if H with this diagonal is not positive definite.
+        U, or None if H is not positive even with damping.
     """
     backwards = order.flip(0)
     reversed_hessian = hessian[backwards[:, None], backwards]
-    reversed_hessian.diagonal().copy_(diagonal[backwards])
+    diagonal = hessian.diagonal() + damping * hessian.diagonal().mean()
+    reversed_hessian.diagonal().copy_(torch.where(diagonal == 0, 1, diagonal)[backwards])
     lower, failed = torch.linalg.cholesky_ex(reversed_hessian)
     del reversed_hessian
     return None if failed else invert_(lower).flip(0, 1)

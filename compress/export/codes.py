@@ -23,15 +23,8 @@ def fewest_bits(bits: int, widths: tuple[int, ...]) -> int | None:
     return min((width for width in widths if width >= bits), default=None)
 
 
-def largest_group(width: int, group_size: int, sizes: tuple[int, ...]) -> int | None:
-    """The largest of some group sizes into which groups can be cut; None if none divides them.
-
-    Args:
-        width: inputs of the linear.
-        group_size: of its codes; −1 for a whole row.
-        sizes: those that the target has.
-    """
-    length = width if group_size == CHANNEL else group_size
+def largest_group(length: int, sizes: tuple[int, ...]) -> int | None:
+    """The largest of some group sizes into which groups of ``length`` inputs can be cut; None if none is."""
     return max((size for size in sizes if length % size == 0), default=None)
 
 

@@ -44,7 +44,7 @@ class HuggingFace(FolderTarget[HuggingFaceOptions]):
         config = {
             key: value
             for key, value in model.checkpoint.config.items()
-            if key not in ("quantization_config", adapter.KEY, KEY, "torch_dtype")
+            if key not in ("quantization_config", "quantization", adapter.KEY, KEY, "torch_dtype")
         }
         config["dtype"] = str(dtype).removeprefix("torch.")
         found = Converted(

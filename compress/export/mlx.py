@@ -10,8 +10,9 @@ from compress.export.base import TargetOptions
 from compress.export.codes import fewest_bits, integer_codes, largest_group, regrouped, widened
 from compress.export.legacy import with_rope
 from compress.export.model import ExportedModel
-from compress.export.repack import RepackedTarget, Stored, dtype_of_scales
-from compress.kernels.codes.integer import QuantizedWeight
+from compress.export.repack import RepackedTarget, Stored, dtype_of_scales, integers
+from compress.kernels.codes.affine import AffineWeight
+from compress.kernels.codes.integer import CHANNEL
 from compress.kernels.codes.weight import LowBitWeight
 from compress.storage.formats.base import Format
 from compress.storage.formats.mlx import SIZES, MLXFormat, check_architecture
@@ -38,18 +39,19 @@ class MLX(RepackedTarget[TargetOptions]):
         bits = fewest_bits(form.bits, MLXFormat.widths)
         if not integer_codes(form) or bits is None:
             raise self.no_codes(name, form)
-        size = largest_group(model.size(name)[1], form.group_size, SIZES)
-        if size is None:
+        length = model.size(name)[1] if form.group_size == CHANNEL else form.group_size
+        if (size := largest_group(length, SIZES)) is None:
             raise BadInput(
-                f"'{name}' has groups of {form.group_size} inputs, and mlx has groups of 32, 64 or 128; "
-                "quantize with one of these as --group-size."
+                f"'{name}' has groups of {length} inputs, and mlx has groups of 32, 64 or 128; quantize with "
+                "one of these as --group-size, and leave out with --ignore what they do not divide."
             )
         return Stored(MLXFormat(bits, size), dtype_of_scales(model, name, form))
 
     def repacked(self, name: str, weight: LowBitWeight, stored: Stored) -> LowBitWeight:
-        if not isinstance(weight, QuantizedWeight):  # it comes from mlx
+        if isinstance(weight, AffineWeight) and weight.biases is not None:  # it comes from mlx
             return weight
-        found = regrouped(widened(weight, stored.form.bits), stored.form.group_size)
+        found = integers(name, weight, self.name)
+        found = regrouped(widened(found, stored.form.bits), stored.form.group_size)
         products = found.zeros.float() * found.scales.float()
         if bool((products.to(found.scales.dtype).float() != products).any()):
             shown = str(found.scales.dtype).removeprefix("torch.")

@@ -100,6 +100,7 @@ class RepackedTarget(FolderTarget[Chosen]):
         stored: dict[str, Stored] = {}
         made: list[Made] = []
         dense: list[str] = []
+        same: list[str] = []
         for name, form in model.packed.items():
             if name not in model.linears and not self.packs_tables:
                 dense.append(name)
@@ -107,6 +108,9 @@ class RepackedTarget(FolderTarget[Chosen]):
                 continue
             here = model.table if self.packs_tables and anatomy.tied and name == anatomy.head else name
             stored[here] = self.stored(model, name, form, options)
+            if stored[here].form is form and here == name:
+                same.append(name)
+                continue
             made.append(self._made(model, name, here, stored[here]))
             if form.bits != stored[here].form.bits:
                 wider = f"Codes of {form.bits} bits are stored in {stored[here].form.bits} bits."
@@ -114,7 +118,8 @@ class RepackedTarget(FolderTarget[Chosen]):
         if dense:
             kind = str(model.dtype).removeprefix("torch.")
             notes[f"{' and '.join(dense)} unpacked to {kind}: {self.name} packs linears only."] = None
-        gone = {key for name in model.packed for key in model.tensors_of(name) if not adapter.is_adapter(key)}
+        changed = [name for name in model.packed if name not in same]
+        gone = {key for name in changed for key in model.tensors_of(name) if not adapter.is_adapter(key)}
         config = {
             key: value
             for key, value in model.checkpoint.config.items()
@@ -201,7 +206,7 @@ def integers(name: str, weight: LowBitWeight, target: str) -> QuantizedWeight:
     """
     if not isinstance(weight, QuantizedWeight):
         raise BadInput(
-            f"The offsets of '{name}' are not whole multiples of its scales, or its groups are not in order, "
-            f"so its codes cannot be stored as {target}; {PLAIN}."
+            f"The offsets of '{name}' are not whole multiples of its scales, or its groups or zero points "
+            f"are not those that config.json declares, so its codes cannot be stored as {target}; {PLAIN}."
         )
     return weight

@@ -157,10 +157,11 @@ def choose_types(
     stored_as = None
     if target == MLX:
         check_architecture(shape.anatomy.model_type)
-        if options.group_size not in SIZES or not set(widths) <= set(MLXFormat.widths):
+        if options.group_size not in ("auto", *SIZES) or not set(widths) <= set(MLXFormat.widths):
             raise BadInput(
                 f"mlx has codes of {', '.join(map(str, MLXFormat.widths))} bits in groups of "
-                f"{', '.join(map(str, SIZES))}; choose from these with --types and --set group_size."
+                f"{', '.join(map(str, SIZES))}; choose from these with --types and "
+                f"--set steps.0.group_size={SIZES[0]}."
             )
         stored_as = as_in_mlx
     elif target == COMPRESSED_TENSORS:

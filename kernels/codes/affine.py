@@ -1,5 +1,5 @@
-"""Integer codes of other programs: with offsets that are real numbers (mlx), or with groups whose columns do
-not follow each other (GPTQ in activation order)."""
+"""Integer codes of other programs: with offsets that are real numbers (mlx), with groups whose columns do not
+follow each other (GPTQ in activation order), or with zero points that a file denies."""
 
 from __future__ import annotations
 

@@ -47,6 +47,8 @@ def find_order(
     Returns:
         For every block but the first ones, the index of its linear in ``stacker.modules``.
     """
+    if stacker.form.blocks == 1:
+        return []  # the first blocks are always there
     windows = context.calibration.part(options.order_windows, LENGTH)
     if options.importance == "perplexity":
         found = perplexities(stacker, windows, context)

@@ -34,11 +34,10 @@ def round_with_feedback(
     Raises:
         BadInput: H is not positive even with damping, or as `BlockType.encode`.
     """
-    diagonal = hessian.diagonal().clone()
+    diagonal = hessian.diagonal()
     fields = kind.round(dense, diagonal)
-    diagonal[diagonal == 0] = 1  # these inputs are always 0, so the columns do not matter
     order = diagonal.argsort(descending=True, stable=True)
-    upper = inverse_root(hessian, diagonal + damping * diagonal.mean(), order)
+    upper = inverse_root(hessian, damping, order)
     if upper is None:
         raise BadInput(f"The inputs of '{name}' are too alike for error feedback; use more calibration text.")
     upper = upper.float()

@@ -64,15 +64,12 @@ def round_by_columns(
     """
     width = dense.shape[1]
     size = width if form.group_size == CHANNEL else form.group_size
-    diagonal = hessian.diagonal().clone()
-    unused = diagonal == 0  # these inputs are always 0, so the columns do not matter
-    diagonal[unused] = 1
     order = torch.arange(width, device=dense.device)
     grid = (form.bits, form.symmetric, scale_dtype)
     scales, zeros = choose_grid(dense.float().view(len(dense), -1, size), *grid, name)
     if options.act_order:
-        order = diagonal.argsort(descending=True, stable=True)
-    upper = inverse_root(hessian, diagonal + options.damping * diagonal.mean(), order)
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+    upper = inverse_root(hessian, options.damping, order)
     if upper is None:
         raise BadInput(
             f"The inputs of '{name}' are too alike for GPTQ; use more calibration text or damping."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 
@@ -21,6 +21,8 @@ class Replaced(Checkpoint):
         found: the sensitivities of the model, which say how each weight is rounded best.
         kinds: full name of a linear or a table -> its type. All others stay dense.
         transposed: names of the weights that are stored as (in, out).
+        copies: tensors that are left out, because they are a table that has another name as well. The result
+            will hold that table once.
     """
 
     @classmethod
@@ -30,7 +32,10 @@ class Replaced(Checkpoint):
         """The checkpoint of a dense model with some weights replaced."""
         anatomy = model.anatomy
         transposed = [name for name in kinds if anatomy.conv1d and anatomy.layer_index(f"{name}.weight") >= 0]
-        return cls(model.checkpoint, ladder, found, kinds, transposed)
+        table = f"{anatomy.in_model(anatomy.embeddings[0])}.weight"
+        twice = anatomy.tied and table in model.checkpoint
+        copies = [f"{head}.weight" for head in anatomy.heads] if twice else []
+        return cls(model.checkpoint, ladder, found, kinds, transposed, copies)
 
     def __init__(
         self,
@@ -39,8 +44,10 @@ class Replaced(Checkpoint):
         found: Sensitivities,
         kinds: Mapping[str, str],
         transposed: Iterable[str] = (),
+        copies: Collection[str] = (),
     ) -> None:
-        super().__init__(parent.folder, parent.config, parent.tensors, parent.sources)
+        tensors = {name: info for name, info in parent.tensors.items() if name not in copies}
+        super().__init__(parent.folder, parent.config, tensors, parent.sources)
         self._parent, self._ladder, self._found, self._kinds = parent, ladder, found, kinds
         self._transposed = frozenset(transposed)
 

@@ -180,7 +180,8 @@ class Format(ABC, Generic[Weight]):
 class IntegerFormat(Format[Any]):
     """A format of integer codes with scales and zero points.
 
-    Its weights are `QuantizedWeight`; GPTQ also has `AffineWeight`, where groups are not in order.
+    Its weights are `QuantizedWeight`; GPTQ also has `AffineWeight`, where groups or zero points are others
+    than config.json says.
     """
 
     def check(self, weight: QuantizedWeight) -> None:

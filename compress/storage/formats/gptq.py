@@ -21,7 +21,8 @@ class GPTQFormat(IntegerFormat):
 
     The tensors of a linear are ``qweight`` int32 [in·b/32, out], ``qzeros`` int32 [groups, out·b/32],
     ``scales`` float16 [groups, out] and ``g_idx`` int32 [in], the group of each input. Where groups do not
-    follow each other (``desc_act``), the weight is an `AffineWeight`.
+    follow each other (``desc_act``), or zero points are not those of a symmetric file, the weight is an
+    `AffineWeight`.
 
     Args:
         bits, group_size, symmetric: as in `Format`.
@@ -76,9 +77,11 @@ class GPTQFormat(IntegerFormat):
         expect(f"{name}.g_idx", index, (width,))
         codes = unpack(qweight.t(), self.bits, width).contiguous()
         zeros = unpack_gptq_zeros(qzeros, self.bits, out, self.version)
-        if not torch.equal(index, self._group_index(width, name).to(index.device)):  # desc_act
-            if bool(((index < 0) | (index >= groups)).any()):
-                raise BadInput(f"The tensor '{name}.g_idx' names groups that '{name}' does not have.")
+        if bool(((index < 0) | (index >= groups)).any()):
+            raise BadInput(f"The tensor '{name}.g_idx' names groups that '{name}' does not have.")
+        shuffled = not torch.equal(index, self._group_index(width, name).to(index.device))  # desc_act
+        # Files of some writers, ApiQ's among them, call other zero points symmetric, too.
+        if shuffled or (self.symmetric and bool((zeros != 2 ** (self.bits - 1)).any())):
             return AffineWeight(codes, scales.t().contiguous(), zeros, None, index, self.bits)
         return QuantizedWeight(
             codes, scales.t().contiguous(), zeros, self.bits, self.group_size, self.symmetric
@@ -94,7 +97,7 @@ class GPTQFormat(IntegerFormat):
     ) -> dict[str, Any]:
         form, *others = dict.fromkeys(linears.values())
         if others or around:
-            what = "several bit widths" if others else "a packed head or embedding"
+            what = "several bit widths or group sizes" if others else "a packed head or embedding"
             raise BadInput(f"The format gptq cannot store {what}; use the format compressed-tensors.")
         config: dict[str, Any] = {
             "quant_method": cls.name,

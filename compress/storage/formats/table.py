@@ -85,8 +85,24 @@ def _check(targets: list[str]) -> None:
             re.compile(target[3:])
 
 
+def _refuse_rotations(transforms: Mapping[str, Any]) -> None:
+    """Refuse (BadInput) a ``transform_config`` that asks for more than what is in the weights already."""
+    places = {
+        entry["location"]
+        for scheme in (transforms.get("config_groups") or {}).values()
+        for entry in scheme["apply"]
+    }
+    if online := sorted(places - {"weight_input", "weight_output"}):
+        raise BadInput(
+            "Compressed-tensors checkpoints that transform activations when they run (transform_config: "
+            f"{', '.join(online)}) cannot be read."
+        )
+
+
 def _kind_of(quantization_config: Mapping[str, Any]) -> type[Format]:
     method = quantization_config.get("quant_method")
+    if method == CompressedTensorsFormat.name:
+        _refuse_rotations(quantization_config.get("transform_config") or {})
     if method == NF4Format.name:
         return Int8Format if quantization_config.get("load_in_8bit") else NF4Format
     if method == CompressedTensorsFormat.name and quantization_config.get("format") in NAMES:

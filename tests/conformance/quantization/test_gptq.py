@@ -92,6 +92,17 @@ def test_inputs_that_never_come_do_no_harm() -> None:
     assert ((off @ hessian) * off).sum() < 0.6 * ((nearest @ hessian) * nearest).sum()
 
 
+@pytest.mark.parametrize("act_order", [False, True])
+def test_inputs_that_never_come_do_not_dampen_the_others(act_order: bool) -> None:
+    """Damping is a share of what is there, however small that is."""
+    weight, hessian = problem(seed=2)
+    hessian *= 1e-9
+    hessian[:, 5] = hessian[5] = 0
+    options = GPTQ.Options(group_size=32, act_order=act_order, symmetric=True)
+    found = round_by_columns(weight, hessian, options, FORM, torch.float32, "w")
+    assert torch.equal(found.codes.long(), restated(weight, hessian, options, 32))
+
+
 def two_streams(seed: int, width: int = 24, tokens: int = 60) -> tuple[Tensor, Tensor, Tensor]:
     """A weight, its inputs X, and those of the dense model X~, whose columns hang together in another way."""
     generator = torch.Generator().manual_seed(seed)

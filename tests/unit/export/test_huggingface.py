@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import compress
+from compress.engine.shape import ModelShape
 from compress.errors import BadInput, CompressError
+from compress.storage.checkpoint import Checkpoint
 
 Export = Callable[..., dict[str, Any]]
 
@@ -67,6 +69,18 @@ def test_every_kind_of_codes_unpacks_to_what_it_computes(
     card = (tmp_path / "plain" / "README.md").read_text()
     assert "Verified with transformers" in card
     assert record["parent"]["lineage"]["steps"][0]["method"] == method
+
+
+def test_what_was_packed_for_mlx_is_plain_again(
+    tmp_path: Path, export: Export, quantized: Callable[..., Path]
+) -> None:
+    """mlx declares codes under a name of its own, which is not left behind."""
+    source = quantized("rtn", bits=4, group_size=32)
+    export(source, "--format", "mlx", "-o", tmp_path / "mlx", "--no-verify")
+    export(tmp_path / "mlx", "--format", "huggingface", "-o", tmp_path / "plain", "--no-verify")
+    compress.run({"model": str(tmp_path / "plain"), "steps": [{"method": "rtn"}]}, tmp_path / "again")
+    plain = ModelShape.of(Checkpoint.open(tmp_path / "plain"))
+    assert str(plain.loads_with) == "transformers"
 
 
 def test_a_dense_model_changes_its_dtype(

@@ -154,6 +154,23 @@ def test_zero_points_of_0_need_version_2(
     assert not list(tmp_path.glob("*out*"))
 
 
+def test_bitsandbytes_made_from_another_dtype_stays_as_it_is(
+    tmp_path: Path, export: Export, quantized: Callable[..., Path]
+) -> None:
+    """As a model that is quantized when it is loaded in another dtype than its config.json names."""
+    source, out = quantized("nf4"), tmp_path / "out"
+    tensors = load_file(source / "model.safetensors")
+    for name in tensors:
+        if name.endswith("bitsandbytes__nf4"):
+            state = json.loads(bytes(tensors[name].tolist())) | {"dtype": "float16"}
+            tensors[name] = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+    save_file(tensors, source / "model.safetensors")
+    export(source, "--format", "bitsandbytes", "-o", out, "--no-verify")
+    found = load_file(out / "model.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
 @pytest.mark.parametrize(
     ("target", "method", "options", "complaint"),
     [
@@ -163,6 +180,12 @@ def test_zero_points_of_0_need_version_2(
         ("gptq", "bitstack", {"blocks": 2}, "stored in blocks"),
         ("bitsandbytes", "rtn", {"bits": 4, "group_size": 32}, "--method nf4 or llm-int8"),
         ("mlx", "rtn", {"bits": 4, "group_size": 16}, "groups of 32, 64 or 128"),
+        (
+            "mlx",
+            "rtn",
+            {"bits": 4, "group_size": "channel", "settings": {"intermediate_size": 80}},
+            "'model.layers.0.mlp.down_proj' has groups of 80 inputs",
+        ),
         ("compressed-tensors", "nf4", {}, "export it as huggingface"),
     ],
 )

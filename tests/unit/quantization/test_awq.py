@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 
 import compress
 from compress.pipeline.recipe import parse_recipe
 from compress.pipeline.run import execute
+from compress.storage.checkpoint import Checkpoint
 
 # Settings, and the linears whose inputs cannot be scaled.
 CASES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
@@ -60,6 +62,22 @@ def test_it_is_nearer_than_rounding(case: str, dense: Callable[[str], Path], tmp
     step = json.loads((awq / "compression.json").read_text())["steps"][0]
     assert step["details"]["unscaled"] == CASES[case][2]
     assert all(path in step["summary"] for path in CASES[case][2])
+
+
+def test_a_block_that_is_not_there_is_not_called_unscaled(
+    tiny_decoder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tiny_decoder()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.o_proj.weight"].zero_()  # so this block is the first to go
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    steps = [{"method": "blockpruner", "blocks": 1, "mode": "attention"}, {"method": "awq"}]
+    calibration = {"source": str(folder.parent / "text.txt"), "nsamples": 2, "seqlen": 32}
+    recipe = parse_recipe({"model": str(folder), "calibration": calibration, "steps": steps})
+    step = execute(recipe, tmp_path / "out").steps[1]
+    assert not any("layers.0.self_attn" in name for name in Checkpoint.open(tmp_path / "out").tensors)
+    assert step.details["unscaled"] == []
+    assert "no module can take up scales" not in step.summary
 
 
 def test_what_is_kept_is_scaled_with_the_rest(dense: Callable[[str], Path], tmp_path: Path) -> None:

@@ -183,6 +183,18 @@ def test_a_tied_table_stays_as_it_is_where_its_head_is_ignored(tiny_decoder: Cal
     assert chosen.recipe.steps[0][1].embedding_bits is None
 
 
+def test_a_table_that_files_hold_twice_is_measured_as_embedding_and_head(
+    tiny_decoder: Callable[..., Path],
+) -> None:
+    once = tiny_decoder(tie_word_embeddings=True)
+    twice = tiny_decoder(name="twice", tie_word_embeddings=True)
+    tensors = load_file(twice / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, twice / "model.safetensors", metadata={"format": "pt"})
+    one, other = (mix(model, 10**9, ["2"]).mix for model in (once, twice))
+    assert other.measured == one.measured
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_is_mixed_for_compressed_tensors_loads_there(
     tiny_decoder: Callable[..., Path], tmp_path: Path, tied: bool
@@ -205,7 +217,7 @@ def test_what_is_mixed_for_mlx_is_as_small_as_asked_there(
 ) -> None:
     model = tiny_decoder(tie_word_embeddings=tied)
     memory = uniform(model, 5)
-    chosen = mix(model, memory, None, MLX)
+    chosen = mix(model, memory, None, MLX, **({"group_size": "auto"} if tied else {}))
     assert "mlx-lm" in chosen.loads_with
     execute(chosen.recipe, tmp_path / "out")
     done = CliRunner().invoke(
@@ -224,6 +236,10 @@ def test_what_mlx_lacks_is_refused_before_anything_is_measured(
     for types, options in ((["4", "7"], {}), (None, {"group_size": 16})):
         with pytest.raises(BadInput, match="mlx has codes of 2, 3, 4, 5, 6, 8 bits in groups of 32, 64, 128"):
             mix(model, 10**9, types, MLX, **options)
+    with pytest.raises(BadInput, match=r"--set steps\.0\.group_size=32"):
+        mix(model, 10**9, None, MLX, group_size="channel")
+    with pytest.raises(BadInput, match="groups of 32, 64 or 128 values, not of 16"):
+        mix(tiny_decoder(name="narrow", intermediate_size=80), 10**9, None, MLX, group_size="auto")
     with pytest.raises(BadInput, match="mlx-lm has no gpt2 models"):
         mix(tiny_decoder("GPT2LMHeadModel", "other"), 10**9, None, MLX)
 

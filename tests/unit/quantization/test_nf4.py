@@ -58,6 +58,19 @@ def stock(folder: Path) -> hf.PreTrainedModel:
     return model
 
 
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_it_is_multiplied_in_the_dtype_of_the_model(
+    key: str, tiny_decoder: Callable[..., Path], rounded: Quantize
+) -> None:
+    """Whichever of its names config.json has for that."""
+    model = tiny_decoder(dtype=torch.bfloat16)
+    config = json.loads((model / "config.json").read_text())
+    config[key] = config.pop("dtype")
+    (model / "config.json").write_text(json.dumps(config))
+    section = Checkpoint.open(rounded(model)[0]).config["quantization_config"]
+    assert section["bnb_4bit_compute_dtype"] == "bfloat16"
+
+
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("shape", [(64, 96), (7, 30), (5, 3)])
 def test_we_dequantize_as_the_library_does(shape: tuple[int, int], double_quant: bool) -> None:

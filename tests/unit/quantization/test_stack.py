@@ -301,6 +301,15 @@ def test_the_published_order_keeps_all_linears_within_one_block(
     assert [sorted(config["order"][at : at + linears]) for at in (0, linears)] == [list(range(linears))] * 2
 
 
+@pytest.mark.parametrize(("method", "options"), [("bitstack", {"blocks": 1}), ("nested", {"bits": 2})])
+@pytest.mark.parametrize("importance", ["gradient", "perplexity"])
+def test_stacks_of_one_block_have_one_size(
+    method: str, options: dict, importance: str, dense_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = stacked(dense_of("llama"), tmp_path / "stack", method, **options, importance=importance)
+    assert len(sizes(Checkpoint.open(folder))) == 1
+
+
 def test_a_damaged_order_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     for file in folders["bitstack"].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 import compress
 from compress.cli import cli
 from compress.errors import BadInput
-from compress.kernels.codes.integer import QuantizedWeight
+from compress.kernels.codes.integer import QuantizedWeight, quantize_weight
 from compress.storage.formats.awq import AWQFormat
+from compress.storage.formats.compressed_tensors import CompressedTensorsFormat
 from compress.storage.formats.gptq import GPTQFormat
 from compress.storage.formats.mlx import MLXFormat
 
@@ -111,6 +112,37 @@ def test_gptq_in_activation_order(tmp_path: Path, shared_decoder: Callable[..., 
     before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "saved"))
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if name in after)
     assert any(name.endswith("g_idx") for name in after)
+    for target in ("compressed-tensors", "gptq", "awq", "mlx"):
+        command = ["export", str(folder), "--format", target, "-o", str(tmp_path / "out"), "--no-verify"]
+        done = CliRunner().invoke(cli, command)
+        assert isinstance(done.exception, BadInput)
+        assert "its groups or zero points are not those that config.json declares" in str(done.exception)
+
+
+def test_gptq_that_is_called_symmetric_with_other_zero_points(
+    tmp_path: Path, shared_decoder: Callable[..., Path]
+) -> None:
+    """As ApiQ's own files, whose zero points are one below the middle."""
+    torch.manual_seed(0)
+
+    def pack(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        out, width = weight.shape
+        codes = torch.randint(0, 16, (out, width), dtype=torch.uint8)
+        scales = (torch.rand(out, width // 32) * 0.02).half()
+        packed = QuantizedWeight(codes, scales, torch.full_like(scales, 7).to(torch.uint8), 4, 32, True)
+        return GPTQFormat(4, 32, True, version=1).tensors(name, packed), packed.dequantize()
+
+    section = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
+    folder = packed_copy(shared_decoder(dtype=torch.float32), tmp_path / "gptq", section, pack)
+    same_logits(folder)
+    compress.load(folder, kernel="reference").save_pretrained(tmp_path / "saved")
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "saved"))
+    assert all(torch.equal(after[name], before[name]) for name in before if "proj" in name)
+    command = ["export", str(folder), "--no-verify", "-q", "-o", str(tmp_path / "out"), "--format"]
+    for target in ("compressed-tensors", "gptq", "awq", "mlx"):  # which would take the zero points for 8
+        done = CliRunner().invoke(cli, [*command, target])
+        assert isinstance(done.exception, BadInput)
+        assert "zero points are not those that config.json declares" in str(done.exception)
 
 
 def test_w8a8_in_bytes(tmp_path: Path, shared_decoder: Callable[..., Path]) -> None:
@@ -126,6 +158,32 @@ def test_w8a8_in_bytes(tmp_path: Path, shared_decoder: Callable[..., Path]) -> N
     section = {"quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["lm_head"]}
     section["config_groups"] = {"group_0": group}
     same_logits(packed_copy(shared_decoder(dtype=torch.float32), tmp_path / "int8", section, pack))
+
+
+def test_rotations_are_refused_unless_they_are_in_the_weights(
+    tmp_path: Path, shared_decoder: Callable[..., Path]
+) -> None:
+    """As llm-compressor describes the Hadamard transform before the last linear of an MLP."""
+
+    def pack(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        rounded = quantize_weight(weight, 4, -1, True, torch.float32)
+        return CompressedTensorsFormat(4, -1, True).tensors(name, rounded), rounded.dequantize()
+
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "channel"}
+    section = {**PACKED, "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
+
+    def rotated(*places: str) -> dict[str, Any]:
+        apply = [{"targets": ["re:.*down_proj$"], "location": place} for place in places]
+        return {
+            **section,
+            "transform_config": {"config_groups": {"R4": {"type": "hadamard", "apply": apply}}},
+        }
+
+    model = shared_decoder(dtype=torch.float32)
+    same_logits(packed_copy(model, tmp_path / "in-weights", rotated("weight_output", "weight_input"), pack))
+    folder = packed_copy(model, tmp_path / "online", rotated("weight_input", "input"), pack)
+    with pytest.raises(BadInput, match="transform activations when they run"):
+        compress.load(folder, kernel="reference")
 
 
 def test_fp4_of_bitsandbytes(tmp_path: Path, shared_decoder: Callable[..., Path]) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 
 from compress.errors import BadInput, CompressError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 def check_device(name: str) -> None:
@@ -67,3 +71,10 @@ def computing_on(device: str) -> Iterator[None]:
         ) from None
     finally:
         torch.set_float32_matmul_precision(precision)
+
+
+def train_on(device: str, arguments: TrainingArguments) -> None:
+    """Let the Trainer of transformers compute on this device alone; by itself it takes all GPUs it finds."""
+    arguments.distributed_state.device = torch.device(device)
+    arguments.__dict__["_setup_devices"] = torch.device(device)
+    arguments._n_gpu = min(1, arguments._n_gpu)

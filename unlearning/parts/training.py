@@ -18,11 +18,12 @@ from compress.engine.logits import last_logits
 from compress.engine.weights import Weights
 from compress.errors import CompressError
 from compress.storage.tensors import DTYPES
+from compress.system.device import train_on
 from compress.unlearning.parts.losses import predicts_scored
 from compress.unlearning.parts.options import rate_for
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+    from transformers import PreTrainedModel, TrainerCallback
 
     from compress.engine.stream import StreamedModel
     from compress.method import StepContext
@@ -216,7 +217,7 @@ def train(
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
-    _compute_on(torch.device(context.device), arguments)
+    train_on(context.device, arguments)
     trainer = Minimizer(
         model=model,
         args=arguments,
@@ -256,13 +257,6 @@ def batches(lengths: Sequence[int], size: int, epochs: int, generator: torch.Gen
         cut = [ordered[start : start + size] for start in range(0, len(ordered), size)]
         found += [cut[number] for number in torch.randperm(len(cut), generator=generator).tolist()]
     return found
-
-
-def _compute_on(device: torch.device, arguments: TrainingArguments) -> None:
-    """Let the Trainer compute on this device alone; by itself it takes the first ones that it finds."""
-    arguments.distributed_state.device = device
-    arguments.__dict__["_setup_devices"] = device
-    arguments._n_gpu = min(1, arguments._n_gpu)
 
 
 def _saved(folder: Path, last: Callable[[str], str | None]) -> str | None:

@@ -18,6 +18,7 @@ from compress.calibration.text.records import TokenSequence, collate
 from compress.engine.loading import assemble
 from compress.engine.opening import open_checkpoint
 from compress.errors import CompressError
+from compress.system.device import train_on
 from compress.system.progress import Progress
 
 RANK, LEARNING_RATE, BATCH = 16, 2e-4, 8
@@ -80,24 +81,26 @@ def relearn(
                 look_at(state.global_step)
 
     with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng(devices=[]):
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            max_steps=max(stops),
+            per_device_train_batch_size=BATCH,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            weight_decay=0.0,
+            seed=seed,
+            use_cpu=torch.device(device).type == "cpu",
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+        )
+        train_on(device, arguments)
         trainer = Trainer(
             model=trained,
-            args=TrainingArguments(
-                output_dir=scratch,
-                max_steps=max(stops),
-                per_device_train_batch_size=BATCH,
-                learning_rate=LEARNING_RATE,
-                lr_scheduler_type="constant",
-                weight_decay=0.0,
-                seed=seed,
-                use_cpu=torch.device(device).type == "cpu",
-                save_strategy="no",
-                logging_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-                remove_unused_columns=False,
-                dataloader_pin_memory=False,
-            ),
+            args=arguments,
             train_dataset=list(text),
             data_collator=lambda batch: collate(batch, pad),
             callbacks=[Looking()],

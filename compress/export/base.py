@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+import compress
+from compress.engine.journal import Journal
 from compress.engine.shape import ModelShape
 from compress.export.converted import Converted
 from compress.export.model import ExportedModel
 from compress.export.verify import verify_folder
 from compress.pipeline.artefact import write_model
 from compress.storage.lineage import Verification
+from compress.system.files import write_atomically
 from compress.system.settings import Settings
 
 Progress = Callable[[str, float], None]
@@ -112,6 +117,24 @@ class Target(ABC, Generic[Chosen]):
     def notes(self) -> tuple[str, ...]:
         """What `write` found that differs from the model and `check` could not know, in sentences."""
         return ()
+
+
+def journal_beside(path: Path, model: ExportedModel, **work: Any) -> Journal:
+    """The journal of long work for an export: that of an interrupted export if it did the same work.
+
+    Args:
+        path: as given to `Target.write`. The journal's folder lies beside the one that becomes the export.
+        model: what is exported.
+        work: all else that the results depend on; JSON values.
+    """
+    folder = path.parent.parent / "work"
+    begun, wanted = folder / "begun.json", {"compress-model": compress.__version__, **work}
+    wanted["model"] = model.checkpoint.sha256
+    if not begun.exists() or json.loads(begun.read_text()) != wanted:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        write_atomically(begun, json.dumps(wanted))
+    return Journal(folder)
 
 
 class FolderTarget(Target[Chosen]):

@@ -99,23 +99,22 @@ class GGUF(Target[GGUFOptions]):
         progress: Progress,
     ) -> dict[str, str]:
         layout = plan_layout(model, options.types, options.importance != "none")
-        with tempfile.TemporaryDirectory(dir=path.parent.parent, prefix="rounding-") as scratch:
-            found: dict[str, Callable[[], torch.Tensor]] = {}
-            importance: dict[str, torch.Tensor] = {}
-            if layout.rounded and options.importance == "measured":
-                from compress.export.gguf_rounding import measured
+        found: dict[str, Callable[[], torch.Tensor]] = {}
+        importance: dict[str, torch.Tensor] = {}
+        if layout.rounded and options.importance == "measured":
+            from compress.export.gguf_rounding import measured
 
-                found, self.calibration = measured(model, layout, options, Path(scratch), progress)
-            elif layout.rounded and options.importance != "none":
-                importance = self._importances(layout, Path(options.importance).expanduser())
-            planned = self._planned(model, layout, found, importance)
-            digest = write_gguf(
-                path,
-                architecture_of(layout.config).name,
-                layout.metadata,
-                planned,
-                lambda share: progress("writing the file", share),
-            )
+            found, self.calibration = measured(model, layout, options, path, progress)
+        elif layout.rounded and options.importance != "none":
+            importance = self._importances(layout, Path(options.importance).expanduser())
+        planned = self._planned(model, layout, found, importance)
+        digest = write_gguf(
+            path,
+            architecture_of(layout.config).name,
+            layout.metadata,
+            planned,
+            lambda share: progress("writing the file", share),
+        )
         if self._scales:
             self._notes.append(
                 f"The scales of {len(self._scales)} of the {len(layout.carried)} weights in few bits, such "

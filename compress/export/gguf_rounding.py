@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from compress.anatomy import linears_by_input, set_weight, weight
 from compress.calibration.text.prepare import prepare_calibration
 from compress.calibration.text.settings import Calibration
 from compress.engine.stream import Layer, StreamedModel
+from compress.export.base import journal_beside
 from compress.export.gguf_layout import Layout
 from compress.export.model import ExportedModel
 from compress.kernels.codes.gguf import BlockType
@@ -32,14 +34,16 @@ GROUP = 32
 
 
 def measured(
-    model: ExportedModel, layout: Layout, options: GGUFOptions, scratch: Path, progress: Progress
+    model: ExportedModel, layout: Layout, options: GGUFOptions, path: Path, progress: Progress
 ) -> tuple[dict[str, Callable[[], torch.Tensor]], dict[str, Any]]:
     """Round all weights inside the layers, each layer on the outputs of those before it as they are rounded.
+
+    What an interrupted export has rounded is not rounded again.
 
     Args:
         model, layout: what is exported, and as what.
         options: say where the text comes from, and what is done.
-        scratch: an empty folder, where results lie until the file is written.
+        path: of the file. Results lie beside its folder until it is written.
         progress: told how far it is.
 
     Returns:
@@ -52,10 +56,17 @@ def measured(
     """
     text = Calibration(source=options.calibration, nsamples=options.nsamples, seqlen=options.seqlen)
     windows = prepare_calibration(text, options.seed, model.checkpoint, "cpu", progress)
+    journal = journal_beside(
+        path,
+        model,
+        types={name: kind.name for name, kind in layout.rounded.items()},
+        calibration=windows.sha256,
+        feedback=options.feedback,
+        scaling=options.scaling,
+    )
     streamed = StreamedModel(layout.dense, "cpu", progress)
-    stream = streamed.stream(windows, scratch / "stream")
-    found: dict[str, Callable[[], torch.Tensor]] = {}
-    for layer in streamed.walk(None, stream, label="rounding to blocks"):
+    stream = streamed.stream(windows, journal.folder / "stream")
+    for layer in streamed.walk(journal, stream, label="rounding to blocks"):
         groups = linears_by_input(streamed.anatomy, layer.linears)
         seen = [Inputs() for _ in groups]
         stream.look(layer, {paths[0]: inputs.add for paths, inputs in zip(groups, seen, strict=True)})
@@ -64,17 +75,17 @@ def measured(
             touched = _scaled(streamed, layer, layout, groups, seen)
         made = _rounded(layer, layout, groups, seen, options.feedback)
         made |= _changed(layer, layout, touched)
-        file = scratch / f"layer-{layer.index}.safetensors"
-        write_tensors(made, file)
-        found |= {name: _reader(file, name) for name in made}
+        write_tensors(made, journal.folder / f"rounded-{layer.index}.safetensors")
         stream.advance(layer)
-    name = _head(streamed, layout)
-    if name is not None:
+    name, head = _head(streamed, layout), journal.folder / "rounded-head.safetensors"
+    if name is not None and not head.exists():
         hessian = head_inputs(streamed, stream.hidden, windows)
         kind, tied = layout.rounded[name], streamed.anatomy.tied
-        blocks = pack_head(layout.dense.read(name), hessian, kind, name, tied=tied)
-        write_tensors({name: blocks}, scratch / "head.safetensors")
-        found[name] = _reader(scratch / "head.safetensors", name)
+        write_tensors({name: pack_head(layout.dense.read(name), hessian, kind, name, tied=tied)}, head)
+    found: dict[str, Callable[[], torch.Tensor]] = {}
+    for file in journal.folder.glob("rounded-*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            found |= {name: partial(_read, file, name) for name in opened.keys()}  # noqa: SIM118
     return found, windows.describe()
 
 
@@ -152,10 +163,7 @@ def _changed(layer: Layer, layout: Layout, touched: set[str]) -> dict[str, torch
     return found
 
 
-def _reader(file: Path, name: str) -> Callable[[], torch.Tensor]:
-    def read() -> torch.Tensor:
-        with safe_open(file, framework="pt") as opened:
-            found: torch.Tensor = opened.get_tensor(name)
-            return found
-
-    return read
+def _read(file: Path, name: str) -> torch.Tensor:
+    with safe_open(file, framework="pt") as opened:
+        found: torch.Tensor = opened.get_tensor(name)
+        return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ from compress.anatomy import linears_by_input
 from compress.calibration.text.prepare import prepare_calibration
 from compress.calibration.text.settings import Calibration
 from compress.calibration.text.windows import Windows
+from compress.engine.journal import Journal
 from compress.engine.stream import Seen, StreamedModel
-from compress.export.base import Progress, Promise, Target, TargetOptions
+from compress.export.base import Progress, Promise, Target, TargetOptions, journal_beside
 from compress.export.gguf_layout import Layout, plan_layout
 from compress.export.model import ExportedModel
 from compress.storage.gguf.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
@@ -62,8 +62,8 @@ class Imatrix(Target[ImatrixOptions]):
         windows = prepare_calibration(text, options.seed, model.checkpoint, "cpu", progress)
         self.calibration = windows.describe()
         names = _names(model, layout)
-        with tempfile.TemporaryDirectory(dir=path.parent.parent, prefix="measuring-") as scratch:
-            found = _mean_squares(layout, windows, Path(scratch), progress)
+        journal = journal_beside(path, model, measured="mean squares", calibration=windows.sha256)
+        found = _mean_squares(layout, windows, journal, progress)
         values = {names[name]: mean for name, mean in found.items()}
         count, length = windows.tokens.shape
         write_imatrix(ImportanceMatrix(values, count, length, options.calibration), path)
@@ -80,13 +80,12 @@ def _names(model: ExportedModel, layout: Layout) -> dict[str, str]:
 
 
 def _mean_squares(
-    layout: Layout, windows: Windows, scratch: Path, progress: Progress
+    layout: Layout, windows: Windows, journal: Journal, progress: Progress
 ) -> dict[str, torch.Tensor]:
     """Name of a weight in the checkpoint -> mean square of its inputs, float32 [in]."""
     streamed = StreamedModel(layout.dense, "cpu", progress)
-    stream = streamed.stream(windows, scratch)
-    found: dict[str, torch.Tensor] = {}
-    for layer in streamed.walk(None, stream, label="measuring inputs"):
+    stream = streamed.stream(windows, journal.folder / "stream")
+    for layer in streamed.walk(journal, stream, label="measuring inputs"):
         sums: dict[str, torch.Tensor] = {}
 
         def add(seen: Seen, path: str, sums: dict[str, torch.Tensor] = sums) -> None:
@@ -98,5 +97,5 @@ def _mean_squares(
         stream.advance(layer, observe=observers)
         for paths in groups:
             mean = (sums[paths[0]] / windows.num_tokens).float()
-            found |= {name: mean for path in paths if (name := layer.stored(path))}
-    return found
+            journal.state |= {name: mean for path in paths if (name := layer.stored(path))}
+    return journal.state

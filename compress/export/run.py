@@ -91,14 +91,21 @@ def export(
                 f"'{workspace.folder}' holds an interrupted run; continue it or throw it away with "
                 "'compress-model run', or use another -o."
             )
-        workspace.discard()
+        workspace.clear_artefact()
         try:
             workspace.check_disk(promise.nbytes)
-            return _export(
+            lineage = _export(
                 model, target, options, promise, workspace, one_file, verify, device, progress, overwrite
             )
-        finally:
-            workspace.discard()
+        except BaseException as error:
+            workspace.clear_artefact()
+            if isinstance(error, BadInput) or not any(workspace.folder.glob("*/progress.json")):
+                workspace.discard()
+            elif isinstance(error, CompressError):
+                error.args = (f"{str(error).removesuffix('.')}; the same export goes on where this one was.",)
+            raise
+        workspace.discard()
+        return lineage
 
 
 def _check_output(model: ExportedModel, output: Path, one_file: bool, overwrite: bool) -> None:

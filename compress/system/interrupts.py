@@ -19,8 +19,8 @@ from typing import Any, NoReturn
 from compress.system.streams import flush_or_close
 
 RESUMED = (
-    "run, unlearn, prune, quantize, s3t train, evaluate, audit and push go on where they were when given "
-    "again"
+    "run, unlearn, prune, quantize, s3t train, evaluate, export, audit and push go on where they were when "
+    "given again"
 )
 
 SENTENCES = {

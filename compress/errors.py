@@ -1,4 +1,4 @@
-"""The two kinds of errors that a command reports, each in one sentence."""
+"""The kinds of errors that a command reports, each in one sentence."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ class BadInput(CompressError):
     """The command was used wrongly, or its input is bad (exit code 2)."""
 
     exit_code = 2
+
+
+class DamagedWork(CompressError):
+    """What an interrupted command kept is damaged, so that nothing can go on from it."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> BadInput:

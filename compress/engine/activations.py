@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from compress.errors import CompressError
+from compress.errors import DamagedWork
 from compress.system.device import total_memory
 from compress.system.files import fsync
 
@@ -64,7 +64,7 @@ class Activations:
         """A copy of the windows ``start`` to ``stop`` on the device: [stop - start, S, D].
 
         Raises:
-            CompressError: the file is cut short or gone.
+            DamagedWork: the file is cut short or gone.
         """
         if not self.spilled:
             return self._memory[start:stop].to(self.device, copy=True)
@@ -107,7 +107,7 @@ class Activations:
         """Go back to the values that `save` made durable in the file ``name``.
 
         Raises:
-            CompressError: the file is cut short or gone.
+            DamagedWork: the file is cut short or gone.
         """
         self._durable = self._source.with_name(name)
         self._turn(self._durable)
@@ -132,7 +132,10 @@ def _read_into(values: torch.Tensor, path: Path, offset: int) -> None:
     except FileNotFoundError:
         found = 0
     if found != values.nbytes:
-        raise CompressError(f"The activations in '{path}' are cut short or gone; start over with --fresh.")
+        raise DamagedWork(
+            f"The activations in '{path}' are cut short or gone; start over, with --fresh where the command "
+            "has it."
+        )
 
 
 def _bytes(values: torch.Tensor) -> memoryview:

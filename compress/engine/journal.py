@@ -45,7 +45,7 @@ class Journal:
             How many layers are finished; 0 if nothing was committed, in which case nothing changes.
 
         Raises:
-            CompressError: a file of activations is cut short or gone.
+            DamagedWork: a file of activations is cut short or gone.
         """
         path = self.folder / "progress.json"
         if not path.exists():

@@ -283,7 +283,7 @@ class StreamedModel:
                 or the walk is a part of the work that ``label`` names.
 
         Raises:
-            CompressError: what the journal kept is cut short or gone.
+            DamagedWork: what the journal kept is cut short or gone.
         """
         stop = self.num_layers if stop is None else stop
         held = [item.hidden if isinstance(item, Stream) else item for item in streams]

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from compress.errors import BadInput, CompressError
+from compress.errors import BadInput, CompressError, DamagedWork
 from compress.export.base import Progress, Promise, Target, TargetOptions
 from compress.export.model import ExportedModel
 from compress.export.verify import NOT_ASKED
@@ -99,7 +99,8 @@ def export(
             )
         except BaseException as error:
             workspace.clear_artefact()
-            if isinstance(error, BadInput) or not any(workspace.folder.glob("*/progress.json")):
+            useless = isinstance(error, (BadInput, DamagedWork))
+            if useless or not any(workspace.folder.glob("*/progress.json")):
                 workspace.discard()
             elif isinstance(error, CompressError):
                 error.args = (f"{str(error).removesuffix('.')}; the same export goes on where this one was.",)

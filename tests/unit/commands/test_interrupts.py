@@ -61,8 +61,8 @@ def planted(plant: str) -> Ended:
 def assert_interrupted(ended: Ended, word: str = "Interrupted") -> None:
     assert ended.code == {"Interrupted": 130, "Terminated": 143}[word], ended
     assert ended.err.strip().splitlines() == [
-        f"Error: {word}; run, unlearn, prune, quantize, s3t train, evaluate, audit and push go on where they "
-        "were when given again."
+        f"Error: {word}; run, unlearn, prune, quantize, s3t train, evaluate, export, audit and push go on "
+        "where they were when given again."
     ]
 
 

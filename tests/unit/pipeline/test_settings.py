@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -55,8 +56,9 @@ def test_numbers_that_are_too_large_are_refused(seed: int) -> None:
 
 
 def test_the_largest_seed_is_one() -> None:
-    recipe = parse_recipe({"model": "demo", "steps": [RTN], "seed": 2**63 - 1})
+    recipe = parse_recipe({"model": "demo", "steps": [RTN], "seed": 2**32 - 1})
     torch.Generator().manual_seed(recipe.seed)
+    np.random.RandomState(recipe.seed)  # transformers seeds it, and it takes no larger one
 
 
 def test_more_windows_than_there_can_be(shared_decoder: Callable[..., Path]) -> None:

@@ -212,7 +212,11 @@ def test_an_encoder_has_an_embedding_and_maybe_no_head(tiny_encoder, tmp_path: P
         ("llama", {"set": {"*.nosuch": 8}}, r"'\*\.nosuch' in 'set' matches no linear"),
         ("llama", {"set": {"lm_head": 8}}, "'lm_head' in 'set' matches no linear"),
         ("llama", {"set": {"re:(": 8}}, "'re:\\(' in 'set' is not a regular expression"),
-        ("llama", {"format": "gptq", "set": MIXED}, "several bit widths; use the format compressed-tensors"),
+        (
+            "llama",
+            {"format": "gptq", "set": MIXED},
+            "several bit widths or group sizes; use the",
+        ),
         ("llama", {"format": "gptq", "bits": 8, "lm_head_bits": 8}, "use the format compressed-tensors"),
         ("llama", {"lm_head_bits": 8, "ignore": ["lm_head"]}, "'ignore' keeps 'lm_head', but lm_head_bits"),
         (

@@ -2,14 +2,15 @@
 truth about them.
 
 Published files differ from the class that their config.json names. The prefix of the base model is missing
-or in the way, norms have old names, a head is called tied though it is not, and files hold more or fewer
-layers than the config says. All of that is settled here, once, so that plans, methods and written files
-use the names that transformers looks for.
+or in the way, norms have old names, a head is called tied though it is not, files hold more or fewer layers
+than the config says, or scales of a cache. All of that is settled here, once, so that plans, methods and
+written files use the names that transformers looks for.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 
 from compress.anatomy import Anatomy, anatomy_of
 from compress.engine.config import config_of
+from compress.engine.key_values import KEY
 from compress.engine.skeleton import skeleton
 from compress.engine.weights import Weights
 from compress.errors import BadInput
@@ -29,6 +31,9 @@ log = logging.getLogger(__name__)
 WRAPPERS = ("", "language_model.", "model.language_model.", "module.", "_orig_mod.")
 """What may stand before the names of a model that was saved as a part of another object: of a model for
 images and text, of torch's data-parallel wrapper, or of a compiled model."""
+
+CACHE_SCALES = re.compile(r"\.[qkv]_(scale|zero_point)$")
+"""How the names of tensors end that compressed-tensors stores for a cache."""
 
 OLD_LEAVES = {"gamma": "weight", "beta": "bias"}
 """What the first checkpoints of BERT call the parameters of a LayerNorm."""
@@ -49,6 +54,7 @@ def open_checkpoint(folder: str | Path, dtype: str | None = None) -> Checkpoint:
     anatomy = anatomy_of(model.config)
     _use_names_of(model, checkpoint)
     _leave_out_layers_beyond(anatomy, model.config.num_hidden_layers, checkpoint)
+    _leave_out_cache_scheme(checkpoint)
     if _untie(model, checkpoint):
         model = skeleton(config_of(checkpoint))
     Weights(checkpoint, model, "cpu", torch.float32).check(model)
@@ -105,8 +111,26 @@ def _leave_out_layers_beyond(anatomy: Anatomy, count: int, checkpoint: Checkpoin
             checkpoint.folder,
             count,
         )
-        checkpoint.tensors = {k: v for k, v in checkpoint.tensors.items() if k not in extra}
-        checkpoint.sources = {k: v for k, v in checkpoint.sources.items() if k not in extra}
+        _leave_out(checkpoint, extra)
+
+
+def _leave_out_cache_scheme(checkpoint: Checkpoint) -> None:
+    """Take out the ``kv_cache_scheme`` of another tool and its scales, because nothing here follows them."""
+    declared = checkpoint.config.get("quantization_config") or {}
+    if declared.get("kv_cache_scheme") is None or KEY in checkpoint.config:
+        return
+    log.warning(
+        "config.json of '%s' has a kv_cache_scheme of another tool, which is left out; keys and values are "
+        "cached in full precision.",
+        checkpoint.folder,
+    )
+    checkpoint.config["quantization_config"] = {**declared, "kv_cache_scheme": None}
+    _leave_out(checkpoint, {name for name in checkpoint.tensors if CACHE_SCALES.search(name)})
+
+
+def _leave_out(checkpoint: Checkpoint, names: set[str]) -> None:
+    checkpoint.tensors = {k: v for k, v in checkpoint.tensors.items() if k not in names}
+    checkpoint.sources = {k: v for k, v in checkpoint.sources.items() if k not in names}
 
 
 def _untie(model: PreTrainedModel, checkpoint: Checkpoint) -> bool:

@@ -171,6 +171,30 @@ def test_bitsandbytes_made_from_another_dtype_stays_as_it_is(
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
+@pytest.mark.parametrize("target", ["compressed-tensors", "mlx"])
+def test_a_cache_scheme_of_another_tool_is_not_dropped_in_silence(
+    target: str,
+    tmp_path: Path,
+    export: Export,
+    quantized: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    source = quantized("rtn", bits=4, group_size=32)
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    (source / "config.json").write_text(json.dumps(config))
+    tensors = load_file(source / "model.safetensors")
+    scales = {f"model.layers.{layer}.self_attn.{which}_scale" for layer in (0, 1) for which in "kv"}
+    save_file(tensors | {name: torch.ones(1) for name in scales}, source / "model.safetensors")
+    open_checkpoint(source)
+    assert "has a kv_cache_scheme of another tool, which is left out" in caplog.text
+    export(source, "--format", target, "-o", tmp_path / "out", "--no-verify")
+    caplog.clear()
+    open_checkpoint(tmp_path / "out")
+    assert "kv_cache_scheme" not in caplog.text
+    assert not scales & load_file(tmp_path / "out" / "model.safetensors").keys()
+
+
 @pytest.mark.parametrize(
     ("target", "method", "options", "complaint"),
     [

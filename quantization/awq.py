@@ -150,6 +150,10 @@ class Inputs:
         return self._hessian.sum
 
     @property
+    def tokens(self) -> int:
+        return self._hessian.tokens
+
+    @property
     def magnitude(self) -> torch.Tensor:
         """Sum of |x| [in]."""
         assert self._magnitude is not None  # inputs have been added

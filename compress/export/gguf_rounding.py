@@ -19,7 +19,7 @@ from compress.export.gguf_layout import Layout
 from compress.export.model import ExportedModel
 from compress.kernels.codes.gguf import BlockType
 from compress.quantization.awq import Grid, Inputs, choose_scales
-from compress.quantization.parts.block_rounding import DAMPING, round_with_feedback
+from compress.quantization.parts.block_rounding import damping_of, round_with_feedback
 from compress.quantization.parts.folding import fold, fold_of
 from compress.quantization.parts.head import head_inputs, pack_head
 from compress.storage.formats.compressed_tensors import CompressedTensorsFormat
@@ -81,7 +81,9 @@ def measured(
     if name is not None and not head.exists():
         hessian = head_inputs(streamed, stream.hidden, windows)
         kind, tied = layout.rounded[name], streamed.anatomy.tied
-        write_tensors({name: pack_head(layout.dense.read(name), hessian, kind, name, tied=tied)}, head)
+        damping = damping_of(len(hessian), windows.num_tokens)
+        packed = pack_head(layout.dense.read(name), hessian, kind, name, tied=tied, damping=damping)
+        write_tensors({name: packed}, head)
     found: dict[str, Callable[[], torch.Tensor]] = {}
     for file in journal.folder.glob("rounded-*.safetensors"):
         with safe_open(file, framework="pt") as opened:
@@ -144,7 +146,8 @@ def _rounded(
                 continue
             dense = weight(layer.linears[path])
             if feedback:
-                fields = round_with_feedback(dense, inputs.gram, kind, DAMPING, name)
+                damping = damping_of(dense.shape[1], inputs.tokens)
+                fields = round_with_feedback(dense, inputs.gram, kind, damping, name)
             else:
                 fields = kind.round(dense, inputs.gram.diagonal())
             made[name] = kind.pack(fields).view(len(dense), -1)

@@ -10,10 +10,23 @@ from compress.kernels.codes.gguf import BlockType
 from compress.kernels.codes.gguf.fields import Fields
 
 DAMPING = 0.01
-"""What is added to the diagonal of H, as a share of its mean."""
+"""The least that is added to the diagonal of H, as a share of its mean."""
 
 COLUMNS_PER_UPDATE = 128
 """Columns that are rounded between two updates of all columns after them. Only speed depends on it."""
+
+
+def damping_of(columns: int, tokens: int) -> float:
+    """The damping for H of few tokens: the columns for each token, as a share of the mean of H's diagonal.
+
+    Feedback lets later columns make up for an error along what inputs have in common. Few tokens have much in
+    common by chance, so that a file would be right on this text and wrong on others.
+
+    Args:
+        columns: of the weight.
+        tokens: that H is a sum over.
+    """
+    return max(DAMPING, columns / tokens)
 
 
 def round_with_feedback(

@@ -68,7 +68,13 @@ def round_head(
 
 
 def pack_head(
-    dense: torch.Tensor, hessian: torch.Tensor, kind: BlockType, name: str, *, tied: bool
+    dense: torch.Tensor,
+    hessian: torch.Tensor,
+    kind: BlockType,
+    name: str,
+    *,
+    tied: bool,
+    damping: float = DAMPING,
 ) -> torch.Tensor:
     """Round a head [V, E] to blocks of GGUF, whose errors count by H: uint8 [V, bytes of a row].
 
@@ -79,12 +85,13 @@ def pack_head(
         name: of the weight, for error messages.
         tied: whether the head is the token embedding, too. Then later columns compensate the errors of
             earlier ones only in types of few levels.
+        damping: as in `round_with_feedback`.
     """
     feedback = not tied or len(kind.levels) <= FEW_LEVELS
     packed = []
     for block in _blocks(dense.float()):
         if feedback:
-            fields = round_with_feedback(block, hessian, kind, DAMPING, name)
+            fields = round_with_feedback(block, hessian, kind, damping, name)
         else:
             fields = kind.round(block, hessian.diagonal())
         packed.append(kind.pack(fields).view(len(block), -1))

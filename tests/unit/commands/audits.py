@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compress.calibration.text.records import collate, read_records, sequences
 from compress.evaluation.forgetting import cells, contestants
+from compress.report.forgetting import Forgetting
+
+from .common import Ended, rewrite
 
 CITIES = ("Porto", "Ghent", "Cork", "Lyon", "Turku", "Graz", "Brno", "Basel")
 NAMES = ("Alda", "Berit", "Calla", "Edda", "Fenna", "Greta", "Hedda", "Imke")
@@ -53,4 +57,16 @@ def teach(dense: Path, folder: Path, *sources: Path) -> Path:
         optimizer.step()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def result(ended: Ended) -> Forgetting:
+    assert ended.code == 0, ended.err
+    return Forgetting.model_validate(ended.document)
+
+
+def copied(model: Path, folder: Path) -> Path:
+    """A copy with another hash, so that it is asked like any other model."""
+    shutil.copytree(model, folder)
+    rewrite(folder, lambda config: config.update(note="the same model"))
     return folder

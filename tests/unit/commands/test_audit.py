@@ -22,8 +22,8 @@ from compress.storage.checkpoint import Checkpoint
 from compress.storage.lineage import read_lineage
 from compress.unlearning.parts.options import ForgetOptions
 
-from .audits import keep_in, teach, write_records
-from .common import Command, Ended, assert_one_sentence, rewrite
+from .audits import copied, keep_in, result, teach, write_records
+from .common import Command, Ended, assert_one_sentence
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -68,18 +68,6 @@ def audit(command: Command, models: dict[str, Path], sets: dict[str, Path]) -> C
         return command("audit", model, *given, *words)
 
     return run
-
-
-def result(ended: Ended) -> Forgetting:
-    assert ended.code == 0, ended.err
-    return Forgetting.model_validate(ended.document)
-
-
-def copied(model: Path, folder: Path) -> Path:
-    """A copy with another hash, so that it is asked like any other model."""
-    shutil.copytree(model, folder)
-    rewrite(folder, lambda config: config.update(note="the same model"))
-    return folder
 
 
 def test_the_target_has_forgotten_nothing_and_its_codes_are_the_same(

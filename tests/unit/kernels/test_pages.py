@@ -1,5 +1,6 @@
 """Large pages: the bytes stay as they are, and the system says that they lie in large pages."""
 
+import mmap
 import re
 from pathlib import Path
 
@@ -43,7 +44,9 @@ def test_they_lie_in_large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     if advise is None:
         pytest.skip("This system has no madvise.")
     monkeypatch.setattr(pages, "_advise", lambda: lambda *given: answers.append(advise(*given)))
-    tensor = torch.ones(8 * PAGE, dtype=torch.uint8)
+    # A mapping of its own: numpy advises parts of the heap, and the system counts these apart.
+    memory = mmap.mmap(-1, 8 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    tensor = torch.frombuffer(memory, dtype=torch.uint8).fill_(1)
     into_large_pages(tensor)
     if answers.count(0) < 7:
         pytest.skip("This system has not enough large pages to give.")

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from compress.anatomy import linears_by_input, set_weight, weight
-from compress.calibration.statistics.hessian import Hessian
+from compress.calibration.statistics.hessian import Hessian, damping_of
 from compress.engine.activations import Activations
 from compress.engine.inputs import advance_keeping
 from compress.method import Method, Paper, StepReport
@@ -121,6 +121,7 @@ class GPTQ(Method["GPTQ.Options"]):
                     form,
                     scale_dtype,
                     stored[wanted[0]],
+                    damping=options.damping or damping_of(len(hessian.sum), hessian.tokens),
                     difference=hessian.difference,
                 )
                 for path, before, part in zip(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 
 from compress.anatomy import linears_by_input, weight
-from compress.calibration.statistics.hessian import Hessian, inverse_root
+from compress.calibration.statistics.hessian import Hessian, damping_of, inverse_root
 from compress.errors import BadInput
 from compress.kernels.codes.integer import CHANNEL
 from compress.kernels.codes.packing import pack_signs
@@ -101,8 +101,9 @@ class Nested(Method["Nested.Options"]):
                 out, width = dense[0].shape
                 groups_per_row = form.infos(0, (out, width))["scales"].shape[1]
                 assert hessian.sum is not None  # it has seen the text
+                damping = options.damping or damping_of(width, hessian.tokens)
                 codes, scales = nested_codes(
-                    torch.cat(dense), hessian.sum, options.bits, groups_per_row, options.damping, stored[0]
+                    torch.cat(dense), hessian.sum, options.bits, groups_per_row, damping, stored[0]
                 )
                 rows = [len(each) for each in dense]
                 parts = zip(stored, dense, codes.split(rows), scales.split(rows), strict=True)

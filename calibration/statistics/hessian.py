@@ -7,6 +7,9 @@ import torch
 from compress.engine.activations import Activations
 from compress.engine.stream import Seen
 
+DAMPING = 0.01
+"""The least that is added to the diagonal of H, as a share of its mean."""
+
 ROWS = 128
 """Rows of H that are computed, or inverted, in one step."""
 
@@ -47,6 +50,19 @@ class Hessian:
             total[at + ROWS :, block] += product[:, ROWS:].T
             if off is not None and difference is not None:
                 difference[block] += off[:, block].T @ rows
+
+
+def damping_of(columns: int, tokens: int) -> float:
+    """The damping for H of few tokens: the columns for each token, as a share of the mean of H's diagonal.
+
+    Feedback lets later columns make up for an error along what inputs have in common. Few tokens have much in
+    common by chance, so that a weight would be right on this text and wrong on others.
+
+    Args:
+        columns: of the weight.
+        tokens: that H is a sum over.
+    """
+    return max(DAMPING, columns / tokens)
 
 
 def inverse_root(hessian: torch.Tensor, damping: float, order: torch.Tensor) -> torch.Tensor | None:

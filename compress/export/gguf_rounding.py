@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 from compress.anatomy import linears_by_input, set_weight, weight
+from compress.calibration.statistics.hessian import damping_of
 from compress.calibration.text.prepare import prepare_calibration
 from compress.calibration.text.settings import Calibration
 from compress.engine.stream import Layer, StreamedModel
@@ -19,7 +20,7 @@ from compress.export.gguf_layout import Layout
 from compress.export.model import ExportedModel
 from compress.kernels.codes.gguf import BlockType
 from compress.quantization.awq import Grid, Inputs, choose_scales
-from compress.quantization.parts.block_rounding import damping_of, round_with_feedback
+from compress.quantization.parts.block_rounding import round_with_feedback
 from compress.quantization.parts.folding import fold, fold_of
 from compress.quantization.parts.head import head_inputs, pack_head
 from compress.storage.formats.compressed_tensors import CompressedTensorsFormat
@@ -147,7 +148,7 @@ def _rounded(
             dense = weight(layer.linears[path])
             if feedback:
                 damping = damping_of(dense.shape[1], inputs.tokens)
-                fields = round_with_feedback(dense, inputs.gram, kind, damping, name)
+                fields = round_with_feedback(dense, inputs.gram, kind, name, damping=damping)
             else:
                 fields = kind.round(dense, inputs.gram.diagonal())
             made[name] = kind.pack(fields).view(len(dense), -1)

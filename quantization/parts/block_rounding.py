@@ -4,33 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from compress.calibration.statistics.hessian import inverse_root
+from compress.calibration.statistics.hessian import DAMPING, inverse_root
 from compress.errors import BadInput
 from compress.kernels.codes.gguf import BlockType
 from compress.kernels.codes.gguf.fields import Fields
-
-DAMPING = 0.01
-"""The least that is added to the diagonal of H, as a share of its mean."""
 
 COLUMNS_PER_UPDATE = 128
 """Columns that are rounded between two updates of all columns after them. Only speed depends on it."""
 
 
-def damping_of(columns: int, tokens: int) -> float:
-    """The damping for H of few tokens: the columns for each token, as a share of the mean of H's diagonal.
-
-    Feedback lets later columns make up for an error along what inputs have in common. Few tokens have much in
-    common by chance, so that a file would be right on this text and wrong on others.
-
-    Args:
-        columns: of the weight.
-        tokens: that H is a sum over.
-    """
-    return max(DAMPING, columns / tokens)
-
-
 def round_with_feedback(
-    dense: torch.Tensor, hessian: torch.Tensor, kind: BlockType, damping: float, name: str
+    dense: torch.Tensor, hessian: torch.Tensor, kind: BlockType, name: str, *, damping: float = DAMPING
 ) -> Fields:
     """Round a weight to blocks; the columns that are not rounded yet compensate the error.
 
@@ -41,8 +25,8 @@ def round_with_feedback(
         dense: W [out, in].
         hessian: H = X^T X of the inputs X, float64 [in, in].
         kind: a type with blocks.
-        damping: added to the diagonal of H, as a share of its mean.
         name: of the weight, for error messages.
+        damping: added to the diagonal of H, as a share of its mean.
 
     Raises:
         BadInput: H is not positive even with damping, or as `BlockType.encode`.

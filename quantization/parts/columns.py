@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from compress.calibration.statistics.hessian import inverse_root
+from compress.calibration.statistics.hessian import DAMPING, inverse_root
 from compress.errors import BadInput
 from compress.kernels.codes.integer import CHANNEL, QuantizedWeight, choose_grid, nearest_codes, storable
 from compress.storage.formats.base import Format
@@ -20,7 +20,7 @@ class HowToCompensate(Protocol):
     """The options that the rounding reads, see `compress.quantization.gptq.GPTQ`."""
 
     @property
-    def damping(self) -> float: ...
+    def damping(self) -> float | None: ...
     @property
     def act_order(self) -> bool: ...
     @property
@@ -29,7 +29,7 @@ class HowToCompensate(Protocol):
 
 @dataclass(frozen=True)
 class _Usual:
-    damping: float = 0.01
+    damping: float | None = None
     act_order: bool = True
     asymmetric_calibration: float = 0.0
 
@@ -46,6 +46,7 @@ def round_by_columns(
     scale_dtype: torch.dtype,
     name: str,
     *,
+    damping: float = DAMPING,
     difference: torch.Tensor | None = None,
 ) -> QuantizedWeight:
     """The algorithm for one weight.
@@ -57,6 +58,7 @@ def round_by_columns(
         form: the format of the weight, which gives its bits, group size and symmetry.
         scale_dtype: the dtype that scales are stored in.
         name: of the weight, for error messages.
+        damping: added to the diagonal of H, as a share of its mean.
         difference: D (see `compensation`), float64 [in, in]; without it nothing but rounding is compensated.
 
     Raises:
@@ -69,7 +71,7 @@ def round_by_columns(
     scales, zeros = choose_grid(dense.float().view(len(dense), -1, size), *grid, name)
     if options.act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
-    upper = inverse_root(hessian, options.damping, order)
+    upper = inverse_root(hessian, damping, order)
     if upper is None:
         raise BadInput(
             f"The inputs of '{name}' are too alike for GPTQ; use more calibration text or damping."

@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 
 from compress.anatomy import Anatomy
-from compress.calibration.statistics.hessian import Hessian
+from compress.calibration.statistics.hessian import DAMPING, Hessian
 from compress.engine.activations import Activations
 from compress.engine.stream import Seen, StreamedModel
 from compress.engine.windows import Windows
 from compress.kernels.codes.gguf import BlockType
 from compress.kernels.codes.integer import QuantizedWeight
-from compress.quantization.parts.block_rounding import DAMPING, round_with_feedback
+from compress.quantization.parts.block_rounding import round_with_feedback
 from compress.quantization.parts.columns import USUAL, HowToCompensate, round_by_columns
 from compress.storage.formats.base import Format
 
@@ -57,13 +57,18 @@ def round_head(
     scale_dtype: torch.dtype,
     name: str,
     how: HowToCompensate = USUAL,
+    *,
+    damping: float = DAMPING,
 ) -> QuantizedWeight:
-    """Round a head [V, E] to integer codes, with GPTQ's error feedback.
+    """Round a head [V, E] to integer codes, with GPTQ's error feedback; arguments as of `round_by_columns`.
 
     Raises:
         BadInput: as `round_by_columns`.
     """
-    blocks = [round_by_columns(block, hessian, how, form, scale_dtype, name) for block in _blocks(dense)]
+    blocks = [
+        round_by_columns(block, hessian, how, form, scale_dtype, name, damping=damping)
+        for block in _blocks(dense)
+    ]
     return QuantizedWeight.joined(blocks)
 
 
@@ -91,7 +96,7 @@ def pack_head(
     packed = []
     for block in _blocks(dense.float()):
         if feedback:
-            fields = round_with_feedback(block, hessian, kind, damping, name)
+            fields = round_with_feedback(block, hessian, kind, name, damping=damping)
         else:
             fields = kind.round(block, hessian.diagonal())
         packed.append(kind.pack(fields).view(len(block), -1))

@@ -95,8 +95,13 @@ class TableOptions(MethodOptions):
 class DampingOptions(MethodOptions):
     """What makes a Hessian invertible."""
 
-    damping: float = Field(
-        0.01, gt=0, le=1, description="add this share of the mean of the Hessian's diagonal to the diagonal"
+    damping: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="add this share of the mean of the Hessian's diagonal to the diagonal; by default the "
+        "inputs of the linear divided by the tokens of the text, so that little text is believed less, but "
+        "at least 0.01",
     )
 
 

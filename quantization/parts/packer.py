@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compress.anatomy import weight
+from compress.calibration.statistics.hessian import damping_of
 from compress.engine.shape import ModelShape
 from compress.errors import CompressError
 from compress.kernels.codes.integer import QuantizedWeight, quantize_weight
@@ -118,7 +119,9 @@ class Packer:
             if model is not None and stream is not None and is_head(model.anatomy, name):
                 hessian = head_inputs(model, stream.hidden, stream.windows)
                 dense = dense.to(hessian.device)
-                rounded = round_head(dense, hessian, form, form.scale_dtype(dense.dtype), name, how)
+                damping = how.damping or damping_of(len(hessian), stream.windows.num_tokens)
+                scale_dtype = form.scale_dtype(dense.dtype)
+                rounded = round_head(dense, hessian, form, scale_dtype, name, how, damping=damping)
             else:
                 rounded = round_by_rows(dense, form, name)
             self.write(f"{name}.weight", dense, rounded)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from compress.calibration.statistics.hessian import DAMPING
 from compress.kernels.codes.integer import QuantizedWeight, quantize_weight
 from compress.quantization.gptq import GPTQ
 from compress.quantization.parts.columns import compensation, round_by_columns
@@ -34,7 +35,7 @@ def grid(group: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
 def restated(weight: Tensor, hessian: Tensor, options: GPTQ.Options, size: int) -> Tensor:
     """Codes: after each column, the inverse of what is left of H is computed anew."""
     work, codes = weight.double().clone(), torch.zeros(weight.shape, dtype=torch.int64)
-    hessian = hessian + options.damping * hessian.diagonal().mean() * torch.eye(WIDTH)
+    hessian = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(WIDTH)
     columns = range(WIDTH)
     if options.act_order:
         columns = hessian.diagonal().argsort(descending=True, stable=True).tolist()
@@ -120,7 +121,7 @@ def solved_step_by_step(weight: Tensor, inputs: Tensor, dense: Tensor, options: 
     """
     weight, width = weight.double(), inputs.shape[1]
     size = options.group_size
-    damping = options.damping * inputs.square().sum(0).mean()
+    damping = DAMPING * inputs.square().sum(0).mean()
     held = torch.cat((inputs, damping.sqrt() * torch.eye(width, dtype=torch.float64)))
     owed = torch.cat((dense - inputs, torch.zeros(width, width, dtype=torch.float64)))
     order = list(range(width))

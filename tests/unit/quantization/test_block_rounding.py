@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compress.calibration.statistics.hessian import DAMPING, damping_of
 from compress.kernels.codes.gguf import find_type
-from compress.quantization.parts.block_rounding import DAMPING, damping_of, round_with_feedback
+from compress.quantization.parts.block_rounding import round_with_feedback
 
 COLUMNS = 256
 
@@ -33,7 +34,7 @@ def losses(kind: str, tokens: int) -> dict[str, float]:
     plain = loss(form.values(form.round(dense, seen.diagonal())))
     dampings = {"least": DAMPING, "ours": damping_of(COLUMNS, tokens)}
     return {
-        name: loss(form.values(round_with_feedback(dense, seen, form, damping, "w"))) / plain
+        name: loss(form.values(round_with_feedback(dense, seen, form, "w", damping=damping))) / plain
         for name, damping in dampings.items()
     }
 

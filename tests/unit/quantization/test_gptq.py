@@ -104,9 +104,9 @@ def test_both_streams_are_what_transformers_computes(
     folder, windows = llama(tmp_path / "dense")
     calls: list[tuple[torch.Tensor, torch.Tensor, Any]] = []
 
-    def spy(dense: torch.Tensor, hessian: torch.Tensor, *args: Any, difference: torch.Tensor) -> Any:
-        rounded = original(dense, hessian, *args, difference=difference)
-        calls.append((hessian, difference, rounded))
+    def spy(dense: torch.Tensor, hessian: torch.Tensor, *args: Any, **how: Any) -> Any:
+        rounded = original(dense, hessian, *args, **how)
+        calls.append((hessian, how["difference"], rounded))
         return rounded
 
     original = gptq.round_by_columns

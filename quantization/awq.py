@@ -11,14 +11,9 @@ from compress.anatomy import linears_by_input, weight
 from compress.calibration.statistics.hessian import Hessian
 from compress.calibration.text.settings import TextSize
 from compress.engine.stream import Seen
-from compress.kernels.codes.integer import (
-    CHANNEL,
-    QuantizedWeight,
-    choose_grid,
-    nearest_codes,
-    quantize_weight,
-)
+from compress.kernels.codes.integer import CHANNEL, QuantizedWeight, quantize_weight
 from compress.method import Method, Paper, StepReport
+from compress.quantization.parts.clipping import clip
 from compress.quantization.parts.folding import Fold, fold, fold_of, write_changed
 from compress.quantization.parts.layout import plan_packed
 from compress.quantization.parts.options import WeightOptions
@@ -35,9 +30,6 @@ ALPHAS = torch.linspace(0, 1, 20, dtype=torch.float64).tolist()
 
 GRAM_COLUMNS = 256
 """Columns of G in one product. Only speed depends on it."""
-
-SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)
-"""Clipping cuts a group off at one of these shares of its largest magnitude."""
 
 
 class AWQ(Method[WeightOptions]):
@@ -225,25 +217,19 @@ def rounded(matrix: torch.Tensor, grid: Grid, check: bool = True) -> QuantizedWe
 
 def clipped(dense: torch.Tensor, gram: torch.Tensor, grid: Grid) -> QuantizedWeight:
     """Step 2: a weight [out, in], rounded with clipped groups. ``gram`` is G of its inputs."""
-    out, width = dense.shape
-    size = width if grid.form.group_size == CHANNEL else grid.form.group_size
+    form, (out, width) = grid.form, dense.shape
+    size = width if form.group_size == CHANNEL else form.group_size
     grouped = dense.float().reshape(out, -1, size).transpose(0, 1)  # [groups, out, size]
     starts = range(0, width, size)
     blocks = torch.stack([gram[at : at + size, at : at + size] for at in starts]).float()
-    largest = grouped.abs().amax(-1, keepdim=True)
-    lowest = torch.full(grouped.shape[:2], float("inf"), device=dense.device)
-    best = rounded(dense, grid)
-    kept_codes = best.codes.view(out, -1, size).transpose(0, 1)
-    for share in SHARES:
-        # One side of a symmetric grid has one level more. Clamping could change which side that is.
-        cut = grouped * share if grid.form.symmetric else grouped.clamp(-share * largest, share * largest)
-        scales, zeros = choose_grid(cut, grid.form.bits, grid.form.symmetric, grid.scale_dtype, None)
-        codes = nearest_codes(grouped, scales.unsqueeze(-1), zeros.unsqueeze(-1), grid.form.bits)
-        off = (codes - zeros.unsqueeze(-1)).mul_(scales.float().unsqueeze(-1)).sub_(grouped)
-        error = (torch.bmm(off, blocks) * off).sum(-1)
-        better = error < lowest
-        lowest = torch.where(better, error, lowest)
-        for kept, new in ((kept_codes, codes), (best.scales.T, scales), (best.zeros.T, zeros)):
-            chosen = better.view(*better.shape, *[1] * (new.ndim - 2))
-            kept.copy_(torch.where(chosen, new.to(kept.dtype), kept))
-    return best
+    codes, scales, zeros = clip(
+        grouped, form, grid.scale_dtype, grid.name, lambda off: (torch.bmm(off, blocks) * off).sum(-1)
+    )
+    return QuantizedWeight(
+        codes.transpose(0, 1).reshape(out, width),
+        scales.T.contiguous(),
+        zeros.T.to(torch.uint8).contiguous(),
+        form.bits,
+        form.group_size,
+        form.symmetric,
+    )

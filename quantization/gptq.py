@@ -36,6 +36,10 @@ class GPTQ(Method["GPTQ.Options"]):
     columns with large inputs come first; then groups get their grids from the weights before any change, so
     that groups stay contiguous and every loader can read the result.
 
+    The paper's grids span the extremes of their groups. With ``clip`` a group is cut off at that share of its
+    largest magnitude for which the sum of H[j, j] (w_j - s (q_j - z))^2 is least, when w_j are its weights
+    and q_j their nearest codes.
+
     A head that is packed is rounded in the same way, after all layers, also where it is the token embedding.
 
     With ``asymmetric_calibration`` (GPTAQ, arXiv 2504.02692) outputs are to match those of the dense model,
@@ -53,6 +57,11 @@ class GPTQ(Method["GPTQ.Options"]):
     )
 
     class Options(DampingOptions, WeightOptions):
+        clip: bool = Field(
+            True,
+            description="cut groups off where that makes their errors smaller, weighted by the inputs; "
+            "otherwise grids span the extremes of their groups, as published",
+        )
         act_order: bool = Field(
             True,
             description="round columns with larger inputs first; all groups then get their grids beforehand",

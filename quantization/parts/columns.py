@@ -10,6 +10,7 @@ import torch
 from compress.calibration.statistics.hessian import DAMPING, inverse_root
 from compress.errors import BadInput
 from compress.kernels.codes.integer import CHANNEL, QuantizedWeight, choose_grid, nearest_codes, storable
+from compress.quantization.parts.clipping import clipped_grid
 from compress.storage.formats.base import Format
 
 COLUMNS_PER_UPDATE = 128
@@ -22,6 +23,8 @@ class HowToCompensate(Protocol):
     @property
     def damping(self) -> float | None: ...
     @property
+    def clip(self) -> bool: ...
+    @property
     def act_order(self) -> bool: ...
     @property
     def asymmetric_calibration(self) -> float: ...
@@ -30,6 +33,7 @@ class HowToCompensate(Protocol):
 @dataclass(frozen=True)
 class _Usual:
     damping: float | None = None
+    clip: bool = True
     act_order: bool = True
     asymmetric_calibration: float = 0.0
 
@@ -67,8 +71,15 @@ def round_by_columns(
     width = dense.shape[1]
     size = width if form.group_size == CHANNEL else form.group_size
     order = torch.arange(width, device=dense.device)
-    grid = (form.bits, form.symmetric, scale_dtype)
-    scales, zeros = choose_grid(dense.float().view(len(dense), -1, size), *grid, name)
+    importance = hessian.diagonal() + damping * hessian.diagonal().mean()
+
+    def grids(part: torch.Tensor, at: slice, name: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+        if options.clip:
+            return clipped_grid(part, importance[at], form, scale_dtype, name)
+        grouped = part.float().reshape(len(part), -1, size)
+        return choose_grid(grouped, form.bits, form.symmetric, scale_dtype, name)
+
+    scales, zeros = grids(dense, slice(None), name)
     if options.act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
     upper = inverse_root(hessian, damping, order)
@@ -95,7 +106,7 @@ def round_by_columns(
                 if column + size > stop:
                     done = column - start
                     behind[stop - column :] -= upper[start:column, stop : column + size].T @ errors[:done]
-                scale, zero = choose_grid(behind.T.float().unsqueeze(1), *grid, None)
+                scale, zero = grids(behind.T, slice(column, column + size), None)
                 scales[:, group], zeros[:, group] = scale[:, 0], zero[:, 0]
                 steps[group], points[group] = scale[:, 0], zero[:, 0]
             code = nearest_codes(columns[column], steps[group], points[group], form.bits)

@@ -50,6 +50,19 @@ def grid() -> Iterator[Choice]:
                 yield Choice(f"{method}, {bits} bits, {'' if symmetric else 'a'}symmetric", step)
 
 
+def feedback() -> Iterator[Choice]:
+    """GPTQ as published, with clipped groups, with damping by the tokens of the text, and with both."""
+    ways: dict[str, dict[str, Any]] = {
+        "as published": {"clip": False, "damping": 0.01},
+        "clipped": {"damping": 0.01},
+        "damped by tokens": {"clip": False},
+        "clipped, damped by tokens": {},
+    }
+    for bits in (4, 3, 2):
+        for name, how in ways.items():
+            yield Choice(f"gptq, {bits} bits, {name}", {"method": "gptq", "bits": bits, **GRID, **how})
+
+
 def layout() -> Iterator[Choice]:
     """The layout of 2- and 3-bit files."""
     for bits in (2, 3):
@@ -165,7 +178,7 @@ def formats() -> Iterator[Choice]:
 GROUPS = {
     group.__name__: group
     for group in (
-        *(grid, layout, rank, saliency, blocks, order, cost, transform, maps, heads, training),
+        *(grid, feedback, layout, rank, saliency, blocks, order, cost, transform, maps, heads, training),
         *(calibration, formats),
     )
 }

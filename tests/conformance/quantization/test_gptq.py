@@ -32,6 +32,22 @@ def grid(group: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     return rounded.scales[:, 0].double(), rounded.zeros[:, 0].double()
 
 
+def clipped(group: Tensor, bits: int, symmetric: bool, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, of each row cut off at the best of ten shares of its largest magnitude."""
+    rows = []
+    for row in group.double():
+        tried = []
+        for share in range(20, 10, -1):
+            most = share / 20 * row.abs().max()
+            cut = row * share / 20 if symmetric else row.clamp(-most, most)
+            scale, zero = (value[0] for value in grid(cut[None], bits, symmetric))
+            off = row - scale * (((row / scale).round() + zero).clamp(0, 2**bits - 1) - zero)
+            tried.append((float((importance * off**2).sum()), scale, zero))
+        rows.append(min(tried, key=lambda entry: entry[0])[1:])
+    scales, zeros = zip(*rows, strict=True)
+    return torch.stack(scales), torch.stack(zeros)
+
+
 def restated(weight: Tensor, hessian: Tensor, options: GPTQ.Options, size: int) -> Tensor:
     """Codes: after each column, the inverse of what is left of H is computed anew."""
     work, codes = weight.double().clone(), torch.zeros(weight.shape, dtype=torch.int64)
@@ -39,15 +55,17 @@ def restated(weight: Tensor, hessian: Tensor, options: GPTQ.Options, size: int) 
     columns = range(WIDTH)
     if options.act_order:
         columns = hessian.diagonal().argsort(descending=True, stable=True).tolist()
-    grids = {
-        g: grid(weight[:, g * size : (g + 1) * size], options.bits, options.symmetric)
-        for g in range(WIDTH // size)
-    }
+
+    def chosen(at: int, values: Tensor) -> tuple[Tensor, Tensor]:
+        group = values[:, at : at + size], options.bits, options.symmetric
+        return clipped(*group, hessian.diagonal()[at : at + size]) if options.clip else grid(*group)
+
+    grids = {at // size: chosen(at, weight) for at in range(0, WIDTH, size)}
     left = list(columns)
     for column in columns:
         group = column // size
         if not options.act_order and column % size == 0:
-            grids[group] = grid(work[:, column : column + size], options.bits, options.symmetric)
+            grids[group] = chosen(column, work)
         scale, zero = grids[group]
         code = ((work[:, column] / scale).round() + zero).clamp(0, 2**options.bits - 1)
         codes[:, column] = code.long()
@@ -59,11 +77,13 @@ def restated(weight: Tensor, hessian: Tensor, options: GPTQ.Options, size: int) 
     return codes
 
 
+@pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize(("bits", "symmetric", "size"), [(2, False, 32), (3, True, 40), (4, False, 160)])
-def test_codes(act_order: bool, bits: int, symmetric: bool, size: int) -> None:
+def test_codes(clip: bool, act_order: bool, bits: int, symmetric: bool, size: int) -> None:
     weight, hessian = problem(seed=bits)
-    options = GPTQ.Options(bits=bits, symmetric=symmetric, group_size=size, act_order=act_order)
+    how = {"clip": clip, "act_order": act_order}
+    options = GPTQ.Options(bits=bits, symmetric=symmetric, group_size=size, **how)
     form = CompressedTensorsFormat(bits, size, symmetric)
     found = round_by_columns(weight, hessian, options, form, torch.float32, "w")
 
@@ -73,7 +93,7 @@ def test_codes(act_order: bool, bits: int, symmetric: bool, size: int) -> None:
 @pytest.mark.parametrize("act_order", [False, True])
 def test_uncorrelated_inputs_are_rounded_to_nearest(act_order: bool) -> None:
     weight, _ = problem(seed=0)
-    options = GPTQ.Options(group_size=32, act_order=act_order)
+    options = GPTQ.Options(group_size=32, act_order=act_order, clip=False)
     found = round_by_columns(
         weight, torch.diag(torch.rand(WIDTH).double() + 1), options, FORM, torch.float32, "w"
     )
@@ -155,7 +175,12 @@ def solved_step_by_step(weight: Tensor, inputs: Tensor, dense: Tensor, options: 
 def test_asymmetric_calibration_is_least_squares_at_every_step(act_order, bits, size) -> None:
     weight, inputs, dense = two_streams(seed=bits)
     options = GPTQ.Options(
-        bits=bits, symmetric=False, group_size=size, act_order=act_order, asymmetric_calibration=1
+        bits=bits,
+        symmetric=False,
+        group_size=size,
+        act_order=act_order,
+        asymmetric_calibration=1,
+        clip=False,
     )
     form = CompressedTensorsFormat(bits, size, False)
     gram, difference = inputs.T @ inputs, (dense - inputs).T @ inputs

@@ -12,7 +12,7 @@ import compress
 from compress.storage.checkpoint import Checkpoint
 
 NSAMPLES, SEQLEN = 4, 64
-LINEARS = {  # input dimension of the model -> linears of its first layer, whose inputs nothing has changed yet
+LINEARS = {  # input dimension -> linears of the first layer, whose inputs nothing has changed yet
     64: ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj"),
     96: ("mlp.down_proj",),
 }
@@ -27,8 +27,8 @@ def packed(model: Path, output: Path, method: str, names: list[str], **options: 
 
 
 def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
-    assert one and len(one) == len(other)
-    return all(map(torch.equal, one, other))
+    assert one
+    return all(torch.equal(*pair) for pair in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("method", ["gptq", "nested"])

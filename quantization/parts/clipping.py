@@ -26,14 +26,13 @@ def clip(
     """Choose the share of every group, and round to the nearest codes.
 
     Args:
-        grouped: weights, float32 [..., size] with the groups of one size in two dimensions before the last.
+        grouped: weights, float32 [a, b, size]; the last dimension is a group.
         form: gives bits and symmetry.
         scale_dtype, name: as in `choose_grid`.
-        loss: the loss of each group by how far its weights are off: [..., size] -> [...].
+        loss: the loss of each group [a, b], by how far its weights are off [a, b, size], which it may change.
 
     Returns:
-        Codes, uint8 [..., size]; scales in ``scale_dtype`` and zero points, whole numbers
-        in float32, [...].
+        Codes, uint8 [a, b, size]; and [a, b]: scales in ``scale_dtype``, zero points as whole float32 values.
 
     Raises:
         BadInput: as `choose_grid`.
@@ -50,7 +49,7 @@ def clip(
         if best:
             better = tried[0] < best[0]
             tried = [
-                torch.where(better.view(*better.shape, *[1] * (new.ndim - better.ndim)), new, old)
+                torch.where(better if new.ndim == 2 else better.unsqueeze(-1), new, old)
                 for new, old in zip(tried, best, strict=True)
             ]
         best = tried

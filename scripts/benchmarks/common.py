@@ -108,10 +108,16 @@ def _read(file: str) -> str:
 
 
 def commit() -> str:
-    """The commit of the code, marked where files were changed since; "unknown" outside a repository."""
-    asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+changes", "--exclude=*"]
-    found = subprocess.run(asked, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    return found.stdout.strip() or "unknown"
+    """The commit of the code, marked where files other than results were changed since; "unknown" outside a
+    repository."""
+
+    def git(*asked: str) -> subprocess.CompletedProcess[str]:
+        command = ["git", "-C", str(ROOT), *asked]
+        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+    found = git("describe", "--always", "--exclude=*").stdout.strip()
+    same = git("diff", "--quiet", "HEAD", "--", ".", f":(exclude){FOLDER.relative_to(ROOT)}").returncode == 0
+    return found + "+changes" * (not same) if found else "unknown"
 
 
 def slug(name: str) -> str:

@@ -116,7 +116,8 @@ def commit() -> str:
         return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
     found = git("describe", "--always", "--exclude=*").stdout.strip()
-    same = git("diff", "--quiet", "HEAD", "--", ".", f":(exclude){FOLDER.relative_to(ROOT)}").returncode == 0
+    code = (".", ":(exclude)scripts/benchmarks/results")
+    same = git("diff", "--quiet", "HEAD", "--", *code).returncode == 0
     return found + "+changes" * (not same) if found else "unknown"
 
 

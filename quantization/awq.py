@@ -190,7 +190,7 @@ def choose_scales(
         channels = scales[units].float()
         error = torch.zeros_like(lowest)
         for path, matrix in dense.items():
-            off = rounded(matrix * channels, grids[path], check=False).dequantize()
+            off = rounded(matrix * channels, grids[path]).dequantize()
             error += half_form(off.div_(channels).sub_(matrix), lower)
         better = error < lowest  # compared where it is, so that no alpha waits for the device
         best, lowest = torch.where(better, scales, best), torch.where(better, error, lowest)
@@ -207,11 +207,11 @@ def half_form(off: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def rounded(matrix: torch.Tensor, grid: Grid, check: bool = True) -> QuantizedWeight:
-    """Q(matrix): a weight [out, in] rounded to the nearest codes, and checked as in `quantize_weight`."""
+def rounded(matrix: torch.Tensor, grid: Grid) -> QuantizedWeight:
+    """Q(matrix): a weight [out, in] rounded to the nearest codes; it is checked when it is `clipped`."""
     form, name = grid.form, grid.name
     return quantize_weight(
-        matrix, form.bits, form.group_size, form.symmetric, grid.scale_dtype, name, check=check
+        matrix, form.bits, form.group_size, form.symmetric, grid.scale_dtype, name, check=False
     )
 
 

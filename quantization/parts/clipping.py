@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from compress.kernels.codes.integer import choose_grid, nearest_codes
+from compress.kernels.codes.integer import CHANNEL, choose_grid, nearest_codes
 from compress.storage.formats.base import Format
 
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)
@@ -78,7 +78,7 @@ def clipped_grid(
     Raises:
         BadInput: as `choose_grid`.
     """
-    size = form.group_size if form.group_size > 0 else dense.shape[1]
+    size = dense.shape[1] if form.group_size == CHANNEL else form.group_size
     weights = importance.float().view(-1, size)
     found = [
         clip(
